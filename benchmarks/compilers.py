@@ -1,0 +1,71 @@
+"""XLA's compilers for CPU, H100 and TPU v5e, none of which needs its device.
+
+Each asks for an environment of its own; see README.md beside this file. JAX reads its settings
+when it is imported, so `prepare` comes first and imports nothing.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+  "cpu": {},
+  "h100": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
+  "v5e": {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+  },
+}
+TARGETS = tuple(ENVIRONMENT)
+
+PLATFORM = {"cpu": "cpu", "h100": "cuda", "v5e": "tpu"}
+
+
+def prepare(target: str) -> None:
+  """Sets the environment variables of a target; call it before JAX is imported."""
+  os.environ.update(ENVIRONMENT[target], JAX_PLATFORMS="cpu")
+
+
+def target_device(target: str) -> Any:
+  """The device that a target's compiler compiles for, present or only described."""
+  import jax
+  from jax.experimental import topologies
+
+  host = jax.devices()[0]  # registers the plugins
+  if target == "cpu":
+    return host
+  if target == "v5e":
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+  with contextlib.suppress(Exception):  # raises where JAX has registered the plugin by itself
+    importlib.import_module("jax_plugins.xla_cuda12").initialize()
+  text = (Path(__file__).parent / "targets" / f"{target}.txtpb").read_text()
+  topology = topologies.get_topology_desc(
+    platform="cuda", topology_name=target, target_config=text, topology="1x1x1"
+  )
+  return topology.devices[0]
+
+
+def compile_for(target: str, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+  """Compiles a train step for a target, its variables and optimizer state donated.
+
+  Args:
+    target: one of `TARGETS`.
+    step: a function whose first two arguments are donated.
+    arguments: pytrees of `jax.ShapeDtypeStruct`.
+
+  Returns:
+    The compiled step, which can be read (`memory_analysis()`, `as_text()`) but run on CPU only.
+  """
+  import jax
+
+  sharding = jax.sharding.SingleDeviceSharding(target_device(target))
+  placed = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
+  )
+  traced = jax.jit(step, donate_argnums=(0, 1)).trace(*placed)
+  return traced.lower(lowering_platforms=(PLATFORM[target],)).compile()

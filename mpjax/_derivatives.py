@@ -1,0 +1,105 @@
+"""The derivative rules that a user gave, read out of an equation as jaxprs.
+
+``custom_jvp`` and ``custom_vjp`` equations hold their rules as Python functions of a private
+form. Differentiating the equation itself calls them, by public means: ``jax.jvp`` of it is the
+one rule, the outputs and the residuals of ``jax.vjp`` are the forward pass, and the function that
+``jax.vjp`` returns is the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import JaxprEqn
+
+
+class Slots(NamedTuple):
+  """Which values of a list can be differentiated; the others have float0 tangents."""
+
+  differentiable: tuple[bool, ...]
+  shapes: tuple[tuple[int, ...], ...]
+
+  def keep(self, values: Sequence[Any]) -> list[Any]:
+    """The entries that can be differentiated."""
+    return [v for v, d in zip(values, self.differentiable, strict=True) if d]
+
+  def fill(self, values: Sequence[Any]) -> list[Any]:
+    """A full list again, with float0 zeros in the other places."""
+    rest = iter(values)
+    return [
+      next(rest) if d else np.zeros(shape, jax.dtypes.float0)
+      for d, shape in zip(self.differentiable, self.shapes, strict=True)
+    ]
+
+
+def slots(atoms: Sequence[Any]) -> Slots:
+  """The slots of an equation's operands or results."""
+  avals = [a.aval for a in atoms]
+  return Slots(
+    tuple(bool(jnp.issubdtype(a.dtype, jnp.inexact)) for a in avals), tuple(a.shape for a in avals)
+  )
+
+
+def trace_jvp(eqn: JaxprEqn) -> Any:
+  """The jaxpr of an equation's derivative: (primals, tangents) -> (outputs, output tangents).
+
+  Tangents are there only for values that can be differentiated.
+  """
+  ins, outs = slots(eqn.invars), slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+
+  def rule(*flat: Any) -> list[Any]:
+    primals, tangents = flat[: len(avals)], ins.fill(flat[len(avals) :])
+    out, out_tangents = jax.jvp(
+      lambda *xs: _jaxpr.run_as_traced(eqn, xs), tuple(primals), tuple(tangents)
+    )
+    return [*out, *outs.keep(out_tangents)]
+
+  return _jaxpr.trace(rule, [*avals, *ins.keep(avals)])
+
+
+class Vjp(NamedTuple):
+  """A custom_vjp's two halves as jaxprs."""
+
+  forward: Any
+  """operands -> (outputs, residuals)"""
+  backward: Any
+  """(residuals, cotangents) -> cotangents of the operands; floats only"""
+
+
+def trace_vjp(eqn: JaxprEqn) -> Vjp:
+  """The jaxprs of an equation's forward and backward pass."""
+  ins, outs = slots(eqn.invars), slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+  residual_tree = None
+
+  def forward(*operands: Any) -> list[Any]:
+    nonlocal residual_tree
+    fixed = list(operands)
+
+    def differentiable(*values: Any) -> list[Any]:
+      rest = iter(values)
+      merged = [next(rest) if d else x for d, x in zip(ins.differentiable, fixed, strict=True)]
+      return _jaxpr.run_as_traced(eqn, merged)
+
+    out, pullback = jax.vjp(differentiable, *ins.keep(operands))
+    residuals, residual_tree = jax.tree.flatten(pullback)
+    return [*out, *residuals]
+
+  def backward(*flat: Any) -> list[Any]:
+    cotangents = flat[len(flat) - sum(outs.differentiable) :]
+    residuals = flat[: len(flat) - len(cotangents)]
+    pullback = jax.tree.unflatten(residual_tree, residuals)
+    return list(pullback(outs.fill(cotangents)))
+
+  closed = _jaxpr.trace(forward, avals)
+  inner = _jaxpr.open_jaxpr(closed)
+  residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
+  cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
+  return Vjp(closed, _jaxpr.trace(backward, [*residual_avals, *cotangent_avals]))

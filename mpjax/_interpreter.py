@@ -1,0 +1,307 @@
+"""Traces a function, plans its jaxpr and executes the plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+from mpjax import _derivatives, _jaxpr
+from mpjax._jaxpr import Literal, Var
+from mpjax._plan import Forms, Plan, Planner, Read, Step
+from mpjax._policy_map import PolicyMap
+from mpjax._precision import DATA, FLOAT32, PARAM, Form, Rule
+
+Flags = tuple[Sequence[bool], dict[str, bool]]
+
+
+class Result(NamedTuple):
+  """What a function returned under a policy: its leaves as they are held."""
+
+  leaves: list[Any]
+  forms: Forms
+  tree: Any
+
+  def cast(self, dtypes: Any) -> Any:
+    """The pytree that the function returned, its float32 leaves in the given dtypes.
+
+    Args:
+      dtypes: One dtype, or a tuple of dtypes for the entries of a tuple that was returned.
+    """
+    if not isinstance(dtypes, tuple):
+      wanted = [dtypes] * len(self.leaves)
+    else:
+      entries = self.tree.children()
+      wanted = [
+        dtype for dtype, entry in zip(dtypes, entries, strict=True) for _ in range(entry.num_leaves)
+      ]
+    leaves = [
+      x if form is None else _to(x, dtype)
+      for x, form, dtype in zip(self.leaves, self.forms, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(self.tree, leaves)
+
+
+def evaluate(
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Flags,
+) -> Result:
+  """Run ``fn(*args, **kwargs)`` under a policy map.
+
+  Args:
+    fn: A pure function of pytrees.
+    policies: The policies by module path.
+    args: Positional arguments.
+    kwargs: Keyword arguments.
+    flags: For each of them whether it holds parameters.
+
+  Raises:
+    ValueError: A rule of the policy map matched no scope.
+  """
+  call = _Call(fn, args, kwargs, flags)
+  closed = _jaxpr.trace(call.flat, call.operands)
+  planner = Planner(policies)
+  plan = planner.plan(closed, call.forms)
+  policies.check_used(planner.paths)
+  return call.result(Interpreter(planner).run(plan, call.operands), plan.out_forms)
+
+
+class _Call:
+  """A call of a function, its arrays apart from what is static."""
+
+  def __init__(
+    self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], flags: Flags
+  ) -> None:
+    self.fn = fn
+    self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
+    is_param = [
+      flag
+      for flag, value in [
+        *zip(flags[0], args, strict=True),
+        *((flags[1][key], kwargs[key]) for key in sorted(kwargs)),
+      ]
+      for _ in jax.tree.leaves(value)
+    ]
+    entries = zip(self.leaves, is_param, strict=True)
+    pairs = [_enter(x, param) for x, param in entries if _is_array(x)]
+    self.operands = [x for x, _ in pairs]
+    self.forms: Forms = tuple(form for _, form in pairs)
+    self.out_tree: Any = None
+    self.out_leaves: list[Any] = []
+
+  def flat(self, *arrays: Any) -> list[Any]:
+    """The function from arrays to arrays; what else it takes and returns is kept here."""
+    rest = iter(arrays)
+    leaves = [next(rest) if _is_array(x) else x for x in self.leaves]
+    args, kwargs = jax.tree.unflatten(self.tree, leaves)
+    out, self.out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
+    self.out_leaves = [None if _is_array(x) else x for x in out]
+    return [x for x in out if _is_array(x)]
+
+  def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
+    """Put static results back between the arrays."""
+    rest = iter(zip(arrays, forms, strict=True))
+    pairs = [next(rest) if x is None else (x, None) for x in self.out_leaves]
+    return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, jax.Array | np.ndarray)
+
+
+def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:
+  """An operand of the trace and its form; 16-bit parameters enter as float32, to be cast at use."""
+  if param and x.dtype.itemsize == 2 and jax.numpy.issubdtype(x.dtype, np.floating):
+    return lax.convert_element_type(x, FLOAT32), PARAM
+  if x.dtype != FLOAT32:
+    return x, None
+  adapts = param or (isinstance(x, jax.Array) and x.weak_type)
+  return x, PARAM if adapts else DATA
+
+
+class Interpreter:
+  """Executes plans. A body is rebuilt once for each plan that it has."""
+
+  def __init__(self, planner: Planner) -> None:
+    self.planner = planner
+    self._rebuilt: dict[int, Any] = {}
+
+  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
+    """Execute a plan on operands that are held as its forms say."""
+    inner = _jaxpr.open_jaxpr(plan.jaxpr)
+    values = _Values(inner.invars, operands)
+    values.write(inner.constvars, _jaxpr.constants(plan.jaxpr))
+    for step in plan.steps:
+      with _jaxpr.located(step.eqn):
+        read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
+        outs = _RUN.get(step.rule, _bind)(self, step, read)
+        held = [x if f is None else _to(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+      values.write(step.eqn.outvars, held)
+    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def rebuild(self, plan: Plan) -> Any:
+    """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
+    if id(plan) not in self._rebuilt:
+      invars = _jaxpr.open_jaxpr(plan.jaxpr).invars
+      avals = [
+        v.aval if form is None else _jaxpr.with_dtype(v.aval, form.dtype)
+        for v, form in zip(invars, plan.in_forms, strict=True)
+      ]
+      self._rebuilt[id(plan)] = _jaxpr.trace(lambda *xs: self.run(plan, xs), avals)
+    return self._rebuilt[id(plan)]
+
+
+class _Values:
+  """The values of a jaxpr's variables, and of those that left their module in another dtype."""
+
+  def __init__(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+    self._at_home = dict(zip(variables, values, strict=True))
+    self._abroad: dict[tuple[Var, np.dtype], Any] = {}
+
+  def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+    self._at_home.update(zip(variables, values, strict=True))
+
+  def read(self, atom: Any, read: Read) -> Any:
+    if isinstance(atom, Literal):
+      return atom.val if read.to is None else _number(atom.val, read.to)
+    value = self._at_home[atom]
+    if read.via is not None:
+      key = (atom, read.via)
+      if key not in self._abroad:
+        self._abroad[key] = _to(value, read.via)
+      value = self._abroad[key]
+    return value if read.to is None else _to(value, read.to)
+
+
+def _to(x: Any, dtype: np.dtype) -> Any:
+  return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+
+
+def _number(value: Any, dtype: np.dtype) -> Any:
+  return np.asarray(value).astype(dtype)[()]
+
+
+# How each rule runs ------------------------------------------------------------------------------
+
+
+def _bind(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return _jaxpr.run_with(step.eqn, operands, step.params)
+
+
+def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return _jaxpr.run_as_traced(step.eqn, operands)
+
+
+def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  name, (body,) = step.eqn.primitive.name, step.bodies
+  if name == "shard_map":
+    return _shard_map(interpreter, step, operands)
+  if name not in _KEEPS_ITS_CALL:
+    return interpreter.run(body, operands)
+  jaxpr, consts = _jaxpr.like(step.params["jaxpr"], interpreter.rebuild(body))
+  return _jaxpr.run_with(step.eqn, [*consts, *operands], step.params | {"jaxpr": jaxpr})
+
+
+_KEEPS_ITS_CALL = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint"})
+
+
+def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  params, (body,) = step.params, step.bodies
+  mapped = jax.shard_map(
+    lambda *shards: tuple(interpreter.run(body, shards)),
+    mesh=params["mesh"],
+    in_specs=tuple(params["in_specs"]),
+    out_specs=tuple(params["out_specs"]),
+    axis_names=params["newly_manual_axes"],
+    check_vma=params["check_vma"],
+  )
+  return list(mapped(*operands))
+
+
+def _scan(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  jaxpr, _ = _jaxpr.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
+  return _jaxpr.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
+
+
+def _while(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  cond, body = map(interpreter.rebuild, step.bodies)
+  params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
+  return _jaxpr.run_with(step.eqn, operands, params)
+
+
+def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  branches = tuple(map(interpreter.rebuild, step.bodies))
+  return _jaxpr.run_with(step.eqn, operands, step.params | {"branches": branches})
+
+
+def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's derivative under the policy."""
+  eqn = step.eqn
+  ins, outs = _derivatives.slots(eqn.invars), _derivatives.slots(eqn.outvars)
+
+  @functools.cache
+  def rule_plan() -> Plan:
+    forms = (*step.operands, *ins.keep(step.operands))
+    held = (*step.outs, *outs.keep(step.outs))
+    return interpreter.planner.plan(_derivatives.trace_jvp(eqn), forms, step.place, held)
+
+  @jax.custom_jvp
+  def call(*primals: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], primals)
+
+  @call.defjvp
+  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    flat = interpreter.run(rule_plan(), [*primals, *ins.keep(tangents)])
+    return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
+
+  return call(*operands)
+
+
+def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's forward and backward pass under the policy."""
+  eqn, count = step.eqn, len(step.outs)
+  ins, outs = _derivatives.slots(eqn.invars), _derivatives.slots(eqn.outvars)
+
+  @functools.cache
+  def halves() -> tuple[Plan, Plan]:
+    vjp, plan = _derivatives.trace_vjp(eqn), interpreter.planner.plan
+    residuals = plan(vjp.forward, step.operands, step.place).out_forms[count:]
+    forward = plan(vjp.forward, step.operands, step.place, (*step.outs, *residuals))
+    cotangents = (*residuals, *outs.keep(step.outs))
+    held = tuple(ins.keep(step.operands))
+    return forward, plan(vjp.backward, cotangents, step.place, held)
+
+  @jax.custom_vjp
+  def call(*primals: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], primals)
+
+  def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
+    flat = interpreter.run(halves()[0], primals)
+    return flat[:count], flat[count:]
+
+  def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+    flat = interpreter.run(halves()[1], [*residuals, *outs.keep(cotangents)])
+    return tuple(ins.fill(flat))
+
+  call.defvjp(forward, backward)
+  return call(*operands)
+
+
+_RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.TRACED: _traced,
+  Rule.CALL: _call,
+  Rule.SCAN: _scan,
+  Rule.WHILE: _while,
+  Rule.COND: _cond,
+  Rule.CUSTOM_JVP: _custom_jvp,
+  Rule.CUSTOM_VJP: _custom_vjp,
+}

@@ -1,0 +1,36 @@
+"""Key paths of pytrees, printed as the paths that rules and messages use."""
+
+from typing import Any
+
+from jax import tree_util
+
+KeyPath = tuple[Any, ...]
+
+
+def path_str(key_path: KeyPath) -> str:
+  """Prints a key path of ``jax.tree_util`` as names joined by slashes.
+
+  Dictionary keys, list positions, attribute names and fields all print bare. An NNX Variable
+  stores its array in an attribute ``value``; a path that ends there prints as the Variable's
+  own, so that Linen and NNX parameters have the same paths.
+
+  Args:
+    key_path: A key path, as ``jax.tree_util.tree_flatten_with_path`` gives it.
+
+  Returns:
+    The path, such as ``encoder/0/kernel``; the empty string for the root.
+
+  Example:
+    >>> paths = tree_util.tree_flatten_with_path({"encoder": [{"kernel": 1.0}]})[0]
+    >>> path_str(paths[0][0])
+    'encoder/0/kernel'
+  """
+  if len(key_path) > 1 and key_path[-1] == tree_util.GetAttrKey("value"):
+    key_path = key_path[:-1]
+  return tree_util.keystr(tuple(key_path), simple=True, separator="/")
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+  """The leaves of a tree with the paths that `path_str` prints, in the order of flattening."""
+  leaves, _ = tree_util.tree_flatten_with_path(tree)
+  return [(path_str(key_path), leaf) for key_path, leaf in leaves]

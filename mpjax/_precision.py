@@ -1,0 +1,159 @@
+"""What a float32 of the trace means, and what each primitive does to that meaning.
+
+The meanings are a chain of four, `Kind`; the table `RULES` maps the name of every JAX primitive
+to one of a few classes, `Rule`. Both follow the lists that torch and TensorFlow agree on; where
+they differ each entry says why it is where it is.
+"""
+
+import enum
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+FLOAT32 = np.dtype(np.float32)
+FLOAT16 = np.dtype(np.float16)
+
+
+class Kind(enum.IntEnum):
+  """What a float32 value of the trace means; a join takes the largest."""
+
+  CONSTANT = 0
+  """A Python number or a mask: adapts to whatever it meets."""
+  PARAM = 1
+  """A parameter, or one moved: adapts, and is cast anew at every use."""
+  NARROW = 2
+  """What came out of a matmul and what elementwise operations made of it: held in 16 bits."""
+  DATA = 3
+  """Float32 that was meant: inputs, labels, positions, tables, results of sensitive operations."""
+
+
+class Form(NamedTuple):
+  """How a value that was traced as float32 is held: its meaning and its dtype."""
+
+  kind: Kind
+  dtype: np.dtype
+
+
+CONSTANT = Form(Kind.CONSTANT, FLOAT32)
+PARAM = Form(Kind.PARAM, FLOAT32)
+DATA = Form(Kind.DATA, FLOAT32)
+
+
+def narrow(dtype: np.dtype) -> Form:
+  """The form of a value held in a 16-bit format."""
+  return Form(Kind.NARROW, dtype)
+
+
+def join(forms: Iterable[Form | None]) -> Form | None:
+  """The least form that holds all the given ones; None where nothing was float32.
+
+  Two different 16-bit formats meet in float32, as JAX promotes them.
+  """
+  known = [form for form in forms if form is not None]
+  if not known:
+    return None
+  top = max(known)
+  formats = {form.dtype for form in known if form.kind is Kind.NARROW}
+  return DATA if top.kind is Kind.NARROW and len(formats) > 1 else top
+
+
+def fits(value: float, dtype: np.dtype) -> bool:
+  """Whether a constant survives a 16-bit format: neither overflow nor loss below the normals."""
+  magnitude = abs(float(value))
+  if not np.isfinite(magnitude) or magnitude == 0.0:
+    return True
+  info = jnp.finfo(dtype)
+  rounded = abs(float(np.asarray(value, np.float32).astype(dtype)))
+  return bool(np.isfinite(rounded)) and magnitude >= float(info.smallest_normal)
+
+
+class Rule(enum.Enum):
+  """What a primitive does with float32 operands under a 16-bit policy."""
+
+  LOWER = "operands to the compute dtype; the result is narrow"
+  RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"
+  FULL = "operands to float32; the result is data"
+  FOLLOW = "the join of the operands"
+  EACH = "every result is held as the operand in its place"
+  CONVERT = "a change of dtype"
+  CALL = "one body with the operands of the equation"
+  SCAN = "a body whose carry is a fixed point"
+  WHILE = "a body and a condition whose carry is a fixed point"
+  COND = "branches whose results are joined"
+  CUSTOM_JVP = "a body with the user's own derivative"
+  CUSTOM_VJP = "a body with the user's own forward and backward pass"
+  MARKER = "hands the compute dtype to the marked function"
+  TRACED = "exactly as traced, in float32"
+
+
+def _table(groups: dict[Rule, str]) -> dict[str, Rule]:
+  return {name: rule for rule, names in groups.items() for name in names.split()}
+
+
+RULES = _table(
+  {
+    Rule.LOWER: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
+    # exp(11.1), tan, 256 squared and their kind exceed float16; bfloat16 has float32's range.
+    Rule.RANGE: "exp exp2 expm1 pow integer_pow polynomial cosh sinh tan one_minus_square",
+    Rule.FULL: " ".join(
+      [
+        # Squares nearly always feed a sum: a variance, a norm.
+        "square",
+        # Errors grow near 1 and near 0.
+        "log log1p log2 rsqrt erf_inv atanh acosh asinh lgamma digamma polygamma zeta igamma",
+        "igammac igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma",
+        # 16-bit sums stall: 256 + 1 is 256 in bfloat16. lax.reduce_sum does not widen by itself.
+        "reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum psum",
+        "psum_invariant reduce_scatter scatter-add scatter-mul scatter-max scatter-min",
+        "select_and_scatter_add select_and_gather_add",
+        # The largest logit seeds softmax and logsumexp: x - max(x) must not round.
+        "reduce_max reduce_min",
+        # No 16-bit kernels, and no use for them.
+        "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve",
+        "tridiagonal tridiagonal_solve complex",
+        # What the bits or the neighbors of a float32 are is a question about float32.
+        "bitcast_convert_type nextafter",
+      ]
+    ),
+    Rule.FOLLOW: " ".join(
+      [
+        "add sub mul div rem max min neg abs sign floor ceil round add_any add_jaxvals",
+        "sqrt cbrt erf erfc tanh logistic sin cos asin acos atan atan2 clamp select_n",
+        "eq ne lt le gt ge eq_to lt_to le_to is_finite argmax argmin stop_gradient",
+        "broadcast_in_dim reshape transpose squeeze expand_dims rev slice dynamic_slice",
+        "dynamic_update_slice concatenate split pad gather scatter copy copy_p tie_in name",
+        "reduce_window_max reduce_window_min cummax cummin reduce_precision top_k approx_top_k",
+        "sharding_constraint mesh_cast reshard layout_constraint tile stack unstack",
+        "all_gather all_gather_invariant all_to_all ppermute pmax pmin pbroadcast pvary pcast",
+        "ragged_all_to_all device_put dimension_as_value copy_to_host_async",
+      ]
+    ),
+    Rule.EACH: "sort optimization_barrier",
+    Rule.CONVERT: "convert_element_type",
+    Rule.CALL: "jit pjit closed_call core_call call eval_jaxpr remat remat2 checkpoint shard_map",
+    Rule.SCAN: "scan",
+    Rule.WHILE: "while",
+    Rule.COND: "cond",
+    Rule.CUSTOM_JVP: "custom_jvp_call",
+    Rule.CUSTOM_VJP: "custom_vjp_call",
+    Rule.MARKER: "mpjax_cast_inputs",
+    # Decided, not forgotten: these hold Python functions, references or no floats at all.
+    Rule.TRACED: " ".join(
+      [
+        "reduce reduce_window select_and_scatter custom_linear_solve custom_lin get swap addupdate",
+        "empty empty2 after_all create_token axis_index iota rng_uniform rng_bit_generator",
+        "random_bits random_fold_in random_seed random_split random_wrap random_unwrap",
+        "random_clone threefry2x32 real imag conj and or not xor clz population_count",
+        "shift_left shift_right_arithmetic shift_right_logical reduce_and reduce_or reduce_xor",
+        "debug_callback debug_print",
+      ]
+    ),
+  }
+)
+
+
+def rule_of(primitive: str) -> Rule | None:
+  """The rule for a primitive, None for one that the table does not know (it runs as traced)."""
+  return RULES.get(primitive)

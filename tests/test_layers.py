@@ -1,0 +1,163 @@
+"""The import layering of `mpjax/`, and what every public name must carry.
+
+Nothing is imported here: the sources are parsed, so an import inside a function counts too.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mpjax"
+
+# Lowest row first; a module imports only from rows above its own in this list. A private helper
+# has a row of its own, next to the module that it helps. A module that is not here fails the test.
+LAYERS = (
+  ("_dtypes", "_paths", "_jaxpr"),
+  ("_casting", "_finite"),
+  ("_policy", "_loss_scaling", "_precision"),
+  ("_policy_map",),
+  ("_autocast",),
+  ("linen", "nnx", "training", "inspect"),
+  ("plot",),
+  ("__init__",),
+  ("cli",),
+  ("__main__",),
+)
+
+# Third-party packages that only the named modules may import, so that the rest works without them.
+CONFINED = {
+  "flax": ("linen", "nnx", "training", "__init__"),
+  "matplotlib": ("plot",),
+  "orbax": ("cli",),
+  "sklearn": ("cli",),
+  "tqdm": ("cli",),
+}
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def module_name(path: Path) -> str:
+  return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imported_names(path: Path) -> Iterator[str]:
+  """Dotted names of all that a module imports: `mpjax._policy.Policy`, `jax.numpy`, ..."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      package = ["mpjax", *path.relative_to(PACKAGE).parts[:-1]]
+      base = package[: len(package) + 1 - node.level] if node.level else []
+      prefix = ".".join([*base, *([node.module] if node.module else [])])
+      yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def imported_siblings(path: Path) -> set[str]:
+  """The modules of mpjax that a module imports."""
+  known = {module_name(module) for module in MODULES}
+  siblings = set()
+  for name in imported_names(path):
+    package, *rest = name.split(".")
+    if package == "mpjax":
+      siblings.add(rest[0] if rest and rest[0] in known else "__init__")
+  return siblings
+
+
+def public_functions(node: ast.Module | ast.ClassDef, where: str) -> Iterator[tuple[str, Function]]:
+  for child in node.body:
+    name = getattr(child, "name", "_")
+    if isinstance(child, Function) and not name.startswith("_"):
+      yield f"{where}.{name}", child
+    elif isinstance(child, ast.ClassDef) and not name.startswith("_"):
+      yield from public_functions(child, f"{where}.{name}")
+
+
+def public_definitions(path: Path) -> Iterator[tuple[str, Function | ast.ClassDef]]:
+  """Public functions, methods and classes of a module, whether the module is private or not."""
+  tree = ast.parse(path.read_text())
+  where = module_name(path)
+  for child in tree.body:
+    if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+      yield f"{where}.{child.name}", child
+  yield from public_functions(tree, where)
+
+
+def is_overload(node: Function | ast.ClassDef) -> bool:
+  return any(ast.unparse(decorator).endswith("overload") for decorator in node.decorator_list)
+
+
+def unannotated(function: Function) -> list[str]:
+  """Parameters of a function that have no annotation, and `return` if it has none."""
+  args = function.args
+  parameters = [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg]
+  missing = [
+    parameter.arg
+    for parameter in parameters
+    if parameter and not parameter.annotation and parameter.arg not in ("self", "cls")
+  ]
+  return missing if function.returns else [*missing, "return"]
+
+
+def test_every_module_has_a_layer_and_every_layer_its_modules_once() -> None:
+  listed = [name for row in LAYERS for name in row]
+  assert len(listed) == len(set(listed))
+  unknown = {module_name(path) for path in MODULES} - set(listed)
+  assert not unknown, f"give these modules a row in LAYERS: {sorted(unknown)}"
+  gone = set(listed) - {module_name(path) for path in MODULES}
+  assert not gone, f"LAYERS lists modules that do not exist: {sorted(gone)}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_an_import_only_points_down(path: Path) -> None:
+  rank = {name: row for row, names in enumerate(LAYERS) for name in names}
+  here = rank[module_name(path)]
+  upward = sorted(name for name in imported_siblings(path) if rank[name] >= here)
+  assert not upward, f"{module_name(path)} imports {upward}, which are not below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_public_jax_is_used(path: Path) -> None:
+  private = [name for name in imported_names(path) if re.match(r"(jax|flax|optax)\.(.+\.)?_", name)]
+  assert not private, f"{module_name(path)} imports private names: {private}"
+  assert not re.search(r"\bjax\._src\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_an_optional_or_heavy_package_is_imported_only_where_it_belongs(path: Path) -> None:
+  name = module_name(path)
+  stray = {
+    package
+    for package in (imported.split(".")[0] for imported in imported_names(path))
+    if name not in CONFINED.get(package, (name,))
+  }
+  assert not stray, f"{name} imports {sorted(stray)}; CONFINED says where these belong"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_every_public_definition_has_a_docstring(path: Path) -> None:
+  assert ast.get_docstring(ast.parse(path.read_text())), f"{module_name(path)} has no docstring"
+  bare = [
+    name
+    for name, node in public_definitions(path)
+    if not ast.get_docstring(node) and not is_overload(node)
+  ]
+  assert not bare, f"no docstring: {bare}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_every_public_signature_is_annotated(path: Path) -> None:
+  missing = {
+    name: unannotated(node)
+    for name, node in public_definitions(path)
+    if isinstance(node, Function) and unannotated(node)
+  }
+  assert not missing, f"not annotated: {missing}"
+
+
+def test_the_package_ships_its_type_marker() -> None:
+  assert (PACKAGE / "py.typed").exists()

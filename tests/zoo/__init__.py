@@ -1,0 +1,1 @@
+"""Small models of the kinds that people train, in Linen and in NNX, written without dtypes."""

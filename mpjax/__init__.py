@@ -1,4 +1,40 @@
+"""Mixed precision for JAX, Flax and optax: a policy is an argument, a mixed function comes out."""
+
+from mpjax import linen, nnx, training
+from mpjax._apply import apply_policy
 from mpjax._autocast import autocast
+from mpjax._casting import cast_floating
+from mpjax._finite import all_finite, select
+from mpjax._loss_scaling import (
+  dynamic_loss_scaling,
+  loss_scale,
+  static_loss_scaling,
+  step_is_finite,
+)
 from mpjax._markers import cast_inputs, keep_float32
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
+from mpjax._scaled_loss import value_and_grad
+from mpjax.training import TrainState, make_train_step
+
+__all__ = [
+  "Policy",
+  "PolicyMap",
+  "TrainState",
+  "all_finite",
+  "apply_policy",
+  "autocast",
+  "cast_floating",
+  "cast_inputs",
+  "dynamic_loss_scaling",
+  "keep_float32",
+  "linen",
+  "loss_scale",
+  "make_train_step",
+  "nnx",
+  "select",
+  "static_loss_scaling",
+  "step_is_finite",
+  "training",
+  "value_and_grad",
+]

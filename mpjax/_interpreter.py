@@ -52,6 +52,10 @@ def evaluate(
   args: Sequence[Any],
   kwargs: dict[str, Any],
   flags: Flags,
+  *,
+  root: int = 0,
+  absolute: bool = False,
+  strict: bool = True,
 ) -> Result:
   """Run ``fn(*args, **kwargs)`` under a policy map.
 
@@ -61,15 +65,19 @@ def evaluate(
     args: Positional arguments.
     kwargs: Keyword arguments.
     flags: For each of them whether it holds parameters.
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    strict: Whether a rule that matches no scope is an error.
 
   Raises:
     ValueError: A rule of the policy map matched no scope.
   """
   call = _Call(fn, args, kwargs, flags)
   closed = _jaxpr.trace(call.flat, call.operands)
-  planner = Planner(policies)
+  planner = Planner(policies, root, absolute)
   plan = planner.plan(closed, call.forms)
-  policies.check_used(planner.paths)
+  if strict:
+    policies.check_used(planner.paths)
   return call.result(Interpreter(planner).run(plan, call.operands), plan.out_forms)
 
 

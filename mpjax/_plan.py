@@ -96,8 +96,9 @@ class Planner:
     unknown: How often each primitive that the table does not know was met.
   """
 
-  def __init__(self, policies: PolicyMap) -> None:
+  def __init__(self, policies: PolicyMap, root: int = 0, absolute: bool = False) -> None:
     self.policies = policies
+    self._root, self._absolute = root, absolute
     self.paths: set[Path] = set()
     self.unknown: Counter[str] = Counter()
     self._formats = policies.narrow_dtypes()
@@ -129,8 +130,8 @@ class Planner:
   def rule_at(self, path: Path) -> int | None:
     """The index of the rule that governs a path, None for the default."""
     if path not in self._rules:
-      self._rules[path] = self.policies.rule_at(path)
-      self.paths.add(path)
+      self._rules[path] = self.policies.rule_at(path[self._root :])
+      self.paths.add(path[self._root :])
     return self._rules[path]
 
   def constant_form(self, value: Any) -> Form:
@@ -139,12 +140,15 @@ class Planner:
       return DATA
     return CONSTANT if all(fits(value, d) for d in self._formats) else DATA
 
-  def place_of(self, eqn: JaxprEqn) -> Place:
-    """The place of an equation, relative to the jaxpr that it stands in."""
+  def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
+    """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
     if stack not in self._names:
       self._names[stack] = Place(_jaxpr.module_path(stack), _jaxpr.is_backward(stack))
-    return self._names[stack]
+    place = self._names[stack]
+    if self._absolute and base and place.path[: len(base)] == base:
+      return place._replace(path=place.path[len(base) :])
+    return place
 
 
 class _Walk:
@@ -168,7 +172,7 @@ class _Walk:
     return Plan(self.jaxpr, self.in_forms, steps, reads, held)
 
   def step(self, eqn: JaxprEqn) -> Step:
-    path, backward = self.planner.place_of(eqn)
+    path, backward = self.planner.place_of(eqn, self.place.path)
     vias, forms = self.look_up(eqn.invars, path)
     compute = self.policy_at(path).compute_dtype
     rule = self.rule(eqn, forms, compute)

@@ -1,0 +1,39 @@
+"""Dispatches `apply_policy` to the kind of module that it is given."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from flax import linen as nn
+from flax import nnx
+
+from mpjax import linen as _linen
+from mpjax import nnx as _nnx
+from mpjax._policy import Policy
+from mpjax._policy_map import PolicyMap
+
+M = TypeVar("M")
+
+
+def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
+  """Make a Flax module compute under a precision policy.
+
+  Args:
+    module: A Linen module (see `mpjax.linen.apply_policy`) or an NNX model (see
+      `mpjax.nnx.apply_policy`, which also takes the names of methods other than ``__call__``).
+    policy: A `Policy`, a `PolicyMap`, or a spec string.
+
+  Returns:
+    A module of the same kind and class.
+
+  Raises:
+    TypeError: ``module`` is neither.
+  """
+  if isinstance(module, nn.Module):
+    return _linen.apply_policy(module, policy)
+  if isinstance(module, nnx.Module):
+    return _nnx.apply_policy(module, policy)
+  raise TypeError(
+    f"apply_policy takes a Linen module or an NNX model; got {type(module).__name__}. For a "
+    "function use mpjax.autocast; for a module class make an instance first."
+  )

@@ -1,0 +1,178 @@
+"""Train steps for NNX models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mpjax._dtypes import FLOAT16, describe
+from mpjax._finite import nonfinite_leaves, select
+from mpjax._loss_scaling import find_scaling_state
+from mpjax._paths import leaf_paths
+from mpjax._scaled_loss import split_aux
+from mpjax._steps import (
+  PolicyLike,
+  StepMetrics,
+  autocast_loss,
+  check_param_dtype,
+  keep_if_skipped,
+  loss_and_grads,
+  raise_if_stuck,
+  read_limit,
+  require_scaling,
+  step_metrics,
+)
+
+
+class TrainStep:
+  """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, batch)``."""
+
+  def __init__(self, jitted: Callable[..., Any], max_consecutive_skips: int | None) -> None:
+    self._jitted = jitted
+    self._limit = max_consecutive_skips
+
+  def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> StepMetrics:
+    """Takes one step, updating ``model`` and ``optimizer`` in place.
+
+    Args:
+      model: The model.
+      optimizer: Its optimizer.
+      batch: What the loss function takes as its second argument.
+
+    Returns:
+      The metrics of the step.
+
+    Raises:
+      NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
+    """
+    metrics, bad = self._jitted(model, optimizer, batch)
+    if self._limit is not None:
+      params = nnx.state(model, optimizer.wrt)
+      raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
+    return metrics
+
+  def lower(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Any:
+    """Lowers the step for these arguments, as ``nnx.jit(...).lower`` does.
+
+    Args:
+      model: The model.
+      optimizer: Its optimizer.
+      batch: A batch.
+
+    Returns:
+      A lowered function; its ``compile()`` tells memory and cost.
+    """
+    return self._jitted.lower(model, optimizer, batch)
+
+
+def make_train_step(
+  loss_fn: Callable[..., Any],
+  *,
+  has_aux: bool = False,
+  policy: PolicyLike | None = None,
+  max_consecutive_skips: int | None = None,
+  donate: bool = True,
+) -> TrainStep:
+  """Makes the compiled train step of a loss function of an NNX model.
+
+  The step differentiates ``loss_fn(model, batch)`` with respect to the Variables that the
+  optimizer was made for (its ``wrt``), and updates model and optimizer in place; BatchNorm
+  statistics, random streams and whatever else the loss changes in the model arrive there.
+
+  If the optimizer holds a loss scaler (`mpjax.dynamic_loss_scaling` as the outermost
+  transformation), the loss is scaled, and a step with non-finite gradients is skipped: every
+  Variable of model and optimizer, ``optimizer.step`` and the random streams included, stays as
+  it was; only the scaler moves. Without one, no operation of scaling or testing is in the
+  compiled step.
+
+  Args:
+    loss_fn: Returns the loss, or ``(loss, aux)`` if ``has_aux``.
+    has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
+    policy: A policy to run the whole loss under; see `mpjax.autocast`. The results of
+      ``loss_fn`` stay float32. Leave it out if the model is one of `mpjax.nnx.apply_policy`.
+    max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
+      then waits for its result.
+    donate: Whether the step reuses the buffers of model and optimizer. Arrays that another
+      object shares with them, such as a clone's, are deleted by that.
+
+  Returns:
+    ``step(model, optimizer, batch) -> metrics``.
+
+  Raises:
+    ValueError: If a policy cannot be read, ``max_consecutive_skips`` is below 1 or, when called,
+      given without a loss scaler, parameters do not have the policy's param dtype, or an
+      optimizer without a loss scaler has float16 state.
+    TypeError: When called, if ``loss_fn`` returns something else than above.
+
+  Example:
+    >>> import mpjax
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> loss_fn = lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+    >>> step = make_train_step(loss_fn, policy="mixed_float16")
+    >>> metrics = step(model, optimizer, {"x": jnp.ones((4, 2)), "y": jnp.ones((4, 1))})
+    >>> metrics.applied, metrics.loss_scale, model.kernel.dtype
+    (Array(True, dtype=bool), Array(32768., dtype=float32), dtype('float32'))
+  """
+  limit = read_limit(max_consecutive_skips)
+
+  def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> tuple[Any, Any]:
+    before = find_scaling_state(optimizer.opt_state)
+    require_scaling(before, limit)
+    graphdef, *parts = nnx.split(model, optimizer.wrt, nnx.Param, ...)
+    check_param_dtype(parts[0], policy)
+    _check_opt_state(optimizer.opt_state, scaled=before is not None)
+
+    def compute(wrt: nnx.State, params: nnx.State, rest: nnx.State, batch: Any) -> Any:
+      copy = nnx.merge(graphdef, wrt, params, rest)
+      out = loss_fn(copy, batch)
+      loss, aux = split_aux(out) if has_aux else (out, None)
+      return loss, (nnx.state(copy), aux)
+
+    run = autocast_loss(compute, policy, argnums=(0, 1))
+    old_opt_state = nnx.as_pure(optimizer.opt_state)
+    old_step = optimizer.step[...]
+    (loss, (changed, aux)), grads = loss_and_grads(run, before, *parts, batch)
+    nnx.update(model, changed)
+    optimizer.update(model, grads, **_extra_args(optimizer, loss))
+    after = find_scaling_state(optimizer.opt_state)
+    if after is not None:
+      applied = after.last_finite
+      _restore(applied, model, nnx.merge_state(*parts))
+      kept = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
+      nnx.update(optimizer.opt_state, nnx.state(kept))
+      optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
+    bad = None if limit is None else nonfinite_leaves(grads)
+    return step_metrics(loss, grads, before, after, aux), bad
+
+  donated = (0, 1) if donate else ()
+  return TrainStep(nnx.jit(train_step, donate_argnums=donated), limit)
+
+
+def _extra_args(optimizer: nnx.Optimizer, loss: jax.Array) -> dict[str, jax.Array]:
+  takes_value = isinstance(optimizer.tx, optax.GradientTransformationExtraArgs)
+  return {"value": loss} if takes_value else {}
+
+
+def _restore(applied: jax.Array, model: nnx.Module, old: nnx.State) -> None:
+  """Puts the Variables of a skipped step back; one that the step has added stays."""
+  before, after = nnx.to_flat_state(old), dict(nnx.to_flat_state(nnx.state(model)))
+  known = nnx.from_flat_state([(path, after[path]) for path, _ in before])
+  nnx.update(model, select(applied, known, nnx.from_flat_state(before)))
+
+
+def _check_opt_state(opt_state: Any, *, scaled: bool) -> None:
+  """Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754)."""
+  if scaled:
+    return
+  for path, leaf in leaf_paths(opt_state):
+    if getattr(leaf, "dtype", None) == FLOAT16:
+      raise ValueError(
+        "The optimizer's state must not be float16, where Adam's epsilon is zero. Got "
+        f"{path}: {describe(leaf)}. Keep the parameters in float32, or wrap the optimizer: "
+        "mpjax.static_loss_scaling(tx, 1) holds its state in float32."
+      )

@@ -1,0 +1,68 @@
+"""Numeric arguments: read, or refused with the argument's name."""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # between these, 1 / scale is a normal float32 too
+
+
+def power_of_two(name: str, value: Any) -> float:
+  """Reads the argument ``name``: a positive power of two whose inverse is float32 as well.
+
+  Raises:
+    ValueError: If the number is no such power, or a bool.
+    TypeError: If it is no number.
+
+  Example:
+    >>> power_of_two("scale", 2**15)
+    32768.0
+  """
+  if isinstance(value, bool) or not isinstance(value, numbers.Real | jax.Array):
+    _reject_type(name, value, "a power of two")
+  number = float(value)
+  if not (math.isfinite(number) and number > 0 and math.frexp(number)[0] == 0.5):
+    raise ValueError(
+      f"{name} must be a positive power of two, so that scaling is exact. Got {value!r}. "
+      f"Choose {_nearest(number)}."
+    )
+  if not _SMALLEST <= number <= _LARGEST:
+    raise ValueError(
+      f"{name} must lie between 2**-126 and 2**126, where it and its inverse are float32. "
+      f"Got {value!r}. Choose a number in between."
+    )
+  return number
+
+
+def _nearest(number: float) -> str:
+  if not (math.isfinite(number) and number > 0):
+    return "for example 2**15"
+  exponent = min(max(round(math.log2(number)), -126), 126)
+  return f"2**{exponent} = {2.0**exponent:g}"
+
+
+def positive_integer(name: str, value: Any) -> int:
+  """Reads the argument ``name``: an integer of at least 1.
+
+  Raises:
+    ValueError: If it is below 1, or a bool.
+    TypeError: If it is no integer.
+
+  Example:
+    >>> positive_integer("hysteresis", 2)
+    2
+  """
+  if isinstance(value, bool) or not hasattr(value, "__index__"):
+    _reject_type(name, value, "an integer")
+  number = operator.index(value)
+  if number < 1:
+    raise ValueError(f"{name} must be at least 1. Got {value!r}. Choose for example 1.")
+  return number
+
+
+def _reject_type(name: str, value: Any, what: str) -> None:
+  kind = ValueError if isinstance(value, bool) else TypeError
+  raise kind(f"{name} must be {what}. Got {value!r} of type {type(value).__name__}. Pass {what}.")

@@ -1,0 +1,86 @@
+"""The table at the end of `mpjax compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpjax._compare import Report, Result
+
+_UNKNOWN = "-"
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+def format_report(report: Report) -> str:
+  """Prints a report as a table, one row a policy, and what its columns mean."""
+  header = ["policy", "par/comp/out", "steps", "skips", "scale", "loss", *_metric_header(report)]
+  header += ["args", "temp", "step ms", "ratio", "compile"]
+  rows = [_cells(report, result) for result in report.results]
+  notes = [
+    f"{report.job}: {report.plan.steps} steps of {report.plan.batch_size}, "
+    f"seed {report.plan.seed}. loss: mean of the last applied training steps; "
+    f"{report.metric.name.replace('_', ' ')}: on held-out data.",
+    "args, temp: memory of the compiled step, as the compiler states it; "
+    "ratio: step time to the first row's.",
+  ]
+  return "\n".join([*_aligned([header, *rows], left=2), "", *notes])
+
+
+def _metric_header(report: Report) -> list[str]:
+  return [report.metric.name.replace("_", " "), "diff"]
+
+
+def _cells(report: Report, result: Result) -> list[str]:
+  first = report.results[0]
+  return [
+    result.curve.label,
+    _dtypes(result),
+    _steps(report, result),
+    str(result.skipped),
+    f"{result.loss_scale:g}",
+    f"{result.train_loss:.4f}",
+    *_metric(report, result),
+    _size(result.argument_bytes),
+    _size(result.temp_bytes),
+    f"{result.step_ms:.1f}",
+    f"{result.step_ms / first.step_ms:.2f}x",
+    f"{result.compile_seconds:.1f} s",
+  ]
+
+
+def _dtypes(result: Result) -> str:
+  policy = result.policy
+  names = (policy.param_dtype.name, policy.compute_dtype.name, policy.output_dtype.name)
+  return "/".join(_SHORT[name] for name in names)
+
+
+def _steps(report: Report, result: Result) -> str:
+  planned = report.plan.steps
+  return str(planned) if result.steps == planned else f"{result.steps}/{planned}"
+
+
+def _metric(report: Report, result: Result) -> list[str]:
+  first = report.results[0].metric
+  if result.metric is None:
+    return [_UNKNOWN, _UNKNOWN]
+  shown = report.metric.show(result.metric)
+  if first is None or result is report.results[0]:
+    return [shown, _UNKNOWN]
+  return [shown, report.metric.show(result.metric - first, sign=True)]
+
+
+def _size(size: int | None) -> str:
+  return _UNKNOWN if size is None else f"{size / 2**20:.2f} MiB"
+
+
+def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+  """Lines of columns: the first ``left`` ones begin alike, the others end alike."""
+  widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)
+  return [
+    "  ".join(
+      f"{cell:<{width}}" if place < left else f"{cell:>{width}}"
+      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]

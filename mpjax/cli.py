@@ -1,0 +1,297 @@
+"""The command line: ``python -m mpjax compare``, or ``mpjax compare``.
+
+What a person can put right ends in one line on stderr and exit status 2; Ctrl-C ends with what
+there is and exit status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpjax import Policy
+from mpjax._jobs import Job, UsageError
+from mpjax.plot import Curve, save_curves
+
+_USAGE, _INTERRUPTED = 2, 130
+_DEFAULT_POLICIES = "float32,mixed_bfloat16,mixed_float16"
+_DESCRIPTION = """\
+Trains one model from one seed under several precision policies, on real data that needs no
+download, and shows what precision did to loss, held-out metric, memory and time.
+"""
+_EPILOG = """\
+jobs:
+  digits  a residual network with BatchNorm (Flax Linen) on scikit-learn's 1,797 handwritten digits
+  text    a byte-level transformer (Flax NNX) on the source text of Python's standard library
+
+examples:
+  mpjax compare
+  mpjax compare --policies "float32;p=f32,c=bf16,o=bf16" --json rows.json --plot curves.png
+  mpjax compare --job text --steps 200 --checkpoint run1
+  mpjax compare --job text --steps 200 --checkpoint run1 --resume
+"""
+
+
+@dataclass(frozen=True)
+class _Defaults:
+  """What a job is trained with unless flags say otherwise, chosen for two CPU cores."""
+
+  steps: int
+  batch_size: int
+
+
+_JOBS = {"digits": _Defaults(steps=400, batch_size=64), "text": _Defaults(steps=500, batch_size=16)}
+
+
+class _Parser(argparse.ArgumentParser):
+  """A parser whose errors are one line."""
+
+  def error(self, message: str) -> NoReturn:
+    self.exit(_USAGE, f"{self.prog}: error: {_one_line(message)}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line.
+
+  Args:
+    argv: The arguments after the program's name; those of the process by default.
+
+  Returns:
+    The exit status: 0, 2 for what the person at the shell can put right, 130 after Ctrl-C.
+  """
+  try:
+    args = _parser().parse_args(argv)
+    return args.run(args)
+  except UsageError as error:
+    print(f"mpjax: error: {_one_line(str(error))}", file=sys.stderr)
+    return _USAGE
+  except KeyboardInterrupt:
+    print("mpjax: interrupted", file=sys.stderr)
+    return _INTERRUPTED
+
+
+def parse_policies(text: str) -> dict[str, Policy]:
+  """Reads a list of policies: by commas, and by semicolons around specs that hold commas.
+
+  Args:
+    text: Presets and spec strings.
+
+  Returns:
+    The policies by the words that they were given in, in order.
+
+  Raises:
+    ValueError: If a spec cannot be read, or two mean the same policy.
+
+  Example:
+    >>> list(parse_policies("float32, mixed_bfloat16; p=f32,c=f16,o=f32"))
+    ['float32', 'mixed_bfloat16', 'p=f32,c=f16,o=f32']
+  """
+  groups = [[group] if "=" in group else group.split(",") for group in text.split(";")]
+  specs = ["".join(spec.split()) for group in groups for spec in group]
+  policies: dict[str, Policy] = {}
+  for spec in filter(None, specs):
+    policy = Policy.parse(spec)
+    for other, known in policies.items():
+      if known == policy:
+        raise ValueError(f"Policies must differ. Got {other} and {spec}, both {policy}. Drop one.")
+    policies[spec] = policy
+  if not policies:
+    raise ValueError(f"There must be at least one policy. Got {text!r}. Name for example float32.")
+  return policies
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(
+    prog="mpjax",
+    description="Mixed precision for JAX, Flax and optax.",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--version", action="version", version=f"mpjax {_version()}")
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+  compare = commands.add_parser(
+    "compare",
+    help="train the same model under several policies and compare",
+    description=_DESCRIPTION,
+    epilog=_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  compare.set_defaults(run=_compare)
+  _add_compare_flags(compare)
+  return parser
+
+
+def _version() -> str:
+  try:
+    return version("mpjax")
+  except PackageNotFoundError:
+    return "(a checkout that is not installed)"
+
+
+def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
+  def default(name: str) -> str:
+    return ", ".join(f"{getattr(job, name)} for {key}" for key, job in _JOBS.items())
+
+  add = parser.add_argument
+  add("--job", choices=sorted(_JOBS), default="digits", help="what to train (digits)")
+  add(
+    "--policies",
+    type=_flag(parse_policies),
+    default=_DEFAULT_POLICIES,
+    metavar="SPECS",
+    help=f"presets or spec strings; ';' between specs that hold commas ({_DEFAULT_POLICIES})",
+  )
+  add("--steps", type=_count(1), metavar="N", help=f"training steps ({default('steps')})")
+  add(
+    "--batch-size", type=_count(1), metavar="N", help=f"examples a step ({default('batch_size')})"
+  )
+  add("--seed", type=_count(0), default=0, metavar="N", help="initial values and batches (0)")
+  add("--json", type=Path, metavar="FILE", help="write the rows of the table as JSON")
+  add("--plot", type=Path, metavar="FILE.png", help="draw the loss and scale curves")
+  add("--checkpoint", type=Path, metavar="DIR", help="save the state ten times a run")
+  add("--resume", action="store_true", help="go on from the checkpoints in DIR, if it has any")
+
+
+def _flag(read: Callable[[str], object]) -> Callable[[str], object]:
+  """A reader of a flag's value whose ValueError argparse reports with its own message."""
+
+  def convert(text: str) -> object:
+    try:
+      return read(text)
+    except ValueError as error:
+      raise argparse.ArgumentTypeError(str(error)) from error
+
+  return convert
+
+
+def _count(least: int) -> Callable[[str], object]:
+  def read(text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+      raise ValueError(f"must be a whole number of at least {least}. Got {text!r}.")
+    return int(text)
+
+  return _flag(read)
+
+
+def _compare(args: argparse.Namespace) -> int:
+  """The command `compare`: checks everything that can be wrong, then trains."""
+  _check_files(args)
+  job = _load_job(args)
+  # Here and not above: `--help` need not wait for Orbax.
+  from mpjax._compare import Plan, compare
+  from mpjax._progress import Progress
+  from mpjax._table import format_report
+
+  defaults = _JOBS[args.job]
+  plan = Plan(args.steps or defaults.steps, args.batch_size or defaults.batch_size, args.seed)
+  if plan.batch_size > job.train_size:
+    raise UsageError(
+      f"--batch-size must be at most {job.train_size}, the training examples of {job.name}. "
+      f"Got {plan.batch_size}."
+    )
+  progress = Progress(sys.stderr, max(map(len, args.policies)))
+  report = compare(job, args.policies, plan, progress, args.checkpoint)
+  if report.results:
+    print(format_report(report))
+  if args.json is not None:
+    _write_json(args.json, report.rows())
+  if args.plot is not None and report.results:
+    _write_plot(args.plot, [result.curve for result in report.results])
+  if report.interrupted:
+    complete = sum(result.metric is not None for result in report.results)
+    print(f"mpjax: interrupted: {complete} of {len(args.policies)} policies done", file=sys.stderr)
+    return _INTERRUPTED
+  return 0
+
+
+def _load_job(args: argparse.Namespace) -> Job:
+  if args.job == "digits":
+    from mpjax._digits import Digits
+
+    return Digits()
+  from mpjax._text import Text
+
+  return Text()
+
+
+def _check_files(args: argparse.Namespace) -> None:
+  if args.resume and args.checkpoint is None:
+    raise UsageError("--resume needs --checkpoint DIR, the directory to go on from.")
+  if args.json is not None:
+    _check_writable("--json", args.json)
+  if args.plot is not None:
+    _check_plot(args.plot)
+  if args.checkpoint is not None:
+    _check_directory(args.checkpoint, resume=args.resume)
+
+
+def _check_plot(path: Path) -> None:
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UsageError('--plot needs matplotlib: pip install "mpjax[plot]"')
+  if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+    raise UsageError(f"--plot must name a .png, .pdf or .svg file. Got {path}.")
+  _check_writable("--plot", path)
+
+
+def _check_writable(flag: str, path: Path) -> None:
+  """Opens a file for writing without touching what it holds."""
+  existed = path.exists()
+  try:
+    with path.open("ab"):
+      pass
+  except OSError as error:
+    raise UsageError(
+      f"{flag} must name a file that can be written. {_reason(error, path)}"
+    ) from error
+  if not existed:
+    path.unlink()
+
+
+def _check_directory(path: Path, *, resume: bool) -> None:
+  if importlib.util.find_spec("orbax.checkpoint") is None:
+    raise UsageError('--checkpoint needs Orbax: pip install "mpjax[demo]"')
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".mpjax-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+    empty = not any(path.iterdir())
+  except OSError as error:
+    raise UsageError(
+      f"--checkpoint must name a directory that can be written. {_reason(error, path)}"
+    ) from error
+  if not (empty or resume):
+    raise UsageError(
+      f"--checkpoint must name an empty directory, unless --resume is given. Got {path}, "
+      "which holds files. Add --resume or name another."
+    )
+
+
+def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+  try:
+    path.write_text(json.dumps(rows, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+  except OSError as error:
+    raise UsageError(f"--json could not be written. {_reason(error, path)}") from error
+
+
+def _write_plot(path: Path, curves: Sequence[Curve]) -> None:
+  try:
+    save_curves(curves, path)
+  except OSError as error:
+    raise UsageError(f"--plot could not be written. {_reason(error, path)}") from error
+
+
+def _reason(error: OSError, path: Path) -> str:
+  return f"{path}: {error.strerror or error}."
+
+
+def _one_line(message: str) -> str:
+  return " ".join(message.split())

@@ -31,7 +31,10 @@ class Checkpoints:
     self._settings = settings
     # Synchronous: what has been saved is on disk before the next step is taken.
     options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False)
-    self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "settings": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(
+      directory.resolve(), options=options, item_handlers=handlers
+    )
     try:
       self._check_settings(self._manager.latest_step())
     except UsageError:
@@ -89,7 +92,7 @@ class Checkpoints:
 
   def _check_arrays(self, step: int, like: Any) -> None:
     """Orbax casts silently to the dtype that it is asked for; a mismatch is refused here."""
-    written = _shapes(self._manager.item_metadata(step)["arrays"].tree)
+    written = _shapes(self._manager.item_metadata(step)["arrays"])
     wanted = _shapes(_by_name(like))
     for name in sorted(written.keys() | wanted.keys()):
       if written.get(name) != wanted.get(name):

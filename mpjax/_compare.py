@@ -268,7 +268,7 @@ class _Run:
   def _compile(self) -> None:
     batch = self._batch(0)
     began = time.perf_counter()
-    compiled = self._session.compile(batch)
+    compiled = self._session.lower(batch).compile()
     self._compile_seconds = time.perf_counter() - began
     self._memory = compiled.memory_analysis()
 

@@ -78,7 +78,7 @@ class Digits:
   """
 
   name = "digits"
-  metric = Metric("accuracy", "%", 100.0, 2)
+  metric = Metric("accuracy", 100.0, "%", " pt", 2)
 
   def __init__(self, model: nn.Module | None = None) -> None:
     images, labels = _load()
@@ -121,9 +121,9 @@ class DigitsSession:
     self._step = mpjax.make_train_step(_loss_of(model), tx, policy=policy)
     self._predict = jax.jit(mpjax.apply_policy(model, policy).apply, static_argnames="train")
 
-  def compile(self, batch: Batch) -> Any:
-    """Traces and compiles the step for batches like this one; returns the compiled step."""
-    return self._step.lower(self._state, batch).compile()
+  def lower(self, batch: Batch) -> Any:
+    """Lowers the step for batches like this one; ``compile()`` of it serves later steps too."""
+    return self._step.lower(self._state, batch)
 
   def step(self, batch: Batch) -> Outcome:
     """Takes one training step."""

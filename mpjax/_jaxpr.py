@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
 Path = tuple[str, ...]
 
@@ -47,7 +47,8 @@ def like(original: Any, closed: Any) -> tuple[Any, Sequence[Any]]:
     return closed, ()
   inner, consts = open_jaxpr(closed), list(constants(closed))
   if consts:
-    inner = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=None)
+    debug = DebugInfo("autocast", "body", None, None)
+    inner = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=debug)
   return inner, consts
 
 
@@ -123,7 +124,7 @@ def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     outvars=list(eqn.outvars),
     eqns=[eqn],
     effects=eqn.effects,
-    debug_info=None,
+    debug_info=DebugInfo("autocast", eqn.primitive.name, None, None),
   )
   return jax.core.eval_jaxpr(alone, (), *first.values())
 

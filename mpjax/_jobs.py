@@ -44,19 +44,25 @@ class Metric:
 
   Attributes:
     name: Its name in reports, such as "accuracy".
-    unit: Its unit in tables, such as "%".
-    factor: What a value is multiplied by to be shown in that unit.
+    factor: What a value is multiplied by to be printed.
+    unit: What stands behind a printed value, such as "%".
+    difference_unit: What stands behind a printed difference of two values.
     decimals: The number of decimals that mean something.
   """
 
   name: str
-  unit: str
   factor: float
+  unit: str
+  difference_unit: str
   decimals: int
 
-  def show(self, value: float, *, sign: bool = False) -> str:
-    """Prints a value of this metric, or a difference of two, in its unit."""
-    return f"{value * self.factor:{'+' if sign else ''}.{self.decimals}f}{self.unit}"
+  def show(self, value: float) -> str:
+    """Prints a value of this metric."""
+    return f"{value * self.factor:.{self.decimals}f}{self.unit}"
+
+  def show_difference(self, value: float) -> str:
+    """Prints a difference of two values of this metric."""
+    return f"{value * self.factor:+.{self.decimals}f}{self.difference_unit}"
 
 
 class Outcome(NamedTuple):
@@ -76,8 +82,8 @@ class Outcome(NamedTuple):
 class Session(Protocol):
   """One model in training under one policy."""
 
-  def compile(self, batch: Batch) -> Any:
-    """Traces and compiles the step for batches like this one; returns the compiled step."""
+  def lower(self, batch: Batch) -> Any:
+    """Lowers the step for batches like this one; ``compile()`` of it serves later steps too."""
     ...
 
   def step(self, batch: Batch) -> Outcome:

@@ -128,12 +128,14 @@ def make_train_step(
     _check_opt_state(optimizer.opt_state, scaled=before is not None)
 
     def compute(wrt: nnx.State, params: nnx.State, rest: nnx.State, batch: Any) -> Any:
-      copy = nnx.merge(graphdef, wrt, params, rest)
+      copy = nnx.merge(graphdef, wrt, params, rest, copy=True)
       out = loss_fn(copy, batch)
       loss, aux = split_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copy), aux)
 
     run = autocast_loss(compute, policy, argnums=(0, 1))
+    # Pure arrays: the Variables themselves are about to change.
+    old_variables = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
     old_opt_state = nnx.as_pure(optimizer.opt_state)
     old_step = optimizer.step[...]
     (loss, (changed, aux)), grads = loss_and_grads(run, before, *parts, batch)
@@ -142,7 +144,7 @@ def make_train_step(
     after = find_scaling_state(optimizer.opt_state)
     if after is not None:
       applied = after.last_finite
-      _restore(applied, model, nnx.merge_state(*parts))
+      _restore(applied, model, old_variables)
       kept = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
       nnx.update(optimizer.opt_state, nnx.state(kept))
       optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
@@ -158,11 +160,11 @@ def _extra_args(optimizer: nnx.Optimizer, loss: jax.Array) -> dict[str, jax.Arra
   return {"value": loss} if takes_value else {}
 
 
-def _restore(applied: jax.Array, model: nnx.Module, old: nnx.State) -> None:
+def _restore(applied: jax.Array, model: nnx.Module, old: dict[Any, Any]) -> None:
   """Puts the Variables of a skipped step back; one that the step has added stays."""
-  before, after = nnx.to_flat_state(old), dict(nnx.to_flat_state(nnx.state(model)))
-  known = nnx.from_flat_state([(path, after[path]) for path, _ in before])
-  nnx.update(model, select(applied, known, nnx.from_flat_state(before)))
+  now = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
+  kept = select(applied, [now[path] for path in old], list(old.values()))
+  nnx.update(model, nnx.from_flat_state(zip(old, kept, strict=True)))
 
 
 def _check_opt_state(opt_state: Any, *, scaled: bool) -> None:

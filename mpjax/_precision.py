@@ -65,7 +65,8 @@ def fits(value: float, dtype: np.dtype) -> bool:
   if not np.isfinite(magnitude) or magnitude == 0.0:
     return True
   info = jnp.finfo(dtype)
-  rounded = abs(float(np.asarray(value, np.float32).astype(dtype)))
+  with np.errstate(over="ignore"):
+    rounded = abs(float(np.asarray(value, np.float32).astype(dtype)))
   return bool(np.isfinite(rounded)) and magnitude >= float(info.smallest_normal)
 
 

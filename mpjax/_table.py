@@ -15,7 +15,7 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 def format_report(report: Report) -> str:
   """Prints a report as a table, one row a policy, and what its columns mean."""
   header = ["policy", "par/comp/out", "steps", "skips", "scale", "loss", *_metric_header(report)]
-  header += ["args", "temp", "step ms", "ratio", "compile"]
+  header += ["args MiB", "temp MiB", "step ms", "ratio", "compile s"]
   rows = [_cells(report, result) for result in report.results]
   notes = [
     f"{report.job}: {report.plan.steps} steps of {report.plan.batch_size}, "
@@ -45,7 +45,7 @@ def _cells(report: Report, result: Result) -> list[str]:
     _size(result.temp_bytes),
     f"{result.step_ms:.1f}",
     f"{result.step_ms / first.step_ms:.2f}x",
-    f"{result.compile_seconds:.1f} s",
+    f"{result.compile_seconds:.1f}",
   ]
 
 
@@ -67,11 +67,11 @@ def _metric(report: Report, result: Result) -> list[str]:
   shown = report.metric.show(result.metric)
   if first is None or result is report.results[0]:
     return [shown, _UNKNOWN]
-  return [shown, report.metric.show(result.metric - first, sign=True)]
+  return [shown, report.metric.show_difference(result.metric - first)]
 
 
 def _size(size: int | None) -> str:
-  return _UNKNOWN if size is None else f"{size / 2**20:.2f} MiB"
+  return _UNKNOWN if size is None else f"{size / 2**20:.2f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:

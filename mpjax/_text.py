@@ -81,7 +81,7 @@ class Text:
   """
 
   name = "text"
-  metric = Metric("bits_per_byte", "", 1.0, 4)
+  metric = Metric("bits_per_byte", 1.0, "", "", 4)
 
   def __init__(self, width: int = 128, depth: int = 2, heads: int = 4) -> None:
     self._train, held_out = _load()
@@ -117,9 +117,9 @@ class TextSession:
     self._step = mpjax.nnx.make_train_step(_loss, policy=policy)
     self._evaluate = nnx.jit(partial(_held_out_loss, policy=policy))
 
-  def compile(self, batch: Batch) -> Any:
-    """Traces and compiles the step for batches like this one; returns the compiled step."""
-    return self._step.lower(self._model, self._optimizer, batch).compile()
+  def lower(self, batch: Batch) -> Any:
+    """Lowers the step for batches like this one; ``compile()`` of it serves later steps too."""
+    return self._step.lower(self._model, self._optimizer, batch)
 
   def step(self, batch: Batch) -> Outcome:
     """Takes one training step."""

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-_SMOOTHED_OVER = 25
+# Losses that span more than this factor are drawn on a logarithmic axis.
+_WIDE_SPAN = 20.0
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
 
 
@@ -33,7 +34,7 @@ class Curve(NamedTuple):
 
 
 def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
-  """Plots the training loss of each run: every step faintly, and a running mean over 25.
+  """Plots the training loss of each run: every step faintly, and a running mean.
 
   Args:
     curves: The runs.
@@ -49,8 +50,9 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
   for number, curve in enumerate(curves):
     steps, style = _steps(curve), _style(number)
     ax.plot(steps, curve.losses, color=style["color"], alpha=0.2, linewidth=0.8)
-    ax.plot(steps, running_mean(curve.losses, _SMOOTHED_OVER), label=curve.label, **style)
-  if any(np.any(curve.losses > 0) for curve in curves):
+    mean = running_mean(curve.losses, 1 + len(curve.losses) // 40)
+    ax.plot(steps, mean, label=curve.label, **style)
+  if _span(curves) > _WIDE_SPAN:
     ax.set_yscale("log")
   ax.set(xlabel="step", ylabel="training loss")
   ax.legend(frameon=False)
@@ -117,6 +119,13 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 def _trailing_sum(values: np.ndarray, width: int) -> np.ndarray:
   total = np.concatenate([np.zeros(width), np.cumsum(values, dtype=float)])
   return total[width:] - total[:-width]
+
+
+def _span(curves: Sequence[Curve]) -> float:
+  """The factor between the largest and the smallest loss that is finite and above zero."""
+  losses = np.concatenate([curve.losses for curve in curves]) if curves else np.ones(1)
+  positive = losses[np.isfinite(losses) & (losses > 0)]
+  return float(positive.max() / positive.min()) if positive.size else 1.0
 
 
 def _steps(curve: Curve) -> np.ndarray:

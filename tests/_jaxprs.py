@@ -6,75 +6,77 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn
 
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+CONTRACTIONS = frozenset(
+  {"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"}
+)
 
 
 class Contraction(NamedTuple):
-    """A matmul or convolution: its primitive, and the dtypes of its factors and of its result."""
+  """A matmul or convolution: its primitive, and the dtypes of its factors and of its result."""
 
-    primitive: str
-    factors: tuple[str, ...]
-    result: str
+  primitive: str
+  factors: tuple[str, ...]
+  result: str
 
 
 def sub_jaxprs(value: Any) -> Iterator[Jaxpr]:
-    """The jaxprs that an equation's parameter holds: itself, or in tuples, lists and dicts."""
-    opened = getattr(value, "jaxpr", value)
-    if hasattr(opened, "eqns"):
-        yield opened
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from sub_jaxprs(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from sub_jaxprs(item)
+  """The jaxprs that an equation's parameter holds: itself, or in tuples, lists and dicts."""
+  opened = getattr(value, "jaxpr", value)
+  if hasattr(opened, "eqns"):
+    yield opened
+  elif isinstance(value, (tuple, list)):
+    for item in value:
+      yield from sub_jaxprs(item)
+  elif isinstance(value, dict):
+    for item in value.values():
+      yield from sub_jaxprs(item)
 
 
 def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
-    """Every equation of a jaxpr and of the jaxprs inside it, at any depth.
+  """Every equation of a jaxpr and of the jaxprs inside it, at any depth.
 
-    Scan, while, cond, jit, remat, shard_map, custom_jvp and custom_vjp (the primal function; the
-    rules stand in the jaxpr of the gradient) and kernels keep theirs in parameters.
-    """
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield eqn
-        for value in eqn.params.values():
-            for inner in sub_jaxprs(value):
-                yield from equations(inner)
+  Scan, while, cond, jit, remat, shard_map, custom_jvp and custom_vjp (the primal function; the
+  rules stand in the jaxpr of the gradient) and kernels keep theirs in parameters.
+  """
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    yield eqn
+    for value in eqn.params.values():
+      for inner in sub_jaxprs(value):
+        yield from equations(inner)
 
 
 def contractions(jaxpr: Any) -> list[Contraction]:
-    """Every matmul and convolution of a jaxpr."""
-    return [
-        Contraction(
-            eqn.primitive.name,
-            tuple(atom.aval.dtype.name for atom in eqn.invars[:2]),
-            eqn.outvars[0].aval.dtype.name,
-        )
-        for eqn in equations(jaxpr)
-        if eqn.primitive.name in CONTRACTIONS
-    ]
+  """Every matmul and convolution of a jaxpr."""
+  return [
+    Contraction(
+      eqn.primitive.name,
+      tuple(atom.aval.dtype.name for atom in eqn.invars[:2]),
+      eqn.outvars[0].aval.dtype.name,
+    )
+    for eqn in equations(jaxpr)
+    if eqn.primitive.name in CONTRACTIONS
+  ]
 
 
 def wide_contractions(jaxpr: Any, compute_dtype: str) -> list[Contraction]:
-    """The matmuls and convolutions with a floating factor that is not of the compute dtype."""
-    return [
-        found
-        for found in contractions(jaxpr)
-        if any("float" in dtype and dtype != compute_dtype for dtype in found.factors)
-    ]
+  """The matmuls and convolutions with a floating factor that is not of the compute dtype."""
+  return [
+    found
+    for found in contractions(jaxpr)
+    if any("float" in dtype and dtype != compute_dtype for dtype in found.factors)
+  ]
 
 
 def primitives(jaxpr: Any) -> Counter[str]:
-    """How often each primitive occurs in a jaxpr."""
-    return Counter(eqn.primitive.name for eqn in equations(jaxpr))
+  """How often each primitive occurs in a jaxpr."""
+  return Counter(eqn.primitive.name for eqn in equations(jaxpr))
 
 
 def result_dtypes(jaxpr: Any, primitive: str) -> set[str]:
-    """The dtypes of the results of one primitive."""
-    return {
-        var.aval.dtype.name
-        for eqn in equations(jaxpr)
-        if eqn.primitive.name == primitive
-        for var in eqn.outvars
-    }
+  """The dtypes of the results of one primitive."""
+  return {
+    var.aval.dtype.name
+    for eqn in equations(jaxpr)
+    if eqn.primitive.name == primitive
+    for var in eqn.outvars
+  }

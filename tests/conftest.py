@@ -2,18 +2,16 @@
 
 import os
 
-# Read when JAX is first imported, so before it is; eight devices stand in for a small mesh.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
-
 import chex
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 
+if not os.environ.get("JAX_PLATFORMS"):
+  jax.config.update("jax_platforms", "cpu")
+# Eight devices stand in for a small mesh.
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -116,11 +116,11 @@ def test_select_of_the_same_object_adds_nothing_to_the_jaxpr():
 
 
 def test_select_names_what_differs():
-  with pytest.raises(ValueError, match="Only where the predicate is true: b. Only .* false: c"):
+  with pytest.raises(ValueError, match=r"Only where the predicate is true: b. Only .* false: c"):
     select(True, {"a": 1.0, "b": 1.0}, {"a": 1.0, "c": 1.0})
   with pytest.raises(ValueError, match="same structure"):
     select(True, [jnp.ones(1)], (jnp.ones(1),))
   with pytest.raises(ValueError, match=r"Leaf 'a/0' is bf16\[2\] where .* true and f32\[2\] where"):
     select(True, {"a": [jnp.ones(2, jnp.bfloat16)]}, {"a": [jnp.ones(2)]})
-  with pytest.raises(ValueError, match="Leaf 'f' is 'x' where .* 'y' where"):
+  with pytest.raises(ValueError, match=r"Leaf 'f' is 'x' where .* 'y' where"):
     select(True, {"f": "x"}, {"f": "y"})

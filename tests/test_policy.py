@@ -151,6 +151,6 @@ def test_a_policy_argument_may_be_a_policy_or_a_string():
   assert as_policy(MIXED) is MIXED
   assert as_policy("mixed_bfloat16") == MIXED
   with pytest.raises(
-    TypeError, match="must be a mpjax.Policy or a spec string. Got 16 of type int"
+    TypeError, match=r"must be a mpjax.Policy or a spec string. Got 16 of type int"
   ):
     as_policy(16)

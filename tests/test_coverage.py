@@ -1,0 +1,340 @@
+"""Autocast reaches a matmul or convolution wherever JAX can hide one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.ode import odeint
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import mpjax
+
+from _jaxprs import contractions, wide_contractions
+
+POLICIES = {"mixed_bfloat16": ("bfloat16", 2.0**-6), "mixed_float16": ("float16", 2.0**-9)}
+
+
+def dot(x, w):
+  return jnp.tanh(x @ w)
+
+
+def conv(x, w):
+  kernel = w.reshape(4, 4, 4)[:1]
+  return jnp.tanh(
+    lax.conv_general_dilated(
+      x.reshape(2, 2, 4), kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+  ).reshape(x.shape)
+
+
+OPS = {"dot": dot, "conv": conv}
+
+
+@functools.cache
+def custom_vjp_of(op):
+  @jax.custom_vjp
+  def fn(x, w):
+    return op(x, w)
+
+  def forward(x, w):
+    y, pullback = jax.vjp(op, x, w)
+    return y, (pullback, x)
+
+  def backward(residuals, ct):
+    pullback, _ = residuals
+    dx, dw = pullback(ct)
+    return 2.0 * dx, 2.0 * dw  # a rule of the user's own: twice the true gradient
+
+  fn.defvjp(forward, backward)
+  return fn
+
+
+@functools.cache
+def custom_jvp_of(op):
+  @jax.custom_jvp
+  def fn(x, w):
+    return op(x, w)
+
+  @fn.defjvp
+  def rule(primals, tangents):
+    y, dy = jax.jvp(op, primals, tangents)
+    return y, 3.0 * dy
+
+  return fn
+
+
+def scan(op, w, x):
+  return lax.scan(lambda c, _: (op(c, w), c.sum()), x, None, length=3)[0]
+
+
+def scan_over_weights(op, w, x):
+  return lax.scan(lambda c, v: (op(c, v), None), x, jnp.stack([w, 2.0 * w]))[0]
+
+
+def scan_with_stray_float32(op, w, x):
+  stray = np.ones(x.shape, np.float32)
+  return lax.scan(lambda c, _: (op(c, w) + stray, None), x, None, length=2)[0]
+
+
+def while_loop(op, w, x):
+  return lax.while_loop(lambda c: c[1] < 3, lambda c: (op(c[0], w), c[1] + 1), (x, 0))[0]
+
+
+def fori_loop(op, w, x):
+  return lax.fori_loop(0, 3, lambda _, c: op(c, w), x)
+
+
+def cond(op, w, x):
+  return lax.cond(x.sum() > 0, lambda x: op(x, w), lambda x: x, x)
+
+
+def cond_with_stray_float32(op, w, x):
+  stray = np.full(x.shape, 0.5, np.float32)
+  return lax.cond(x.sum() > 0, lambda x: op(x, w), lambda x: x + stray, x)
+
+
+def switch(op, w, x):
+  return lax.switch(1, [lambda x: x, lambda x: op(x, w), lambda x: 2.0 * x], x)
+
+
+def shard_map(op, w, x):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+  mapped = jax.shard_map(
+    lambda w, x: lax.pmean(op(x, w), "d"), mesh=mesh, in_specs=(P(), P("d")), out_specs=P()
+  )
+  return mapped(w, x)
+
+
+def kernel(op, w, x):
+  from jax.experimental import pallas as pl
+
+  def add(a_ref, b_ref, o_ref):
+    o_ref[...] = a_ref[...] + b_ref[...]
+
+  call = pl.pallas_call(add, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)
+  return call(op(x, w), x)
+
+
+def callback(op, w, x):
+  aval = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  y = op(x, w)
+  return y + lax.stop_gradient(jax.pure_callback(np.asarray, aval, lax.stop_gradient(x)))
+
+
+def associative_scan(op, w, x):
+  return lax.associative_scan(jnp.add, op(x, w))
+
+
+def closure_over_a_tracer(op, w, x):
+  return jax.jit(lambda x: op(x, w))(x)
+
+
+def debug_print(op, w, x):
+  jax.debug.callback(lambda y: None, x)
+  return op(x, w)
+
+
+def named(op, w, x):
+  with jax.named_scope("layer"):
+    return op(x, w)
+
+
+CONSTRUCTS = {
+  "plain": lambda op, w, x: op(x, w),
+  "jit": lambda op, w, x: jax.jit(op)(x, w),
+  "nested_jit": lambda op, w, x: jax.jit(lambda x: jax.jit(op)(x, w))(x),
+  "jit_inline": lambda op, w, x: jax.jit(op, inline=True)(x, w),
+  "jit_static": lambda op, w, x: jax.jit(lambda n, x, w: n * op(x, w), static_argnums=0)(2, x, w),
+  "jit_donate": lambda op, w, x: jax.jit(op, keep_unused=True)(x, w=w),
+  "scan": scan,
+  "scan_over_weights": scan_over_weights,
+  "scan_with_stray_float32": scan_with_stray_float32,
+  "while": while_loop,
+  "fori_loop": fori_loop,
+  "cond": cond,
+  "cond_with_stray_float32": cond_with_stray_float32,
+  "switch": switch,
+  "map": lambda op, w, x: lax.map(lambda row: op(jnp.stack([row, row]), w)[0], x),
+  "remat": lambda op, w, x: jax.checkpoint(op)(x, w),
+  "remat_of_scan": lambda op, w, x: jax.checkpoint(lambda w, x: scan(op, w, x))(w, x),
+  "scan_of_remat": lambda op, w, x: scan(jax.checkpoint(op), w, x),
+  "remat_saving_dots": lambda op, w, x: jax.checkpoint(
+    op, policy=jax.checkpoint_policies.dots_saveable
+  )(x, w),
+  "custom_vjp": lambda op, w, x: custom_vjp_of(op)(x, w),
+  "custom_jvp": lambda op, w, x: custom_jvp_of(op)(x, w),
+  "scan_of_custom_vjp": lambda op, w, x: scan(custom_vjp_of(op), w, x),
+  "remat_of_custom_jvp": lambda op, w, x: jax.checkpoint(custom_jvp_of(op))(x, w),
+  "shard_map": shard_map,
+  "vmap": lambda op, w, x: jax.vmap(lambda r: op(jnp.stack([r, r]), w)[0])(x),
+  "grad_inside": lambda op, w, x: jax.grad(lambda x: op(x, w).sum())(x),
+  "linearize_inside": lambda op, w, x: jax.linearize(lambda x: op(x, w), x)[1](x),
+  "pallas": kernel,
+  "pure_callback": callback,
+  "debug": debug_print,
+  "named_scope": named,
+  "associative_scan": associative_scan,
+  "closure": closure_over_a_tracer,
+}
+NO_REVERSE = {"while", "pallas"}
+
+
+def make(op, construct):
+  def fn(w, x):
+    return jnp.sum(CONSTRUCTS[construct](OPS[op], w, x) ** 2)
+
+  return fn
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_users():
+  """The functions here are written as users write them, under JAX's default settings."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+@pytest.fixture(scope="module")
+def operands():
+  w, x = jax.random.normal(jax.random.key(0), (2, 8, 8)) * 0.5
+  return w, x[:2] + 0.1
+
+
+def transforms(name, fn, policy):
+  return {
+    "forward": lambda: mpjax.autocast(fn, policy),
+    "grad_outside": lambda: jax.grad(mpjax.autocast(fn, policy)),
+    "grad_inside": lambda: mpjax.autocast(jax.grad(fn), policy),
+  }[name]()
+
+
+CASES = [
+  pytest.param(construct, op, transform, policy, id=f"{construct}-{op}-{transform}-{policy}")
+  for construct in CONSTRUCTS
+  for op in OPS
+  for transform in ("forward", "grad_outside", "grad_inside")
+  for policy in POLICIES
+  if transform == "forward" or construct not in NO_REVERSE
+]
+
+
+@pytest.mark.parametrize(("construct", "op", "transform", "policy"), CASES)
+def test_no_contraction_stays_float32(construct, op, transform, policy, operands):
+  fn = make(op, construct)
+  compute, tolerance = POLICIES[policy]
+  cast = transforms(transform, fn, policy)
+  jaxpr = jax.make_jaxpr(cast)(*operands)
+  assert contractions(jaxpr)
+  assert not wide_contractions(jaxpr, compute)
+  got = jax.eval_shape(cast, *operands)
+  assert got.dtype == jnp.float32
+  if transform == "grad_inside" or policy == "mixed_float16":
+    return  # the same equations: one compilation says what their values are
+  plain = fn if transform == "forward" else jax.grad(fn)
+  got, want = jax.jit(cast)(*operands), jax.jit(plain)(*operands)
+  scale = np.max(np.abs(want)) + 1e-3
+  np.testing.assert_allclose(got / scale, want / scale, atol=8 * tolerance)
+
+
+def widening_lax_add(w, x):
+  return lax.add(x @ w, jnp.ones((2, 8), jnp.float32))
+
+
+RUNS_IN_FLOAT32 = {
+  "lax_add": widening_lax_add,
+  "cholesky": lambda w, x: jnp.linalg.cholesky(w @ w.T + 10 * jnp.eye(8)),
+  "solve": lambda w, x: jnp.linalg.solve(w + 9 * jnp.eye(8), (x @ w).T),
+  "inv": lambda w, x: jnp.linalg.inv(w @ w + 9 * jnp.eye(8)),
+  "eigh": lambda w, x: jnp.linalg.eigh(w @ w.T)[0],
+  "svd": lambda w, x: jnp.linalg.svd(w @ w)[1],
+  "qr": lambda w, x: jnp.linalg.qr(w @ w + jnp.eye(8))[1],
+  "det": lambda w, x: jnp.linalg.det(w @ w + 9 * jnp.eye(8)),
+  "slogdet": lambda w, x: jnp.linalg.slogdet(w @ w + 9 * jnp.eye(8))[1],
+  "lstsq": lambda w, x: jnp.linalg.lstsq(w + 9 * jnp.eye(8), (x @ w).T)[0],
+  "expm": lambda w, x: jax.scipy.linalg.expm(0.1 * (w @ w)),
+  "fft": lambda w, x: jnp.fft.fft(x @ w).real,
+  "rfft": lambda w, x: jnp.fft.irfft(jnp.fft.rfft(x @ w)),
+  "complex": lambda w, x: jnp.abs((x @ w) * jnp.exp(1j * (x @ w))),
+  "interp": lambda w, x: jnp.interp(x @ w, jnp.linspace(-9.0, 9.0, 5), jnp.arange(5.0)),
+  "update_slice": lambda w, x: lax.dynamic_update_slice(jnp.zeros((4, 8)), x @ w, (0, 0)),
+  "update_cache": lambda w, x: lax.dynamic_update_slice(
+    np.ones((4, 8), np.float32), x @ w, (0, 0)
+  ),
+  "at_add": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 1])].add(x @ w),
+  "at_set": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 2])].set(x @ w),
+  "at_max": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 1])].max(x @ w),
+  "segment_sum": lambda w, x: jax.ops.segment_sum(x @ w, jnp.array([0, 0]), 3),
+  "sort": lambda w, x: jnp.sort(x @ w),
+  "sort_pairs": lambda w, x: lax.sort((x @ w, x), num_keys=1)[1],
+  "argsort": lambda w, x: jnp.argsort(x @ w),
+  "top_k": lambda w, x: lax.top_k(x @ w, 3)[0],
+  "median": lambda w, x: jnp.median(x @ w),
+  "quantile": lambda w, x: jnp.quantile(x @ w, 0.3),
+  "cumsum": lambda w, x: jnp.cumsum(x @ w),
+  "cumlogsumexp": lambda w, x: lax.cumlogsumexp(x @ w),
+  "cummax": lambda w, x: lax.cummax(x @ w),
+  "reduce": lambda w, x: lax.reduce(x @ w, np.float32(0), lax.add, (0,)),
+  "reduce_window": lambda w, x: lax.reduce_window(
+    x @ w, np.float32(0), lax.add, (1, 2), (1, 1), "SAME"
+  ),
+  "max_pool": lambda w, x: lax.reduce_window(
+    x @ w, -np.float32(np.inf), lax.max, (1, 2), (1, 1), "SAME"
+  ),
+  "nextafter": lambda w, x: jnp.nextafter(x @ w, 1.0),
+  "bitcast": lambda w, x: lax.bitcast_convert_type(x @ w, jnp.int32),
+  "frexp": lambda w, x: jnp.frexp(x @ w)[0],
+  "gamma": lambda w, x: jax.scipy.special.gammaln(jnp.abs(x @ w) + 1.0),
+  "digamma": lambda w, x: jax.scipy.special.digamma(jnp.abs(x @ w) + 1.0),
+  "betainc": lambda w, x: jax.scipy.special.betainc(jnp.abs(x @ w) + 1.0, 1.0, 0.5),
+  "erfinv": lambda w, x: jax.scipy.special.erfinv(0.1 * jnp.tanh(x @ w)),
+  "random_gamma": lambda w, x: jax.random.gamma(jax.random.key(0), jnp.abs(x @ w) + 1.0),
+  "categorical": lambda w, x: jax.random.categorical(jax.random.key(0), x @ w),
+  "normal": lambda w, x: x @ w + jax.random.normal(jax.random.key(0), (2, 8)),
+  "einsum": lambda w, x: jnp.einsum("bi,ij,kj->bk", x, w, w),
+  "polyval": lambda w, x: jnp.polyval(jnp.arange(3.0), x @ w),
+  "convolve": lambda w, x: jnp.convolve(x[0], w[0]),
+  "matrix_power": lambda w, x: jnp.linalg.matrix_power(0.1 * w, 3),
+  "norm": lambda w, x: jnp.linalg.norm(x @ w, axis=-1, keepdims=True),
+  "where": lambda w, x: jnp.where(x @ w > 0, x @ w, -1e9),
+  "clip": lambda w, x: jnp.clip(x @ w, -1e6, 1e6),
+  "round": lambda w, x: jnp.round(x @ w) + jnp.floor(x @ w) % 3.0,
+  "to_int": lambda w, x: (x @ w).astype(jnp.int32),
+  "to_float16": lambda w, x: (x @ w).astype(jnp.float16) * jnp.float16(2),
+  "integer_matmul": lambda w, x: (10 * x).astype(jnp.int32) @ jnp.ones((8, 2), jnp.int32),
+  "mixed_matmul": lambda w, x: lax.dot(
+    x.astype(jnp.bfloat16), w, preferred_element_type=jnp.float32
+  ),
+  "algorithm": lambda w, x: lax.dot(x, w, precision=lax.DotAlgorithmPreset.F32_F32_F32),
+  "highest": lambda w, x: jnp.dot(x, w, precision="highest"),
+  "custom_linear_solve": lambda w, x: jax.scipy.sparse.linalg.cg(
+    lambda v: (w @ w.T + 9 * jnp.eye(8)) @ v, x[0]
+  )[0],
+  "ode": lambda w, x: odeint(lambda y, t: y @ w, x, jnp.linspace(0.0, 0.1, 3)),
+  "softmax_where": lambda w, x: jax.nn.softmax(x @ w, where=x > 0),
+  "attention": lambda w, x: jax.nn.dot_product_attention(
+    (x @ w)[None, :, None], x[None, :, None], x[None, :, None]
+  ),
+  "ragged_dot": lambda w, x: lax.ragged_dot(x, jnp.stack([w, w]), jnp.array([1, 1])),
+  "one_hot": lambda w, x: jax.nn.one_hot(jnp.array([1, 2]), 8) @ w,
+  "tuple_and_none": lambda w, x: (x @ w, None, 3, "text"),
+  "optimization_barrier": lambda w, x: lax.optimization_barrier((x @ w, x))[0],
+  "weak": lambda w, x: (x @ w) * 2 + jnp.asarray(3.0),
+  "autocast_inside": lambda w, x: mpjax.autocast(lambda w, x: x @ w, "mixed_float16")(w, x),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", RUNS_IN_FLOAT32)
+def test_what_runs_in_float32_runs_under_autocast(name, policy, operands):
+  fn = RUNS_IN_FLOAT32[name]
+  want = fn(*operands)
+  got = mpjax.autocast(fn, policy)(*operands)
+  leaves = jax.tree.leaves(got), jax.tree.leaves(want)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  for a, b in zip(*leaves, strict=True):
+    assert getattr(a, "dtype", type(a)) == getattr(b, "dtype", type(b))
+    if isinstance(b, jax.Array) and jnp.issubdtype(b.dtype, jnp.floating):
+      assert np.isfinite(a).all() == np.isfinite(b).all()

@@ -1,0 +1,81 @@
+"""Plots of training runs."""
+
+import sys
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from mpjax.plot import Curve, plot_losses, plot_scales, running_mean, save_curves
+
+
+def curve(label="float32", losses=None, applied=None, scale=1.0):
+  losses = np.geomspace(2, 0.002, 50) if losses is None else np.asarray(losses, np.float32)
+  applied = np.ones(len(losses), bool) if applied is None else np.asarray(applied)
+  return Curve(label, losses, np.full(len(losses), scale, np.float32), applied)
+
+
+@pytest.fixture
+def ax():
+  return Figure().subplots()
+
+
+def labels(ax):
+  return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("plot", [plot_losses, plot_scales])
+def test_a_plot_draws_on_the_axes_given_and_returns_them(ax, plot):
+  assert plot([curve("float32"), curve("mixed_float16")], ax=ax) is ax
+  assert labels(ax) == ["float32", "mixed_float16"]
+  assert ax.get_xlabel() == "step" and ax.get_ylabel()
+
+
+@pytest.mark.parametrize("plot", [plot_losses, plot_scales])
+def test_a_plot_makes_its_own_axes_if_given_none(plot):
+  from matplotlib import pyplot
+
+  pyplot.switch_backend("agg")
+  made = plot([curve()])
+  assert made.get_figure() is pyplot.gcf()
+  pyplot.close(made.get_figure())
+
+
+def test_losses_that_span_a_lot_get_a_logarithmic_axis_and_others_do_not(ax):
+  assert plot_losses([curve()], ax=ax).get_yscale() == "log"
+  assert plot_losses([curve(losses=[3, 2, 1])], ax=Figure().subplots()).get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("losses", [[np.nan, np.inf], [-1.0, 0.0], [1.0]], ids=str)
+def test_a_run_that_went_wrong_can_still_be_drawn(tmp_path, losses):
+  save_curves([curve(losses=losses)], tmp_path / "curves.png")
+
+
+def test_skipped_steps_are_marked(ax):
+  plot_scales([curve(losses=[1, np.nan, 1], applied=[True, False, True], scale=8)], ax=ax)
+  marks = ax.get_lines()[-1]
+  assert marks.get_marker() == "x"
+  assert marks.get_xdata().tolist() == [2]
+  assert "skipped" in labels(ax)
+
+
+@pytest.mark.parametrize(
+  ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_curves_are_saved_in_the_format_of_the_suffix(tmp_path, suffix, start):
+  path = tmp_path / f"curves.{suffix}"
+  save_curves([curve(), curve("mixed_float16", scale=2**15)], path)
+  assert path.read_bytes().startswith(start)
+
+
+def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch, tmp_path):
+  monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+  for draw in (lambda: plot_losses([curve()]), lambda: save_curves([curve()], tmp_path / "x.png")):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "mpjax\[plot\]"'):
+      draw()
+
+
+def test_the_running_mean_looks_back_and_leaves_out_what_is_not_finite():
+  values = np.array([2.0, 4.0, np.inf, 6.0, np.nan, np.nan])
+  assert running_mean(values, 2)[:5].tolist() == [2.0, 3.0, 4.0, 6.0, 6.0]
+  assert np.isnan(running_mean(values, 2)[5])

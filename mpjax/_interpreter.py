@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -98,7 +99,7 @@ class _Call:
       for _ in jax.tree.leaves(value)
     ]
     entries = zip(self.leaves, is_param, strict=True)
-    pairs = [_enter(x, param) for x, param in entries if _is_array(x)]
+    pairs = [_enter(jnp.asarray(x), param) for x, param in entries if _is_array(x)]
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
@@ -126,12 +127,11 @@ def _is_array(x: Any) -> bool:
 
 def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:
   """An operand of the trace and its form; 16-bit parameters enter as float32, to be cast at use."""
-  if param and x.dtype.itemsize == 2 and jax.numpy.issubdtype(x.dtype, np.floating):
+  if param and x.dtype.itemsize == 2 and jnp.issubdtype(x.dtype, np.floating):
     return lax.convert_element_type(x, FLOAT32), PARAM
   if x.dtype != FLOAT32:
     return x, None
-  adapts = param or (isinstance(x, jax.Array) and x.weak_type)
-  return x, PARAM if adapts else DATA
+  return x, PARAM if param or x.weak_type else DATA
 
 
 class Interpreter:

@@ -107,7 +107,8 @@ RULES = _table(
         "igammac igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma",
         # 16-bit sums stall: 256 + 1 is 256 in bfloat16. lax.reduce_sum does not widen by itself.
         "reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum psum",
-        "psum_invariant reduce_scatter scatter-add scatter-mul scatter-max scatter-min",
+        # add_any sums the cotangents of a value used many times: of a shared weight, say.
+        "add_any psum_invariant reduce_scatter scatter-add scatter-mul scatter-max scatter-min",
         "select_and_scatter_add select_and_gather_add",
         # The largest logit seeds softmax and logsumexp: x - max(x) must not round.
         "reduce_max reduce_min",
@@ -120,7 +121,7 @@ RULES = _table(
     ),
     Rule.FOLLOW: " ".join(
       [
-        "add sub mul div rem max min neg abs sign floor ceil round add_any add_jaxvals",
+        "add sub mul div rem max min neg abs sign floor ceil round",
         "sqrt cbrt erf erfc tanh logistic sin cos asin acos atan atan2 clamp select_n",
         "eq ne lt le gt ge eq_to lt_to le_to is_finite argmax argmin stop_gradient",
         "broadcast_in_dim reshape transpose squeeze expand_dims rev slice dynamic_slice",

@@ -1,0 +1,256 @@
+"""Autocast as its users meet it: which dtype comes out, what is exact, what errors say."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+import mpjax
+
+BF16 = "mixed_bfloat16"
+
+
+@pytest.fixture(autouse=True)
+def _standard(standard_promotion):
+  """The functions here mix dtypes as users do."""
+
+
+def affine(params, x):
+  return x @ params["w"] + params["b"]
+
+
+@pytest.fixture
+def operands():
+  return {"w": jnp.ones((8, 8)), "b": jnp.zeros((2, 8))}, jnp.ones((2, 8))
+
+
+def test_an_all_float32_policy_returns_the_function_itself():
+  assert mpjax.autocast(affine, "float32") is affine
+
+
+def test_results_have_the_output_dtype_and_gradients_that_of_the_parameters(operands):
+  cast = mpjax.autocast(affine, "params=float32, compute=bfloat16, output=float16")
+  assert cast(*operands).dtype == jnp.float16
+  grads = jax.grad(lambda p, x: mpjax.autocast(affine, BF16)(p, x).sum())(*operands)
+  assert {g.dtype.name for g in jax.tree.leaves(grads)} == {"float32"}
+
+
+def test_a_bias_and_a_python_scalar_follow_the_matmul(operands):
+  jaxpr = jax.make_jaxpr(mpjax.autocast(lambda p, x: affine(p, x) * 2.5 + 1, BF16))(*operands)
+  assert result_dtypes(jaxpr, "add") == result_dtypes(jaxpr, "mul") == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+  "stray",
+  [
+    lambda x: x * np.float32(2),
+    lambda x: x * np.sqrt(2.0),
+    lambda x: x + np.ones((2, 8), np.float32),
+    lambda x: x.astype(jnp.float32),
+    lambda x: x + jnp.arange(8.0)[None],
+  ],
+  ids=["numpy_scalar", "numpy_sqrt", "closure_table", "astype", "positions"],
+)
+def test_what_widens_a_stream_does_not_widen_the_next_matmul(stray, operands):
+  fn = lambda p, x: stray(affine(p, x)).astype(jnp.float32) @ p["w"].astype(jnp.float32)
+  assert not wide_contractions(jax.make_jaxpr(mpjax.autocast(fn, BF16))(*operands), "bfloat16")
+
+
+@pytest.mark.parametrize("label", [2049.0, 4097.0])
+@pytest.mark.parametrize("policy", [BF16, "mixed_float16"])
+def test_float_labels_survive(label, policy, operands):
+  fn = lambda p, x, y: (x @ p["w"]).sum() * 0.0 + y
+  assert mpjax.autocast(fn, policy)(*operands, jnp.float32(label)) == label
+
+
+def test_a_constant_that_the_format_cannot_hold_makes_the_result_data(operands):
+  for value, dtype in [(-1e9, "float32"), (1e-12, "float32"), (-1e4, "float16")]:
+    fn = lambda p, x: jnp.where(x > 0, x @ p["w"], value)  # noqa: B023
+    jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(*operands)
+    assert result_dtypes(jaxpr, "select_n") == {dtype}
+
+
+def test_a_weight_used_by_every_step_of_a_scan_gets_an_exact_gradient():
+  def loss(w):
+    return lax.scan(lambda c, _: (c, jnp.ones((1, 1)) @ w), 0.0, None, length=4000)[1].sum()
+
+  for cast in (jax.grad(mpjax.autocast(loss, BF16)), mpjax.autocast(jax.grad(loss), BF16)):
+    assert cast(jnp.ones((1, 1)))[0, 0] == 4000
+
+
+def test_a_token_seen_4096_times_gets_an_exact_gradient():
+  tokens = jnp.zeros((4096,), jnp.int32)
+  loss = lambda table: (table[tokens] @ jnp.ones((4, 1))).sum()
+  assert (jax.grad(mpjax.autocast(loss, BF16))(jnp.ones((3, 4)))[0] == 4096).all()
+
+
+def test_an_accumulator_started_from_zeros_stays_float32():
+  def total(w, xs):
+    return lax.scan(lambda c, x: (c + (x @ w)[0, 0], None), jnp.zeros(()), xs)[0]
+
+  xs = jnp.ones((2000, 1, 1))
+  assert mpjax.autocast(total, BF16)(jnp.ones((1, 1)), xs) == 2000
+
+
+def test_sixteen_bit_parameters_are_used_in_float32_and_get_gradients_of_their_own_dtype():
+  params = {"w": jnp.ones((8, 8), jnp.bfloat16)}
+  fn = mpjax.autocast(lambda p, x: (x @ p["w"]).sum(), "bfloat16")
+  grads = jax.grad(lambda p: fn(p, jnp.ones((2, 8))).astype(jnp.float32))(params)
+  assert grads["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  "leaf",
+  [
+    jnp.arange(3),
+    jnp.array([True, False]),
+    jax.random.key(0),
+    jnp.ones(2, jnp.complex64),
+    jnp.ones(2, jnp.float8_e4m3fn),
+    None,
+    "text",
+    3,
+    2.5,
+  ],
+  ids=["int", "bool", "key", "complex", "float8", "none", "str", "int_", "float_"],
+)
+def test_other_leaves_pass_untouched(leaf):
+  out, _ = mpjax.autocast(lambda w, leaf: (leaf, w @ w), BF16)(jnp.ones((2, 2)), leaf)
+  assert type(out) is type(leaf) or isinstance(out, jax.Array)
+  assert getattr(out, "dtype", None) == getattr(leaf, "dtype", None)
+
+
+def test_arguments_that_are_no_arrays_are_static(operands):
+  fn = lambda p, x, *, train: affine(p, x) if train else x
+  assert (mpjax.autocast(fn, BF16)(*operands, train=False) == operands[1]).all()
+
+
+def test_parameters_may_be_passed_by_name(operands):
+  params, x = operands
+  jaxpr = jax.make_jaxpr(lambda p, x: mpjax.autocast(affine, BF16)(params=p, x=x))(params, x)
+  assert result_dtypes(jaxpr, "add") == {"bfloat16"}
+
+
+def test_argnums_says_where_the_parameters_are(operands):
+  params, x = operands
+  swapped = lambda x, p: affine(p, x)
+  narrow = jax.make_jaxpr(mpjax.autocast(swapped, BF16, argnums=1))(x, params)
+  wide = jax.make_jaxpr(mpjax.autocast(swapped, BF16))(x, params)
+  assert result_dtypes(narrow, "add") == {"bfloat16"}
+  assert result_dtypes(wide, "add") == {"float32"}
+
+
+def test_argnums_out_of_range_says_what_to_do():
+  with pytest.raises(ValueError, match=r"argnums=\(3,\) must name arguments.*set argnums"):
+    mpjax.autocast(lambda x: x, BF16, argnums=3)(1.0)
+
+
+def test_rules_govern_scopes_and_all_beneath_them(operands):
+  def fn(p, x):
+    with jax.named_scope("encoder"):
+      x = affine(p, x)
+    with jax.named_scope("head"), jax.named_scope("dense"):
+      return affine(p, x)
+
+  policies = mpjax.PolicyMap({"head": "float32"}, default=BF16)
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policies))(*operands)
+  assert [c.result for c in contractions(jaxpr)] == ["bfloat16", "float32"]
+
+
+def test_a_rule_that_matches_nothing_names_the_scopes(operands):
+  def fn(p, x):
+    with jax.named_scope("encoder"):
+      return affine(p, x)
+
+  policies = mpjax.PolicyMap({"encodr": "float32"}, default=BF16)
+  with pytest.raises(ValueError, match=r"'encodr' matched no module. Closest: encoder. Paths seen"):
+    mpjax.autocast(fn, policies)(*operands)
+
+
+def test_an_unknown_primitive_runs_as_traced(operands):
+  twice = Primitive("twice_of_this_test")
+  twice.def_abstract_eval(lambda x: x)
+  mlir.register_lowering(twice, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+  jaxpr = jax.make_jaxpr(mpjax.autocast(lambda p, x: twice.bind(affine(p, x)), BF16))(*operands)
+  assert result_dtypes(jaxpr, "twice_of_this_test") == {"float32"}
+  assert not wide_contractions(jaxpr, "bfloat16")
+
+
+def test_keep_float32_marks_a_value_and_is_the_identity_outside(operands):
+  fn = lambda p, x: mpjax.keep_float32(affine(p, x)) * 2 + p["b"]
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, BF16))(*operands)
+  assert result_dtypes(jaxpr, "mul") == {"float32"}
+  assert (fn(*operands) == 2 * affine(*operands)).all()
+
+
+def test_cast_inputs_hands_the_compute_dtype_to_a_function():
+  seen = []
+
+  @mpjax.cast_inputs
+  def kernel(x, *, scale):
+    seen.append(x.dtype.name)
+    return {"y": x * scale}
+
+  fn = lambda w, x: kernel(x @ w, scale=x)["y"].sum()
+  w = x = jnp.ones((4, 4))
+  assert jax.jit(fn)(w, x) == 64
+  assert set(seen) == {"float32"}
+  seen.clear()
+  assert jax.jit(mpjax.autocast(fn, BF16))(w, x) == 64
+  assert seen[-1] == "bfloat16"
+  grad, want = jax.grad(mpjax.autocast(fn, BF16))(w, x), jax.grad(fn)(w, x)
+  assert grad.dtype == jnp.float32
+  np.testing.assert_allclose(grad, want)
+  rows = jax.vmap(mpjax.autocast(lambda w, row: kernel(row, scale=row)["y"] @ w, BF16), (None, 0))
+  assert rows(w, x).shape == (4, 4)
+
+
+def test_two_threads_each_get_their_own_dtypes(operands):
+  found = {}
+
+  def run(policy):
+    for _ in range(5):
+      jaxpr = jax.make_jaxpr(mpjax.autocast(affine, policy))(*operands)
+      found.setdefault(policy, set()).update(c.result for c in contractions(jaxpr))
+
+  threads = [threading.Thread(target=run, args=(p,)) for p in (BF16, "mixed_float16")]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert found == {BF16: {"bfloat16"}, "mixed_float16": {"float16"}}
+
+
+def test_an_accumulated_gradient_stays_float32_inside_autocast():
+  def loss(w):
+    return sum(jnp.sum(jnp.ones((1, 1)) @ w) for _ in range(400))
+
+  assert mpjax.autocast(jax.grad(loss), BF16)(jnp.ones((1, 1)))[0, 0] == 400
+  assert jax.grad(mpjax.autocast(loss, BF16))(jnp.ones((1, 1)))[0, 0] == 400
+
+
+def test_remat_policies_names_and_jit_names_survive(operands):
+  policy = jax.checkpoint_policies.save_only_these_names("kept")
+
+  @jax.jit
+  def inner(p, x):
+    return jax.ad_checkpoint.checkpoint_name(affine(p, x), "kept")
+
+  fn = jax.checkpoint(inner, policy=policy)
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, BF16))(*operands)
+  (outer,) = [e for e in jaxpr.jaxpr.eqns if "policy" in e.params]
+  assert outer.params["policy"] is policy
+  assert primitives(jaxpr)["name"] == 1
+  assert "name=inner" in str(jaxpr)
+
+
+def test_float64_stays_float64():
+  with jax.enable_x64(True):
+    fn = mpjax.autocast(lambda w, x: x @ w, BF16)
+    assert fn(np.ones((2, 2)), np.ones((2, 2))).dtype == np.float64

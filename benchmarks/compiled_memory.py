@@ -58,7 +58,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
   """Measures every variant of a model on a target; prints a table, and JSON if asked for."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Memory of the compiled train step.")
   parser.add_argument("--target", choices=compilers.TARGETS, default="cpu")
   parser.add_argument("--model", choices=("transformer", "resnet"), default="transformer")
   parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")

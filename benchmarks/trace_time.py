@@ -64,7 +64,7 @@ def measure(layers: int, repetitions: int) -> dict[str, Any]:
 
 def main() -> None:
   """Measures each depth; prints a table, and JSON if asked for."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description="Time to trace the autocast train step.")
   parser.add_argument("--layers", type=int, nargs="+", default=[12, 24])
   parser.add_argument("--repetitions", type=int, default=7)
   parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")

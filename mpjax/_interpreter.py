@@ -144,7 +144,7 @@ class Interpreter:
   def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
     """Execute a plan on operands that are held as its forms say."""
     inner = _jaxpr.open_jaxpr(plan.jaxpr)
-    values = _Values(inner.invars, operands)
+    values = _Values(inner.invars, operands, self.planner.number)
     values.write(inner.constvars, _jaxpr.constants(plan.jaxpr))
     for step in plan.steps:
       with _jaxpr.located(step.eqn):
@@ -167,33 +167,47 @@ class Interpreter:
 
 
 class _Values:
-  """The values of a jaxpr's variables, and of those that left their module in another dtype."""
+  """The values of a jaxpr's variables, and their other dtypes that several equations share.
 
-  def __init__(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
-    self._at_home = dict(zip(variables, values, strict=True))
-    self._abroad: dict[tuple[Var, np.dtype], Any] = {}
+  Shared is what a value became by leaving its module, and a narrow value that was widened: its
+  cotangents meet in float32 and round once. A cast to 16 bits at a use is never shared, so that
+  the gradient of a weight that is used many times sums up in float32.
+  """
+
+  def __init__(
+    self, variables: Sequence[Var], values: Sequence[Any], number: Callable[[Any], Any]
+  ) -> None:
+    self._held = dict(zip(variables, values, strict=True))
+    self._shared: dict[Any, Any] = {}
+    self._number = number
 
   def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
-    self._at_home.update(zip(variables, values, strict=True))
+    self._held.update(zip(variables, values, strict=True))
 
   def read(self, atom: Any, read: Read) -> Any:
     if isinstance(atom, Literal):
-      return atom.val if read.to is None else _number(atom.val, read.to)
-    value = self._at_home[atom]
+      return self._literal(atom, read.to)
+    key, value = (atom, read.via), self._held[atom]
     if read.via is not None:
-      key = (atom, read.via)
-      if key not in self._abroad:
-        self._abroad[key] = _to(value, read.via)
-      value = self._abroad[key]
+      value = self._share(key, value, read.via)
+    if read.to == FLOAT32:
+      return self._share((key, FLOAT32), value, FLOAT32)
     return value if read.to is None else _to(value, read.to)
+
+  def _share(self, key: Any, value: Any, dtype: np.dtype) -> Any:
+    if key not in self._shared:
+      self._shared[key] = _to(value, dtype)
+    return self._shared[key]
+
+  def _literal(self, atom: Literal, dtype: np.dtype | None) -> Any:
+    if not _jaxpr.is_float32(atom):
+      return atom.val
+    value = self._number(atom.val)
+    return value if dtype is None else np.asarray(value).astype(dtype)[()]
 
 
 def _to(x: Any, dtype: np.dtype) -> Any:
   return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
-
-
-def _number(value: Any, dtype: np.dtype) -> Any:
-  return np.asarray(value).astype(dtype)[()]
 
 
 # How each rule runs ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from flax import nnx
 from mpjax._dtypes import FLOAT16, describe
 from mpjax._finite import nonfinite_leaves, select
 from mpjax._loss_scaling import find_scaling_state
+from mpjax._nnx_autocast import autocast
 from mpjax._paths import leaf_paths
 from mpjax._scaled_loss import split_aux
 from mpjax._steps import (
@@ -91,7 +92,7 @@ def make_train_step(
   Args:
     loss_fn: Returns the loss, or ``(loss, aux)`` if ``has_aux``.
     has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
-    policy: A policy to run the whole loss under; see `mpjax.autocast`. The results of
+    policy: A policy to run the whole loss under; see `mpjax.nnx.autocast`. The results of
       ``loss_fn`` stay float32. Leave it out if the model is one of `mpjax.nnx.apply_policy`.
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
@@ -119,26 +120,26 @@ def make_train_step(
     (Array(True, dtype=bool), Array(32768., dtype=float32), dtype('float32'))
   """
   limit = read_limit(max_consecutive_skips)
+  run = autocast_loss(loss_fn, policy, autocast)
 
   def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> tuple[Any, Any]:
     before = find_scaling_state(optimizer.opt_state)
     require_scaling(before, limit)
-    graphdef, *parts = nnx.split(model, optimizer.wrt, nnx.Param, ...)
+    graphdef, *parts = nnx.split(model, optimizer.wrt, ...)
     check_param_dtype(parts[0], policy)
     _check_opt_state(optimizer.opt_state, scaled=before is not None)
 
-    def compute(wrt: nnx.State, params: nnx.State, rest: nnx.State, batch: Any) -> Any:
-      copy = nnx.merge(graphdef, wrt, params, rest, copy=True)
-      out = loss_fn(copy, batch)
+    def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
+      copy = nnx.merge(graphdef, wrt, rest, copy=True)
+      out = run(copy, batch)
       loss, aux = split_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copy), aux)
 
-    run = autocast_loss(compute, policy, argnums=(0, 1))
     # Pure arrays: the Variables themselves are about to change.
     old_variables = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
     old_opt_state = nnx.as_pure(optimizer.opt_state)
     old_step = optimizer.step[...]
-    (loss, (changed, aux)), grads = loss_and_grads(run, before, *parts, batch)
+    (loss, (changed, aux)), grads = loss_and_grads(compute, before, *parts, batch)
     nnx.update(model, changed)
     optimizer.update(model, grads, **_extra_args(optimizer, loss))
     after = find_scaling_state(optimizer.opt_state)

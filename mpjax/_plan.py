@@ -31,6 +31,7 @@ from mpjax._precision import (
   join,
   narrow,
   rule_of,
+  saturated,
 )
 
 Forms = tuple[Form | None, ...]
@@ -140,6 +141,10 @@ class Planner:
       return DATA
     return CONSTANT if all(fits(value, d) for d in self._formats) else DATA
 
+  def number(self, value: Any) -> Any:
+    """A number, brought into the range of the formats that it fits."""
+    return saturated(value, self._formats)
+
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
@@ -203,7 +208,7 @@ class _Walk:
       return Rule.FULL
     if rule in _FLAT and compute == FLOAT32:
       return Rule.FULL
-    if _is_square(eqn):
+    if _is_square(eqn) or _picks_numbers(eqn, forms):
       return Rule.FULL
     if rule is Rule.LOWER and _has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
@@ -306,7 +311,10 @@ class _Walk:
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
     body = self.body(eqn.params[key], forms, place)
-    return _Decision([None] * len(forms), body.out_forms, eqn.params, (body,))
+    if eqn.primitive.name in _SHARES_READS:
+      body = self.body(eqn.params[key], _widened(body), place)
+    wanted = [form and form.dtype for form in body.in_forms]
+    return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     consts, carry = _jaxpr.scan_shape(eqn)
@@ -380,6 +388,8 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,
 }
+# A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
+_SHARES_READS = frozenset({"jit", "pjit"})
 _FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
 _WITH_BODIES = frozenset(
   {Rule.CALL, Rule.SCAN, Rule.WHILE, Rule.COND, Rule.CUSTOM_JVP, Rule.CUSTOM_VJP}
@@ -412,6 +422,32 @@ def _is_square(eqn: JaxprEqn) -> bool:
   if eqn.primitive.name == "integer_pow":
     return eqn.params["y"] == 2
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def _picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a gather picks single narrow numbers: the logits of the labels, in most losses.
+
+  Read in float32, their cotangents meet those of the logsumexp before they round.
+  """
+  picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
+  return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
+
+
+def _widened(body: Plan) -> Forms:
+  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
+  inner = _jaxpr.open_jaxpr(body.jaxpr)
+  wanted: dict[Any, set[np.dtype | None]] = {}
+  for step in body.steps:
+    for atom, read in zip(step.eqn.invars, step.reads, strict=True):
+      if not isinstance(atom, Literal):
+        wanted.setdefault(atom, set()).add(read.to)
+  for atom in inner.outvars:
+    if not isinstance(atom, Literal):
+      wanted.setdefault(atom, set()).add(None)
+  return tuple(
+    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
+    for var, form in zip(inner.invars, body.in_forms, strict=True)
+  )
 
 
 def _has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:

@@ -7,7 +7,7 @@ they differ each entry says why it is where it is.
 
 import enum
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,14 +60,24 @@ def join(forms: Iterable[Form | None]) -> Form | None:
 
 
 def fits(value: float, dtype: np.dtype) -> bool:
-  """Whether a constant survives a 16-bit format: neither overflow nor loss below the normals."""
+  """Whether a constant survives a 16-bit format: neither overflow nor loss below the normals.
+
+  What lies less than an ulp above the largest number fits too, saturated: float32's own largest
+  number, with which Flax and others mask attention scores, against bfloat16.
+  """
   magnitude = abs(float(value))
   if not np.isfinite(magnitude) or magnitude == 0.0:
     return True
   info = jnp.finfo(dtype)
-  with np.errstate(over="ignore"):
-    rounded = abs(float(np.asarray(value, np.float32).astype(dtype)))
-  return bool(np.isfinite(rounded)) and magnitude >= float(info.smallest_normal)
+  largest = float(info.max)
+  return float(info.smallest_normal) <= magnitude < largest * (1 + float(info.eps))
+
+
+def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:
+  """A float32 number, at most the largest of each format in which it fits."""
+  limits = [float(jnp.finfo(d).max) for d in dtypes if np.isfinite(value) and fits(value, d)]
+  limit = min(limits, default=np.inf)
+  return value if abs(value) <= limit else np.float32(np.copysign(limit, value))
 
 
 class Rule(enum.Enum):

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax._autocast import autocast
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32, describe
 from mpjax._finite import select
@@ -59,9 +58,9 @@ class NonFiniteError(FloatingPointError):
 
 
 def autocast_loss(
-  loss_fn: Callable[..., Any], policy: PolicyLike | None, argnums: int | Sequence[int] = 0
+  loss_fn: Callable[..., Any], policy: PolicyLike | None, autocast: Callable[..., Any]
 ) -> Callable[..., Any]:
-  """Runs a whole loss function under a policy; its results stay float32.
+  """Runs a whole loss function under a policy, by one of the autocasts; its results stay float32.
 
   The policy's output dtype is what a model returns; the loss, the auxiliary output and BatchNorm
   statistics that a loss function returns are none of that.
@@ -70,7 +69,7 @@ def autocast_loss(
     return loss_fn
   policies = as_policy_map(policy)
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
-  return autocast(loss_fn, PolicyMap(dict(policies.rules), default), argnums=argnums)
+  return autocast(loss_fn, PolicyMap(dict(policies.rules), default))
 
 
 def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mpjax._autocast import autocast
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32, describe
 from mpjax._finite import nonfinite_leaves, select
@@ -192,7 +193,7 @@ def make_train_step(
   """
   tx = as_transformation(tx)
   limit = read_limit(max_consecutive_skips)
-  run = autocast_loss(loss_fn, policy)
+  run = autocast_loss(loss_fn, policy, autocast)
 
   def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
     args = (params, batch) if model_state is None else (params, model_state, batch)

@@ -25,7 +25,7 @@ LAYERS = (
   (3, "_interpreter"),
   (3, "_autocast"),
   (4, "_steps"),
-  (4, "_nnx_training", "linen", "training"),
+  (4, "_nnx_autocast", "_nnx_training", "linen", "training"),
   (4, "nnx"),
   (4, "_apply"),
   (5, "plot"),

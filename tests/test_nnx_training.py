@@ -291,3 +291,16 @@ def test_a_variable_that_the_loss_adds_is_kept():
   optimizer = nnx.Optimizer(model, scaled_adam(), wrt=nnx.Param)
   assert make_train_step(loss_fn)(model, optimizer, BATCH).applied
   assert model.mean.shape == ()
+
+
+def test_rules_by_module_path_govern_the_loss():
+  model, optimizer = make(scaled_adam())
+  policies = mpjax.PolicyMap({"last": "float32"}, default="mixed_bfloat16")
+  text = make_train_step(loss_fn, policy=policies).lower(model, optimizer, BATCH).as_text()
+  dots = [line for line in text.splitlines() if "dot_general" in line]
+  assert any("xbf16>" in line for line in dots)
+  assert any("tensor<16x8xf32>, tensor<8x1xf32>" in line for line in dots)
+  with pytest.raises(ValueError, match="Rule 'lost' matched no module"):
+    make_train_step(loss_fn, policy=mpjax.PolicyMap({"lost": "float32"}, default="float16"))(
+      model, optimizer, BATCH
+    )

@@ -3,7 +3,8 @@
     python -m benchmarks.trace_time
 
 Each repetition clears JAX's caches, builds the step anew and traces it once for each variant, in
-turn; what is compared are medians over the repetitions of one run.
+turn; what is compared are medians over the repetitions of one run. Tracing has one thread, so
+processor time is its time, whatever else the machine does.
 """
 
 import argparse
@@ -21,7 +22,7 @@ compilers.prepare("cpu")
 
 
 def trace_seconds(variant: str, layers: int) -> float:
-  """Seconds of one `jit(step).trace`, no cache warm, in the middle of no garbage collection."""
+  """Processor seconds of one `jit(step).trace` with no cache warm."""
   import jax
 
   from benchmarks import steps
@@ -29,12 +30,9 @@ def trace_seconds(variant: str, layers: int) -> float:
   case = steps.transformer_case(variant, layers)
   jax.clear_caches()
   gc.collect()
-  gc.disable()
-  began = time.perf_counter()
+  began = time.process_time()
   jax.jit(case.step).trace(*case.arguments)
-  seconds = time.perf_counter() - began
-  gc.enable()
-  return seconds
+  return time.process_time() - began
 
 
 def measure(layers: int, repetitions: int) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Digits:
     self.held_out = Batch(images[:_HELD_OUT], labels[:_HELD_OUT])
     self._train = Batch(images[_HELD_OUT:], labels[_HELD_OUT:])
     self._model = model or ResNet()
+    self._initial: dict[int, Any] = {}  # by seed: to make them takes as long as to train
     self.train_size = len(self._train.targets)
     self.fingerprint = fingerprint(*self._train)
 
@@ -97,19 +98,20 @@ class Digits:
 
   def start(self, policy: mpjax.Policy, steps: int, seed: int) -> DigitsSession:
     """A session at step 0; the same initial values for every policy."""
-    return DigitsSession(self._model, self.held_out, policy, steps, seed)
+    if seed not in self._initial:
+      self._initial[seed] = jax.jit(self._model.init, static_argnames="train")(
+        jax.random.key(seed), self.held_out.inputs[:1], train=False
+      )
+    return DigitsSession(self._model, self._initial[seed], self.held_out, policy, steps)
 
 
 class DigitsSession:
   """A Linen model in training under a policy."""
 
   def __init__(
-    self, model: nn.Module, held_out: Batch, policy: mpjax.Policy, steps: int, seed: int
+    self, model: nn.Module, variables: Any, held_out: Batch, policy: mpjax.Policy, steps: int
   ) -> None:
     self._held_out = held_out
-    variables = jax.jit(model.init, static_argnames="train")(
-      jax.random.key(seed), held_out.inputs[:1], train=False
-    )
     tx = optax.chain(
       optax.add_decayed_weights(_WEIGHT_DECAY),
       optax.sgd(warmup_cosine(_PEAK_RATE, steps), momentum=0.9, nesterov=True),

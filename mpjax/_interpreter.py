@@ -17,7 +17,8 @@ from mpjax._plan import Forms, Plan, Planner, Read, Step
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DATA, FLOAT32, PARAM, Form, Rule
 
-Flags = tuple[Sequence[bool], dict[str, bool]]
+Flag = bool | Sequence["Flag"]
+Flags = tuple[Sequence[Flag], dict[str, bool]]
 
 
 class Result(NamedTuple):
@@ -65,7 +66,7 @@ def evaluate(
     policies: The policies by module path.
     args: Positional arguments.
     kwargs: Keyword arguments.
-    flags: For each of them whether it holds parameters.
+    flags: For each of them whether it holds parameters; for a tuple, flags of its entries.
     root: How many leading components of every scope are not part of a rule's path.
     absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
     strict: Whether a rule that matches no scope is an error.
@@ -90,14 +91,11 @@ class _Call:
   ) -> None:
     self.fn = fn
     self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
-    is_param = [
-      flag
-      for flag, value in [
-        *zip(flags[0], args, strict=True),
-        *((flags[1][key], kwargs[key]) for key in sorted(kwargs)),
-      ]
-      for _ in jax.tree.leaves(value)
-    ]
+    names = sorted(kwargs)
+    is_param = _spread(
+      [*flags[0], *(flags[1][name] for name in names)],
+      [*args, *(kwargs[name] for name in names)],
+    )
     entries = zip(self.leaves, is_param, strict=True)
     pairs = [_enter(jnp.asarray(x), param) for x, param in entries if _is_array(x)]
     self.operands = [x for x, _ in pairs]
@@ -119,6 +117,13 @@ class _Call:
     rest = iter(zip(arrays, forms, strict=True))
     pairs = [next(rest) if x is None else (x, None) for x in self.out_leaves]
     return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
+
+
+def _spread(flag: Flag, value: Any) -> list[bool]:
+  """One flag for each leaf of a value; a sequence of flags goes with a sequence of values."""
+  if isinstance(flag, bool):
+    return [flag] * len(jax.tree.leaves(value))
+  return [leaf for part, entry in zip(flag, value, strict=True) for leaf in _spread(part, entry)]
 
 
 def _is_array(x: Any) -> bool:

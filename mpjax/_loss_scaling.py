@@ -229,7 +229,7 @@ def _loss_scaling(
 
   def update(
     updates: optax.Updates,
-    state: LossScalingState,
+    state: Any,  # a LossScalingState; optax types every state alike
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, LossScalingState]:
@@ -258,7 +258,8 @@ def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
   """
   if isinstance(inner, optax.MultiSteps):
     # Its own conversion to a transformation drops extra arguments.
-    return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    update: Any = inner.update
+    return optax.GradientTransformationExtraArgs(inner.init, update)
   if isinstance(inner, optax.GradientTransformation):
     return optax.with_extra_args_support(inner)
   raise TypeError(
@@ -357,9 +358,8 @@ def find_scaling_state(opt_state: Any) -> LossScalingState | None:
       f"Got {len(found)}. Wrap the outermost transformation only, or pass the part of the "
       "state that belongs to one of them."
     )
-  scalars = found[0]._replace(inner_state=None)
-  bare = LossScalingState(*(jax.tree.leaves(field)[0] for field in scalars[:-1]), None)
-  return bare._replace(inner_state=found[0].inner_state)
+  *scalars, inner_state = found[0]
+  return LossScalingState._make([*(jax.tree.leaves(x)[0] for x in scalars), inner_state])
 
 
 def _require_scaling_state(opt_state: Any) -> LossScalingState:

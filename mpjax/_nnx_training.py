@@ -31,7 +31,7 @@ from mpjax._steps import (
 class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, batch)``."""
 
-  def __init__(self, jitted: Callable[..., Any], max_consecutive_skips: int | None) -> None:
+  def __init__(self, jitted: Any, max_consecutive_skips: int | None) -> None:
     self._jitted = jitted
     self._limit = max_consecutive_skips
 

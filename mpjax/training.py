@@ -1,5 +1,6 @@
 """Train steps for Linen models and pure functions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,7 @@ def _owned(leaf: Any) -> Any:
 class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``."""
 
-  def __init__(self, jitted: Callable[..., Any], max_consecutive_skips: int | None) -> None:
+  def __init__(self, jitted: Any, max_consecutive_skips: int | None) -> None:
     self._jitted = jitted
     self._limit = max_consecutive_skips
 
@@ -210,7 +211,8 @@ def make_train_step(
     )
     wide = cast_floating(state.params, FLOAT32)
     updates, opt_state = tx.update(grads, state.opt_state, wide, value=loss)
-    new = state.replace(
+    new = dataclasses.replace(
+      state,
       step=state.step + 1,
       params=jax.tree.map(_like, state.params, optax.apply_updates(wide, updates)),
       opt_state=opt_state,
@@ -231,8 +233,8 @@ def _like(old: Any, new: Any) -> Any:
 
 def _unless_skipped(applied: jax.Array, new: TrainState, old: TrainState) -> TrainState:
   opt_state = keep_if_skipped(applied, new.opt_state, old.opt_state)
-  kept = select(applied, new.replace(opt_state=None), old.replace(opt_state=None))
-  return kept.replace(opt_state=opt_state)
+  new, old = (dataclasses.replace(state, opt_state=None) for state in (new, old))
+  return dataclasses.replace(select(applied, new, old), opt_state=opt_state)
 
 
 def _unpack(out: Any, model_state: Any, has_aux: bool) -> tuple[Any, tuple[Any, Any]]:

@@ -35,9 +35,7 @@ def bits(session):
 
 
 def same_curves(one, other):
-  return all(
-    np.array_equal(a, b, equal_nan=True) for a, b in zip(one[1:], other[1:], strict=True)
-  )
+  return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one[1:], other[1:], strict=True))
 
 
 def test_the_results_come_in_the_order_asked_for_and_are_complete():

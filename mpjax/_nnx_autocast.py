@@ -1,0 +1,161 @@
+"""Runs functions of NNX models under a precision policy."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.extend import source_info_util
+
+from mpjax._interpreter import evaluate
+from mpjax._policy import Policy
+from mpjax._policy_map import PolicyMap, as_policy_map
+
+_FLOAT32 = np.dtype(np.float32)
+_PATH = "mpjax_path"
+
+
+def autocast(
+  fn: Callable[..., Any], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+) -> Callable[..., Any]:
+  """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
+
+  Updates that the function makes to Variables of its arguments arrive. The ``nnx.Param`` of all
+  models are parameters, and so are the arrays of the arguments that ``argnums`` names.
+
+  Args:
+    fn: A function of NNX models, other graph nodes (``nnx.Rngs``) and pytrees.
+    policy: A `Policy`, a `PolicyMap` with paths from the first model, or a spec string.
+    argnums: Which positional arguments hold parameters if they are pytrees of arrays.
+
+  Returns:
+    A function with the signature of ``fn`` whose float32 results have the output dtype.
+  """
+  policies = as_policy_map(policy)
+  if policies.is_float32():
+    return fn
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  @functools.wraps(fn)
+  def cast(*args: Any, **kwargs: Any) -> Any:
+    inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+    flags = [n in inside for n in range(len(args))]
+    return run(fn, policies, args, kwargs, flags, strict=True)
+
+  return cast
+
+
+def run(
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Sequence[bool],
+  *,
+  strict: bool,
+  plain: type[nnx.Module] | None = None,
+) -> Any:
+  """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
+  leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_node)
+  nodes = [leaf for leaf in leaves if _is_node(leaf)]
+  graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
+  blanks = jax.tree.unflatten(tree, [None if _is_node(leaf) else leaf for leaf in leaves])
+
+  def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    merged = nnx.merge(graphdef, params, rest)
+    before = {path: _value(var) for path, var in _variables(merged)}
+    _name_modules(merged)
+    if plain is not None:
+      object.__setattr__(merged[0], "__class__", plain)
+    inner, inner_kwargs = _fill(tree, (args, kwargs), merged)
+    out = fn(*inner, **inner_kwargs)
+    changed = nnx.state(merged, lambda path, var: before.get(tuple(path)) is not _value(var))
+    return out, changed
+
+  result = evaluate(
+    pure,
+    policies,
+    (params, rest, *blanks),
+    {},
+    ([True, False, list(flags), False], {}),
+    absolute=True,
+    strict=strict,
+  )
+  out, changed = result.cast((policies.default.output_dtype, _FLOAT32))
+  nnx.update(nodes, changed)
+  return out
+
+
+def _is_node(x: Any) -> bool:
+  return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def _variables(nodes: Any) -> list[tuple[tuple[Any, ...], Any]]:
+  return [(tuple(path), var) for path, var in nnx.to_flat_state(nnx.state(nodes))]
+
+
+def _value(var: Any) -> Any:
+  return var.get_raw_value() if isinstance(var, nnx.Variable) else var
+
+
+def _fill(tree: Any, blanks: tuple[Any, Any], nodes: Sequence[Any]) -> tuple[Any, Any]:
+  """Put graph nodes back into their places among the arguments."""
+  rest = iter(nodes)
+  leaves = tree.flatten_up_to(blanks)
+  return jax.tree.unflatten(tree, [next(rest) if x is None else x for x in leaves])
+
+
+# Scopes: every module's methods run under the name of its path ---------------------------------
+
+
+def _name_modules(nodes: Sequence[Any]) -> None:
+  """Give every submodule of freshly merged nodes a class that names what it computes.
+
+  The nodes are this call's own copies; a user's object is never changed.
+  """
+  for node in nodes:
+    for path, module in nnx.iter_modules(node):
+      if path:
+        object.__setattr__(module, "__class__", _named_class(type(module)))
+        setattr(module, _PATH, "/".join(map(str, path)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_class(cls: type[nnx.Module]) -> Any:
+  """The subclass of a module class whose methods run in the scope of the module's path."""
+  methods = {name: _named(value) for name, value in methods_of(cls).items()}
+  return subclass(cls, methods)
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+  @functools.wraps(function)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    path = getattr(self, _PATH, None)
+    if path is None:  # made during the call: it belongs to the module that made it
+      return function(self, *args, **kwargs)
+    with source_info_util.set_name_stack(source_info_util.new_name_stack(path)):
+      return function(self, *args, **kwargs)
+
+  return call
+
+
+def methods_of(cls: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
+  """The public methods that a class and its bases define beside those of ``nnx.Module``."""
+  own = [base for base in cls.__mro__ if base not in nnx.Module.__mro__]
+  found = {name: value for base in reversed(own) for name, value in vars(base).items()}
+  return {
+    name: value
+    for name, value in found.items()
+    if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
+  }
+
+
+def subclass(cls: type[nnx.Module], namespace: dict[str, Any]) -> Any:
+  """A subclass that passes for the class itself, with other attributes."""
+  described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+  return type(cls)(cls.__name__, (cls,), namespace | described)

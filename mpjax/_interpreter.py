@@ -13,11 +13,12 @@ from jax import lax
 
 from mpjax import _derivatives, _jaxpr
 from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Forms, Plan, Planner, Read, Step
+from mpjax._plan import Forms, Plan, Read, Step
+from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DATA, FLOAT32, PARAM, Form, Rule
 
-Flag = bool | Sequence["Flag"]
+Flag = Any  # bool, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]
 
 
@@ -136,7 +137,7 @@ def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:
     return lax.convert_element_type(x, FLOAT32), PARAM
   if x.dtype != FLOAT32:
     return x, None
-  return x, PARAM if param or x.weak_type else DATA
+  return x, PARAM if param else DATA
 
 
 class Interpreter:

@@ -71,10 +71,8 @@ def cast_inputs(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def marked_results(eqn: JaxprEqn, dtypes: Sequence[np.dtype | None]) -> list[Any]:
   """The abstract results of a marked function on operands of the given dtypes (None: as traced)."""
-  avals = [
-    jax.ShapeDtypeStruct(a.aval.shape, dtype or a.aval.dtype)
-    for a, dtype in zip(eqn.invars, dtypes, strict=True)
-  ]
+  operands: Any = zip(eqn.invars, dtypes, strict=True)
+  avals = [jax.ShapeDtypeStruct(a.aval.shape, dtype or a.aval.dtype) for a, dtype in operands]
   return jax.eval_shape(eqn.params["fn"], *avals)
 
 

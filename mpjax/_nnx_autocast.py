@@ -158,4 +158,5 @@ def methods_of(cls: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
 def subclass(cls: type[nnx.Module], namespace: dict[str, Any]) -> Any:
   """A subclass that passes for the class itself, with other attributes."""
   described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-  return type(cls)(cls.__name__, (cls,), namespace | described)
+  metaclass: Any = type(cls)
+  return metaclass(cls.__name__, (cls,), namespace | described)

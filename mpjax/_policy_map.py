@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class PolicyMap:
     rules: Mapping[str, Policy | str] | Iterable[tuple[str, Policy | str]],
     default: Policy | str,
   ) -> None:
-    pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    pairs: Any = tuple(rules.items() if isinstance(rules, Mapping) else rules)
     patterns = tuple(_compiled(pattern) for pattern, _ in pairs)
     object.__setattr__(self, "rules", tuple((p, as_policy(policy)) for p, policy in pairs))
     object.__setattr__(self, "default", as_policy(default))

@@ -50,9 +50,10 @@ def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
     >>> from flax import linen as nn
-    >>> model = mpjax.apply_policy(nn.Dense(4), "params=float32, compute=bfloat16, output=bfloat16")
-    >>> variables = model.init(jax.random.key(0), jnp.ones((2, 8)))
-    >>> variables["params"]["kernel"].dtype.name, model.apply(variables, jnp.ones((2, 8))).dtype.name
+    >>> x = jnp.ones((2, 8))
+    >>> model = mpjax.apply_policy(nn.Dense(4), "p=float32, c=bfloat16, o=bfloat16")
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> variables["params"]["kernel"].dtype.name, model.apply(variables, x).dtype.name
     ('float32', 'bfloat16')
   """
   policies = as_policy_map(policy)
@@ -87,7 +88,7 @@ def _policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
 
 def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   methods = {name: {"policies": policies, "method": name} for name in _method_names(plain)}
-  lifted = lift_transform(_under_policy, plain, methods=methods)
+  lifted: Any = lift_transform(_under_policy, plain, methods=methods)
   entries = {name: _entry(name) for name in ("apply", "init", "init_with_output")}
   namespace = {
     "mpjax_plain_class": plain,
@@ -109,7 +110,9 @@ def _entry(name: str) -> Callable[..., Any]:
     if method is None or isinstance(method, str):
       return run(self, *args, method=method, **kwargs)
     function = getattr(method, "__func__", method)
-    extended = type(self.mpjax_plain_class.__name__, (self.mpjax_plain_class,), {_APPLIED: function})
+    extended = type(
+      self.mpjax_plain_class.__name__, (self.mpjax_plain_class,), {_APPLIED: function}
+    )
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
     policed = _new_policy_class(extended, self.mpjax_policies)(**fields)
     return run(policed, *args, method=_APPLIED, **kwargs)

@@ -73,17 +73,13 @@ def apply_policy(
 
 
 @functools.lru_cache(maxsize=256)
-def _policy_class(
-  plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]
-) -> Any:
+def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
   """The subclass of a model class whose named methods run under a policy map."""
   wrapped = {name: _under_policy(plain, policies, name) for name in methods}
   return subclass(plain, {_PLAIN: plain, **wrapped})
 
 
-def _under_policy(
-  plain: type[nnx.Module], policies: PolicyMap, method: str
-) -> Callable[..., Any]:
+def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
   function = getattr(plain, method)
 
   @functools.wraps(function)
@@ -114,5 +110,7 @@ def _with_param_dtypes(model: M, policies: PolicyMap) -> M:
 
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   cast_params = nnx.map_state(cast, params)
-  same = [a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cast_params), strict=True)]
+  same = [
+    a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cast_params), strict=True)
+  ]
   return copy.copy(model) if all(same) else nnx.merge(graphdef, cast_params, rest)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import mpjax
+from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
 
 BF16 = "mixed_bfloat16"
 

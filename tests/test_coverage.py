@@ -12,7 +12,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-
 from _jaxprs import contractions, wide_contractions
 
 POLICIES = {"mixed_bfloat16": ("bfloat16", 2.0**-6), "mixed_float16": ("float16", 2.0**-9)}
@@ -260,9 +259,7 @@ RUNS_IN_FLOAT32 = {
   "complex": lambda w, x: jnp.abs((x @ w) * jnp.exp(1j * (x @ w))),
   "interp": lambda w, x: jnp.interp(x @ w, jnp.linspace(-9.0, 9.0, 5), jnp.arange(5.0)),
   "update_slice": lambda w, x: lax.dynamic_update_slice(jnp.zeros((4, 8)), x @ w, (0, 0)),
-  "update_cache": lambda w, x: lax.dynamic_update_slice(
-    np.ones((4, 8), np.float32), x @ w, (0, 0)
-  ),
+  "update_cache": lambda w, x: lax.dynamic_update_slice(np.ones((4, 8), np.float32), x @ w, (0, 0)),
   "at_add": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 1])].add(x @ w),
   "at_set": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 2])].set(x @ w),
   "at_max": lambda w, x: jnp.zeros((4, 8)).at[jnp.array([1, 1])].max(x @ w),

@@ -22,6 +22,7 @@ LAYERS = (
   (2, "_loss_scaling", "_policy", "_precision"),
   (3, "_policy_map"),
   (3, "_plan"),
+  (3, "_planner"),
   (3, "_interpreter"),
   (3, "_autocast"),
   (4, "_steps"),

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _jaxprs import contractions, wide_contractions
-from zoo.cases import CASES, Case, Pure, filled
 
 import mpjax
+from _jaxprs import contractions, wide_contractions
+from zoo.cases import CASES, Case, Pure, filled
 
 # Flax's norms and hand-written 16-bit models, and adamw, mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -27,7 +27,11 @@ SEEDS = 48
 LOSS_SCALE = 2.0**10  # keeps float16 gradients above the subnormals
 
 # Every rounding that the program asks for happens; and no time goes into optimizing what runs once.
-COMPILER = {"xla_allow_excess_precision": False, "xla_backend_optimization_level": 0}
+COMPILER = {
+  "xla_allow_excess_precision": False,
+  "xla_backend_optimization_level": 0,
+  "xla_cpu_use_fusion_emitters": False,
+}
 
 every_policy = pytest.mark.parametrize("policy", COMPUTE)
 either_way = pytest.mark.parametrize("way", WAYS)

@@ -60,8 +60,8 @@ def pictures(seed: int) -> Batch:
 def noisy_pictures(seed: int) -> Batch:
   """Random images with diffusion times up to 1000, and the noise to predict."""
   rng = np.random.default_rng(seed)
-  images, noise = rng.standard_normal((2, 4, 8, 8, 3))
-  times = rng.integers(0, 1000, 4)
+  images, noise = rng.standard_normal((2, 2, 8, 8, 3))
+  times = rng.integers(0, 1000, 2)
   inputs = (jnp.asarray(images, jnp.float32), jnp.asarray(times, jnp.float32))
   return Batch(inputs, jnp.asarray(noise, jnp.float32))
 

@@ -1,0 +1,414 @@
+"""Decides, for every equation of a jaxpr, in which dtype it runs. Moves no data.
+
+The plan is made by abstract interpretation: each float32 of the trace gets a `Form`, equations
+join the forms of their operands as the primitive table says, and the carry of a loop is the least
+fixed point. Executing a plan is `_autocast`'s work, reporting one is `inspect`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import JaxprEqn, Literal, Path, Var
+from mpjax._markers import KEEP_FLOAT32, marked_results
+from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step
+from mpjax._policy_map import PolicyMap
+from mpjax._precision import (
+  CONSTANT,
+  DATA,
+  FLOAT16,
+  FLOAT32,
+  Form,
+  Kind,
+  Rule,
+  fits,
+  join,
+  narrow,
+  rule_of,
+  saturated,
+)
+
+
+class _Decision(NamedTuple):
+  wanted: Sequence[np.dtype | None]
+  outs: Forms
+  params: dict[str, Any]
+  bodies: tuple[Plan, ...] = ()
+
+
+class Planner:
+  """Plans jaxprs under one policy map.
+
+  Attributes:
+    policies: The map that answers what governs a path.
+    paths: Every module path that was planned.
+    unknown: How often each primitive that the table does not know was met.
+  """
+
+  def __init__(self, policies: PolicyMap, root: int = 0, absolute: bool = False) -> None:
+    self.policies = policies
+    self._root, self._absolute = root, absolute
+    self.paths: set[Path] = set()
+    self.unknown: Counter[str] = Counter()
+    self._formats = policies.narrow_dtypes()
+    self._rules: dict[Path, int | None] = {}
+    self._plans: dict[Any, Plan] = {}
+    self._names: dict[Any, Place] = {}
+
+  def plan(
+    self,
+    jaxpr: Any,
+    in_forms: Forms,
+    place: Place = ROOT,
+    out_forms: Forms | None = None,
+  ) -> Plan:
+    """Plan a closed or open jaxpr.
+
+    Args:
+      jaxpr: What to plan.
+      in_forms: How each operand is held, None for what is not float32.
+      place: Where the jaxpr stands.
+      out_forms: How the results must be held; as they come out when None.
+    """
+    known = place if self.policies.rules else place._replace(path=())
+    key = (id(jaxpr), in_forms, known, out_forms)
+    if key not in self._plans:
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place).plan(out_forms)
+    return self._plans[key]
+
+  def rule_at(self, path: Path) -> int | None:
+    """The index of the rule that governs a path, None for the default."""
+    if path not in self._rules:
+      self._rules[path] = self.policies.rule_at(path[self._root :])
+      self.paths.add(path[self._root :])
+    return self._rules[path]
+
+  def constant_form(self, value: Any) -> Form:
+    """A number adapts if every 16-bit format of the policy holds it; all else is data."""
+    if np.ndim(value) or isinstance(value, Tracer):
+      return DATA
+    return CONSTANT if all(fits(value, d) for d in self._formats) else DATA
+
+  def number(self, value: Any) -> Any:
+    """A number, brought into the range of the formats that it fits."""
+    return saturated(value, self._formats)
+
+  def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
+    """The place of an equation, relative to that of the jaxpr that it stands in."""
+    stack = eqn.source_info.name_stack
+    if stack not in self._names:
+      self._names[stack] = Place(_jaxpr.module_path(stack), _jaxpr.is_backward(stack))
+    place = self._names[stack]
+    if self._absolute and base and place.path[: len(base)] == base:
+      return place._replace(path=place.path[len(base) :])
+    return place
+
+
+class _Walk:
+  """One pass over the equations of one jaxpr."""
+
+  def __init__(self, planner: Planner, jaxpr: Any, in_forms: Forms, place: Place) -> None:
+    inner = _jaxpr.open_jaxpr(jaxpr)
+    self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
+    self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
+    self.homes: dict[Var, Path] = {}
+    self.entered: dict[Path, dict[tuple[int, ...], np.dtype]] = {}
+    for var, value in zip(inner.constvars, _jaxpr.constants(jaxpr), strict=True):
+      self.forms[var] = planner.constant_form(value) if _jaxpr.is_float32(var) else None
+
+  def plan(self, out_forms: Forms | None) -> Plan:
+    inner = _jaxpr.open_jaxpr(self.jaxpr)
+    steps = tuple(self.step(eqn) for eqn in inner.eqns)
+    vias, forms = self.look_up(inner.outvars, ())
+    held = forms if out_forms is None else out_forms
+    reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
+    return Plan(self.jaxpr, self.in_forms, steps, reads, held)
+
+  def step(self, eqn: JaxprEqn) -> Step:
+    path, backward = self.planner.place_of(eqn, self.place.path)
+    vias, forms = self.look_up(eqn.invars, path)
+    compute = self.policy_at(path).compute_dtype
+    rule = self.rule(eqn, forms, compute)
+    place = Place(self.place.path + path, self.place.backward or backward)
+    decision = _DECIDE[rule](self, eqn, forms, compute, place)
+    reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
+    for var, form in zip(eqn.outvars, decision.outs, strict=True):
+      self.forms[var] = form
+      self.homes[var] = () if place.backward else path
+    return Step(eqn, rule, place, reads, forms, decision.outs, decision.params, decision.bodies)
+
+  def policy_at(self, path: Path) -> Any:
+    return self.planner.policies.policy_of(self.planner.rule_at(self.place.path + path))
+
+  def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
+    """The table's rule, sharpened by what only the equation shows."""
+    name = eqn.primitive.name
+    rule = rule_of(name)
+    if rule is None:
+      if any(forms):
+        self.planner.unknown[name] += 1
+      return Rule.TRACED
+    if rule in _WITH_BODIES and not all(hasattr(a.aval, "dtype") for a in eqn.invars):
+      return Rule.TRACED  # a mutable reference cannot change its dtype
+    if name == "name" and eqn.params["name"] == KEEP_FLOAT32:
+      return Rule.FULL
+    if rule in _FLAT and compute == FLOAT32:
+      return Rule.FULL
+    if _is_square(eqn) or _picks_numbers(eqn, forms):
+      return Rule.FULL
+    if rule is Rule.LOWER and _has_foreign_float(eqn, forms, compute):
+      return Rule.TRACED
+    if rule is Rule.RANGE:
+      form = join(forms)
+      held = compute if form and form.kind < Kind.NARROW else form and form.dtype
+      return Rule.FULL if held == FLOAT16 else Rule.FOLLOW
+    return rule
+
+  # Reading a value where it is used ---------------------------------------------------------
+
+  def look_up(self, atoms: Sequence[Any], path: Path) -> tuple[list[np.dtype | None], Forms]:
+    """How each operand is held where it is read, and the cast that leaving its module made."""
+    vias, forms = [], []
+    for atom in atoms:
+      held = self.held(atom)
+      form = self.leave(atom, held, path)
+      if form is not None and form.kind is Kind.NARROW:
+        self.enter(atom, form, path)
+      vias.append(form.dtype if form is not None and form != held else None)
+      forms.append(form)
+    return vias, tuple(forms)
+
+  def held(self, atom: Any) -> Form | None:
+    if isinstance(atom, Literal):
+      return self.planner.constant_form(atom.val) if _jaxpr.is_float32(atom) else None
+    return self.forms[atom]
+
+  def leave(self, atom: Any, form: Form | None, path: Path) -> Form | None:
+    """The form of a value after it left every module between its home and a path.
+
+    Data goes on in 16 bits where a value of its shape came in as such: so do the results of
+    norms and activations, but no loss, statistic or routing weight. A module that a rule matched
+    hands out the rule's output dtype.
+    """
+    if form is None or form.kind < Kind.NARROW or isinstance(atom, Literal):
+      return form
+    home = self.homes.get(atom, ())
+    for depth in range(len(home), _common(home, path), -1):
+      module = home[:depth]
+      rule = self.planner.rule_at(self.place.path + module)
+      if rule is not None and rule != self.planner.rule_at((self.place.path + module)[:-1]):
+        form = _held_as(self.planner.policies.policy_of(rule).output_dtype)
+      elif form.kind is Kind.DATA and self.computes_narrow(rule):
+        dtype = self.entered.get(module, {}).get(atom.aval.shape)
+        form = form if dtype is None else narrow(dtype)
+    return form
+
+  def computes_narrow(self, rule: int | None) -> bool:
+    return self.planner.policies.policy_of(rule).compute_dtype != FLOAT32
+
+  def enter(self, atom: Any, form: Form, path: Path) -> None:
+    """Remember the shape of a narrow value for every module that it enters."""
+    shape = atom.aval.shape
+    home = self.homes.get(atom, ()) if not isinstance(atom, Literal) else ()
+    for depth in range(_common(home, path) + 1, len(path) + 1):
+      self.entered.setdefault(path[:depth], {})[shape] = form.dtype
+
+  # Deciding one equation -----------------------------------------------------------------------
+
+  def lower(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    decision = self.uniform(eqn, forms, narrow(compute))
+    return decision._replace(params=_jaxpr.without_algorithm(decision.params))
+
+  def full(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    return self.uniform(eqn, forms, DATA)
+
+  def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    return self.uniform(eqn, forms, join(forms) or DATA)
+
+  def uniform(self, eqn: JaxprEqn, forms: Forms, form: Form) -> _Decision:
+    """Every float32 operand and result of the equation in one form."""
+    wanted = [form.dtype if f is not None else None for f in forms]
+    held = form if any(forms) else DATA
+    params = _jaxpr.retyped(eqn.params, held.dtype) if any(forms) else eqn.params
+    return _Decision(wanted, _for_float32(eqn.outvars, held), params)
+
+  def traced(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    wanted = [FLOAT32 if f is not None else None for f in forms]
+    return _Decision(wanted, _for_float32(eqn.outvars, DATA), eqn.params)
+
+  def each(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    return _Decision([None] * len(forms), forms, eqn.params)
+
+  def convert(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """float32 to float32 passes on; a mask or a number adapts; an integer becomes data."""
+    operand: Any = eqn.invars[0]
+    (form,) = forms
+    if not _jaxpr.is_float32(eqn.outvars[0]):
+      return _Decision([None], (None,), eqn.params)
+    if form is not None:
+      return (
+        self.full(eqn, forms, compute, place)
+        if compute == FLOAT32
+        else self.uniform(eqn, forms, form)
+      )
+    if operand.aval.dtype == np.bool_:
+      return _Decision([None], (CONSTANT,), eqn.params)
+    known = isinstance(operand, Literal)
+    return _Decision(
+      [None], (self.planner.constant_form(operand.val) if known else DATA,), eqn.params
+    )
+
+  def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
+    body = self.body(eqn.params[key], forms, place)
+    if eqn.primitive.name in _SHARES_READS:
+      body = self.body(eqn.params[key], _widened(body), place)
+    wanted = [form and form.dtype for form in body.in_forms]
+    return _Decision(wanted, body.out_forms, eqn.params, (body,))
+
+  def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    consts, carry = _jaxpr.scan_shape(eqn)
+    before, after = forms[:consts], forms[consts + carry :]
+    jaxpr = eqn.params["jaxpr"]
+    held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place)
+    operands = (*before, *held, *after)
+    stacked = self.body(jaxpr, operands, place).out_forms[carry:]
+    body = self.body(jaxpr, operands, place, (*held, *stacked))
+    return _Decision([f and f.dtype for f in operands], body.out_forms, eqn.params, (body,))
+
+  def loop(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    of_cond = eqn.params["cond_nconsts"]
+    of_body = of_cond + eqn.params["body_nconsts"]
+    jaxpr = eqn.params["body_jaxpr"]
+    held = self.fixed_point(jaxpr, forms[of_cond:of_body], forms[of_body:], (), place)
+    body = self.body(jaxpr, (*forms[of_cond:of_body], *held), place, held)
+    cond = self.body(eqn.params["cond_jaxpr"], (*forms[:of_cond], *held), place)
+    wanted = [f and f.dtype for f in (*forms[:of_body], *held)]
+    return _Decision(wanted, held, eqn.params, (cond, body))
+
+  def fixed_point(
+    self, jaxpr: Any, before: Forms, carry: Forms, after: Forms, place: Place
+  ) -> Forms:
+    """The least forms of a carry that the loop's body keeps.
+
+    A carry that starts from a constant is an accumulator or the state of a recurrent cell: it
+    stays float32, for sums over many steps stall in 16 bits.
+    """
+    held = tuple(DATA if f is not None and f.kind is Kind.CONSTANT else f for f in carry)
+    while True:
+      outs = self.body(jaxpr, (*before, *held, *after), place).out_forms
+      grown = tuple(join(pair) for pair in zip(held, outs[: len(held)], strict=True))
+      if grown == held:
+        return held
+      held = grown
+
+  def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    branches = eqn.params["branches"]
+    free = [self.body(branch, forms[1:], place).out_forms for branch in branches]
+    outs = tuple(join(column) for column in zip(*free, strict=True))
+    bodies = tuple(self.body(branch, forms[1:], place, outs) for branch in branches)
+    return _Decision([None] * len(forms), outs, eqn.params, bodies)
+
+  def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """The results of a marked function are narrow where it makes them so."""
+    wanted = [compute if f is not None else None for f in forms]
+    results = marked_results(eqn, wanted)
+    outs = tuple(
+      _held_as(result.dtype) if _jaxpr.is_float32(var) else None
+      for var, result in zip(eqn.outvars, results, strict=True)
+    )
+    return _Decision(wanted, outs, eqn.params)
+
+  def body(self, jaxpr: Any, forms: Forms, place: Place, outs: Forms | None = None) -> Plan:
+    return self.planner.plan(jaxpr, forms, place, outs)
+
+
+_DECIDE: dict[Rule, Callable[..., _Decision]] = {
+  Rule.LOWER: _Walk.lower,
+  Rule.FULL: _Walk.full,
+  Rule.FOLLOW: _Walk.follow,
+  Rule.EACH: _Walk.each,
+  Rule.CONVERT: _Walk.convert,
+  Rule.CALL: _Walk.call,
+  Rule.SCAN: _Walk.scan,
+  Rule.WHILE: _Walk.loop,
+  Rule.COND: _Walk.cond,
+  Rule.CUSTOM_JVP: _Walk.call,
+  Rule.CUSTOM_VJP: _Walk.call,
+  Rule.MARKER: _Walk.marker,
+  Rule.TRACED: _Walk.traced,
+}
+# A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
+_SHARES_READS = frozenset({"jit", "pjit"})
+_FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
+_WITH_BODIES = frozenset(
+  {Rule.CALL, Rule.SCAN, Rule.WHILE, Rule.COND, Rule.CUSTOM_JVP, Rule.CUSTOM_VJP}
+)
+
+
+def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:
+  if form is None or wanted is None or wanted == form.dtype:
+    return Read(via)
+  return Read(via, wanted)
+
+
+def _held_as(dtype: np.dtype) -> Form:
+  return DATA if dtype == FLOAT32 else narrow(dtype)
+
+
+def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
+  return tuple(form if _jaxpr.is_float32(var) else None for var in outvars)
+
+
+def _common(a: Path, b: Path) -> int:
+  depth = 0
+  while depth < min(len(a), len(b)) and a[depth] == b[depth]:
+    depth += 1
+  return depth
+
+
+def _is_square(eqn: JaxprEqn) -> bool:
+  """X * x and x ** 2 are squares, however they were written."""
+  if eqn.primitive.name == "integer_pow":
+    return eqn.params["y"] == 2
+  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def _picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a gather picks single narrow numbers: the logits of the labels, in most losses.
+
+  Read in float32, their cotangents meet those of the logsumexp before they round.
+  """
+  picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
+  return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
+
+
+def _widened(body: Plan) -> Forms:
+  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
+  inner = _jaxpr.open_jaxpr(body.jaxpr)
+  wanted: dict[Any, set[np.dtype | None]] = {}
+  for step in body.steps:
+    for atom, read in zip(step.eqn.invars, step.reads, strict=True):
+      if not isinstance(atom, Literal):
+        wanted.setdefault(atom, set()).add(read.to)
+  for atom in inner.outvars:
+    if not isinstance(atom, Literal):
+      wanted.setdefault(atom, set()).add(None)
+  return tuple(
+    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
+    for var, form in zip(inner.invars, body.in_forms, strict=True)
+  )
+
+
+def _has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:
+  """Whether a matmul mixes float32 with a float of the caller's own choice of format."""
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  dtypes = {a.aval.dtype for a, f in operands if f is None}
+  return any(jnp.issubdtype(d, np.inexact) and d != compute for d in dtypes)

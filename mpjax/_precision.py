@@ -75,7 +75,9 @@ def fits(value: float, dtype: np.dtype) -> bool:
 
 def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:
   """A float32 number, at most the largest of each format in which it fits."""
-  limits = [float(jnp.finfo(d).max) for d in dtypes if np.isfinite(value) and fits(value, d)]
+  if not np.isfinite(value):
+    return value
+  limits = [float(jnp.finfo(d).max) for d in dtypes if fits(value, d)]
   limit = min(limits, default=np.inf)
   return value if abs(value) <= limit else np.float32(np.copysign(limit, value))
 

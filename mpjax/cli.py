@@ -48,7 +48,7 @@ class _Defaults:
   batch_size: int
 
 
-_JOBS = {"digits": _Defaults(steps=400, batch_size=64), "text": _Defaults(steps=500, batch_size=16)}
+_JOBS = {"digits": _Defaults(steps=400, batch_size=64), "text": _Defaults(steps=400, batch_size=16)}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -122,8 +122,8 @@ for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
   print(f"{policy:15} held-out accuracy {accuracy:.3f}   parameters {kept}")
 
 # %% [markdown]
-# The three curves lie on each other: that is what mixed precision should look like. The scale of the loss grows while
-# nothing overflows.
+# The three curves lie on each other: that is what mixed precision should look like. The scale of the loss doubles while
+# nothing overflows; when a step does overflow, it is skipped and the scale is halved.
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)

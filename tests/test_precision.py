@@ -97,4 +97,3 @@ def test_the_table_decides_every_public_primitive():
 def test_an_unknown_primitive_has_no_rule():
   assert rule_of("pallas_call") is None
   assert rule_of("dot_general") is Rule.LOWER
-

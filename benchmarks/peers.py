@@ -42,7 +42,10 @@ def embedding() -> Observation:
 
 def dynamic_scale_start() -> Observation:
   """A float16 loss above 1 overflows at the scale 65536."""
-  loss = lambda w: (w * jnp.float16(2)).astype(jnp.float16)
+
+  def loss(w: jax.Array) -> jax.Array:
+    return (w * jnp.float16(2)).astype(jnp.float16)
+
   _, finite, _, _ = DynamicScale().value_and_grad(loss)(jnp.float16(1))
   tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
   params = {"w": jnp.float32(1)}
@@ -91,7 +94,10 @@ def jmp_leak() -> Observation:
   import jmp
 
   params, x, table = jnp.ones((4, 4)), jnp.ones((4, 4)), np.ones((4, 4), np.float32)
-  fn = lambda w, x: (x * table) @ w
+
+  def fn(w: jax.Array, x: jax.Array) -> jax.Array:
+    return (x * table) @ w
+
   policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
   theirs = matmul_dtype(lambda w, x: fn(*policy.cast_to_compute((w, x))), params, x)
   ours = matmul_dtype(mpjax.autocast(fn, "mixed_bfloat16"), params, x)

@@ -7,7 +7,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +161,7 @@ def compare(
   """
   runs: list[_Run] = []
   interrupted = False
-  with ExitStack() as stack:
+  with _deferred_interrupts() as interrupts, ExitStack() as stack:
     # All are opened, and so checked, before the first policy takes its time.
     saved = {
       name: stack.enter_context(_checkpoints(checkpoint, job, policy, plan))
@@ -171,8 +171,8 @@ def compare(
       for name, policy in policies.items():
         with progress.run(name, plan.steps):
           runs.append(_Run(job, name, policy, plan, saved[name]))
-          runs[-1].train(progress)
-      _time_in_turns(runs)
+          runs[-1].train(progress, interrupts)
+      _time_in_turns(runs, interrupts)
     except KeyboardInterrupt:
       interrupted = True
   results = tuple(run.result() for run in runs if run.done)
@@ -200,7 +200,7 @@ class _Run:
     self.done = 0
     self.times: list[float] = []
 
-  def train(self, progress: Progress) -> None:
+  def train(self, progress: Progress, interrupts: _Interrupts) -> None:
     """Compiles, trains from the last checkpoint on if there is one, and evaluates.
 
     Raises:
@@ -211,15 +211,14 @@ class _Run:
     if self.done:
       progress.update(self.done, *self._shown())
     every = max(1, self._plan.steps // _CHECKPOINTS)
-    with _deferred_interrupt() as is_interrupted:
-      while self.done < self._plan.steps and not is_interrupted():
-        self._training_times.append(self.step())
-        progress.update(self.done, *self._shown())
-        if self.done % every == 0:
-          self._save()
+    while self.done < self._plan.steps and not interrupts.pressed:
+      self._training_times.append(self.step())
+      progress.update(self.done, *self._shown())
+      if self.done % every == 0:
+        self._save()
+    if self.done:
       self._save()
-      if is_interrupted():
-        raise KeyboardInterrupt
+    interrupts.check()
     self._metric = self._session.evaluate()
 
   def step(self) -> float:
@@ -288,33 +287,48 @@ class _Run:
       self._session.restore(tree["session"])
 
 
-def _time_in_turns(runs: list[_Run]) -> None:
+def _time_in_turns(runs: list[_Run], interrupts: _Interrupts) -> None:
   """Times the steps of all runs alternately, so that a busy machine slows them all alike."""
   began = time.perf_counter()
   for _ in range(_TIMED_ROUNDS):
     for run in runs:
+      interrupts.check()
       run.time_step()
     if time.perf_counter() - began > _TIMED_SECONDS:
       break
 
 
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-  """Makes the first Ctrl-C a question to be asked between steps; the second one interrupts."""
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda: False
-    return
-  pressed = False
+class _Interrupts:
+  """Whether Ctrl-C was pressed, to be asked where it is safe to stop."""
 
-  def handle(number: int, frame: FrameType | None) -> None:
-    nonlocal pressed
-    if pressed:
+  def __init__(self) -> None:
+    self.pressed = False
+
+  def check(self) -> None:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+    if self.pressed:
       raise KeyboardInterrupt
-    pressed = True
 
-  before = signal.signal(signal.SIGINT, handle)
+  def handle(self, number: int, frame: FrameType | None) -> None:
+    """Notes the first Ctrl-C; the second one interrupts at once."""
+    self.check()
+    self.pressed = True
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[_Interrupts]:
+  """Makes Ctrl-C a question to ask between steps.
+
+  An exception out of the middle of a trace or a compilation has crashed the interpreter as it
+  ended (jaxlib 0.10.2), and a step that is cut in two would leave its donated state deleted.
+  """
+  interrupts = _Interrupts()
+  if threading.current_thread() is not threading.main_thread():
+    yield interrupts
+    return
+  before = signal.signal(signal.SIGINT, interrupts.handle)
   try:
-    yield lambda: pressed
+    yield interrupts
   finally:
     signal.signal(signal.SIGINT, before)
 

@@ -1,0 +1,441 @@
+"""How exact a policy is: gradients of weights used often, leaks, norms, softmax, masks, carries, sums.
+
+Where Flax has a `dtype=` of its own, its error is the limit.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import lax
+
+import mpjax
+from _jaxprs import equations, result_dtypes, wide_contractions
+from zoo import linen_models, nnx_models
+
+# Flax's norms and its 16-bit models mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+COMPUTE = {"mixed_bfloat16": jnp.dtype(jnp.bfloat16), "mixed_float16": jnp.dtype(jnp.float16)}
+every_policy = pytest.mark.parametrize("policy", COMPUTE)
+
+
+def error(found, truth) -> float:
+  """The relative distance of two trees, in float64."""
+  pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True))
+  exact = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+  return float(
+    np.sqrt(sum(((a - b) ** 2).sum() for a, b in exact) / sum((b**2).sum() for _, b in exact))
+  )
+
+
+# Parameters that are used often ------------------------------------------------------------------
+
+
+def scanned(weight, x):
+  return lax.scan(lambda total, _: (total + (x @ weight).sum(), None), 0.0, None, length=4000)[0]
+
+
+def unrolled(weight, x):
+  return sum((x @ weight).sum() for _ in range(400))
+
+
+def scanned_elementwise(weight, x):
+  step = lambda total, _: (total + ((x @ x) * weight).sum(), None)
+  return lax.scan(step, 0.0, None, length=4000)[0]
+
+
+@every_policy
+@pytest.mark.parametrize(
+  ("fn", "uses"), [(scanned, 4000), (unrolled, 400), (scanned_elementwise, 4000)]
+)
+@pytest.mark.parametrize("order", ["inside", "around"])
+def test_a_weight_used_many_times_gets_an_exact_gradient(fn, uses, order, policy):
+  transforms = [jax.grad, functools.partial(mpjax.autocast, policy=policy)]
+  outer, inner = transforms if order == "inside" else transforms[::-1]
+  assert outer(inner(fn))(jnp.ones((1, 1)), jnp.ones((1, 1))) == uses
+
+
+@every_policy
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_token_seen_4096_times_gets_gradient_4096_where_flax_gets_256(api, policy):
+  tokens, table = jnp.zeros(4096, jnp.int32), jnp.ones((4, 1))
+
+  def gradient(dtype=None, policy="float32"):
+    if api == "linen":
+      embed = mpjax.apply_policy(nn.Embed(4, 1, dtype=dtype), policy)
+      loss = lambda table: embed.apply({"params": {"embedding": table}}, tokens).sum()
+      return jax.grad(loss)(table)[0, 0]
+    embed = nnx.Embed(4, 1, dtype=dtype, rngs=nnx.Rngs(0))
+    embed.embedding[...] = table
+    loss = lambda embed: embed(tokens).astype(jnp.float32).sum()
+    return nnx.grad(loss)(mpjax.apply_policy(embed, policy))["embedding"][...][0, 0]
+
+  assert gradient(policy=policy) == 4096
+  assert gradient(COMPUTE[policy]) < 4096
+
+
+@every_policy
+def test_tied_embeddings_get_the_gradients_of_both_uses(policy):
+  tokens = jnp.zeros(2048, jnp.int32)
+
+  def loss(table):
+    return (table[tokens] @ table.T).sum()
+
+  table = jnp.ones((2, 1))
+  grads = jax.grad(mpjax.autocast(loss, policy))(table)
+  assert error(grads, jax.grad(loss)(table)) < 1e-6
+
+
+# Leaks -------------------------------------------------------------------------------------------
+
+TABLE = np.linspace(0, 1, 8, dtype=np.float32)
+STRAYS = {
+  "numpy_scalar": lambda x: x * np.float32(0.5),
+  "numpy_sqrt": lambda x: x / np.sqrt(2.0),
+  "numpy_table": lambda x: x + TABLE[None],
+  "jax_table": lambda x: x + jnp.asarray(TABLE)[None],
+  "astype": lambda x: x.astype(jnp.float32) * 2,
+  "softmax": jax.nn.softmax,
+  "norm": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+  "where": lambda x: jnp.where(x > 0, x, jnp.float32(-1)),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("op", ["dot", "conv"])
+@pytest.mark.parametrize("stray", STRAYS.values(), ids=STRAYS.keys())
+def test_a_leak_does_not_reach_the_next_matmul_or_convolution(stray, op, policy):
+  def fn(weights, x):
+    hidden = stray(x @ weights[0])
+    if op == "dot":
+      return (hidden @ weights[1].astype(jnp.float32)).sum()
+    return lax.conv(hidden[None, None], weights[1][None, None], (1, 1), "SAME").sum()
+
+  args = [jnp.full((8, 8), 0.1), jnp.full((8, 8), 0.2)], jnp.full((8, 8), 0.3)
+  jaxpr = jax.make_jaxpr(jax.grad(mpjax.autocast(fn, policy)))(*args)
+  assert wide_contractions(jaxpr, COMPUTE[policy].name) == []
+
+
+# Norms -------------------------------------------------------------------------------------------
+
+
+class LinenNorm(nn.Module):
+  """A projection, then a norm."""
+
+  norm: str
+  dtype: jnp.dtype | None = None
+
+  @nn.compact
+  def __call__(self, x):
+    options = {"BatchNorm": {"use_running_average": False}, "GroupNorm": {"num_groups": 4}}
+    x = nn.Dense(16, use_bias=False, dtype=self.dtype, name="proj")(x)
+    return getattr(nn, self.norm)(dtype=self.dtype, **options.get(self.norm, {}))(x)
+
+
+class NnxNorm(nnx.Module):
+  """A projection, then a norm."""
+
+  def __init__(self, norm, dtype=None):
+    rngs = nnx.Rngs(0)
+    options = {"num_groups": 4} if norm == "GroupNorm" else {}
+    self.proj = nnx.Linear(16, 16, use_bias=False, dtype=dtype, rngs=rngs)
+    self.norm = getattr(nnx, norm)(16, dtype=dtype, rngs=rngs, **options)
+
+  def __call__(self, x):
+    return self.norm(self.proj(x))
+
+
+def linen_norm(norm, x, dtype=None, policy="float32"):
+  """The output of a fresh Linen model whose projection is the identity, and its statistics."""
+  model = mpjax.apply_policy(LinenNorm(norm, dtype), policy)
+  variables = dict(model.init(jax.random.key(0), x))
+  params = variables["params"] | {"proj": {"kernel": jnp.eye(16)}}
+  call = lambda x: model.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+  return jax.make_jaxpr(call)(x), *call(x)
+
+
+def nnx_norm(norm, x, dtype=None, policy="float32"):
+  """The same in NNX."""
+  model = NnxNorm(norm, dtype)
+  model.proj.kernel[...] = jnp.eye(16)
+  graph, state = nnx.split(mpjax.apply_policy(model, policy))
+
+  def call(x):
+    model = nnx.merge(graph, state, copy=True)
+    return model(x), nnx.state(model, nnx.BatchStat)
+
+  return jax.make_jaxpr(call)(x), *call(x)
+
+
+@every_policy
+@pytest.mark.parametrize("run", [linen_norm, nnx_norm], ids=["linen", "nnx"])
+@pytest.mark.parametrize("norm", ["BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm"])
+def test_statistics_are_float32_and_as_good_as_flaxs(norm, run, policy):
+  dtype = COMPUTE[policy]
+  draw = 8 + np.random.default_rng(0).standard_normal((64, 16))
+  x = jnp.asarray(draw, dtype).astype(jnp.float32)  # so that the projection is exact
+  jaxpr, ours, stats = run(norm, x, policy=policy)
+  _, truth, true_stats = run(norm, x)
+  _, by_hand, hand_stats = run(norm, x, dtype=dtype)
+  assert result_dtypes(jaxpr, "reduce_sum") == {"float32"}
+  assert result_dtypes(jaxpr, "rsqrt") == {"float32"}
+  assert error(ours, truth) <= 1.001 * error(by_hand, truth)
+  if norm == "BatchNorm":
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(stats)} == {"float32"}
+    assert error(stats, true_stats) <= max(1e-6, error(hand_stats, true_stats))
+
+
+@every_policy
+def test_a_running_average_of_ones_reaches_one(policy):
+  norm = mpjax.apply_policy(nn.BatchNorm(use_running_average=False, momentum=0.99), policy)
+  x = jnp.ones((4, 2))
+  variables = norm.init(jax.random.key(0), x)
+
+  def step(stats, _):
+    _, new = norm.apply({**variables, "batch_stats": stats}, x, mutable=["batch_stats"])
+    return new["batch_stats"], None
+
+  stats, _ = lax.scan(step, variables["batch_stats"], None, length=1000)
+  np.testing.assert_allclose(stats["mean"], 1 - 0.99**1000, rtol=1e-4)
+
+
+# Softmax, losses, masks --------------------------------------------------------------------------
+
+
+def ulp(truth, dtype):
+  """The distance to the next number of a format."""
+  info = jnp.finfo(dtype)
+  magnitude = np.maximum(np.abs(truth), float(info.smallest_normal))
+  return 2.0 ** np.floor(np.log2(magnitude)) * float(info.eps)
+
+
+def softmax64(x):
+  weights = np.exp(x - x.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
+
+
+def logsumexp64(x):
+  top = x.max(-1)
+  return top + np.log(np.exp(x - top[..., None]).sum(-1))
+
+
+LABELS = np.arange(32) % 16
+SENSITIVE = {
+  "softmax": (jax.nn.softmax, softmax64),
+  "log_softmax": (jax.nn.log_softmax, lambda x: x - logsumexp64(x)[:, None]),
+  "logsumexp": (jax.nn.logsumexp, lambda x: logsumexp64(x.reshape(-1))),
+  "cross_entropy": (
+    lambda x: optax.softmax_cross_entropy_with_integer_labels(x, jnp.asarray(LABELS)),
+    lambda x: logsumexp64(x) - x[np.arange(32), LABELS],
+  ),
+  "one_hot_cross_entropy": (
+    lambda x: optax.softmax_cross_entropy(x, jax.nn.one_hot(LABELS, 16)),
+    lambda x: logsumexp64(x) - x[np.arange(32), LABELS],
+  ),
+  "binary_cross_entropy": (
+    lambda x: optax.sigmoid_binary_cross_entropy(x, jnp.ones_like(x)),
+    lambda x: np.logaddexp(0, -x),
+  ),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["small", "large"])
+@pytest.mark.parametrize(("fn", "truth"), SENSITIVE.values(), ids=SENSITIVE.keys())
+def test_softmax_and_losses_are_within_an_ulp_of_float64(fn, truth, scale, policy):
+  dtype = COMPUTE[policy]
+  draw = scale * np.random.default_rng(1).standard_normal((32, 16))
+  logits = np.asarray(jnp.asarray(draw, dtype), np.float32)
+  cast = mpjax.autocast(lambda weight, x: fn(x @ weight), policy)
+  found = np.asarray(cast(jnp.eye(16), jnp.asarray(logits)), np.float64)
+  exact = truth(logits.astype(np.float64))
+  assert np.all(np.abs(found - exact) <= ulp(exact, dtype))
+
+
+@every_policy
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_weights_are_within_an_ulp_of_float64(dropout, policy):
+  rng = np.random.default_rng(2)
+  query, key = rng.integers(-4, 5, (2, 1, 8, 2, 4)).astype(np.float32)  # exact logits
+
+  def weights(scale, query, key):
+    return nn.dot_product_attention_weights(
+      query * scale,
+      key,
+      dropout_rate=dropout,
+      dropout_rng=jax.random.key(0),
+      broadcast_dropout=False,
+    )
+
+  found = mpjax.autocast(weights, policy)(jnp.float32(1), jnp.asarray(query), jnp.asarray(key))
+  kept = np.asarray(weights(jnp.float32(1), jnp.asarray(query), jnp.asarray(key))) != 0
+  logits = np.einsum("bqhd,bkhd->bhqk", query.astype(np.float64), key) / 2
+  exact = np.where(kept, softmax64(logits) / (1 - dropout), 0)
+  assert np.all(np.abs(np.asarray(found, np.float64) - exact) <= ulp(exact, COMPUTE[policy]))
+  assert kept.mean() == pytest.approx(1 - dropout, abs=0.15)
+
+
+MASKS = {
+  "where_1e9": lambda logits, keep: jnp.where(keep, logits, -1e9),
+  "where_numpy": lambda logits, keep: jnp.where(keep, logits, np.float32(-1e9)),
+  "where_finfo": lambda logits, keep: jnp.where(keep, logits, jnp.finfo(jnp.float32).min),
+  "added": lambda logits, keep: logits + (1.0 - keep.astype(jnp.float32)) * -1e9,
+  "added_bias": lambda logits, keep: logits + jnp.where(keep, 0.0, -1e9),
+  "select": lambda logits, keep: lax.select(keep, logits, jnp.full_like(logits, -1e9)),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("order", ["value", "gradient"])
+def test_a_masked_softmax_is_finite_where_float32_is(mask, order, policy):
+  keep = jnp.asarray(np.tri(8, dtype=bool) & (np.arange(8) != 3)[:, None])  # row 3: nothing kept
+  x = jnp.asarray(np.random.default_rng(3).integers(-2, 3, (8, 8)), jnp.float32)
+
+  def attend(weight, x):
+    return jax.nn.softmax(mask(x @ weight, keep)) @ x
+
+  def total(weight, x):
+    return (attend(weight, x) ** 2).sum()
+
+  fn = attend if order == "value" else total
+  cast, weight = mpjax.autocast(fn, policy), jnp.eye(8)
+  ours, truth = [(f if order == "value" else jax.grad(f))(weight, x) for f in (cast, fn)]
+  assert np.isfinite(ours).all()
+  assert error(ours, truth) < 3 * float(jnp.finfo(COMPUTE[policy]).eps)
+
+
+@every_policy
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_multi_head_attention_with_a_fully_masked_row_is_finite(api, dropout, policy):
+  x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+  keep = jnp.ones((2, 1, 6, 6), bool).at[0, :, 2].set(False)
+
+  def run(policy):
+    if api == "linen":
+      layer = nn.MultiHeadDotProductAttention(2, dropout_rate=dropout, deterministic=False)
+      variables = layer.init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
+      rngs = {"dropout": jax.random.key(3)}
+      return mpjax.apply_policy(layer, policy).apply(variables, x, mask=keep, rngs=rngs)
+    layer = nnx.MultiHeadAttention(2, 8, dropout_rate=dropout, decode=False, rngs=nnx.Rngs(1))
+    return mpjax.apply_policy(layer, policy)(x, mask=keep)
+
+  ours, truth = run(policy), run("float32")
+  assert np.isfinite(ours).all()
+  assert error(ours, truth) < 4 * float(jnp.finfo(COMPUTE[policy]).eps)
+
+
+# Recurrent carries -------------------------------------------------------------------------------
+
+LINEN_CELLS = [nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell, nn.SimpleCell]
+NNX_CELLS = [nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell, nnx.SimpleCell]
+
+
+@every_policy
+@pytest.mark.parametrize(
+  ("models", "cell"),
+  [(linen_models, cell) for cell in LINEN_CELLS] + [(nnx_models, cell) for cell in NNX_CELLS],
+  ids=lambda value: value.__name__.rpartition(".")[2],
+)
+def test_a_cell_runs_a_long_sequence_as_well_as_flaxs(models, cell, policy):
+  tokens = jnp.asarray(np.random.default_rng(4).integers(0, 31, (2, 100)))
+
+  def run(dtype=None, policy="float32"):
+    if models is linen_models:
+      plain = models.Recurrent(cell, dtype=dtype)
+      variables = plain.init(jax.random.key(0), tokens)
+      return lambda: mpjax.apply_policy(plain, policy).apply(variables, tokens)
+    model = models.Recurrent(cell=cell, dtype=dtype, rngs=nnx.Rngs(0))
+    return lambda: mpjax.apply_policy(model, policy)(tokens)
+
+  ours = run(policy=policy)
+  truth = run()()
+  assert wide_contractions(jax.make_jaxpr(ours)(), COMPUTE[policy].name) == []
+  assert error(ours(), truth) <= 1.01 * error(run(COMPUTE[policy])(), truth)
+
+
+@every_policy
+def test_the_carry_of_a_users_own_scan_keeps_one_dtype(policy):
+  def fn(weight, xs):
+    def step(state, x):
+      hidden, count = state
+      hidden = jnp.tanh((hidden * np.float32(0.5) + x) @ weight)
+      return (hidden, count + 1.0), hidden
+
+    (hidden, count), outs = lax.scan(step, (jnp.zeros((2, 8)), 0.0), xs)
+    return hidden.sum() + count + outs.sum()
+
+  args = jnp.full((8, 8), 0.1), jnp.ones((300, 2, 8))
+  jaxpr = jax.make_jaxpr(jax.grad(mpjax.autocast(fn, policy)))(*args)
+  assert wide_contractions(jaxpr, COMPUTE[policy].name) == []
+  assert any(eqn.primitive.name == "scan" for eqn in equations(jaxpr))
+  counted = mpjax.autocast(lambda w, xs: fn(w, xs) - fn(w, xs) + len(xs), policy)
+  assert counted(*args) == 300
+
+
+# Sums --------------------------------------------------------------------------------------------
+
+SUMS = {
+  "sum": (lambda x: x.sum(), 70000),
+  "lax_reduce": (lambda x: lax.reduce(x, 0.0, lax.add, (0, 1)), 70000),
+  "einsum": (lambda x: jnp.einsum("ij->", x), 70000),
+  "mean": (lambda x: x.mean(), 1),
+  "cumsum": (lambda x: jnp.cumsum(x)[-1], 70000),
+  "segment_sum": (lambda x: jax.ops.segment_sum(x[:, 0], jnp.zeros(70000, int), 2)[0], 70000),
+  "scatter_add": (lambda x: jnp.zeros(2).at[jnp.zeros(70000, int)].add(x[:, 0])[0], 70000),
+  "sum_of_squares": (lambda x: ((300 * x) ** 2).sum(), 70000 * 300**2),
+  "norm": (lambda x: jnp.linalg.norm(300 * x), 300 * 70000**0.5),
+  "global_norm": (lambda x: optax.global_norm({"x": 300 * x}), 300 * 70000**0.5),
+  "average_pool": (lambda x: nn.avg_pool(x.reshape(1, 100, 700, 1), (100, 700)).sum(), 1),
+  "variance": (lambda x: (x * 1000).var() + 1, 1),
+  "prod": (lambda x: (2 * x[:20, 0]).prod(), 2**20),
+  "logsumexp": (lambda x: jax.nn.logsumexp(x), 1 + np.log(70000)),
+}
+
+
+@every_policy
+@pytest.mark.parametrize(("fn", "truth"), SUMS.values(), ids=SUMS.keys())
+def test_a_sum_of_narrow_values_does_not_stall_or_overflow(fn, truth, policy):
+  cast = mpjax.autocast(lambda weight, x: fn(x @ weight), policy)
+  found = cast(jnp.ones((1, 1)), jnp.ones((70000, 1)))
+  np.testing.assert_allclose(found, truth, rtol=1e-4)
+
+
+# Data --------------------------------------------------------------------------------------------
+
+
+@every_policy
+@pytest.mark.parametrize("target", [2049.0, 4097.0, 1e-8])
+def test_float_targets_survive(target, policy):
+  loss = mpjax.autocast(lambda weight, x, y: ((x @ weight - y) ** 2).mean() ** 0.5, policy)
+  found = loss(jnp.zeros((2, 1)), jnp.ones((3, 2)), jnp.full((3, 1), target))
+  np.testing.assert_allclose(found, target, rtol=1e-6)
+
+
+@every_policy
+def test_integer_parameters_keep_their_dtype_and_value(policy):
+  def fn(params, x):
+    return (x @ params["w"]).sum() + params["count"], params["count"]
+
+  params = {"w": jnp.ones((2, 2)), "count": jnp.int32(16777217)}
+  _, count = mpjax.autocast(fn, policy)(params, jnp.ones((2, 2)))
+  assert (count.dtype, int(count)) == (jnp.int32, 16777217)
+
+
+@every_policy
+def test_positions_beyond_256_stay_apart(policy):
+  def rotate(weight, x):
+    angles = jnp.arange(4990, 5010)[:, None] / 10000 ** (jnp.arange(4) / 4)[None]
+    return jnp.cos(angles) + 0 * (x @ weight).sum()
+
+  ours, truth = (
+    f(jnp.ones((2, 2)), jnp.ones((2, 2))) for f in (mpjax.autocast(rotate, policy), rotate)
+  )
+  assert error(ours, truth) < 1e-6

@@ -17,6 +17,8 @@ from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
 Path = tuple[str, ...]
 
+_FLOAT32 = np.dtype(np.float32)
+
 
 def open_jaxpr(jaxpr: Any) -> Jaxpr:
   """The equations of a jaxpr, whether it came closed over its constants or not."""
@@ -78,7 +80,7 @@ def _same_rank(outer: Any, inner: Any) -> bool:
 
 def is_float32(atom: Any) -> bool:
   """Whether a variable or literal of a jaxpr is float32 as traced."""
-  return getattr(atom.aval, "dtype", None) == np.float32
+  return getattr(atom.aval, "dtype", None) == _FLOAT32
 
 
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:
@@ -89,7 +91,7 @@ def with_dtype(aval: Any, dtype: np.dtype) -> Any:
 def retyped(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
   """Equation parameters with every float32 result dtype replaced by ``dtype``."""
   return {
-    key: dtype if key in _DTYPE_PARAMS and value == np.float32 else value
+    key: dtype if key in _DTYPE_PARAMS and value == _FLOAT32 else value
     for key, value in params.items()
   }
 

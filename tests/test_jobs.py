@@ -3,12 +3,14 @@
 import re
 import sys
 import sysconfig
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mpjax
 from mpjax import Policy
 from mpjax._digits import Digits, ResNet
 from mpjax._jobs import UsageError, fingerprint
@@ -126,6 +128,16 @@ def test_parameters_are_held_in_the_param_dtype(job):
 def test_a_session_is_evaluated_under_its_policy(job, name):
   session = job.start(Policy.parse(name), 4, 0)
   assert 0 <= session.evaluate() < 12
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_the_compiled_residual_network_is_near_float32(name):
+  model, images = ResNet(), JOBS["digits"]().held_out.inputs[:32]
+  variables = model.init(jax.random.key(0), images, train=False)
+  wide = model.apply(variables, images, train=False)
+  narrow = jax.jit(partial(mpjax.apply_policy(model, name).apply, train=False))(variables, images)
+  assert narrow.dtype.name == name
+  np.testing.assert_allclose(np.asarray(narrow, np.float32), wide, atol=0.05 * np.abs(wide).max())
 
 
 def test_a_fingerprint_tells_values_shapes_and_dtypes_apart():

@@ -1,0 +1,452 @@
+"""`apply_policy` on Linen modules: every way of running one, and what stays as it was."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+
+import mpjax
+from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
+from zoo.cases import case, filled
+from zoo.linen_models import ResNet, Transformer
+
+# Flax's norms mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+BF16 = "mixed_bfloat16"
+TOKENS = jnp.zeros((2, 5), jnp.int32)
+
+
+class MLP(nn.Module):
+  """Two layers with dropout and a method besides `__call__`."""
+
+  dtype: Any = None
+
+  def setup(self):
+    self.hidden = nn.Dense(8, dtype=self.dtype)
+    self.head = nn.Dense(3, dtype=self.dtype)
+    self.dropout = nn.Dropout(0.5)
+
+  def encode(self, x, train=False):
+    return self.dropout(nn.relu(self.hidden(x)), deterministic=not train)
+
+  def __call__(self, x, train=False):
+    return self.head(self.encode(x, train))
+
+
+@pytest.fixture
+def x():
+  return jax.random.normal(jax.random.key(0), (4, 6))
+
+
+@pytest.fixture
+def plain():
+  return MLP()
+
+
+@pytest.fixture
+def mixed(plain):
+  return mpjax.apply_policy(plain, BF16)
+
+
+@pytest.fixture
+def variables(plain, x):
+  return plain.init(jax.random.key(1), x)
+
+
+def assert_same_bits(ours, plain):
+  assert jax.tree.structure(ours) == jax.tree.structure(plain)
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+
+def dot_dtypes(fn, *args):
+  return {found.factors for found in contractions(jax.make_jaxpr(fn)(*args))}
+
+
+NARROW = {("bfloat16", "bfloat16")}
+WIDE = {("float32", "float32")}
+
+
+def test_the_result_is_a_module_of_the_same_class_name_and_fields(plain, mixed):
+  assert isinstance(mixed, MLP)
+  assert type(mixed).__name__ == "MLP"
+  assert mixed.dtype is None
+  assert mpjax.apply_policy(plain, BF16) == mixed
+  assert hash(mpjax.apply_policy(plain, BF16)) == hash(mixed)
+  assert mixed.clone(dtype=jnp.float32).dtype == jnp.float32
+
+
+def test_an_all_float32_policy_returns_the_module(plain):
+  assert mpjax.apply_policy(plain, "float32") is plain
+
+
+def test_init_gives_the_same_bits_as_the_plain_model(plain, mixed, variables, x):
+  assert_same_bits(mixed.init(jax.random.key(1), x), variables)
+  assert_same_bits(jax.jit(mixed.init)(jax.random.key(1), x), variables)
+  out, made = mixed.init_with_output(jax.random.key(1), x)
+  assert_same_bits(made, variables)
+  assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+def test_init_of_a_whole_model_traces_to_the_same_shapes(name):
+  found = case(name, "linen")
+  args = jax.random.key(0), found.batch(0).inputs
+  ours = jax.eval_shape(mpjax.apply_policy(found.module(), BF16).init, *args)
+  assert ours == jax.eval_shape(found.module().init, *args)
+
+
+def test_param_dtype_decides_how_parameters_are_stored(plain, x):
+  model = mpjax.apply_policy(plain, "params=bfloat16, compute=bfloat16, output=float32")
+  made = model.init(jax.random.key(1), x)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(made)} == {"bfloat16"}
+  assert model.apply(made, x).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("output", ["float32", "bfloat16", "float16"])
+def test_results_have_the_output_dtype(plain, variables, x, output):
+  model = mpjax.apply_policy(plain, f"params=float32, compute=bfloat16, output={output}")
+  assert model.apply(variables, x).dtype.name == output
+
+
+def test_apply_runs_narrow_and_close_to_the_plain_model(plain, mixed, variables, x):
+  assert dot_dtypes(mixed.apply, variables, x) == NARROW
+  np.testing.assert_allclose(mixed.apply(variables, x), plain.apply(variables, x), atol=0.05)
+
+
+@pytest.mark.parametrize(
+  "method",
+  ["encode", MLP.encode, lambda module, x: module.encode(x) * 2],
+  ids=["name", "function", "lambda"],
+)
+def test_other_methods_run_under_the_policy(plain, mixed, variables, x, method):
+  run = lambda model: lambda v, x: model.apply(v, x, method=method)
+  assert dot_dtypes(run(mixed), variables, x) == NARROW
+  np.testing.assert_allclose(run(mixed)(variables, x), run(plain)(variables, x), atol=0.05)
+
+
+def test_a_method_of_the_wrapped_instance_runs_under_the_policy(mixed, variables, x):
+  assert dot_dtypes(lambda v, x: mixed.apply(v, x, method=mixed.encode), variables, x) == NARROW
+
+
+def test_init_takes_a_method_too(plain, mixed, x):
+  ours = mixed.init(jax.random.key(1), x, method="encode")
+  assert_same_bits(ours, plain.init(jax.random.key(1), x, method="encode"))
+
+
+def test_bind_runs_under_the_policy(mixed, variables, x):
+  assert dot_dtypes(lambda v, x: mixed.bind(v)(x), variables, x) == NARROW
+  assert dot_dtypes(lambda v, x: mixed.bind(v).encode(x), variables, x) == NARROW
+
+
+def test_tabulate_prints_the_table_of_the_plain_model(plain, mixed, x):
+  ours, theirs = (model.tabulate(jax.random.key(0), x) for model in (mixed, plain))
+  assert ours == theirs
+  assert "kernel" in ours
+
+
+def test_dropout_draws_the_same_mask(plain, mixed, variables, x):
+  def zeros(model):
+    rngs = {"dropout": jax.random.key(3)}
+    return model.apply(variables, x, True, method="encode", rngs=rngs) == 0
+
+  np.testing.assert_array_equal(zeros(mixed), zeros(plain))
+
+
+def test_keyword_and_static_arguments_pass(mixed, variables, x):
+  out = mixed.apply(variables, x=x, train=True, rngs={"dropout": jax.random.key(0)})
+  assert out.shape == (4, 3)
+
+
+def test_a_missing_rng_is_flaxs_own_error(mixed, variables, x):
+  with pytest.raises(Exception, match="dropout"):
+    mixed.apply(variables, x, train=True)
+
+
+def test_batch_statistics_arrive_in_float32():
+  plain = case("resnet", "linen").module()
+  pictures = case("resnet", "linen").batch(0).inputs
+  shapes = jax.eval_shape(plain.init, jax.random.key(0), pictures)
+  variables = jax.device_put(filled(shapes, 0))
+  update = lambda model: jax.jit(lambda v: model.apply(v, pictures, mutable=["batch_stats"])[1])
+  ours = update(mpjax.apply_policy(plain, BF16))(variables)
+  truth = update(plain)(variables)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(ours)} == {"float32"}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), ours, truth)
+  before = jax.tree.leaves(variables["batch_stats"])
+  assert not any(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), before, strict=True))
+
+
+def test_without_mutable_statistics_are_read_only():
+  model = mpjax.apply_policy(ResNet(), BF16)
+  pictures = jnp.ones((2, 8, 8, 3))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), pictures)
+  variables = jax.device_put(filled(shapes, 0))
+  assert model.apply(variables, pictures, train=False).shape == (2, 10)
+  with pytest.raises(Exception, match="batch_stats"):
+    model.apply(variables, pictures)
+
+
+def test_sown_intermediates_arrive():
+  class Sower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(4)(x)
+      self.sow("intermediates", "hidden", x)
+      return x.sum()
+
+  x = jnp.ones((2, 3))
+  model = mpjax.apply_policy(Sower(), BF16)
+  variables = Sower().init(jax.random.key(0), x)
+  _, sown = model.apply({"params": variables["params"]}, x, mutable="intermediates")
+  assert sown["intermediates"]["hidden"][0].shape == (2, 4)
+  _, captured = model.apply({"params": variables["params"]}, x, capture_intermediates=True)
+  assert "Dense_0" in captured["intermediates"]
+
+
+def test_gradients_are_float32(mixed, variables, x):
+  grads = jax.grad(lambda v: mixed.apply(v, x).sum())(variables)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+  assert jax.tree.structure(grads) == jax.tree.structure(variables)
+
+
+def test_checkpoints_are_interchangeable(plain, mixed, variables, x):
+  made = mixed.init(jax.random.key(1), x)
+  restored = serialization.from_bytes(made, serialization.to_bytes(variables))
+  assert_same_bits(restored, serialization.from_bytes(variables, serialization.to_bytes(made)))
+  np.testing.assert_array_equal(mixed.apply(restored, x), mixed.apply(variables, x))
+  np.testing.assert_array_equal(plain.apply(restored, x), plain.apply(variables, x))
+
+
+# Inside other modules ----------------------------------------------------------------------------
+
+
+class Compact(nn.Module):
+  """A wrapped submodule made in a compact method, beside a plain one."""
+
+  policy: Any = "float32"
+
+  @nn.compact
+  def __call__(self, x):
+    x = mpjax.apply_policy(MLP(name="inner"), self.policy)(x)
+    return nn.Dense(2, name="outer")(x)
+
+
+class Setup(nn.Module):
+  """The same in `setup`."""
+
+  policy: Any = "float32"
+
+  def setup(self):
+    self.inner = mpjax.apply_policy(MLP(), self.policy)
+    self.outer = nn.Dense(2)
+
+  def __call__(self, x):
+    return self.outer(self.inner(x))
+
+
+class Given(nn.Module):
+  """The same with the submodule as a field."""
+
+  inner: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2, name="outer")(self.inner(x))
+
+
+HOSTS = {
+  "compact": Compact,
+  "setup": Setup,
+  "field": lambda policy="float32": Given(mpjax.apply_policy(MLP(), policy)),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
+def test_a_wrapped_submodule_keeps_paths_and_bits_and_runs_narrow(host, x):
+  variables = host().init(jax.random.key(0), x)
+  assert_same_bits(host(BF16).init(jax.random.key(0), x), variables)
+  found = contractions(jax.make_jaxpr(host(BF16).apply)(variables, x))
+  assert [dot.factors[0] for dot in found] == ["bfloat16", "bfloat16", "float32"]
+  np.testing.assert_allclose(host(BF16).apply(variables, x), host().apply(variables, x), atol=0.05)
+
+
+def test_a_wrapped_module_inside_a_wrapped_module_keeps_its_own_policy(x):
+  outer = mpjax.apply_policy(Compact("mixed_float16"), BF16)
+  variables = Compact().init(jax.random.key(0), x)
+  found = contractions(jax.make_jaxpr(outer.apply)(variables, x))
+  assert [dot.factors[0] for dot in found] == ["float16", "float16", "bfloat16"]
+
+
+def test_one_wrapped_module_called_twice_shares_its_parameters(x):
+  class Twice(nn.Module):
+    policy: Any
+
+    @nn.compact
+    def __call__(self, x):
+      layer = mpjax.apply_policy(nn.Dense(6), self.policy)
+      return layer(layer(x))
+
+  variables = Twice("float32").init(jax.random.key(0), x)
+  assert_same_bits(Twice(BF16).init(jax.random.key(0), x), variables)
+  assert dot_dtypes(Twice(BF16).apply, variables, x) == NARROW
+
+
+class Layer(nn.Module):
+  """A layer with the signature that `nn.scan` wants."""
+
+  policy: Any = "float32"
+
+  @nn.compact
+  def __call__(self, x, _):
+    return jnp.tanh(mpjax.apply_policy(nn.Dense(6), self.policy)(x)), None
+
+
+class Stack(nn.Module):
+  """Layers under `nn.scan`, with or without `nn.remat`."""
+
+  policy: Any = "float32"
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+    scan = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    return scan(self.policy)(x, None)[0]
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["scan", "scan_of_remat"])
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_lifted_transforms_compose_with_a_wrapped_module(remat, where, x):
+  plain = Stack(remat=remat)
+  mixed = Stack(BF16, remat) if where == "inside" else mpjax.apply_policy(plain, BF16)
+  variables = plain.init(jax.random.key(0), x)
+  assert_same_bits(mixed.init(jax.random.key(0), x), variables)
+  loss = lambda model: lambda v: (model.apply(v, x) ** 2).sum()
+  jaxpr = jax.make_jaxpr(jax.grad(loss(mixed)))(variables)
+  assert wide_contractions(jaxpr, "bfloat16") == []
+  assert primitives(jaxpr)["scan"] == 2
+  ours, truth = jax.grad(loss(mixed))(variables), jax.grad(loss(plain))(variables)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), ours, truth)
+
+
+@pytest.mark.parametrize("transform", [nn.remat, nn.jit], ids=["remat", "jit"])
+def test_the_class_of_a_wrapped_module_can_be_lifted(transform, x):
+  class Host(nn.Module):
+    policy: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+      return mpjax.apply_policy(transform(nn.Dense)(6, name="layer"), self.policy)(x)
+
+  variables = Host().init(jax.random.key(0), x)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda v: Host(BF16).apply(v, x).sum()))(variables)
+  assert wide_contractions(jaxpr, "bfloat16") == []
+
+
+def test_vmap_over_wrapped_modules_splits_parameters(x):
+  class Heads(nn.Module):
+    policy: Any = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+      heads = nn.vmap(
+        MLP, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=3
+      )
+      return mpjax.apply_policy(heads(), self.policy)(x)
+
+  variables = Heads().init(jax.random.key(0), x)
+  assert_same_bits(Heads(BF16).init(jax.random.key(0), x), variables)
+  assert dot_dtypes(Heads(BF16).apply, variables, x) == NARROW
+
+
+# Layers with a dtype of their own, and rules -----------------------------------------------------
+
+
+def test_a_policy_overrides_the_dtype_that_a_model_gives_its_layers(x):
+  model = MLP(dtype=jnp.float32)
+  variables = model.init(jax.random.key(0), x)
+  assert dot_dtypes(mpjax.apply_policy(model, BF16).apply, variables, x) == NARROW
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32], ids=["no_dtype", "float32_dtype"])
+def test_a_rule_keeps_a_module_float32(dtype, x):
+  model = MLP(dtype=dtype)
+  variables = model.init(jax.random.key(0), x)
+  mixed = mpjax.apply_policy(model, mpjax.PolicyMap({"head": "float32"}, default=BF16))
+  found = contractions(jax.make_jaxpr(mixed.apply)(variables, x))
+  assert [dot.factors[0] for dot in found] == ["bfloat16", "float32"]
+
+
+def test_a_rule_governs_forward_and_backward_of_all_beneath_it():
+  model = Transformer(depth=2)
+  policy = mpjax.PolicyMap({r"blocks_0": "float32"}, default=BF16)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+  params = jax.device_put(filled(shapes, 0))
+  fraction = []
+  for mixed in (model, mpjax.apply_policy(model, policy), mpjax.apply_policy(model, BF16)):
+    loss = lambda params, mixed=mixed: mixed.apply(params, TOKENS).sum()
+    found = contractions(jax.make_jaxpr(jax.grad(loss))(params))
+    fraction.append(sum(dot.factors == ("float32", "float32") for dot in found))
+  every, by_rule, none = fraction
+  assert none == 0
+  assert 0 < by_rule < every
+
+
+def test_all_modules_under_a_float32_rule_are_float32_bit_for_bit(plain, variables, x):
+  policy = mpjax.PolicyMap({"hidden|head|dropout": "float32"}, default="p=f32,c=bf16,o=f32")
+  mixed = mpjax.apply_policy(plain, policy)
+  assert dot_dtypes(mixed.apply, variables, x) == WIDE
+  assert_same_bits(mixed.apply(variables, x), plain.apply(variables, x))
+
+
+def test_a_rule_that_matches_no_module_lists_the_paths(plain, variables, x):
+  mixed = mpjax.apply_policy(plain, mpjax.PolicyMap({"haed": "float32"}, default=BF16))
+  with pytest.raises(ValueError, match=r"'haed' matched no module.*head.*hidden"):
+    mixed.apply(variables, x)
+
+
+def test_a_policy_is_replaced_by_another(mixed, variables, x):
+  again = mpjax.apply_policy(mixed, "mixed_float16")
+  assert dot_dtypes(again.apply, variables, x) == {("float16", "float16")}
+
+
+def test_apply_policy_refuses_what_is_no_module():
+  with pytest.raises(TypeError, match="Linen module or an NNX model; got function"):
+    mpjax.apply_policy(lambda x: x, BF16)
+
+
+def test_jit_traces_once_for_equal_modules(plain, variables, x):
+  traces = []
+
+  @jax.jit
+  def run(v, x):
+    traces.append(1)
+    return mpjax.apply_policy(plain, BF16).apply(v, x)
+
+  run(variables, x)
+  run(variables, x)
+  assert len(traces) == 1
+  static = jax.jit(lambda model, v, x: model.apply(v, x), static_argnums=0)
+  static(mpjax.apply_policy(plain, BF16), variables, x)
+  static(mpjax.apply_policy(plain, BF16), variables, x)
+  assert static._cache_size() == 1
+
+
+def test_a_norm_hands_narrow_values_on():
+  class Norms(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return jnp.tanh(nn.LayerNorm()(nn.Dense(8)(x)))
+
+  x = jnp.ones((2, 6))
+  variables = Norms().init(jax.random.key(0), x)
+  jaxpr = jax.make_jaxpr(mpjax.apply_policy(Norms(), BF16).apply)(variables, x)
+  assert result_dtypes(jaxpr, "tanh") == {"bfloat16"}
+  assert result_dtypes(jaxpr, "rsqrt") == {"float32"}

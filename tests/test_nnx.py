@@ -1,0 +1,413 @@
+"""`apply_policy` on NNX models: what is shared, what arrives, and every transform around one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mpjax
+from _jaxprs import contractions, primitives, wide_contractions
+from zoo.cases import case
+from zoo.nnx_models import Transformer
+
+# Flax's norms and adamw mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+BF16 = "mixed_bfloat16"
+NARROW = {("bfloat16", "bfloat16")}
+WIDE = {("float32", "float32")}
+
+
+class MLP(nnx.Module):
+  """Two layers with dropout and a method besides `__call__`."""
+
+  def __init__(self, rngs, dtype=None, rate=0.0):
+    self.hidden = nnx.Linear(6, 8, dtype=dtype, rngs=rngs)
+    self.dropout = nnx.Dropout(rate, rngs=rngs)
+    self.head = nnx.Linear(8, 3, dtype=dtype, rngs=rngs)
+
+  def encode(self, x):
+    return self.dropout(nnx.relu(self.hidden(x)))
+
+  def __call__(self, x):
+    return self.head(self.encode(x))
+
+
+class Normed(nnx.Module):
+  """A layer with BatchNorm: state that a call updates."""
+
+  def __init__(self, rngs):
+    self.layer = nnx.Linear(6, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, momentum=0.5, rngs=rngs)
+
+  def __call__(self, x):
+    return nnx.relu(self.norm(self.layer(x)))
+
+
+@pytest.fixture
+def x():
+  return jax.random.normal(jax.random.key(0), (4, 6))
+
+
+@pytest.fixture
+def plain():
+  return MLP(nnx.Rngs(0))
+
+
+@pytest.fixture
+def mixed(plain):
+  return mpjax.apply_policy(plain, BF16)
+
+
+def pure(model, method="__call__"):
+  """A model's method as a function of its state and an input."""
+  graph, state = nnx.split(model)
+  return lambda state, x: getattr(nnx.merge(graph, state, copy=True), method)(x), state
+
+
+def dots(model, x, method="__call__"):
+  fn, state = pure(model, method)
+  return {found.factors for found in contractions(jax.make_jaxpr(fn)(state, x))}
+
+
+def paths(model):
+  leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model))
+  return [f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}" for path, leaf in leaves]
+
+
+def loss_of(model, x):
+  return (model(x) ** 2).mean()
+
+
+# What is shared ----------------------------------------------------------------------------------
+
+
+def test_the_result_is_a_model_of_the_same_class_with_the_same_variables(plain, mixed):
+  assert isinstance(mixed, MLP)
+  assert type(mixed).__name__ == "MLP"
+  assert mixed is not plain
+  assert mixed.hidden is plain.hidden
+  assert mixed.head.kernel is plain.head.kernel
+  assert paths(mixed) == paths(plain)
+
+
+def test_the_model_given_stays_as_it_was(plain, mixed, x):
+  mixed(x)
+  assert type(plain) is MLP
+  assert type(plain.hidden) is nnx.Linear
+  assert dots(plain, x) == WIDE
+  assert dots(mixed, x) == NARROW
+  assert not [name for name in vars(plain.hidden) if "mpjax" in name]
+
+
+def test_an_all_float32_policy_returns_the_model(plain):
+  assert mpjax.apply_policy(plain, "float32") is plain
+
+
+def test_an_update_of_either_reaches_the_other(plain, mixed, x):
+  plain.head.bias[...] = jnp.full(3, 5.0)
+  np.testing.assert_array_equal(mixed.head.bias[...], jnp.full(3, 5.0))
+  nnx.update(mixed, jax.tree.map(jnp.zeros_like, nnx.state(mixed, nnx.Param)))
+  assert not np.any(plain(x))
+
+
+def test_batch_statistics_arrive_in_both_in_float32(x):
+  plain, reference = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
+  mixed = mpjax.apply_policy(plain, BF16)
+  for _ in range(2):
+    mixed(x)
+    reference(x)
+  assert plain.norm.mean is mixed.norm.mean
+  assert plain.norm.mean[...].dtype == plain.norm.var[...].dtype == jnp.float32
+  np.testing.assert_allclose(plain.norm.mean[...], reference.norm.mean[...], atol=0.01)
+  np.testing.assert_allclose(plain.norm.var[...], reference.norm.var[...], rtol=0.02)
+  assert np.all(np.abs(plain.norm.mean[...]) > 0)
+
+
+def test_dropout_draws_the_same_masks_and_its_counts_arrive(x):
+  plain, reference = MLP(nnx.Rngs(0), rate=0.5), MLP(nnx.Rngs(0), rate=0.5)
+  mixed = mpjax.nnx.apply_policy(plain, BF16, methods=("encode",))
+  for _ in range(3):
+    np.testing.assert_array_equal(mixed.encode(x) == 0, reference.encode(x) == 0)
+  assert int(plain.dropout.rngs.count[...]) == int(reference.dropout.rngs.count[...]) == 3
+
+
+def test_train_and_eval_reach_the_shared_submodules(plain, x):
+  plain = MLP(nnx.Rngs(0), rate=0.5)
+  mixed = mpjax.apply_policy(plain, BF16)
+  mixed.eval()
+  assert plain.dropout.deterministic
+  np.testing.assert_array_equal(mixed(x), mixed(x))
+  plain.train()
+  assert np.any(mixed(x) != mixed(x))
+
+
+def test_tied_variables_stay_tied(x):
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.first = nnx.Linear(6, 6, rngs=rngs)
+      self.second = self.first
+
+    def __call__(self, x):
+      return self.second(self.first(x))
+
+  plain = Tied(nnx.Rngs(0))
+  mixed = mpjax.apply_policy(plain, BF16)
+  assert paths(mixed) == paths(plain)
+  assert dots(mixed, x) == NARROW
+  grads = nnx.grad(loss_of)(mixed, x), nnx.grad(loss_of)(plain, x)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.03), *grads)
+
+
+def test_sown_intermediates_arrive(x):
+  class Sower(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+      x = self.layer(x)
+      self.sow(nnx.Intermediate, "hidden", x)
+      return x
+
+  mixed = mpjax.apply_policy(Sower(nnx.Rngs(0)), BF16)
+  out, intermediates = nnx.capture(mixed, nnx.Intermediate)(x)
+  (sown,) = intermediates["hidden"].get_value()
+  np.testing.assert_allclose(sown, out, atol=0.01)
+
+
+# Policies ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["float32", "bfloat16", "float16"])
+def test_results_have_the_output_dtype(plain, x, output):
+  model = mpjax.apply_policy(plain, f"params=float32, compute=bfloat16, output={output}")
+  assert model(x).dtype.name == output
+
+
+def test_param_dtype_makes_a_cast_copy(plain, x):
+  model = mpjax.apply_policy(plain, "params=bfloat16, compute=bfloat16, output=float32")
+  assert model.head.kernel[...].dtype == jnp.bfloat16
+  assert plain.head.kernel[...].dtype == jnp.float32
+  assert model(x).dtype == jnp.float32
+
+
+def test_named_methods_run_under_the_policy_and_others_do_not(plain, x):
+  encode = mpjax.nnx.apply_policy(plain, BF16, methods=("encode",))
+  both = mpjax.nnx.apply_policy(plain, BF16, methods=("__call__", "encode"))
+  assert dots(encode, x, "encode") == NARROW
+  assert dots(both, x, "encode") == dots(both, x) == NARROW
+  assert dots(mpjax.apply_policy(plain, BF16), x, "encode") == WIDE
+  np.testing.assert_allclose(both.encode(x), plain.encode(x), atol=0.05)
+
+
+def test_an_unknown_method_lists_the_methods(plain):
+  with pytest.raises(ValueError, match=r"methods of MLP; got 'encod'.*__call__, encode"):
+    mpjax.nnx.apply_policy(plain, BF16, methods=("encod",))
+
+
+def test_a_policy_overrides_the_dtype_that_a_model_gives_its_layers(x):
+  assert dots(mpjax.apply_policy(MLP(nnx.Rngs(0), dtype=jnp.float32), BF16), x) == NARROW
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32], ids=["no_dtype", "float32_dtype"])
+def test_a_rule_keeps_a_module_float32(dtype, x):
+  policy = mpjax.PolicyMap({"head": "float32"}, default=BF16)
+  fn, state = pure(mpjax.apply_policy(MLP(nnx.Rngs(0), dtype=dtype), policy))
+  found = contractions(jax.make_jaxpr(fn)(state, x))
+  assert [dot.factors[0] for dot in found] == ["bfloat16", "float32"]
+
+
+def test_a_rule_governs_forward_and_backward_of_all_beneath_it():
+  tokens = jnp.zeros((2, 5), jnp.int32)
+  model = Transformer(depth=2, rngs=nnx.Rngs(0))
+  count = []
+  for policy in ("float32", mpjax.PolicyMap({"blocks/0": "float32"}, default=BF16), BF16):
+    fn, state = pure(mpjax.apply_policy(model, policy))
+    gradient = jax.grad(lambda state, fn=fn: fn(state, tokens).sum(), allow_int=True)
+    found = contractions(jax.make_jaxpr(gradient)(state))
+    count.append(sum(dot.factors == ("float32", "float32") for dot in found))
+  every, by_rule, none = count
+  assert none == 0
+  assert 0 < by_rule < every
+
+
+def test_a_rule_that_matches_no_module_lists_the_paths(plain):
+  with pytest.raises(ValueError, match=r"'haed' matched no module.*head.*hidden"):
+    mpjax.apply_policy(plain, mpjax.PolicyMap({"haed": "float32"}, default=BF16))
+
+
+def test_a_policy_is_replaced_by_another(mixed, x):
+  assert dots(mpjax.apply_policy(mixed, "mixed_float16"), x) == {("float16", "float16")}
+
+
+def test_a_wrapped_submodule_keeps_its_own_policy_and_paths(plain, x):
+  class Host(nnx.Module):
+    def __init__(self, inner, rngs):
+      self.inner = inner
+      self.outer = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+      return self.outer(self.inner(x))
+
+  host = Host(mpjax.apply_policy(plain, "mixed_float16"), nnx.Rngs(1))
+  assert paths(host) == paths(Host(plain, nnx.Rngs(1)))
+  for model, last in ((host, "float32"), (mpjax.apply_policy(host, BF16), "bfloat16")):
+    fn, state = pure(model)
+    found = contractions(jax.make_jaxpr(fn)(state, x))
+    assert [dot.factors[0] for dot in found] == ["float16", "float16", last]
+
+
+# Transforms --------------------------------------------------------------------------------------
+
+
+def test_split_merge_and_clone_keep_the_policy(mixed, plain, x):
+  graph, params, rest = nnx.split(mixed, nnx.Param, ...)
+  for model in (nnx.merge(graph, params, rest), nnx.clone(mixed)):
+    assert dots(model, x) == NARROW
+    np.testing.assert_array_equal(model(x), mixed(x))
+  copy = nnx.clone(mixed)
+  copy.head.bias[...] = jnp.ones(3)
+  assert not np.any(plain.head.bias[...])
+
+
+def test_state_is_that_of_the_plain_model(plain, mixed):
+  ours, theirs = jax.tree.leaves(nnx.state(mixed)), jax.tree.leaves(nnx.state(plain))
+  assert all(a is b for a, b in zip(ours, theirs, strict=True))
+  assert nnx.to_pure_dict(nnx.state(mixed)).keys() == nnx.to_pure_dict(nnx.state(plain)).keys()
+  nnx.update(MLP(nnx.Rngs(7)), nnx.state(mixed))
+
+
+def test_jit_updates_state_and_traces_once(x):
+  plain, eager = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
+  mixed = mpjax.apply_policy(plain, BF16)
+  traces = []
+
+  @nnx.jit
+  def run(model, x):
+    traces.append(1)
+    return model(x)
+
+  outs = [run(mixed, x), run(mixed, x)]
+  expected = mpjax.apply_policy(eager, BF16)
+  np.testing.assert_allclose(outs[1], (expected(x), expected(x))[1], atol=0.02)
+  np.testing.assert_allclose(plain.norm.mean[...], eager.norm.mean[...], atol=1e-3)
+  assert len(traces) == 1
+
+
+def test_grad_gives_float32_gradients_with_the_paths_of_the_plain_model(plain, mixed, x):
+  ours, truth = nnx.grad(loss_of)(mixed, x), nnx.grad(loss_of)(plain, x)
+  assert jax.tree.structure(ours) == jax.tree.structure(truth)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(ours)} == {"float32"}
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02), ours, truth)
+
+
+def test_an_optimizer_trains_both_models_at_once(plain, mixed, x):
+  optimizer = nnx.Optimizer(mixed, optax.adamw(1e-2), wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss, grads = nnx.value_and_grad(loss_of)(model, x)
+    optimizer.update(model, grads)
+    return loss
+
+  losses = [float(step(mixed, optimizer)) for _ in range(20)]
+  assert losses[-1] < 0.5 * losses[0]
+  assert float(loss_of(plain, x)) < losses[0]
+  floats = [leaf for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.dtype != jnp.int32]
+  assert {leaf.dtype.name for leaf in floats} <= {"float32", "uint32"}
+
+
+def test_state_moves_during_value_and_grad(x):
+  plain = Normed(nnx.Rngs(0))
+  nnx.jit(nnx.value_and_grad(loss_of))(mpjax.apply_policy(plain, BF16), x)
+  assert np.any(plain.norm.mean[...])
+
+
+def test_remat_keeps_the_policy(mixed, x):
+  def loss(model, x):
+    return (nnx.remat(lambda model, x: model(x))(model, x) ** 2).mean()
+
+  fn, state = pure(mixed)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda s: jax.checkpoint(fn)(s, x).sum(), allow_int=True))(state)
+  assert wide_contractions(jaxpr, "bfloat16") == []
+  ours, truth = nnx.grad(loss)(mixed, x), nnx.grad(loss_of)(mixed, x)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, truth)
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_a_scan_over_stacked_layers_runs_narrow(where, x):
+  class Stack(nnx.Module):
+    def __init__(self, wrap=lambda layer: layer):
+      make = nnx.vmap(lambda rngs: nnx.Linear(6, 6, rngs=rngs))
+      self.layers = nnx.split_rngs(splits=3)(make)(nnx.Rngs(0))
+      self.wrap = wrap
+
+    def __call__(self, x):
+      step = lambda x, layer: jnp.tanh(self.wrap(layer)(x))
+      return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+  wrap = lambda layer: mpjax.apply_policy(layer, BF16)
+  model = Stack(wrap) if where == "inside" else mpjax.apply_policy(Stack(), BF16)
+  fn, state = pure(model)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda s: fn(s, x).sum(), allow_int=True))(state)
+  assert wide_contractions(jaxpr, "bfloat16") == []
+  assert primitives(jaxpr)["scan"] == 2
+  np.testing.assert_allclose(model(x), Stack()(x), atol=0.03)
+
+
+def test_vmap_over_models_runs_narrow(x):
+  make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: MLP(rngs)))
+  models = mpjax.apply_policy(make(nnx.Rngs(0)), BF16)
+  run = nnx.vmap(lambda model, x: model(x), in_axes=(0, None))
+  assert run(models, x).shape == (3, 4, 3)
+  graph, state = nnx.split(models)
+  jaxpr = jax.make_jaxpr(lambda state: run(nnx.merge(graph, state, copy=True), x))(state)
+  assert wide_contractions(jaxpr, "bfloat16") == []
+
+
+def test_a_models_static_and_none_arguments_pass(x):
+  class Switch(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x, mask=None, *, double=False):
+      x = self.layer(x)
+      x = x if mask is None else jnp.where(mask, x, 0.0)
+      return 2 * x if double else x
+
+  mixed = mpjax.apply_policy(Switch(nnx.Rngs(0)), BF16)
+  np.testing.assert_array_equal(mixed(x, double=True), 2 * mixed(x, None))
+  assert not np.any(mixed(x, jnp.zeros((4, 1), bool)))
+
+
+# Whole losses ------------------------------------------------------------------------------------
+
+
+def test_autocast_takes_a_loss_of_models_and_brings_updates_back(x):
+  plain = Normed(nnx.Rngs(0))
+  loss = mpjax.nnx.autocast(loss_of, BF16)
+  value, grads = nnx.value_and_grad(loss)(plain, x)
+  assert value.dtype == jnp.float32
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+  assert np.any(plain.norm.mean[...])
+
+
+def test_a_whole_zoo_model_trains_under_jit_as_in_float32():
+  found = case("resnet", "nnx")
+  batch, losses = found.batch(0), {}
+  for policy in ("float32", BF16):
+    model = mpjax.apply_policy(found.module(), policy)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+      loss = lambda model: found.objective(model(batch.inputs), batch.targets)
+      value, grads = nnx.value_and_grad(loss)(model)
+      optimizer.update(model, grads)
+      return value
+
+    losses[policy] = [float(step(model, optimizer, batch)) for _ in range(8)]
+  np.testing.assert_allclose(losses[BF16], losses["float32"], rtol=0.1, atol=0.05)
+  assert losses[BF16][-1] < losses[BF16][0]

@@ -155,9 +155,9 @@ class NnxNorm(nnx.Module):
 def linen_norm(norm, x, dtype=None, policy="float32"):
   """The output of a fresh Linen model whose projection is the identity, and its statistics."""
   model = mpjax.apply_policy(LinenNorm(norm, dtype), policy)
-  variables = dict(model.init(jax.random.key(0), x))
+  variables = dict(jax.jit(model.init)(jax.random.key(0), x))
   params = variables["params"] | {"proj": {"kernel": jnp.eye(16)}}
-  call = lambda x: model.apply(variables | {"params": params}, x, mutable=["batch_stats"])
+  call = jax.jit(lambda x: model.apply(variables | {"params": params}, x, mutable=["batch_stats"]))
   return jax.make_jaxpr(call)(x), *call(x)
 
 
@@ -167,6 +167,7 @@ def nnx_norm(norm, x, dtype=None, policy="float32"):
   model.proj.kernel[...] = jnp.eye(16)
   graph, state = nnx.split(mpjax.apply_policy(model, policy))
 
+  @jax.jit
   def call(x):
     model = nnx.merge(graph, state, copy=True)
     return model(x), nnx.state(model, nnx.BatchStat)
@@ -323,9 +324,10 @@ def test_multi_head_attention_with_a_fully_masked_row_is_finite(api, dropout, po
   def run(policy):
     if api == "linen":
       layer = nn.MultiHeadDotProductAttention(2, dropout_rate=dropout, deterministic=False)
-      variables = layer.init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
-      rngs = {"dropout": jax.random.key(3)}
-      return mpjax.apply_policy(layer, policy).apply(variables, x, mask=keep, rngs=rngs)
+      rngs = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+      variables = jax.jit(layer.init)(rngs, x)
+      run = jax.jit(mpjax.apply_policy(layer, policy).apply)
+      return run(variables, x, mask=keep, rngs={"dropout": jax.random.key(3)})
     layer = nnx.MultiHeadAttention(2, 8, dropout_rate=dropout, decode=False, rngs=nnx.Rngs(1))
     return mpjax.apply_policy(layer, policy)(x, mask=keep, deterministic=False)
 

@@ -128,7 +128,8 @@ def _spread(flag: Flag, value: Any) -> list[bool]:
 
 
 def _is_array(x: Any) -> bool:
-  return isinstance(x, jax.Array | np.ndarray)
+  """Whether JAX can trace a leaf; arrays of strings or objects are static."""
+  return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm")
 
 
 def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:

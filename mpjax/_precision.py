@@ -60,17 +60,20 @@ def join(forms: Iterable[Form | None]) -> Form | None:
 
 
 def fits(value: float, dtype: np.dtype) -> bool:
-  """Whether a constant survives a 16-bit format: neither overflow nor loss below the normals.
+  """Whether a constant survives a 16-bit format.
 
-  What lies less than an ulp above the largest number fits too, saturated: float32's own largest
-  number, with which Flax and others mask attention scores, against bfloat16.
+  It must neither overflow nor lie below the normals, and must not become 1 if it is not 1: as
+  ``1 - 1e-5``, which guards a logarithm, and as the decay 0.999 it would say something else. What
+  lies less than an ulp above the largest number fits, saturated: float32's own largest number,
+  with which Flax and others mask attention scores, against bfloat16.
   """
   magnitude = abs(float(value))
-  if not np.isfinite(magnitude) or magnitude == 0.0:
+  if not np.isfinite(magnitude) or magnitude in (0.0, 1.0):
     return True
   info = jnp.finfo(dtype)
-  largest = float(info.max)
-  return float(info.smallest_normal) <= magnitude < largest * (1 + float(info.eps))
+  if 0.5 < magnitude < 2.0 and float(np.asarray(magnitude).astype(dtype)) == 1.0:
+    return False
+  return float(info.smallest_normal) <= magnitude < float(info.max) * (1 + float(info.eps))
 
 
 def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:

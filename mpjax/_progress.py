@@ -56,7 +56,7 @@ class Progress:
       self._drawn = now
       self._write(
         f"{self._label:<{self._label_width}}  {self._bar(done)} {done}/{self._total}"
-        f"  loss {loss:.4f}  scale {scale:g}  skips {skipped}  {self._clock(done, now)}"
+        f"  loss {loss:.4f}  scale {scale:.8g}  skips {skipped}  {self._clock(done, now)}"
       )
 
   def _is_due(self, done: int, now: float) -> bool:

@@ -38,7 +38,7 @@ def _cells(report: Report, result: Result) -> list[str]:
     _dtypes(result),
     _steps(report, result),
     str(result.skipped),
-    f"{result.loss_scale:g}",
+    f"{result.loss_scale:.8g}",
     f"{result.train_loss:.4f}",
     *_metric(report, result),
     _size(result.argument_bytes),

@@ -89,7 +89,7 @@ def _policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
 def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   methods = {name: {"policies": policies, "method": name} for name in _method_names(plain)}
   lifted: Any = lift_transform(_under_policy, plain, methods=methods)
-  entries = {name: _entry(name) for name in ("apply", "init", "init_with_output")}
+  entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
   namespace = {
     "mpjax_plain_class": plain,
     "mpjax_policies": policies,
@@ -97,22 +97,36 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
     "__qualname__": plain.__qualname__,
     "__doc__": plain.__doc__,
   }
-  return type(plain.__name__, (lifted,), namespace | entries)
+  outer = {name: _outside_setup(plain, lifted, name) for name in methods}
+  return type(plain.__name__, (lifted,), namespace | entries | outer)
 
 
-def _entry(name: str) -> Callable[..., Any]:
-  """``apply`` or ``init``: a function given as ``method`` runs under the policy too."""
+def _outside_setup(plain: type[nn.Module], lifted: Any, name: str) -> Callable[..., Any]:
+  """A method under the policy; within ``setup``, where it may make submodules, the plain one."""
+  function = getattr(plain, name)
+
+  @nn.nowrap
+  @functools.wraps(function, updated=())
+  def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    owner = plain if self._state.in_setup else lifted
+    return getattr(owner, name)(self, *args, **kwargs)
+
+  return method
+
+
+def _entry(name: str, plain: type[nn.Module], lifted: Mapping[str, Any]) -> Callable[..., Any]:
+  """``apply`` or ``init``: any function or method given as ``method`` runs under the policy."""
 
   @nn.nowrap
   @functools.wraps(getattr(nn.Module, name))
   def call(self: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-    run = getattr(self.mpjax_plain_class, name)
+    run = getattr(plain, name)
+    if isinstance(method, str) and method not in lifted and callable(getattr(plain, method, None)):
+      method = getattr(plain, method)
     if method is None or isinstance(method, str):
       return run(self, *args, method=method, **kwargs)
     function = getattr(method, "__func__", method)
-    extended = type(
-      self.mpjax_plain_class.__name__, (self.mpjax_plain_class,), {_APPLIED: function}
-    )
+    extended = type(plain.__name__, (plain,), {_APPLIED: function})
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
     policed = _new_policy_class(extended, self.mpjax_policies)(**fields)
     return run(policed, *args, method=_APPLIED, **kwargs)

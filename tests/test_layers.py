@@ -43,7 +43,7 @@ RANK = {name: row for row, (_, *names) in enumerate(LAYERS) for name in names}
 LAYER = {name: number for number, *names in LAYERS for name in names}
 
 # The lowest layer that may import a package. What has to do with Flax or a picture stays above.
-LOWEST_LAYER = {"optax": 2, "flax": 4, "matplotlib": 5, "orbax": 6, "sklearn": 6, "tqdm": 6}
+LOWEST_LAYER = {"optax": 2, "flax": 4, "matplotlib": 5, "orbax": 6, "sklearn": 6}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef

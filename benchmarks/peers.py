@@ -82,7 +82,7 @@ def apply_if_finite() -> Observation:
     for _ in range(8):
       updates, state = tx.update({"w": jnp.full(1, jnp.nan)}, state, params)
       params = optax.apply_updates(params, updates)
-    return f"{float(params['w'][0]):g}"
+    return f"{float(jax.tree.leaves(params)[0][0]):g}"
 
   theirs = parameter(optax.apply_if_finite(optax.sgd(0.1), 5))
   ours = parameter(mpjax.static_loss_scaling(optax.sgd(0.1), 1))
@@ -91,7 +91,7 @@ def apply_if_finite() -> Observation:
 
 def jmp_leak() -> Observation:
   """One float32 array on the way to a matmul."""
-  import jmp
+  import jmp  # pyright: ignore[reportMissingImports]
 
   params, x, table = jnp.ones((4, 4)), jnp.ones((4, 4)), np.ones((4, 4), np.float32)
 
@@ -106,7 +106,7 @@ def jmp_leak() -> Observation:
 
 def mpx_growth() -> Observation:
   """The gradient on the step on which the scale grows."""
-  import mpx
+  import mpx  # pyright: ignore[reportMissingImports]
 
   scaling = mpx.DynamicLossScaling(jnp.float32(8), jnp.float32(1), period=1, counter=jnp.int32(0))
   w = jnp.ones(2)
@@ -115,7 +115,7 @@ def mpx_growth() -> Observation:
   state = tx.init(w)
   _, grads = mpjax.value_and_grad(lambda w: jnp.sum(3 * w))(w, loss_scale=mpjax.loss_scale(state))
   ours, _ = tx.update(grads, state, w)
-  theirs_0, ours_0 = (f"{float(jnp.ravel(g)[0]):g}" for g in (theirs, ours))
+  theirs_0, ours_0 = (f"{float(jax.tree.leaves(g)[0][0]):g}" for g in (theirs, ours))
   return "mpx", "gradient 3 on a growth step", theirs_0, ours_0
 
 

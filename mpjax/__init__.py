@@ -1,8 +1,7 @@
 """Mixed precision for JAX, Flax and optax: a policy is an argument, a mixed function comes out."""
 
 from mpjax import linen, nnx, training
-from mpjax._apply import apply_policy
-from mpjax._autocast import autocast
+from mpjax._apply import apply_policy, autocast
 from mpjax._casting import cast_floating
 from mpjax._finite import all_finite, select
 from mpjax._loss_scaling import (

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
+import jax
 from flax import linen as nn
 from flax import nnx
 
+from mpjax import _autocast, _nnx_autocast
 from mpjax import linen as _linen
 from mpjax import nnx as _nnx
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
 
 M = TypeVar("M")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.wraps(_autocast.autocast)
+def autocast(
+  fn: Callable[P, R], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+) -> Callable[P, R]:
+  """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
+  plain = _autocast.autocast(fn, policy, argnums=argnums)
+  if plain is fn:
+    return fn
+  of_models = _nnx_autocast.autocast(fn, policy, argnums=argnums)
+
+  @functools.wraps(fn)
+  def cast(*args: P.args, **kwargs: P.kwargs) -> R:
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_model)
+    run = of_models if any(map(_is_model, leaves)) else plain
+    return run(*args, **kwargs)
+
+  return cast
+
+
+def _is_model(x: Any) -> bool:
+  return isinstance(x, nnx.Module | nnx.Rngs)
 
 
 def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:

@@ -28,7 +28,8 @@ def autocast(
 
   Args:
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
-      values of arrays; arguments that are no arrays (numbers, strings, flags) are static.
+      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. For
+      NNX models among the arguments see `mpjax.nnx.autocast`.
     policy: A `Policy`, a `PolicyMap`, or a spec string.
     argnums: Which positional arguments hold the parameters. Their float leaves adapt to what
       they meet and are cast at every use; floats in other arguments are data, which stays
@@ -58,7 +59,16 @@ def autocast(
   policies = as_policy_map(policy)
   if policies.is_float32():
     return fn
+  if not callable(fn):
+    raise TypeError(
+      f"autocast takes a function; got {type(fn).__name__}. Call it as autocast(fn, policy)(*args)."
+    )
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  if not all(isinstance(number, int) for number in numbers):
+    raise TypeError(
+      f"argnums must be positions, integers; got {argnums!r}. Give the positions of the arguments "
+      "that hold the parameters."
+    )
   names = _names_of(fn, numbers)
 
   @functools.wraps(fn)
@@ -89,6 +99,6 @@ def _parameter_flags(
     raise ValueError(
       f"argnums={tuple(numbers)} must name arguments that hold the parameters; the call has "
       f"{len(args)} positional argument{'s' * (len(args) != 1)}. Pass the parameters by "
-      "position, or set argnums."
+      "position, or set argnums; argnums=() if there are none."
     )
   return [n in inside for n in range(len(args))], {key: key in names for key in kwargs}

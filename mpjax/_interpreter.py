@@ -128,8 +128,9 @@ def _spread(flag: Flag, value: Any) -> list[bool]:
 
 
 def _is_array(x: Any) -> bool:
-  """Whether JAX can trace a leaf; arrays of strings or objects are static."""
-  return isinstance(x, jax.Array) or (isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm")
+  """Whether a leaf is traced; flags, Python numbers, strings and arrays of objects are static."""
+  numeric = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
+  return numeric or isinstance(x, jax.Array | np.floating)
 
 
 def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:

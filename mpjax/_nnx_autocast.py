@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,14 +67,15 @@ def run(
 
   def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     merged = nnx.merge(graphdef, params, rest)
-    before = {path: _value(var) for path, var in _variables(merged)}
+    before = {tuple(path): _leaves(var) for path, var in nnx.to_flat_state(nnx.state(merged))}
+    attributes = _attributes(merged)
     _name_modules(merged)
     if plain is not None:
       object.__setattr__(merged[0], "__class__", plain)
     inner, inner_kwargs = _fill(tree, (args, kwargs), merged)
     out = fn(*inner, **inner_kwargs)
-    changed = nnx.state(merged, lambda path, var: before.get(tuple(path)) is not _value(var))
-    return out, changed
+    _check_attributes(attributes, _attributes(merged))
+    return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
 
   result = evaluate(
     pure,
@@ -95,12 +95,30 @@ def _is_node(x: Any) -> bool:
   return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
-def _variables(nodes: Any) -> list[tuple[tuple[Any, ...], Any]]:
-  return [(tuple(path), var) for path, var in nnx.to_flat_state(nnx.state(nodes))]
+def _leaves(var: Any) -> list[int]:
+  """The identities of a Variable's arrays: what a call did not touch need not be brought back."""
+  return [id(leaf) for leaf in jax.tree.leaves(var)]
 
 
-def _value(var: Any) -> Any:
-  return var.get_raw_value() if isinstance(var, nnx.Variable) else var
+def _attributes(nodes: Sequence[Any]) -> dict[str, Any]:
+  """The plain attributes of all modules: numbers, flags and strings."""
+  return {
+    "/".join(map(str, (*path, name))): value
+    for node in nodes
+    for path, module in nnx.iter_modules(node)
+    for name, value in vars(module).items()
+    if isinstance(value, bool | int | float | str) and name != _PATH
+  }
+
+
+def _check_attributes(before: dict[str, Any], after: dict[str, Any]) -> None:
+  """Refuse what cannot be brought back, rather than lose it."""
+  changed = sorted(name for name in before if after.get(name) != before[name])
+  if changed:
+    raise ValueError(
+      "What a call under a policy changes in a model must be held in nnx.Variables; this call set "
+      f"the attribute {changed[0]!r}. Make it an nnx.Variable, or set it outside the call."
+    )
 
 
 def _fill(tree: Any, blanks: tuple[Any, Any], nodes: Sequence[Any]) -> tuple[Any, Any]:
@@ -151,8 +169,14 @@ def methods_of(cls: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
   return {
     name: value
     for name, value in found.items()
-    if inspect.isfunction(value) and (name == "__call__" or not name.startswith("_"))
+    if _is_method(value) and (name == "__call__" or not name.startswith("_"))
   }
+
+
+def _is_method(value: Any) -> bool:
+  """A function, or what a transform such as ``nnx.jit`` made of one."""
+  other = isinstance(value, staticmethod | classmethod | property | type)
+  return callable(value) and hasattr(value, "__get__") and not other
 
 
 def subclass(cls: type[nnx.Module], namespace: dict[str, Any]) -> Any:

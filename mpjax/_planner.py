@@ -68,6 +68,7 @@ class Planner:
     in_forms: Forms,
     place: Place = ROOT,
     out_forms: Forms | None = None,
+    exact: tuple[int, ...] = (),
   ) -> Plan:
     """Plan a closed or open jaxpr.
 
@@ -76,11 +77,12 @@ class Planner:
       in_forms: How each operand is held, None for what is not float32.
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
+      exact: Which results go into a logarithm.
     """
     known = place if self.policies.rules else place._replace(path=())
-    key = (id(jaxpr), in_forms, known, out_forms)
+    key = (id(jaxpr), in_forms, known, out_forms, exact)
     if key not in self._plans:
-      self._plans[key] = _Walk(self, jaxpr, in_forms, place).plan(out_forms)
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact).plan(out_forms)
     return self._plans[key]
 
   def rule_at(self, path: Path) -> int | None:
@@ -114,10 +116,13 @@ class Planner:
 class _Walk:
   """One pass over the equations of one jaxpr."""
 
-  def __init__(self, planner: Planner, jaxpr: Any, in_forms: Forms, place: Place) -> None:
+  def __init__(
+    self, planner: Planner, jaxpr: Any, in_forms: Forms, place: Place, exact: tuple[int, ...]
+  ) -> None:
     inner = _jaxpr.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
+    self.into_log = _into_log(inner, exact)
     self.homes: dict[Var, Path] = {}
     self.entered: dict[Path, dict[tuple[int, ...], np.dtype]] = {}
     for var, value in zip(inner.constvars, _jaxpr.constants(jaxpr), strict=True):
@@ -160,6 +165,8 @@ class _Walk:
     if name == "name" and eqn.params["name"] == KEEP_FLOAT32:
       return Rule.FULL
     if rule in _FLAT and compute == FLOAT32:
+      return Rule.FULL
+    if name in _SATURATING and eqn.outvars[0] in self.into_log:
       return Rule.FULL
     if _is_square(eqn) or _picks_numbers(eqn, forms):
       return Rule.FULL
@@ -267,9 +274,10 @@ class _Walk:
 
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
-    body = self.body(eqn.params[key], forms, place)
+    exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
+    body = self.body(eqn.params[key], forms, place, exact=exact)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.body(eqn.params[key], _widened(body), place)
+      body = self.body(eqn.params[key], _widened(body), place, exact=exact)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
@@ -326,8 +334,15 @@ class _Walk:
     )
     return _Decision(wanted, outs, eqn.params)
 
-  def body(self, jaxpr: Any, forms: Forms, place: Place, outs: Forms | None = None) -> Plan:
-    return self.planner.plan(jaxpr, forms, place, outs)
+  def body(
+    self,
+    jaxpr: Any,
+    forms: Forms,
+    place: Place,
+    outs: Forms | None = None,
+    exact: tuple[int, ...] = (),
+  ) -> Plan:
+    return self.planner.plan(jaxpr, forms, place, outs, exact)
 
 
 _DECIDE: dict[Rule, Callable[..., _Decision]] = {
@@ -345,6 +360,9 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,
 }
+_SATURATING = frozenset({"logistic", "tanh", "erf", "erfc"})
+_LOGARITHMS = frozenset({"log", "log1p", "log2", "atanh", "erf_inv"})
+_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CALL, Rule.CONVERT, Rule.CUSTOM_JVP})
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = frozenset({"jit", "pjit"})
 _FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
@@ -372,6 +390,21 @@ def _common(a: Path, b: Path) -> int:
   while depth < min(len(a), len(b)) and a[depth] == b[depth]:
     depth += 1
   return depth
+
+
+def _into_log(inner: Any, exact: tuple[int, ...]) -> set[Any]:
+  """The variables from which elementwise operations alone lead into a logarithm.
+
+  A sigmoid or tanh among them runs in float32: in 16 bits it is 1 from an argument of 6 on, and
+  the loss of a confident wrong answer loses its gradient.
+  """
+  found: set[Any] = {inner.outvars[n] for n in exact if not isinstance(inner.outvars[n], Literal)}
+  for eqn in reversed(inner.eqns):
+    name = eqn.primitive.name
+    passes = rule_of(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
+    if name in _LOGARITHMS or passes:
+      found.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+  return found
 
 
 def _is_square(eqn: JaxprEqn) -> bool:

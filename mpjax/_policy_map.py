@@ -142,4 +142,5 @@ def _unused(pattern: str, heads: list[str]) -> str:
   return (
     f"Rule {pattern!r} matched no module.{hint} Paths seen: {shown or 'none'}. "
     "Fix the pattern or drop the rule."
+    + ("" if heads else " In plain functions jax.named_scope makes paths.")
   )

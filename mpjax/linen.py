@@ -32,9 +32,9 @@ def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
   The result is a module of the same class, with the same fields, the same parameter paths and the
   same initial values: a checkpoint of the one is a checkpoint of the other. Its methods run under
   `mpjax.autocast`, with the ``params`` collection as parameters; other collections (the running
-  statistics of BatchNorm) are data and stay float32. ``dtype=`` arguments that the model gives
-  its layers are overridden by the policy. ``init`` computes in float32 and stores the parameters
-  in the policy's ``param_dtype``.
+  statistics of BatchNorm) are data and stay float32. A layer's ``dtype=float32`` is overridden by
+  the policy; a layer that was given a 16-bit dtype by hand keeps it. ``init`` computes in float32
+  and stores the parameters in the policy's ``param_dtype``.
 
   Args:
     module: The module, unbound or made inside another module's ``setup`` or compact method.
@@ -184,7 +184,8 @@ def _under_policy(
       root=1,
       strict=method == "__call__",
     )
-    return result.cast((policies.default.output_dtype, _FLOAT32))
+    out, updated = result.cast((policies.default.output_dtype, _FLOAT32))
+    return cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)
 

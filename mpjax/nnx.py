@@ -24,7 +24,7 @@ _PLAIN = "mpjax_plain_class"
 
 
 def apply_policy(
-  model: M, policy: Policy | PolicyMap | str, *, methods: Sequence[str] = ("__call__",)
+  model: M, policy: Policy | PolicyMap | str, *, methods: str | Sequence[str] = ("__call__",)
 ) -> M:
   """Make an NNX model compute under a precision policy.
 
@@ -32,7 +32,8 @@ def apply_policy(
   Variables with the model given: paths, `nnx.state`, optimizers and checkpoints are those of the
   model, and what a call updates (BatchStat, RngState, caches) arrives in both. The named methods
   run under `mpjax.autocast` with the ``nnx.Param`` as parameters; all other Variables are data and
-  stay float32. ``dtype=`` arguments that the model gives its layers are overridden by the policy.
+  stay float32. A layer's ``dtype=float32`` is overridden by the policy; a layer that was given a
+  16-bit dtype by hand keeps it.
 
   Parameters that do not have the policy's ``param_dtype`` cannot be shared: then the result is a
   model of its own, with cast copies of the parameters.
@@ -60,12 +61,13 @@ def apply_policy(
   """
   policies = as_policy_map(policy)
   plain = getattr(type(model), _PLAIN, type(model))
+  methods = (methods,) if isinstance(methods, str) else tuple(methods)
   _check_methods(plain, methods)
   policies.check_used(tuple(map(str, path)) for path, _ in nnx.iter_modules(model))
   if policies.is_float32():
     return model
   under_policy = _with_param_dtypes(model, policies)
-  object.__setattr__(under_policy, "__class__", _policy_class(plain, policies, tuple(methods)))
+  object.__setattr__(under_policy, "__class__", _policy_class(plain, policies, methods))
   return under_policy
 
 
@@ -85,7 +87,8 @@ def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> 
   @functools.wraps(function)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     operands, flags = (self, *args), [False] * (1 + len(args))
-    return run(function, policies, operands, kwargs, flags, strict=False, plain=plain)
+    out = run(function, policies, operands, kwargs, flags, strict=False, plain=plain)
+    return cast_floating(out, policies.default.output_dtype)
 
   return call
 

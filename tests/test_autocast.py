@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -254,3 +255,110 @@ def test_float64_stays_float64():
   with jax.enable_x64(True):
     fn = mpjax.autocast(lambda w, x: x @ w, BF16)
     assert fn(np.ones((2, 2)), np.ones((2, 2))).dtype == np.float64
+
+
+@pytest.mark.parametrize("policy", [BF16, "mixed_float16"])
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda p: -jnp.log(1 - p).mean(),
+    lambda p: -jnp.log(1 - jnp.clip(p, 1e-7, 1 - 1e-7)).mean(),
+    lambda p: -jnp.log1p(-p).mean(),
+  ],
+  ids=["log", "clipped", "log1p"],
+)
+def test_a_confident_wrong_sigmoid_keeps_its_gradient(loss, policy):
+  w = jax.random.normal(jax.random.key(0), (8, 8)) * 0.3
+  x = jax.random.normal(jax.random.key(1), (4, 8))
+  fn = lambda w, x: loss(jax.nn.sigmoid(jnp.abs(x @ w) + 9))
+  value, grad = jax.value_and_grad(mpjax.autocast(fn, policy))(w, x)
+  want, want_grad = jax.value_and_grad(fn)(w, x)
+  np.testing.assert_allclose(value, want, rtol=1e-3)
+  assert jnp.linalg.norm(grad - want_grad) < 0.02 * jnp.linalg.norm(want_grad)
+
+
+def test_a_clip_just_below_one_still_guards():
+  fn = lambda w, x: jnp.arctanh(jnp.clip(jnp.tanh(x @ w), -1 + 1e-5, 1 - 1e-5)).mean()
+  assert np.isfinite(mpjax.autocast(fn, BF16)(9 * jnp.eye(4), jnp.ones((2, 4))))
+
+
+def test_a_numpy_scalar_argument_is_data(operands):
+  fn = lambda p, x, y: (x @ p["w"]).sum() * 0.0 + y
+  assert mpjax.autocast(fn, BF16)(*operands, np.float32(2049.0)) == 2049
+
+
+def test_what_is_no_function_is_refused():
+  with pytest.raises(TypeError, match="autocast takes a function; got int"):
+    mpjax.autocast(3, BF16)
+  with pytest.raises(TypeError, match="argnums must be positions, integers; got 'w'"):
+    mpjax.autocast(affine, BF16, argnums="w")
+
+
+def test_a_model_of_nnx_keeps_its_updates():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+      self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      return self.norm(self.linear(x))
+
+  model = Model()
+  mpjax.autocast(lambda model, x: model(x).sum(), BF16)(model, jnp.ones((2, 4)))
+  assert model.norm.mean[...].any()
+  assert model.norm.mean[...].dtype == jnp.float32
+
+
+def test_an_attribute_that_a_call_sets_is_refused_not_lost():
+  class Counter(nnx.Module):
+    def __init__(self):
+      self.calls = 0
+
+    def __call__(self, x):
+      self.calls += 1
+      return x
+
+  with pytest.raises(ValueError, match=r"set the attribute 'calls'. Make it an nnx.Variable"):
+    mpjax.apply_policy(Counter(), BF16)(jnp.ones(2))
+
+
+def test_captured_intermediates_arrive():
+  class Model(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      y = self.linear(x)
+      self.sow(nnx.Intermediate, "hidden", y)
+      return y
+
+  model = mpjax.apply_policy(Model(), BF16)
+  _, captured = nnx.capture(model, nnx.Intermediate)(jnp.ones((2, 4)))
+  assert [leaf.shape for leaf in jax.tree.leaves(captured)] == [(2, 4)]
+
+
+def test_setup_may_make_submodules_with_a_public_method():
+  class Model(linen.Module):
+    def setup(self):
+      self.head = self.make(2)
+
+    def make(self, features):
+      return linen.Dense(features)
+
+    def __call__(self, x):
+      return self.head(x)
+
+    def _hidden(self, x):
+      return self.head(x)
+
+  model = mpjax.apply_policy(Model(), BF16)
+  variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+  for method in (None, "_hidden", Model._hidden):
+    run = lambda v: model.apply(v, jnp.ones((2, 4)), method=method)  # noqa: B023
+    assert [c.result for c in contractions(jax.make_jaxpr(run)(variables))] == ["bfloat16"]
+
+
+def test_a_layer_with_a_dtype_of_its_own_keeps_it_and_the_result_has_the_output_dtype():
+  model = mpjax.apply_policy(linen.Dense(2, dtype=jnp.bfloat16), "mixed_float16")
+  variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+  assert model.apply(variables, jnp.ones((2, 4))).dtype == jnp.float32

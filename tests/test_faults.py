@@ -49,10 +49,10 @@ def test_faults_cost_their_steps_and_nothing_else(name, monkeypatch, standard_pr
     monkeypatch.setattr(
       module,
       "scaled_for",
-      lambda policy, tx: optax.chain(faults(7), mpjax.dynamic_loss_scaling(tx, growth_interval=20)),
+      lambda policy, tx: optax.chain(faults(6), mpjax.dynamic_loss_scaling(tx, growth_interval=20)),
     )
     session = job.start(mpjax.Policy.parse("mixed_float16"), steps, 0)
     metric, skipped = train(session, job, steps, size)
   assert none == 0
-  assert skipped >= 3
+  assert skipped >= 5
   assert np.isclose(metric, reference, rtol=0, atol=tolerance)

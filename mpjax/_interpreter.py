@@ -12,11 +12,12 @@ import numpy as np
 from jax import lax
 
 from mpjax import _derivatives, _jaxpr
+from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
 from mpjax._plan import Forms, Plan, Read, Step
 from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
-from mpjax._precision import DATA, FLOAT32, PARAM, Form, Rule
+from mpjax._precision import DATA, PARAM, Form, Rule
 
 Flag = Any  # bool, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]

@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.extend import source_info_util
 
+from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import evaluate
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
 
-_FLOAT32 = np.dtype(np.float32)
 _PATH = "mpjax_path"
 
 
@@ -86,7 +85,7 @@ def run(
     absolute=True,
     strict=strict,
   )
-  out, changed = result.cast((policies.default.output_dtype, _FLOAT32))
+  out, changed = result.cast((policies.default.output_dtype, FLOAT32))
   nnx.update(nodes, changed)
   return out
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mpjax import _jaxpr
+from mpjax._dtypes import FLOAT16, FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Path, Var
 from mpjax._markers import KEEP_FLOAT32, marked_results
 from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step
@@ -23,8 +24,6 @@ from mpjax._policy_map import PolicyMap
 from mpjax._precision import (
   CONSTANT,
   DATA,
-  FLOAT16,
-  FLOAT32,
   Form,
   Kind,
   Rule,

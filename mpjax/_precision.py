@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-FLOAT32 = np.dtype(np.float32)
-FLOAT16 = np.dtype(np.float16)
+from mpjax._dtypes import FLOAT32
 
 
 class Kind(enum.IntEnum):

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import linen as nn
 from flax.core import lift
 from flax.linen.transforms import lift_transform
 
 from mpjax._casting import cast_floating
+from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import evaluate
 from mpjax._paths import path_str
 from mpjax._policy import Policy
@@ -22,7 +22,6 @@ from mpjax._policy_map import PolicyMap, as_policy_map
 
 M = TypeVar("M", bound=nn.Module)
 
-_FLOAT32 = np.dtype(np.float32)
 _APPLIED = "applied"
 
 
@@ -184,7 +183,7 @@ def _under_policy(
       root=1,
       strict=method == "__call__",
     )
-    out, updated = result.cast((policies.default.output_dtype, _FLOAT32))
+    out, updated = result.cast((policies.default.output_dtype, FLOAT32))
     return cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)

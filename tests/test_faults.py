@@ -11,8 +11,8 @@ from mpjax import _digits, _text
 
 RATE = 0.05
 JOBS = {
-  "digits": (_digits, _digits.Digits, 120, 64, 0.03),
-  "text": (_text, _text.Text, 100, 16, 0.15),
+  "digits": (_digits, _digits.Digits, 120, 64, 0.02),
+  "text": (_text, _text.Text, 100, 16, 0.1),
 }
 
 
@@ -60,5 +60,5 @@ def test_faults_cost_their_steps_and_nothing_else(name, monkeypatch, standard_pr
     session = job.start(mpjax.Policy.parse("mixed_float16"), steps, 0)
     metric, skipped = train(session, job, steps, size)
   assert none == 0
-  assert skipped >= 1
+  assert skipped >= 3
   assert np.isclose(metric, reference, rtol=0, atol=tolerance)

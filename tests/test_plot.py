@@ -49,6 +49,7 @@ def test_losses_that_span_a_lot_get_a_logarithmic_axis_and_others_do_not(ax):
 @pytest.mark.parametrize("losses", [[np.nan, np.inf], [-1.0, 0.0], [1.0]], ids=str)
 def test_a_run_that_went_wrong_can_still_be_drawn(tmp_path, losses):
   save_curves([curve(losses=losses)], tmp_path / "curves.png")
+  assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_skipped_steps_are_marked(ax):

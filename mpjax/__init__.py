@@ -13,10 +13,12 @@ from mpjax._loss_scaling import (
 from mpjax._markers import cast_inputs, keep_float32
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
+from mpjax._precision import DEFAULT_OPS
 from mpjax._scaled_loss import value_and_grad
 from mpjax.training import TrainState, make_train_step
 
 __all__ = [
+  "DEFAULT_OPS",
   "Policy",
   "PolicyMap",
   "TrainState",

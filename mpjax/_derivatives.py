@@ -1,9 +1,9 @@
-"""The derivative rules that a user gave, read out of an equation as jaxprs.
+"""The rules of derivatives and batching that a user gave, read out of an equation as jaxprs.
 
-``custom_jvp`` and ``custom_vjp`` equations hold their rules as Python functions of a private
-form. Differentiating the equation itself calls them, by public means: ``jax.jvp`` of it is the
-one rule, the outputs and the residuals of ``jax.vjp`` are the forward pass, and the function that
-``jax.vjp`` returns is the backward pass.
+``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` equations hold their rules as Python functions of
+a private form. Transforming the equation itself calls them, by public means: ``jax.jvp`` of it is
+the one rule, the outputs and the residuals of ``jax.vjp`` are the forward pass, and the function
+that ``jax.vjp`` returns is the backward pass; ``jax.vmap`` of it is the rule for batching.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import _jaxpr
+from mpjax import _jaxpr, _versions
 from mpjax._jaxpr import JaxprEqn
 
 
@@ -99,7 +99,25 @@ def trace_vjp(eqn: JaxprEqn) -> Vjp:
     return list(pullback(outs.fill(cotangents)))
 
   closed = _jaxpr.trace(forward, avals)
-  inner = _jaxpr.open_jaxpr(closed)
+  inner = _versions.open_jaxpr(closed)
   residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
   cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
   return Vjp(closed, _jaxpr.trace(backward, [*residual_avals, *cotangent_avals]))
+
+
+def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:
+  """The jaxpr of an equation's own batching: every result has a leading axis of ``size``.
+
+  Args:
+    eqn: The equation.
+    size: The length of the batch.
+    batched: Which operands have it as their leading axis.
+  """
+  axes = [0 if b else None for b in batched]
+  operands: list[Any] = [a.aval for a in eqn.invars]
+  avals = [
+    jax.ShapeDtypeStruct((size, *a.shape) if b else a.shape, a.dtype)
+    for a, b in zip(operands, batched, strict=True)
+  ]
+  rule = jax.vmap(lambda *xs: _jaxpr.run_as_traced(eqn, xs), axes, axis_size=size)
+  return _jaxpr.trace(rule, avals)

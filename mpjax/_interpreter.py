@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import _derivatives, _jaxpr
+from mpjax import _derivatives, _islands, _jaxpr, _versions
 from mpjax._dtypes import FLOAT32
+from mpjax._islands import Island
 from mpjax._jaxpr import Literal, Var
 from mpjax._plan import Forms, Plan, Read, Step
 from mpjax._planner import Planner
@@ -81,7 +83,7 @@ def evaluate(
   planner = Planner(policies, root, absolute)
   plan = planner.plan(closed, call.forms)
   if strict:
-    policies.check_used(planner.paths)
+    policies.check_used(planner.ops, planner.ops)
   return call.result(Interpreter(planner).run(plan, call.operands), plan.out_forms)
 
 
@@ -149,24 +151,53 @@ class Interpreter:
   def __init__(self, planner: Planner) -> None:
     self.planner = planner
     self._rebuilt: dict[int, Any] = {}
+    self._islands: dict[int, Mapping[int, Island]] = {}
 
   def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
     """Execute a plan on operands that are held as its forms say."""
-    inner = _jaxpr.open_jaxpr(plan.jaxpr)
+    inner = _versions.open_jaxpr(plan.jaxpr)
     values = _Values(inner.invars, operands, self.planner.number)
-    values.write(inner.constvars, _jaxpr.constants(plan.jaxpr))
-    for step in plan.steps:
-      with _jaxpr.located(step.eqn):
-        read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
-        outs = _RUN.get(step.rule, _bind)(self, step, read)
-        held = [x if f is None else _to(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
-      values.write(step.eqn.outvars, held)
+    values.write(inner.constvars, _versions.constants(plan.jaxpr))
+    islands = self._islands_of(plan)
+    later = {index for island in islands.values() for index in island.steps}
+    for index, step in enumerate(plan.steps):
+      if index in islands:
+        self._run_island(plan, islands[index], values)
+      elif index not in later:
+        self._run_step(step, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def _run_step(self, step: Step, values: _Values) -> None:
+    with _jaxpr.located(step.eqn):
+      read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
+      outs = _RUN.get(step.rule, _bind)(self, step, read)
+      held = [x if f is None else _to(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+    values.write(step.eqn.outvars, held)
+
+  def _run_island(self, plan: Plan, island: Island, values: _Values) -> None:
+    """Run the steps of an island so that the backward pass computes them again."""
+    steps = [plan.steps[index] for index in island.steps]
+    result = steps[-1].eqn.outvars
+
+    def compute(*operands: Any) -> Any:
+      inside = _Values(island.inputs, operands, self.planner.number)
+      for step in steps:
+        self._run_step(step, inside)
+      return inside.held(result[0])
+
+    operands = [values.held(var) for var in island.inputs]
+    with _jaxpr.located(steps[-1].eqn):
+      values.write(result, [jax.checkpoint(compute)(*operands)])
+
+  def _islands_of(self, plan: Plan) -> Mapping[int, Island]:
+    if id(plan) not in self._islands:
+      self._islands[id(plan)] = _islands.find(plan)
+    return self._islands[id(plan)]
 
   def rebuild(self, plan: Plan) -> Any:
     """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
     if id(plan) not in self._rebuilt:
-      invars = _jaxpr.open_jaxpr(plan.jaxpr).invars
+      invars = _versions.open_jaxpr(plan.jaxpr).invars
       avals = [
         v.aval if form is None else _jaxpr.with_dtype(v.aval, form.dtype)
         for v, form in zip(invars, plan.in_forms, strict=True)
@@ -192,6 +223,10 @@ class _Values:
 
   def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
     self._held.update(zip(variables, values, strict=True))
+
+  def held(self, var: Any) -> Any:
+    """A variable's value in the dtype that it is held in."""
+    return self._held[var]
 
   def read(self, atom: Any, read: Read) -> Any:
     if isinstance(atom, Literal):
@@ -238,7 +273,7 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
     return _shard_map(interpreter, step, operands)
   if name not in _KEEPS_ITS_CALL:
     return interpreter.run(body, operands)
-  jaxpr, consts = _jaxpr.like(step.params["jaxpr"], interpreter.rebuild(body))
+  jaxpr, consts = _versions.like(step.params["jaxpr"], interpreter.rebuild(body))
   return _jaxpr.run_with(step.eqn, [*consts, *operands], step.params | {"jaxpr": jaxpr})
 
 
@@ -259,7 +294,7 @@ def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> lis
 
 
 def _scan(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  jaxpr, _ = _jaxpr.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
+  jaxpr, _ = _versions.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
   return _jaxpr.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
 
 
@@ -327,6 +362,22 @@ def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
   return call(*operands)
 
 
+def _custom_vmap(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's own batching under the policy."""
+
+  @jax.custom_batching.custom_vmap
+  def call(*operands: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], operands)
+
+  @call.def_vmap
+  def rule(size: int, batched: list[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
+    jaxpr = _derivatives.trace_vmap(step.eqn, size, batched)
+    plan = interpreter.planner.plan(jaxpr, step.operands, step.place, step.outs)
+    return interpreter.run(plan, operands), [True] * len(step.outs)
+
+  return call(*operands)
+
+
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.TRACED: _traced,
   Rule.CALL: _call,
@@ -335,4 +386,5 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.COND: _cond,
   Rule.CUSTOM_JVP: _custom_jvp,
   Rule.CUSTOM_VJP: _custom_vjp,
+  Rule.CUSTOM_VMAP: _custom_vmap,
 }

@@ -1,13 +1,8 @@
-"""Reading and rebuilding jaxprs through JAX's public interface.
-
-Everything that differs between the supported JAX versions is in this file. Two facts matter:
-since JAX 0.12 ``Jaxpr`` and ``ClosedJaxpr`` are one class, and a scan names its constants and
-carries by counts before it and by trees after it.
-"""
+"""Reading, running and rebuilding equations through JAX's public interface."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.core
@@ -15,67 +10,12 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
-Path = tuple[str, ...]
-
 _FLOAT32 = np.dtype(np.float32)
-
-
-def open_jaxpr(jaxpr: Any) -> Jaxpr:
-  """The equations of a jaxpr, whether it came closed over its constants or not."""
-  return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def constants(jaxpr: Any) -> Sequence[Any]:
-  """The constants that a closed jaxpr carries; none for an open one."""
-  return getattr(jaxpr, "consts", None) or ()
 
 
 def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
   """Trace ``fn(*avals)`` to a closed jaxpr."""
   return jax.make_jaxpr(fn)(*avals)
-
-
-def like(original: Any, closed: Any) -> tuple[Any, Sequence[Any]]:
-  """Shape a freshly traced jaxpr like the equation parameter that it replaces.
-
-  Args:
-    original: The parameter as it stood in the equation, a closed or an open jaxpr.
-    closed: The new jaxpr, as ``trace`` returns it.
-
-  Returns:
-    The new parameter, and the constants that must now be passed as leading operands (an open
-    jaxpr cannot carry any).
-  """
-  if hasattr(original, "jaxpr"):
-    return closed, ()
-  inner, consts = open_jaxpr(closed), list(constants(closed))
-  if consts:
-    debug = DebugInfo("autocast", "body", None, None)
-    inner = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars], debug_info=debug)
-  return inner, consts
-
-
-class LoopShape(NamedTuple):
-  """How the operands of a scan or while loop are laid out."""
-
-  consts: int
-  carry: int
-
-
-def scan_shape(eqn: JaxprEqn) -> LoopShape:
-  """Count the constants and carries of a scan.
-
-  A scanned operand or a stacked result has one axis more outside the body than inside, in
-  every JAX version; a constant and a carry have not.
-  """
-  body = open_jaxpr(eqn.params["jaxpr"])
-  carry = sum(_same_rank(o, i) for o, i in zip(eqn.outvars, body.outvars, strict=True))
-  unstacked = sum(_same_rank(o, i) for o, i in zip(eqn.invars, body.invars, strict=True))
-  return LoopShape(unstacked - carry, carry)
-
-
-def _same_rank(outer: Any, inner: Any) -> bool:
-  return outer.aval.ndim == inner.aval.ndim
 
 
 def is_float32(atom: Any) -> bool:
@@ -138,41 +78,4 @@ def run_with(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> 
   return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def module_path(name_stack: Any) -> Path:
-  """The module path that a name stack spells.
-
-  Transformations wrap a component (``transpose(jvp(encoder))``), a differentiated checkpoint
-  repeats the path from its root, and Linen writes a method that is not ``__call__`` as
-  ``module.method``: all three are undone.
-  """
-  path: list[str] = []
-  for component in str(name_stack).split("/"):
-    name, wrapped = _unwrap(component)
-    if not name or name in _NOT_MODULES:
-      continue
-    owner, _, method = name.partition(".")
-    if method and path and owner == path[-1]:
-      continue
-    if wrapped and path and owner == path[0]:
-      path.clear()
-    path.append(owner)
-  return tuple(path)
-
-
-def is_backward(name_stack: Any) -> bool:
-  """Whether an equation came from transposing, as the backward pass does."""
-  return "transpose(" in str(name_stack)
-
-
-_NOT_MODULES = frozenset({"rematted_computation", "checkpoint"})
-
-
-def _unwrap(component: str) -> tuple[str, bool]:
-  wrapped = False
-  while component.endswith(")") and "(" in component:
-    component = component[component.index("(") + 1 : -1]
-    wrapped = True
-  return component, wrapped
-
-
-__all__ = ["Jaxpr", "JaxprEqn", "Literal", "Path", "Var"]
+__all__ = ["Jaxpr", "JaxprEqn", "Literal", "Var"]

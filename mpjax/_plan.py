@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._jaxpr import JaxprEqn, Path
+from mpjax._jaxpr import JaxprEqn
 from mpjax._precision import Form, Rule
+from mpjax._scopes import Path
 
 Forms = tuple[Form | None, ...]
 
@@ -38,6 +39,7 @@ class Step:
 
   eqn: JaxprEqn
   rule: Rule
+  won: int | None
   place: Place
   reads: tuple[Read, ...]
   operands: Forms

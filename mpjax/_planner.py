@@ -11,15 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mpjax import _jaxpr
+from mpjax import _idioms, _jaxpr, _scopes, _versions
 from mpjax._dtypes import FLOAT16, FLOAT32
-from mpjax._jaxpr import JaxprEqn, Literal, Path, Var
+from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._markers import KEEP_FLOAT32, marked_results
 from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step
+from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import (
   CONSTANT,
@@ -30,9 +30,9 @@ from mpjax._precision import (
   fits,
   join,
   narrow,
-  rule_of,
   saturated,
 )
+from mpjax._scopes import Path
 
 
 class _Decision(NamedTuple):
@@ -47,17 +47,18 @@ class Planner:
 
   Attributes:
     policies: The map that answers what governs a path.
-    paths: Every module path that was planned.
+    ops: The primitives that were planned in each module.
     unknown: How often each primitive that the table does not know was met.
   """
 
   def __init__(self, policies: PolicyMap, root: int = 0, absolute: bool = False) -> None:
     self.policies = policies
     self._root, self._absolute = root, absolute
-    self.paths: set[Path] = set()
+    self.ops: dict[Path, set[str]] = {}
     self.unknown: Counter[str] = Counter()
+    self.table = policies.table()
     self._formats = policies.narrow_dtypes()
-    self._rules: dict[Path, int | None] = {}
+    self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
 
@@ -84,12 +85,14 @@ class Planner:
       self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact).plan(out_forms)
     return self._plans[key]
 
-  def rule_at(self, path: Path) -> int | None:
-    """The index of the rule that governs a path, None for the default."""
-    if path not in self._rules:
-      self._rules[path] = self.policies.rule_at(path[self._root :])
-      self.paths.add(path[self._root :])
-    return self._rules[path]
+  def rule_at(self, path: Path, op: str | None = None) -> int | None:
+    """The index of the rule that governs a path, or an operation there; None for the default."""
+    key = path, op
+    if key not in self._rules:
+      relative = path[self._root :]
+      self._rules[key] = self.policies.rule_at(relative, op)
+      self.ops.setdefault(relative, set()).update(() if op is None else (op,))
+    return self._rules[key]
 
   def constant_form(self, value: Any) -> Form:
     """A number adapts if every 16-bit format of the policy holds it; all else is data."""
@@ -105,7 +108,7 @@ class Planner:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
     if stack not in self._names:
-      self._names[stack] = Place(_jaxpr.module_path(stack), _jaxpr.is_backward(stack))
+      self._names[stack] = Place(_scopes.module_path(stack), _scopes.is_backward(stack))
     place = self._names[stack]
     if self._absolute and base and place.path[: len(base)] == base:
       return place._replace(path=place.path[len(base) :])
@@ -118,17 +121,17 @@ class _Walk:
   def __init__(
     self, planner: Planner, jaxpr: Any, in_forms: Forms, place: Place, exact: tuple[int, ...]
   ) -> None:
-    inner = _jaxpr.open_jaxpr(jaxpr)
+    inner = _versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    self.into_log = _into_log(inner, exact)
+    self.into_log = _idioms.into_log(inner, exact, planner.table)
     self.homes: dict[Var, Path] = {}
     self.entered: dict[Path, dict[tuple[int, ...], np.dtype]] = {}
-    for var, value in zip(inner.constvars, _jaxpr.constants(jaxpr), strict=True):
+    for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.constant_form(value) if _jaxpr.is_float32(var) else None
 
   def plan(self, out_forms: Forms | None) -> Plan:
-    inner = _jaxpr.open_jaxpr(self.jaxpr)
+    inner = _versions.open_jaxpr(self.jaxpr)
     steps = tuple(self.step(eqn) for eqn in inner.eqns)
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
@@ -138,23 +141,26 @@ class _Walk:
   def step(self, eqn: JaxprEqn) -> Step:
     path, backward = self.planner.place_of(eqn, self.place.path)
     vias, forms = self.look_up(eqn.invars, path)
-    compute = self.policy_at(path).compute_dtype
-    rule = self.rule(eqn, forms, compute)
     place = Place(self.place.path + path, self.place.backward or backward)
-    decision = _DECIDE[rule](self, eqn, forms, compute, place)
+    won = self.planner.rule_at(place.path, eqn.primitive.name)
+    policy = self.planner.policies.policy_of(won)
+    rule = self.rule(eqn, forms, policy.compute_dtype)
+    if self.planner.policies.is_for_op(won) and rule in _NAMEABLE:
+      rule, decision = Rule.NAMED, self.named(eqn, forms, policy)
+    else:
+      decision = _DECIDE[rule](self, eqn, forms, policy.compute_dtype, place)
     reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
       self.homes[var] = () if place.backward else path
-    return Step(eqn, rule, place, reads, forms, decision.outs, decision.params, decision.bodies)
-
-  def policy_at(self, path: Path) -> Any:
-    return self.planner.policies.policy_of(self.planner.rule_at(self.place.path + path))
+    return Step(
+      eqn, rule, won, place, reads, forms, decision.outs, decision.params, decision.bodies
+    )
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
     name = eqn.primitive.name
-    rule = rule_of(name)
+    rule = self.planner.table.get(name)
     if rule is None:
       if any(forms):
         self.planner.unknown[name] += 1
@@ -163,13 +169,13 @@ class _Walk:
       return Rule.TRACED  # a mutable reference cannot change its dtype
     if name == "name" and eqn.params["name"] == KEEP_FLOAT32:
       return Rule.FULL
-    if rule in _FLAT and compute == FLOAT32:
+    if rule is Rule.ALWAYS or (rule in _FLAT and compute == FLOAT32):
+      return rule if rule is Rule.ALWAYS else Rule.FULL
+    if name in _idioms.SATURATING and eqn.outvars[0] in self.into_log:
       return Rule.FULL
-    if name in _SATURATING and eqn.outvars[0] in self.into_log:
+    if _idioms.is_square(eqn) or _idioms.picks_numbers(eqn, forms):
       return Rule.FULL
-    if _is_square(eqn) or _picks_numbers(eqn, forms):
-      return Rule.FULL
-    if rule is Rule.LOWER and _has_foreign_float(eqn, forms, compute):
+    if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
     if rule is Rule.RANGE:
       form = join(forms)
@@ -236,7 +242,17 @@ class _Walk:
     return self.uniform(eqn, forms, DATA)
 
   def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    return self.uniform(eqn, forms, join(forms) or DATA)
+    decision = self.uniform(eqn, forms, join(forms) or DATA)
+    if _idioms.looks_up_rows(eqn, forms) and compute != FLOAT32:
+      return decision._replace(outs=(narrow(compute),))
+    return decision
+
+  def named(self, eqn: JaxprEqn, forms: Forms, policy: Policy) -> _Decision:
+    """An operation that a rule speaks of runs as the rule says, and returns what it says."""
+    decision = self.uniform(eqn, forms, _held_as(policy.compute_dtype))
+    outs = tuple(_held_as(policy.output_dtype) if f is not None else None for f in decision.outs)
+    params = _jaxpr.without_algorithm(decision.params)
+    return decision._replace(outs=outs if any(forms) else decision.outs, params=params)
 
   def uniform(self, eqn: JaxprEqn, forms: Forms, form: Form) -> _Decision:
     """Every float32 operand and result of the equation in one form."""
@@ -272,16 +288,16 @@ class _Walk:
     )
 
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    key = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
+    (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
     exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
-    body = self.body(eqn.params[key], forms, place, exact=exact)
+    body = self.body(jaxpr, forms, place, exact=exact)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.body(eqn.params[key], _widened(body), place, exact=exact)
+      body = self.body(jaxpr, _widened(body), place, exact=exact)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    consts, carry = _jaxpr.scan_shape(eqn)
+    consts, carry = _versions.scan_shape(eqn)
     before, after = forms[:consts], forms[consts + carry :]
     jaxpr = eqn.params["jaxpr"]
     held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place)
@@ -347,6 +363,7 @@ class _Walk:
 _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.LOWER: _Walk.lower,
   Rule.FULL: _Walk.full,
+  Rule.ALWAYS: _Walk.full,
   Rule.FOLLOW: _Walk.follow,
   Rule.EACH: _Walk.each,
   Rule.CONVERT: _Walk.convert,
@@ -356,17 +373,25 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.COND: _Walk.cond,
   Rule.CUSTOM_JVP: _Walk.call,
   Rule.CUSTOM_VJP: _Walk.call,
+  Rule.CUSTOM_VMAP: _Walk.call,
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,
 }
-_SATURATING = frozenset({"logistic", "tanh", "erf", "erfc"})
-_LOGARITHMS = frozenset({"log", "log1p", "log2", "atanh", "erf_inv"})
-_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CALL, Rule.CONVERT, Rule.CUSTOM_JVP})
+_BODY = ("jaxpr", "call_jaxpr", "call")
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = frozenset({"jit", "pjit"})
 _FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
+_NAMEABLE = frozenset({Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 _WITH_BODIES = frozenset(
-  {Rule.CALL, Rule.SCAN, Rule.WHILE, Rule.COND, Rule.CUSTOM_JVP, Rule.CUSTOM_VJP}
+  {
+    Rule.CALL,
+    Rule.SCAN,
+    Rule.WHILE,
+    Rule.COND,
+    Rule.CUSTOM_JVP,
+    Rule.CUSTOM_VJP,
+    Rule.CUSTOM_VMAP,
+  }
 )
 
 
@@ -391,40 +416,9 @@ def _common(a: Path, b: Path) -> int:
   return depth
 
 
-def _into_log(inner: Any, exact: tuple[int, ...]) -> set[Any]:
-  """The variables from which elementwise operations alone lead into a logarithm.
-
-  A sigmoid or tanh among them runs in float32: in 16 bits it is 1 from an argument of 6 on, and
-  the loss of a confident wrong answer loses its gradient.
-  """
-  found: set[Any] = {inner.outvars[n] for n in exact if not isinstance(inner.outvars[n], Literal)}
-  for eqn in reversed(inner.eqns):
-    name = eqn.primitive.name
-    passes = rule_of(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
-    if name in _LOGARITHMS or passes:
-      found.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-  return found
-
-
-def _is_square(eqn: JaxprEqn) -> bool:
-  """X * x and x ** 2 are squares, however they were written."""
-  if eqn.primitive.name == "integer_pow":
-    return eqn.params["y"] == 2
-  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
-
-
-def _picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
-  """Whether a gather picks single narrow numbers: the logits of the labels, in most losses.
-
-  Read in float32, their cotangents meet those of the logsumexp before they round.
-  """
-  picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
-  return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
-
-
 def _widened(body: Plan) -> Forms:
   """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
-  inner = _jaxpr.open_jaxpr(body.jaxpr)
+  inner = _versions.open_jaxpr(body.jaxpr)
   wanted: dict[Any, set[np.dtype | None]] = {}
   for step in body.steps:
     for atom, read in zip(step.eqn.invars, step.reads, strict=True):
@@ -437,10 +431,3 @@ def _widened(body: Plan) -> Forms:
     DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(inner.invars, body.in_forms, strict=True)
   )
-
-
-def _has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:
-  """Whether a matmul mixes float32 with a float of the caller's own choice of format."""
-  operands: Any = zip(eqn.invars, forms, strict=True)
-  dtypes = {a.aval.dtype for a, f in operands if f is None}
-  return any(jnp.issubdtype(d, np.inexact) and d != compute for d in dtypes)

@@ -5,8 +5,10 @@ to one of a few classes, `Rule`. Both follow the lists that torch and TensorFlow
 they differ each entry says why it is where it is.
 """
 
+import difflib
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -90,7 +92,9 @@ class Rule(enum.Enum):
   LOWER = "operands to the compute dtype; the result is narrow"
   RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"
   FULL = "operands to float32; the result is data"
+  ALWAYS = "as FULL, whatever a rule for operations says: it has no 16-bit kernel"
   FOLLOW = "the join of the operands"
+  NAMED = "as the rule of the policy map says that names the operation"
   EACH = "every result is held as the operand in its place"
   CONVERT = "a change of dtype"
   CALL = "one body with the operands of the equation"
@@ -99,12 +103,17 @@ class Rule(enum.Enum):
   COND = "branches whose results are joined"
   CUSTOM_JVP = "a body with the user's own derivative"
   CUSTOM_VJP = "a body with the user's own forward and backward pass"
+  CUSTOM_VMAP = "a body with the user's own batching"
   MARKER = "hands the compute dtype to the marked function"
   TRACED = "exactly as traced, in float32"
 
 
+def _words(text: str) -> list[str]:
+  return text.split()
+
+
 def _table(groups: dict[Rule, str]) -> dict[str, Rule]:
-  return {name: rule for rule, names in groups.items() for name in names.split()}
+  return {name: rule for rule, names in groups.items() for name in _words(names)}
 
 
 RULES = _table(
@@ -126,6 +135,10 @@ RULES = _table(
         "select_and_scatter_add select_and_gather_add",
         # The largest logit seeds softmax and logsumexp: x - max(x) must not round.
         "reduce_max reduce_min",
+      ]
+    ),
+    Rule.ALWAYS: " ".join(
+      [
         # No 16-bit kernels, and no use for them.
         "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve",
         "tridiagonal tridiagonal_solve complex",
@@ -154,6 +167,7 @@ RULES = _table(
     Rule.COND: "cond",
     Rule.CUSTOM_JVP: "custom_jvp_call",
     Rule.CUSTOM_VJP: "custom_vjp_call",
+    Rule.CUSTOM_VMAP: "custom_vmap_call",
     Rule.MARKER: "mpjax_cast_inputs",
     # Decided, not forgotten: these hold Python functions, references or no floats at all.
     Rule.TRACED: " ".join(
@@ -170,6 +184,52 @@ RULES = _table(
 )
 
 
-def rule_of(primitive: str) -> Rule | None:
-  """The rule for a primitive, None for one that the table does not know (it runs as traced)."""
-  return RULES.get(primitive)
+ARITHMETIC = frozenset(
+  _words(
+    "add sub neg mul div max min abs sign square integer_pow clamp select_n broadcast_in_dim "
+    "convert_element_type stop_gradient copy"
+  )
+)
+"""Elementwise primitives that compilers compute again by themselves rather than store."""
+
+TRANSCENDENTAL = frozenset(
+  _words(
+    "sqrt rsqrt cbrt exp exp2 expm1 pow log log1p log2 tanh logistic erf erfc erf_inv sin cos tan "
+    "sinh cosh asin acos atan asinh acosh atanh lgamma digamma"
+  )
+)
+"""Elementwise primitives that they store."""
+
+_CLASSES = {rule.name.lower(): rule for rule in (Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW)}
+
+DEFAULT_OPS: Mapping[str, str] = MappingProxyType(
+  {name: rule.name.lower() for name, rule in RULES.items() if rule.name.lower() in _CLASSES}
+)
+"""What a 16-bit policy does with each primitive, by name.
+
+``lower``: runs in the compute dtype (matmuls, convolutions). ``full``: runs in float32 (logarithms,
+sums, statistics). ``range``: runs in float32 if the compute dtype is float16, whose range it leaves
+(exponentials, powers). ``follow``: runs in whatever its operands have. Changes go into
+``PolicyMap(..., ops={"exp": "follow"})``.
+"""
+
+
+def read_ops(changes: Mapping[str, str]) -> Mapping[str, Rule]:
+  """The table of primitives with some classes changed.
+
+  Raises:
+    ValueError: A name is not in `DEFAULT_OPS`, or a class is none of its four.
+  """
+  for name, rule in changes.items():
+    if name not in DEFAULT_OPS:
+      close = difflib.get_close_matches(str(name), DEFAULT_OPS, n=3)
+      raise ValueError(
+        f"ops must name primitives of mpjax.DEFAULT_OPS; got {name!r}. "
+        + (f"Closest: {', '.join(close)}." if close else "Print it for the names.")
+      )
+    if rule not in _CLASSES:
+      raise ValueError(
+        f"ops must map a primitive to one of {', '.join(_CLASSES)}; got {rule!r} for {name!r}. "
+        "mpjax.DEFAULT_OPS says what each has by default."
+      )
+  return {**RULES, **{name: _CLASSES[rule] for name, rule in changes.items()}} if changes else RULES

@@ -69,7 +69,7 @@ def autocast_loss(
     return loss_fn
   policies = as_policy_map(policy)
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
-  return autocast(loss_fn, PolicyMap(dict(policies.rules), default))
+  return autocast(loss_fn, policies.with_default(default))
 
 
 def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:

@@ -1,0 +1,71 @@
+"""What an equation shows beyond its primitive's name: squares, lookups, ways into a logarithm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._jaxpr import JaxprEqn, Literal
+from mpjax._plan import Forms
+from mpjax._precision import Kind, Rule
+
+SATURATING = frozenset({"logistic", "tanh", "erf", "erfc"})
+"""What becomes a constant for arguments that are far from zero."""
+
+_LOGARITHMS = frozenset({"log", "log1p", "log2", "atanh", "erf_inv"})
+_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CALL, Rule.CONVERT, Rule.CUSTOM_JVP})
+
+
+def into_log(inner: Any, exact: tuple[int, ...], table: Mapping[str, Rule]) -> set[Any]:
+  """The variables from which elementwise operations alone lead into a logarithm.
+
+  A sigmoid or tanh among them runs in float32: in 16 bits it is 1 from an argument of 6 on, and
+  the loss of a confident wrong answer loses its gradient.
+  """
+  found: set[Any] = {inner.outvars[n] for n in exact if not isinstance(inner.outvars[n], Literal)}
+  for eqn in reversed(inner.eqns):
+    name = eqn.primitive.name
+    passes = table.get(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
+    if name in _LOGARITHMS or passes:
+      found.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+  return found
+
+
+def is_square(eqn: JaxprEqn) -> bool:
+  """X * x and x ** 2 are squares, however they were written."""
+  if eqn.primitive.name == "integer_pow":
+    return eqn.params["y"] == 2
+  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a gather picks single narrow numbers: the logits of the labels, in most losses.
+
+  Read in float32, their cotangents meet those of the logsumexp before they round.
+  """
+  picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
+  return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
+
+
+def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a gather takes many rows of a parameter: an embedding.
+
+  They are cast after the lookup, so that the gradient of a row that is taken often sums up in
+  float32; but they are cast, for a sum of embeddings is as large as any activation. One row, or
+  single numbers, are still a parameter.
+  """
+  if eqn.primitive.name != "gather" or forms[0] is None or forms[0].kind is not Kind.PARAM:
+    return False
+  indices: Any = eqn.invars[1].aval
+  rows = np.prod(indices.shape[:-1], dtype=int)
+  return rows > 1 and np.prod(eqn.params["slice_sizes"], dtype=int) > 1
+
+
+def has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:
+  """Whether a matmul mixes float32 with a float of the caller's own choice of format."""
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  dtypes = {a.aval.dtype for a, f in operands if f is None}
+  return any(jnp.issubdtype(d, np.inexact) and d != compute for d in dtypes)

@@ -1,0 +1,134 @@
+"""Float32 islands between 16-bit values that the backward pass computes again.
+
+The derivative of an elementwise float32 operation needs its operands or its result, and would
+store them in float32 from the forward to the backward pass. Where elementwise operations lead from
+narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough:
+the rest is computed again, in a few operations that compilers fuse (Chen et al. 2016, "Training
+deep nets with sublinear memory cost", with a segment an island).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax import _versions
+from mpjax._dtypes import FLOAT32
+from mpjax._jaxpr import Literal, Var
+from mpjax._plan import Plan, Read, Step
+from mpjax._precision import ARITHMETIC, TRANSCENDENTAL, Kind
+
+_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+
+
+class Island(NamedTuple):
+  """Some steps of a plan, by index, that run as one when the last of them is due."""
+
+  steps: tuple[int, ...]
+  inputs: tuple[Var, ...]
+  """What they read that none of them computes."""
+
+
+def find(plan: Plan) -> Mapping[int, Island]:
+  """The islands of a plan that are worth computing again, by the index of their last step."""
+  steps = plan.steps
+  wide = [_is_wide_elementwise(step) for step in steps]
+  if not any(wide):
+    return {}
+  readers = _readers(plan)
+  found: dict[int, Island] = {}
+  taken: set[int] = set()
+  for last in reversed(range(len(steps))):
+    if wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
+      members = _reach_back(steps, wide, readers, last)
+      taken |= members
+      island = _island(steps, sorted(members))
+      if _pays(steps, island):
+        found[last] = island
+  return found
+
+
+Readers = dict[Any, list[tuple[int, Read]]]
+
+
+def _readers(plan: Plan) -> Readers:
+  """Who reads each variable, and how; the results of the plan are read by step -1."""
+  readers: Readers = {}
+  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
+  entries.append((-1, _versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
+  for index, atoms, reads in entries:
+    for atom, read in zip(atoms, reads, strict=True):
+      if not isinstance(atom, Literal):
+        readers.setdefault(atom, []).append((index, read))
+  return readers
+
+
+def _is_wide_elementwise(step: Step) -> bool:
+  """Whether a step computes one float32 value, element by element."""
+  if len(step.outs) != 1 or step.outs[0] is None or step.outs[0].kind is not Kind.DATA:
+    return False
+  if step.eqn.effects:
+    return False
+  return _is_elementwise(step)
+
+
+def _is_elementwise(step: Step) -> bool:
+  name = step.eqn.primitive.name
+  if name in _FUNCTIONS and step.bodies:
+    return all(_is_elementwise(inner) for inner in step.bodies[0].steps)
+  return name in ARITHMETIC or name in TRANSCENDENTAL
+
+
+def _is_read_narrow(readers: Readers, step: Step) -> bool:
+  """Whether everything that reads a value first casts it to 16 bits."""
+  reads = [read for _, read in readers.get(step.eqn.outvars[0], ())]
+  return bool(reads) and all((read.via or read.to or FLOAT32) != FLOAT32 for read in reads)
+
+
+def _reach_back(steps: Any, wide: list[bool], readers: Readers, last: int) -> set[int]:
+  """The elementwise steps whose values only the island reads, in float32."""
+  members = {last}
+  for index in reversed(range(last)):
+    users = readers.get(steps[index].eqn.outvars[0], ()) if wide[index] else ()
+    if users and all(n in members and read.via is None for n, read in users):
+      members.add(index)
+  return members
+
+
+def _island(steps: Any, members: list[int]) -> Island:
+  made = {steps[n].eqn.outvars[0] for n in members}
+  read = (atom for n in members for atom in steps[n].eqn.invars)
+  inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
+  return Island(tuple(members), tuple(inputs))
+
+
+def _pays(steps: Any, island: Island) -> bool:
+  """Whether an island stores less than its steps: a compiler keeps what is costly to compute again.
+
+  No operand of its size may be float32, for it would be stored instead.
+  """
+  members = [steps[n] for n in island.steps]
+  size = _size(members[-1].eqn.outvars[0])
+  if not any(_is_costly(step) and _size(step.eqn.outvars[0]) == size for step in members):
+    return False
+  kinds = {a: f.kind for a, f in _operands(members) if f is not None and _size(a) >= size}
+  large = [kinds[a] for a in island.inputs if a in kinds]
+  return Kind.NARROW in large and Kind.DATA not in large
+
+
+def _is_costly(step: Step) -> bool:
+  inner = any(_is_costly(inner) for body in step.bodies for inner in body.steps)
+  return inner or step.eqn.primitive.name in TRANSCENDENTAL
+
+
+def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:
+  for step in members:
+    for atom, form in zip(step.eqn.invars, step.operands, strict=True):
+      if not isinstance(atom, Literal):
+        yield atom, form
+
+
+def _size(atom: Any) -> int:
+  return int(np.prod(atom.aval.shape, dtype=int))

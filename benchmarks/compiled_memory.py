@@ -17,19 +17,20 @@ from benchmarks import compilers
 MIB = 2**20
 
 
-def measure(target: str, case_name: str, variant: str) -> dict[str, Any]:
+def measure(target: str, case_name: str, policy: str, variant: str) -> dict[str, Any]:
   """Compiles one variant's step; returns the row that `--json` writes."""
   import jax
 
   from benchmarks import steps
 
-  case = steps.CASES[case_name](variant)
+  case = steps.CASES[case_name](variant, policy)
   began = time.perf_counter()
   compiled = compilers.compile_for(target, case.step, case.arguments)
   memory = compiled.memory_analysis()
   return {
     "target": target,
     "model": case_name,
+    "policy": policy,
     "variant": variant,
     "jax": jax.__version__,
     "temp_bytes": memory.temp_size_in_bytes,
@@ -44,7 +45,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
   (by_hand,) = [row["temp_bytes"] for row in rows if row["variant"] == steps.BY_HAND]
   lines = [
-    f"{rows[0]['model']}, {rows[0]['target']}, JAX {rows[0]['jax']}\n",
+    f"{rows[0]['model']}, {rows[0]['policy']}, {rows[0]['target']}, JAX {rows[0]['jax']}\n",
     "| variant | temp MiB | to by hand | arguments MiB |",
     "|---|---|---|---|",
   ]
@@ -61,6 +62,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Memory of the compiled train step.")
   parser.add_argument("--target", choices=compilers.TARGETS, default="cpu")
   parser.add_argument("--model", choices=("transformer", "resnet"), default="transformer")
+  parser.add_argument(
+    "--policy", choices=("mixed_bfloat16", "mixed_float16"), default="mixed_bfloat16"
+  )
   parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
   arguments = parser.parse_args()
   compilers.prepare(arguments.target)
@@ -70,7 +74,7 @@ def main() -> None:
   rows = []
   for variant in steps.VARIANTS:
     print(f"compiling {variant} ...", file=sys.stderr)
-    rows.append(measure(arguments.target, arguments.model, variant))
+    rows.append(measure(arguments.target, arguments.model, arguments.policy, variant))
   print(markdown(rows))
   if arguments.json:
     arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

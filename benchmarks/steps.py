@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import mpjax
 from benchmarks.models import ResNet, Transformer
 
 FLOAT32 = "float32"
-BY_HAND = "Flax `dtype=bfloat16` by hand"
-LOSS_OUTSIDE = "mpjax mixed_bfloat16, loss outside"
-LOSS_INSIDE = "mpjax mixed_bfloat16, whole loss inside"
+BY_HAND = "Flax `dtype=` by hand"
+LOSS_OUTSIDE = "mpjax, loss outside"
+LOSS_INSIDE = "mpjax, whole loss inside"
 VARIANTS = (FLOAT32, BY_HAND, LOSS_OUTSIDE, LOSS_INSIDE)
 
-POLICY = "mixed_bfloat16"
+POLICIES = ("mixed_bfloat16", "mixed_float16")
 
 
 class Case(NamedTuple):
@@ -38,12 +39,18 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def loss_of(variant: str, model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:
+def dtype_of(variant: str, policy: str) -> np.dtype | None:
+  """What a model's layers are given as `dtype`: the compute dtype of `BY_HAND`, None otherwise."""
+  return mpjax.Policy.parse(policy).compute_dtype if variant == BY_HAND else None
+
+
+def loss_of(variant: str, policy: str, model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:
   """The loss of a model: `(params, model_state, inputs, labels) -> (loss, new model_state)`.
 
   Args:
     variant: one of `VARIANTS`.
-    model: built with `dtype=jnp.bfloat16` for `BY_HAND`, with `dtype=None` otherwise.
+    policy: one of `POLICIES`.
+    model: built with `dtype_of` the two.
   """
 
   def predict(params: Any, model_state: Any, inputs: jax.Array) -> tuple[jax.Array, Any]:
@@ -51,25 +58,26 @@ def loss_of(variant: str, model: nn.Module) -> Callable[..., tuple[jax.Array, An
     return model.apply(variables, inputs, mutable=list(model_state))  # pyright: ignore
 
   if variant == LOSS_OUTSIDE:
-    predict = mpjax.autocast(predict, POLICY)
+    predict = mpjax.autocast(predict, policy)
 
   def loss(params: Any, model_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
     logits, model_state = predict(params, model_state, inputs)
     return cross_entropy(logits, labels), model_state
 
-  return mpjax.autocast(loss, POLICY) if variant == LOSS_INSIDE else loss
+  return mpjax.autocast(loss, policy) if variant == LOSS_INSIDE else loss
 
 
-def make_case(variant: str, model: nn.Module, inputs: Any, labels: Any) -> Case:
+def make_case(variant: str, policy: str, model: nn.Module, inputs: Any, labels: Any) -> Case:
   """One AdamW step of a model, plain optax, with the loss of this variant.
 
   Args:
     variant: one of `VARIANTS`.
+    policy: one of `POLICIES`.
     model: as for `loss_of`.
     inputs: the shape and dtype of a batch.
     labels: the shape and dtype of its labels.
   """
-  loss = loss_of(variant, model)
+  loss = loss_of(variant, policy, model)
   tx = optax.adamw(1e-3)
 
   def step(variables: Any, opt_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
@@ -88,18 +96,20 @@ def make_case(variant: str, model: nn.Module, inputs: Any, labels: Any) -> Case:
   return Case(step, (variables, opt_state, inputs, labels))
 
 
-def transformer_case(variant: str, layers: int = 4, batch: int = 16, length: int = 512) -> Case:
+def transformer_case(
+  variant: str, policy: str = POLICIES[0], layers: int = 4, batch: int = 16, length: int = 512
+) -> Case:
   """The step of a 768-wide language model; `layers`, `batch` and `length` are counts."""
-  model = Transformer(layers, dtype=jnp.bfloat16 if variant == BY_HAND else None)
+  model = Transformer(layers, dtype=dtype_of(variant, policy))
   tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-  return make_case(variant, model, tokens, tokens)
+  return make_case(variant, policy, model, tokens, tokens)
 
 
-def resnet_case(variant: str, batch: int = 32, size: int = 224) -> Case:
+def resnet_case(variant: str, policy: str = POLICIES[0], batch: int = 32, size: int = 224) -> Case:
   """The step of a ResNet-18 with BatchNorm on `batch` pictures of `size` x `size` pixels."""
-  model = ResNet(dtype=jnp.bfloat16 if variant == BY_HAND else None)
+  model = ResNet(dtype=dtype_of(variant, policy))
   images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
-  return make_case(variant, model, images, jax.ShapeDtypeStruct((batch,), jnp.int32))
+  return make_case(variant, policy, model, images, jax.ShapeDtypeStruct((batch,), jnp.int32))
 
 
 CASES = {"transformer": transformer_case, "resnet": resnet_case}

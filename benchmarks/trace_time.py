@@ -27,7 +27,7 @@ def trace_seconds(variant: str, layers: int) -> float:
 
   from benchmarks import steps
 
-  case = steps.transformer_case(variant, layers)
+  case = steps.transformer_case(variant, layers=layers)
   jax.clear_caches()
   gc.collect()
   began = time.process_time()

@@ -126,7 +126,7 @@ class _Walk:
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
     self.homes: dict[Var, Path] = {}
-    self.entered: dict[Path, dict[tuple[int, ...], np.dtype]] = {}
+    self.entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.constant_form(value) if _jaxpr.is_float32(var) else None
 
@@ -191,7 +191,7 @@ class _Walk:
     for atom in atoms:
       held = self.held(atom)
       form = self.leave(atom, held, path)
-      if form is not None and form.kind is Kind.NARROW:
+      if form is not None and form.kind is not Kind.PARAM:
         self.enter(atom, form, path)
       vias.append(form.dtype if form is not None and form != held else None)
       forms.append(form)
@@ -205,9 +205,9 @@ class _Walk:
   def leave(self, atom: Any, form: Form | None, path: Path) -> Form | None:
     """The form of a value after it left every module between its home and a path.
 
-    Data goes on in 16 bits where a value of its shape came in as such: so do the results of
-    norms and activations, but no loss, statistic or routing weight. A module that a rule matched
-    hands out the rule's output dtype.
+    Data goes on in 16 bits where every value of its shape came in as such: so do the results of
+    norms and activations, but no loss, statistic or routing weight, and not the float32 state of
+    a recurrent cell. A module that a rule matched hands out the rule's output dtype.
     """
     if form is None or form.kind < Kind.NARROW or isinstance(atom, Literal):
       return form
@@ -226,11 +226,13 @@ class _Walk:
     return self.planner.policies.policy_of(rule).compute_dtype != FLOAT32
 
   def enter(self, atom: Any, form: Form, path: Path) -> None:
-    """Remember the shape of a narrow value for every module that it enters."""
+    """Remember the format in which every module gets values of a shape: None if in float32."""
     shape = atom.aval.shape
     home = self.homes.get(atom, ()) if not isinstance(atom, Literal) else ()
     for depth in range(_common(home, path) + 1, len(path) + 1):
-      self.entered.setdefault(path[:depth], {})[shape] = form.dtype
+      formats = self.entered.setdefault(path[:depth], {})
+      dtype = form.dtype if form.kind is Kind.NARROW else None
+      formats[shape] = dtype if formats.get(shape, dtype) == dtype else None
 
   # Deciding one equation -----------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +11,19 @@ import jax.custom_batching
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
-from mpjax import _derivatives, _islands, _jaxpr, _versions
+from mpjax import _derivatives, _islands, _jaxpr, _segments, _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._islands import Island
-from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Forms, Plan, Read, Step
+from mpjax._plan import Forms, Plan, Step
 from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DATA, PARAM, Form, Rule
+from mpjax._segments import Segment
+from mpjax._values import Key, Values, to_dtype
 
+Unit = Step | Island | Segment
 Flag = Any  # bool, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]
 
@@ -46,7 +49,7 @@ class Result(NamedTuple):
         dtype for dtype, entry in zip(dtypes, entries, strict=True) for _ in range(entry.num_leaves)
       ]
     leaves = [
-      x if form is None else _to(x, dtype)
+      x if form is None else to_dtype(x, dtype)
       for x, form, dtype in zip(self.leaves, self.forms, wanted, strict=True)
     ]
     return jax.tree.unflatten(self.tree, leaves)
@@ -151,48 +154,84 @@ class Interpreter:
   def __init__(self, planner: Planner) -> None:
     self.planner = planner
     self._rebuilt: dict[int, Any] = {}
-    self._islands: dict[int, Mapping[int, Island]] = {}
+    self._units: dict[int, list[Unit]] = {}
+    self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
 
   def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
     """Execute a plan on operands that are held as its forms say."""
     inner = _versions.open_jaxpr(plan.jaxpr)
-    values = _Values(inner.invars, operands, self.planner.number)
+    values = Values(self.planner.number)
+    values.write(inner.invars, operands)
     values.write(inner.constvars, _versions.constants(plan.jaxpr))
-    islands = self._islands_of(plan)
-    later = {index for island in islands.values() for index in island.steps}
-    for index, step in enumerate(plan.steps):
-      if index in islands:
-        self._run_island(plan, islands[index], values)
-      elif index not in later:
-        self._run_step(step, values)
+    for unit in self._units_of(plan):
+      if isinstance(unit, Step):
+        with _jaxpr.located(unit.eqn):
+          self._run_step(unit, values)
+      elif isinstance(unit, Island):
+        self._run_island(plan, unit, values)
+      else:
+        self._run_segment(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
 
-  def _run_step(self, step: Step, values: _Values) -> None:
-    with _jaxpr.located(step.eqn):
-      read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
-      outs = _RUN.get(step.rule, _bind)(self, step, read)
-      held = [x if f is None else _to(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+  def _units_of(self, plan: Plan) -> list[Unit]:
+    """What a plan executes one after the other."""
+    if id(plan) not in self._units:
+      islands = _islands.find(plan)
+      later = {index for island in islands.values() for index in island.steps}
+      segments = _segments.find(plan, later)
+      inside = {n for s in segments.values() for n in range(s.start + 1, s.stop)}
+      self._units[id(plan)] = [
+        islands.get(n) or segments.get(n) or step
+        for n, step in enumerate(plan.steps)
+        if n not in inside and (n in islands or n not in later)
+      ]
+    return self._units[id(plan)]
+
+  def _run_step(self, step: Step, values: Values) -> None:
+    read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
+    outs = _RUN.get(step.rule, _bind)(self, step, read)
+    held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
     values.write(step.eqn.outvars, held)
 
-  def _run_island(self, plan: Plan, island: Island, values: _Values) -> None:
+  def _run_segment(self, plan: Plan, segment: Segment, values: Values) -> None:
+    """Run steps that recur: traced as one function that all their recurrences call."""
+    steps = plan.steps[segment.start : segment.stop]
+    with _jaxpr.located(steps[0].eqn):
+      operands = [values.get(key) for key in segment.inputs]
+    if not any(isinstance(x, Tracer) for x in operands):
+      for step in steps:
+        with _jaxpr.located(step.eqn):
+          self._run_step(step, values)
+      return
+
+    def compute(*operands: Any) -> list[Any]:
+      inside = Values(self.planner.number)
+      inside.fill(segment.inputs, operands)
+      for step in steps:
+        with _jaxpr.written(step.eqn):
+          self._run_step(step, inside)
+      return [inside.get(key) for key in segment.outputs]
+
+    function = self._functions.setdefault(segment.code, jax.jit(compute, inline=True))
+    with _jaxpr.located(steps[0].eqn):
+      values.fill(segment.outputs, function(*operands))
+
+  def _run_island(self, plan: Plan, island: Island, values: Values) -> None:
     """Run the steps of an island so that the backward pass computes them again."""
     steps = [plan.steps[index] for index in island.steps]
     result = steps[-1].eqn.outvars
 
     def compute(*operands: Any) -> Any:
-      inside = _Values(island.inputs, operands, self.planner.number)
+      inside = Values(self.planner.number)
+      inside.write(island.inputs, operands)
       for step in steps:
-        self._run_step(step, inside)
-      return inside.held(result[0])
+        with _jaxpr.located(step.eqn):
+          self._run_step(step, inside)
+      return inside.get(Key(result[0]))
 
-    operands = [values.held(var) for var in island.inputs]
+    operands = [values.get(Key(var)) for var in island.inputs]
     with _jaxpr.located(steps[-1].eqn):
       values.write(result, [jax.checkpoint(compute)(*operands)])
-
-  def _islands_of(self, plan: Plan) -> Mapping[int, Island]:
-    if id(plan) not in self._islands:
-      self._islands[id(plan)] = _islands.find(plan)
-    return self._islands[id(plan)]
 
   def rebuild(self, plan: Plan) -> Any:
     """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
@@ -204,54 +243,6 @@ class Interpreter:
       ]
       self._rebuilt[id(plan)] = _jaxpr.trace(lambda *xs: self.run(plan, xs), avals)
     return self._rebuilt[id(plan)]
-
-
-class _Values:
-  """The values of a jaxpr's variables, and their other dtypes that several equations share.
-
-  Shared is what a value became by leaving its module, and a narrow value that was widened: its
-  cotangents meet in float32 and round once. A cast to 16 bits at a use is never shared, so that
-  the gradient of a weight that is used many times sums up in float32.
-  """
-
-  def __init__(
-    self, variables: Sequence[Var], values: Sequence[Any], number: Callable[[Any], Any]
-  ) -> None:
-    self._held = dict(zip(variables, values, strict=True))
-    self._shared: dict[Any, Any] = {}
-    self._number = number
-
-  def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
-    self._held.update(zip(variables, values, strict=True))
-
-  def held(self, var: Any) -> Any:
-    """A variable's value in the dtype that it is held in."""
-    return self._held[var]
-
-  def read(self, atom: Any, read: Read) -> Any:
-    if isinstance(atom, Literal):
-      return self._literal(atom, read.to)
-    key, value = (atom, read.via), self._held[atom]
-    if read.via is not None:
-      value = self._share(key, value, read.via)
-    if read.to == FLOAT32:
-      return self._share((key, FLOAT32), value, FLOAT32)
-    return value if read.to is None else _to(value, read.to)
-
-  def _share(self, key: Any, value: Any, dtype: np.dtype) -> Any:
-    if key not in self._shared:
-      self._shared[key] = _to(value, dtype)
-    return self._shared[key]
-
-  def _literal(self, atom: Literal, dtype: np.dtype | None) -> Any:
-    if not _jaxpr.is_float32(atom):
-      return atom.val
-    value = self._number(atom.val)
-    return value if dtype is None else np.asarray(value).astype(dtype)[()]
-
-
-def _to(x: Any, dtype: np.dtype) -> Any:
-  return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
 
 
 # How each rule runs ------------------------------------------------------------------------------

@@ -56,16 +56,24 @@ def located(eqn: JaxprEqn) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def written(eqn: JaxprEqn) -> Iterator[None]:
+  """As `located`, in whatever scope is current."""
+  with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
+    yield
+
+
 def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
   """Evaluate one equation with operands of the dtypes that it was traced with."""
   variables = [a for a in eqn.invars if not isinstance(a, Literal)]
   values = [x for a, x in zip(eqn.invars, operands, strict=True) if not isinstance(a, Literal)]
   first = dict(zip(variables, values, strict=True))  # one operand may stand in several places
+  unnamed = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
   alone = Jaxpr(
     constvars=(),
     invars=list(first),
     outvars=list(eqn.outvars),
-    eqns=[eqn],
+    eqns=[eqn.replace(source_info=unnamed)],  # the scope is current already
     effects=eqn.effects,
     debug_info=DebugInfo("autocast", eqn.primitive.name, None, None),
   )

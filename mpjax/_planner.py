@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from mpjax import _idioms, _jaxpr, _scopes, _versions
+from mpjax import _constants, _idioms, _jaxpr, _scopes, _versions
+from mpjax._borders import Borders, held_as
+from mpjax._constants import Values
 from mpjax._dtypes import FLOAT16, FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._markers import KEEP_FLOAT32, marked_results
@@ -49,6 +51,7 @@ class Planner:
     policies: The map that answers what governs a path.
     ops: The primitives that were planned in each module.
     unknown: How often each primitive that the table does not know was met.
+    is_short: Whether a format of less range than float32 is among those computed in.
   """
 
   def __init__(self, policies: PolicyMap, root: int = 0, absolute: bool = False) -> None:
@@ -58,6 +61,7 @@ class Planner:
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
     self._formats = policies.narrow_dtypes()
+    self.is_short = FLOAT16 in self._formats
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
@@ -125,8 +129,8 @@ class _Walk:
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
-    self.homes: dict[Var, Path] = {}
-    self.entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
+    self.numbers: dict[Var, Values] = {}
+    self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.constant_form(value) if _jaxpr.is_float32(var) else None
 
@@ -152,7 +156,7 @@ class _Walk:
     reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
-      self.homes[var] = () if place.backward else path
+      self.borders.settle(var, () if place.backward else path)
     return Step(
       eqn, rule, won, place, reads, forms, decision.outs, decision.params, decision.bodies
     )
@@ -190,9 +194,7 @@ class _Walk:
     vias, forms = [], []
     for atom in atoms:
       held = self.held(atom)
-      form = self.leave(atom, held, path)
-      if form is not None and form.kind is not Kind.PARAM:
-        self.enter(atom, form, path)
+      form = self.borders.cross(atom, held, path)
       vias.append(form.dtype if form is not None and form != held else None)
       forms.append(form)
     return vias, tuple(forms)
@@ -202,37 +204,10 @@ class _Walk:
       return self.planner.constant_form(atom.val) if _jaxpr.is_float32(atom) else None
     return self.forms[atom]
 
-  def leave(self, atom: Any, form: Form | None, path: Path) -> Form | None:
-    """The form of a value after it left every module between its home and a path.
-
-    Data goes on in 16 bits where every value of its shape came in as such: so do the results of
-    norms and activations, but no loss, statistic or routing weight, and not the float32 state of
-    a recurrent cell. A module that a rule matched hands out the rule's output dtype.
-    """
-    if form is None or form.kind < Kind.NARROW or isinstance(atom, Literal):
-      return form
-    home = self.homes.get(atom, ())
-    for depth in range(len(home), _common(home, path), -1):
-      module = home[:depth]
-      rule = self.planner.rule_at(self.place.path + module)
-      if rule is not None and rule != self.planner.rule_at((self.place.path + module)[:-1]):
-        form = _held_as(self.planner.policies.policy_of(rule).output_dtype)
-      elif form.kind is Kind.DATA and self.computes_narrow(rule):
-        dtype = self.entered.get(module, {}).get(atom.aval.shape)
-        form = form if dtype is None else narrow(dtype)
-    return form
-
-  def computes_narrow(self, rule: int | None) -> bool:
-    return self.planner.policies.policy_of(rule).compute_dtype != FLOAT32
-
-  def enter(self, atom: Any, form: Form, path: Path) -> None:
-    """Remember the format in which every module gets values of a shape: None if in float32."""
-    shape = atom.aval.shape
-    home = self.homes.get(atom, ()) if not isinstance(atom, Literal) else ()
-    for depth in range(_common(home, path) + 1, len(path) + 1):
-      formats = self.entered.setdefault(path[:depth], {})
-      dtype = form.dtype if form.kind is Kind.NARROW else None
-      formats[shape] = dtype if formats.get(shape, dtype) == dtype else None
+  def governs(self, path: Path) -> tuple[int | None, Policy]:
+    """The rule and the policy of a path, as it stands in this jaxpr."""
+    rule = self.planner.rule_at(self.place.path + path)
+    return rule, self.planner.policies.policy_of(rule)
 
   # Deciding one equation -----------------------------------------------------------------------
 
@@ -244,15 +219,33 @@ class _Walk:
     return self.uniform(eqn, forms, DATA)
 
   def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    decision = self.uniform(eqn, forms, join(forms) or DATA)
+    form = join(forms) or DATA
+    if form.kind is Kind.CONSTANT:
+      form = self.constant(eqn, forms)
+    decision = self.uniform(eqn, forms, form)
     if _idioms.looks_up_rows(eqn, forms) and compute != FLOAT32:
       return decision._replace(outs=(narrow(compute),))
     return decision
 
+  def constant(self, eqn: JaxprEqn, forms: Forms) -> Form:
+    """What is made of constants is one if its numbers fit the policy's formats, too."""
+    name = eqn.primitive.name
+    known = [self.numbers_of(a) for a, f in zip(eqn.invars, forms, strict=True) if f is not None]
+    numbers = _constants.after(name, known)
+    self.numbers[eqn.outvars[0]] = numbers
+    if numbers is None:
+      return DATA if _constants.may_leave_the_range(name) and self.planner.is_short else CONSTANT
+    return join(map(self.planner.constant_form, numbers)) or CONSTANT
+
+  def numbers_of(self, atom: Any) -> Values:
+    if isinstance(atom, Literal):
+      return _constants.number(atom.val)
+    return self.numbers.get(atom)
+
   def named(self, eqn: JaxprEqn, forms: Forms, policy: Policy) -> _Decision:
     """An operation that a rule speaks of runs as the rule says, and returns what it says."""
-    decision = self.uniform(eqn, forms, _held_as(policy.compute_dtype))
-    outs = tuple(_held_as(policy.output_dtype) if f is not None else None for f in decision.outs)
+    decision = self.uniform(eqn, forms, held_as(policy.compute_dtype))
+    outs = tuple(held_as(policy.output_dtype) if f is not None else None for f in decision.outs)
     params = _jaxpr.without_algorithm(decision.params)
     return decision._replace(outs=outs if any(forms) else decision.outs, params=params)
 
@@ -277,14 +270,14 @@ class _Walk:
     if not _jaxpr.is_float32(eqn.outvars[0]):
       return _Decision([None], (None,), eqn.params)
     if form is not None:
-      return (
-        self.full(eqn, forms, compute, place)
-        if compute == FLOAT32
-        else self.uniform(eqn, forms, form)
-      )
+      self.numbers[eqn.outvars[0]] = self.numbers_of(operand)
+      held = DATA if compute == FLOAT32 else form
+      return self.uniform(eqn, forms, held)
     if operand.aval.dtype == np.bool_:
+      self.numbers[eqn.outvars[0]] = _constants.MASK
       return _Decision([None], (CONSTANT,), eqn.params)
     known = isinstance(operand, Literal)
+    self.numbers[eqn.outvars[0]] = _constants.number(operand.val) if known else None
     return _Decision(
       [None], (self.planner.constant_form(operand.val) if known else DATA,), eqn.params
     )
@@ -346,7 +339,7 @@ class _Walk:
     wanted = [compute if f is not None else None for f in forms]
     results = marked_results(eqn, wanted)
     outs = tuple(
-      _held_as(result.dtype) if _jaxpr.is_float32(var) else None
+      held_as(result.dtype) if _jaxpr.is_float32(var) else None
       for var, result in zip(eqn.outvars, results, strict=True)
     )
     return _Decision(wanted, outs, eqn.params)
@@ -403,19 +396,8 @@ def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> R
   return Read(via, wanted)
 
 
-def _held_as(dtype: np.dtype) -> Form:
-  return DATA if dtype == FLOAT32 else narrow(dtype)
-
-
 def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
   return tuple(form if _jaxpr.is_float32(var) else None for var in outvars)
-
-
-def _common(a: Path, b: Path) -> int:
-  depth = 0
-  while depth < min(len(a), len(b)) and a[depth] == b[depth]:
-    depth += 1
-  return depth
 
 
 def _widened(body: Plan) -> Forms:

@@ -17,13 +17,13 @@ PACKAGE = ROOT / "mpjax"
 # the layer of the design that a row belongs to. A private helper has its place here too; a module
 # without one fails the test.
 LAYERS = (
-  (0, "_dtypes", "_jaxpr", "_numbers", "_paths", "_scopes", "_versions"),
+  (0, "_constants", "_dtypes", "_jaxpr", "_numbers", "_paths", "_scopes", "_versions"),
   (1, "_casting", "_derivatives", "_finite", "_markers", "_scaled_loss"),
   (2, "_loss_scaling", "_policy", "_precision"),
   (3, "_policy_map"),
   (3, "_plan"),
-  (3, "_idioms"),
-  (3, "_islands", "_planner"),
+  (3, "_borders", "_idioms", "_values"),
+  (3, "_islands", "_planner", "_segments"),
   (3, "_interpreter"),
   (3, "_autocast"),
   (4, "_steps"),

@@ -9,15 +9,15 @@ deep nets with sublinear memory cost", with a segment an island).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax import _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Plan, Read, Step
+from mpjax._plan import Plan, Readers, Step, readers_of
 from mpjax._precision import ARITHMETIC, TRANSCENDENTAL, Kind
 
 _FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
@@ -37,32 +37,18 @@ def find(plan: Plan) -> Mapping[int, Island]:
   wide = [_is_wide_elementwise(step) for step in steps]
   if not any(wide):
     return {}
-  readers = _readers(plan)
+  readers = readers_of(plan)
+  makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
   found: dict[int, Island] = {}
   taken: set[int] = set()
   for last in reversed(range(len(steps))):
     if wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
-      members = _reach_back(steps, wide, readers, last)
+      members = _reach_back(steps, wide, readers, makers, last)
       taken |= members
       island = _island(steps, sorted(members))
       if _pays(steps, island):
         found[last] = island
   return found
-
-
-Readers = dict[Any, list[tuple[int, Read]]]
-
-
-def _readers(plan: Plan) -> Readers:
-  """Who reads each variable, and how; the results of the plan are read by step -1."""
-  readers: Readers = {}
-  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
-  entries.append((-1, _versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
-  for index, atoms, reads in entries:
-    for atom, read in zip(atoms, reads, strict=True):
-      if not isinstance(atom, Literal):
-        readers.setdefault(atom, []).append((index, read))
-  return readers
 
 
 def _is_wide_elementwise(step: Step) -> bool:
@@ -87,13 +73,28 @@ def _is_read_narrow(readers: Readers, step: Step) -> bool:
   return bool(reads) and all((read.via or read.to or FLOAT32) != FLOAT32 for read in reads)
 
 
-def _reach_back(steps: Any, wide: list[bool], readers: Readers, last: int) -> set[int]:
+def _reach_back(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+) -> set[int]:
   """The elementwise steps whose values only the island reads, in float32."""
-  members = {last}
-  for index in reversed(range(last)):
-    users = readers.get(steps[index].eqn.outvars[0], ()) if wide[index] else ()
-    if users and all(n in members and read.via is None for n, read in users):
-      members.add(index)
+  members: set[int] = set()
+  queue = [-last]  # the latest first: whoever reads a value comes before who makes it
+  while queue:
+    index = -heapq.heappop(queue)
+    step = steps[index]
+    users = readers.get(step.eqn.outvars[0], ())
+    inside = wide[index] and all(n in members and read.via is None for n, read in users)
+    if index in members or not (inside or index == last):
+      continue
+    members.add(index)
+    made = (makers.get(a) for a in step.eqn.invars if not isinstance(a, Literal))
+    for maker in made:
+      if maker is not None:
+        heapq.heappush(queue, -maker)
   return members
 
 

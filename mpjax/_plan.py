@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._jaxpr import JaxprEqn
+from mpjax import _versions
+from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._precision import Form, Rule
 from mpjax._scopes import Path
 
@@ -57,3 +58,18 @@ class Plan:
   steps: tuple[Step, ...]
   out_reads: tuple[Read, ...]
   out_forms: Forms
+
+
+Readers = dict[Var, list[tuple[int, Read]]]
+
+
+def readers_of(plan: Plan) -> Readers:
+  """Which steps read each variable, by index, and how; the plan's results are read by step -1."""
+  readers: Readers = {}
+  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
+  entries.append((-1, _versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
+  for index, atoms, reads in entries:
+    for atom, read in zip(atoms, reads, strict=True):
+      if not isinstance(atom, Literal):
+        readers.setdefault(atom, []).append((index, read))
+  return readers

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax import _versions
-from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Plan, Read, Step
+from mpjax._jaxpr import Literal
+from mpjax._plan import Plan, Read, Readers, Step, readers_of
 from mpjax._precision import Rule
 from mpjax._values import Key, shared
 
@@ -51,7 +50,7 @@ def find(plan: Plan, apart: Collection[int]) -> Mapping[int, Segment]:
   runs = [run for run in _runs(plan.steps, apart) if len(run) > 1]
   if len(runs) < OFTEN:
     return {}
-  readers = _readers(plan)
+  readers = readers_of(plan)
   segments = [_segment(plan.steps, run, readers) for run in runs]
   count = Counter(segment.code for segment in segments)
   return {segment.start: segment for segment in segments if count[segment.code] >= OFTEN}
@@ -80,21 +79,7 @@ def _is_simple(step: Step) -> bool:
   return not step.eqn.effects and (called or step.rule in _SIMPLE)
 
 
-def _readers(plan: Plan) -> dict[Var, list[tuple[int, Key]]]:
-  """Who reads each variable, and what of it; the results of the plan are read by step -1."""
-  readers: dict[Var, list[tuple[int, Key]]] = {}
-  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
-  entries.append((-1, _versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
-  for index, atoms, reads in entries:
-    for atom, read in zip(atoms, reads, strict=True):
-      if not isinstance(atom, Literal):
-        readers.setdefault(atom, []).append((index, shared(atom, read)))
-  return readers
-
-
-def _segment(
-  steps: tuple[Step, ...], run: range, readers: Mapping[Var, list[tuple[int, Key]]]
-) -> Segment:
+def _segment(steps: tuple[Step, ...], run: range, readers: Readers) -> Segment:
   made = {var: n for n, var in enumerate(v for i in run for v in steps[i].eqn.outvars)}
   inputs: dict[Key, int] = {}
 
@@ -109,7 +94,7 @@ def _segment(
     (_code(step), tuple(map(operand, step.eqn.invars, step.reads)))
     for step in (steps[i] for i in run)
   ]
-  outside = (key for var in made for index, key in readers.get(var, ()) if index not in run)
+  outside = (shared(var, read) for var in made for n, read in readers.get(var, ()) if n not in run)
   outputs = tuple(dict.fromkeys(outside))
   exits = tuple((made[key.var], key.via, key.wide) for key in outputs)
   return Segment(run.start, run.stop, tuple(inputs), outputs, _hashable((tuple(code), exits)))

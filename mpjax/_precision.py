@@ -187,7 +187,7 @@ RULES = _table(
 ARITHMETIC = frozenset(
   _words(
     "add sub neg mul div max min abs sign square integer_pow clamp select_n broadcast_in_dim "
-    "convert_element_type stop_gradient copy"
+    "convert_element_type stop_gradient copy eq ne lt le gt ge is_finite and or not"
   )
 )
 """Elementwise primitives that compilers compute again by themselves rather than store."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from mpjax._jaxpr import Literal
 from mpjax._plan import Plan, Read, Readers, Step, readers_of
 from mpjax._precision import Rule
-from mpjax._values import Key, shared
+from mpjax._values import Key, nearest, shared
 
 OFTEN = 4
 """How often a run must recur to be worth a function of its own."""
@@ -94,8 +95,11 @@ def _segment(steps: tuple[Step, ...], run: range, readers: Readers) -> Segment:
     (_code(step), tuple(map(operand, step.eqn.invars, step.reads)))
     for step in (steps[i] for i in run)
   ]
-  outside = (shared(var, read) for var in made for n, read in readers.get(var, ()) if n not in run)
-  outputs = tuple(dict.fromkeys(outside))
+  read = [(shared(var, r), n in run) for var in made for n, r in readers.get(var, ())]
+  inside = {key for key, is_inside in read if is_inside}
+  outside = [key for key, is_inside in read if not is_inside]
+  casts = [key for key in map(nearest, outside, repeat(inside)) if key in inside]
+  outputs = tuple(dict.fromkeys([*(Key(key.var) for key in outside), *casts]))
   exits = tuple((made[key.var], key.via, key.wide) for key in outputs)
   return Segment(run.start, run.stop, tuple(inputs), outputs, _hashable((tuple(code), exits)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +27,18 @@ def shared(var: Var, read: Read) -> Key:
   return Key(var, read.via, read.to == FLOAT32)
 
 
+def without_last_cast(key: Key) -> Key:
+  """What a shared value is cast from."""
+  return key._replace(wide=False) if key.wide else Key(key.var)
+
+
+def nearest(key: Key, known: Container[Key]) -> Key:
+  """A shared value if it is known, or else what it is cast from: at last the variable itself."""
+  while key not in known and key != Key(key.var):
+    key = without_last_cast(key)
+  return key
+
+
 class Values:
   """The values of a jaxpr's variables, and their other dtypes that several equations share.
 
@@ -49,10 +61,10 @@ class Values:
 
   def get(self, key: Key) -> Any:
     """A value as some equations share it."""
-    if key not in self._known:
-      narrower = key._replace(wide=False) if key.wide else Key(key.var)
-      dtype = FLOAT32 if key.wide else key.via
-      self._known[key] = to_dtype(self.get(narrower), dtype)  # type: ignore[arg-type]
+    if key in self._known or key == Key(key.var):
+      return self._known[key]
+    dtype: Any = FLOAT32 if key.wide else key.via
+    self._known[key] = to_dtype(self.get(without_last_cast(key)), dtype)
     return self._known[key]
 
   def read(self, atom: Any, read: Read) -> Any:

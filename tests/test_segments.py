@@ -1,0 +1,94 @@
+"""Runs that recur change how a function is traced, not what comes of it."""
+
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpjax
+from _jaxprs import equations
+from mpjax import _segments
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+LAYERS = 6
+
+
+class Layer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = x + nn.Dense(8)(nn.gelu(nn.Dense(8)(nn.LayerNorm()(x))))
+    return x * jax.nn.softmax(nn.Dense(8)(x)) + jnp.where(x > 0, x, 0.1)
+
+
+class Deep(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    for n in range(LAYERS):
+      x = Layer(name=f"layer_{n}")(x)
+    return x
+
+
+@pytest.fixture(scope="module")
+def operands():
+  x = jax.random.normal(jax.random.key(0), (3, 8))
+  with jax.numpy_dtype_promotion("standard"):
+    return jax.jit(Deep().init)(jax.random.key(1), x), x
+
+
+def loss(variables, x):
+  return (Deep().apply(variables, x) ** 2).sum()
+
+
+def signature(eqn):
+  """What an equation does, where it stands, and on what."""
+  avals = tuple(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
+  return eqn.primitive.name, str(eqn.source_info.name_stack), avals
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monkeypatch):
+  jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(*operands)
+  monkeypatch.setattr(_segments, "OFTEN", 10**9)
+  plain = jax.make_jaxpr(mpjax.autocast(loss, policy))(*operands)
+  assert Counter(map(signature, equations(jaxpr))) == Counter(map(signature, equations(plain)))
+
+
+def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
+  found, jitted = [], []
+  find, jit = _segments.find, jax.jit
+
+  def counting_find(plan, apart):
+    found.extend((segments := find(plan, apart)).values())
+    return segments
+
+  def counting_jit(fn, **options):
+    return jit(lambda *xs: [jitted.append(fn), fn(*xs)][1], **options)
+
+  monkeypatch.setattr(_segments, "find", counting_find)
+  monkeypatch.setattr(jax, "jit", counting_jit)
+  jax.make_jaxpr(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
+  codes = {segment.code for segment in found}
+  assert len(found) >= LAYERS * len(codes) > 0
+  assert len(jitted) == len(codes)
+
+
+def test_values_are_the_same_to_the_bit(operands, monkeypatch):
+  grads = jax.jit(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
+  monkeypatch.setattr(_segments, "OFTEN", 10**9)
+  stepwise = jax.jit(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
+  jax.tree.map(np.testing.assert_array_equal, grads, stepwise)
+
+
+def test_layers_that_differ_in_a_number_are_not_mixed_up():
+  def fn(w, x):
+    for n in range(8):
+      x = jnp.tanh(x @ w + 0.5) * (float(n % 2) + 0.25) - 1.0
+    return x
+
+  args = jnp.eye(4) * 0.5, jnp.ones((2, 4))
+  cast = mpjax.autocast(fn, "mixed_bfloat16")
+  np.testing.assert_allclose(jax.jit(cast)(*args), fn(*args), atol=0.03)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from mpjax._plan import Forms, Plan, Step
 from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DATA, PARAM, Form, Rule
+from mpjax._scopes import Path
 from mpjax._segments import Segment
 from mpjax._values import Key, Values, to_dtype
 
@@ -65,6 +66,7 @@ def evaluate(
   root: int = 0,
   absolute: bool = False,
   strict: bool = True,
+  known: Iterable[Path] = (),
 ) -> Result:
   """Run ``fn(*args, **kwargs)`` under a policy map.
 
@@ -77,6 +79,7 @@ def evaluate(
     root: How many leading components of every scope are not part of a rule's path.
     absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
     strict: Whether a rule that matches no scope is an error.
+    known: Module paths that there are, whether this call runs them or not.
 
   Raises:
     ValueError: A rule of the policy map matched no scope.
@@ -86,7 +89,7 @@ def evaluate(
   planner = Planner(policies, root, absolute)
   plan = planner.plan(closed, call.forms)
   if strict:
-    policies.check_used(planner.ops, planner.ops)
+    policies.check_used((*planner.ops, *known), planner.ops)
   return call.result(Interpreter(planner).run(plan, call.operands), plan.out_forms)
 
 

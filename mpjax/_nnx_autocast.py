@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import evaluate
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
+from mpjax._scopes import Path
 
 _PATH = "mpjax_path"
 
@@ -57,6 +58,7 @@ def run(
   *,
   strict: bool,
   plain: type[nnx.Module] | None = None,
+  known: Iterable[Path] = (),
 ) -> Any:
   """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
   leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_node)
@@ -84,10 +86,16 @@ def run(
     ([True, False, list(flags), False], {}),
     absolute=True,
     strict=strict,
+    known=known,
   )
   out, changed = result.cast((policies.default.output_dtype, FLOAT32))
   nnx.update(nodes, changed)
   return out
+
+
+def module_paths(model: nnx.Module) -> list[Path]:
+  """The paths of a model's modules, the model itself first."""
+  return [tuple(map(str, path)) for path, _ in nnx.iter_modules(model)]
 
 
 def _is_node(x: Any) -> bool:

@@ -150,7 +150,7 @@ class PolicyMap:
 
     Args:
       paths: Every module path that was seen.
-      ops: The operations seen in each module; None where only modules are known.
+      ops: The operations seen in each module that ran; None where only modules are known.
 
     Raises:
       ValueError: A rule matched none of them; the message lists the nearest and what was seen.
@@ -163,7 +163,7 @@ class PolicyMap:
       if pattern.op is None or ops is None:
         continue
       seen = {name for path in ops if pattern.in_module(_heads(path)) for name in ops[path]}
-      if not any(map(pattern.matches, seen)):
+      if seen and not any(map(pattern.matches, seen)):
         named = text.rpartition("@")[0]
         raise ValueError(_unused(text, named, "operation", "Operations", sorted(seen)))
 

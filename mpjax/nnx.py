@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from mpjax._casting import cast_floating
-from mpjax._nnx_autocast import autocast, methods_of, run, subclass
+from mpjax._nnx_autocast import autocast, methods_of, module_paths, run, subclass
 from mpjax._nnx_training import make_train_step
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
@@ -63,7 +63,7 @@ def apply_policy(
   plain = getattr(type(model), _PLAIN, type(model))
   methods = (methods,) if isinstance(methods, str) else tuple(methods)
   _check_methods(plain, methods)
-  policies.check_used(tuple(map(str, path)) for path, _ in nnx.iter_modules(model))
+  policies.check_used(module_paths(model))
   if policies.is_float32():
     return model
   under_policy = _with_param_dtypes(model, policies)
@@ -87,7 +87,10 @@ def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> 
   @functools.wraps(function)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     operands, flags = (self, *args), [False] * (1 + len(args))
-    out = run(function, policies, operands, kwargs, flags, strict=False, plain=plain)
+    # Rules for modules were checked when the policy was applied; operations show in a call.
+    strict = policies.has_op_rules and method == "__call__"
+    known = module_paths(self) if strict else ()
+    out = run(function, policies, operands, kwargs, flags, strict=strict, plain=plain, known=known)
     return cast_floating(out, policies.default.output_dtype)
 
   return call

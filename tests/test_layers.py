@@ -163,5 +163,29 @@ def test_every_public_signature_is_annotated(path: Path) -> None:
   assert not missing, f"not annotated: {missing}"
 
 
+def body_lines(node: Function) -> int:
+  """The lines of a function without its signature and docstring."""
+  statements = node.body[1:] if ast.get_docstring(node) else node.body
+  return (node.end_lineno or 0) - statements[0].lineno + 1 if statements else 0
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_no_function_is_longer_than_50_lines(path: Path) -> None:
+  functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, Function)]
+  long = {node.name: body_lines(node) for node in functions if body_lines(node) > 50}
+  assert not long, f"{module_name(path)}: make several functions of {long}"
+
+
+def test_what_differs_between_jax_versions_is_in_one_short_file() -> None:
+  """No other module asks which JAX it runs on."""
+  asking = [
+    module_name(path)
+    for path in MODULES
+    if re.search(r"\bjax\.__version|\bversion_info\b", path.read_text())
+  ]
+  assert set(asking) <= {"_versions"}
+  assert len((PACKAGE / "_versions.py").read_text().splitlines()) < 100
+
+
 def test_the_package_ships_its_type_marker() -> None:
   assert (PACKAGE / "py.typed").exists()

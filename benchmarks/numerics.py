@@ -1,0 +1,227 @@
+"""Errors of sensitive operations against float64, under a policy and written by hand in 16 bits.
+
+    python -m benchmarks.numerics
+
+Every operation gets the output of a matmul with the identity, so that its 16-bit input is exact
+and all error is its own. By hand means what Flax does with `dtype=` or, for a function, what it
+makes of 16-bit input.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import mpjax
+
+FORMATS = {"mixed_bfloat16": jnp.dtype(jnp.bfloat16), "mixed_float16": jnp.dtype(jnp.float16)}
+ROWS, WIDTH = 64, 16
+Runner = Callable[[Any, str, jax.Array], jax.Array]
+"""Takes a dtype for the layers or None, a policy, and the input."""
+
+
+class Case(NamedTuple):
+  """One operation: how it is run, and the mean and the spread of its input."""
+
+  run: Runner
+  mean: float = 0.0
+  spread: float = 2.0
+  repeatable: bool = True
+  """Whether float64 draws the same random numbers as float32."""
+  by_hand: tuple[str, ...] = ("bfloat16", "float16")
+  """The formats in which it runs by hand on a CPU."""
+
+
+class Row(NamedTuple):
+  """The relative distance to float64 of an operation's results, in the 2-norm."""
+
+  operation: str
+  format: str
+  policy_error: float
+  hand_error: float | None
+
+
+def identity(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """The initial value of a projection that changes nothing."""
+  del key
+  return jnp.eye(*shape, dtype=dtype)
+
+
+class Linen(nn.Module):
+  """A projection, then a layer."""
+
+  layer: Callable[..., nn.Module]
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    project = nn.Dense(WIDTH, use_bias=False, kernel_init=identity, dtype=self.dtype)
+    return self.layer(dtype=self.dtype, name="layer")(project(x))
+
+
+class Nnx(nnx.Module):
+  """The same in NNX."""
+
+  def __init__(self, layer: Callable[..., nnx.Module], dtype: Any) -> None:
+    rngs = nnx.Rngs(0)
+    self.project = nnx.Linear(
+      WIDTH, WIDTH, use_bias=False, kernel_init=identity, dtype=dtype, rngs=rngs
+    )
+    self.layer = layer(dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    layer: Any = self.layer
+    return layer(self.project(x))
+
+
+def function(fn: Callable[[jax.Array], jax.Array]) -> Runner:
+  """Runs a function; by hand means 16-bit input."""
+
+  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+    weights = jnp.eye(WIDTH, dtype=x.dtype)
+    return jax.jit(mpjax.autocast(lambda w, x: fn(x @ w), policy))(
+      weights if dtype is None else weights.astype(dtype), x if dtype is None else x.astype(dtype)
+    )
+
+  return run
+
+
+def linen(layer: Callable[..., nn.Module]) -> Runner:
+  """Runs a Linen layer."""
+
+  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+    model = mpjax.apply_policy(Linen(layer, dtype), policy)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    with jax.enable_x64(False):
+      variables = jax.jit(Linen(layer).init)(rngs, jnp.zeros(x.shape, jnp.float32))
+    apply = jax.jit(lambda v, x: model.apply(v, x, rngs=rngs, mutable=["batch_stats"])[0])
+    return apply(variables, x)
+
+  return run
+
+
+def of_nnx(layer: Callable[..., nnx.Module]) -> Runner:
+  """Runs an NNX layer."""
+
+  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+    with jax.enable_x64(False):
+      model = mpjax.apply_policy(Nnx(layer, dtype), policy)
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, x: nnx.merge(graph, state, copy=True)(x))(state, x)
+
+  return run
+
+
+def self_attention(x: jax.Array) -> jax.Array:
+  """`jax.nn.dot_product_attention` of a sequence with itself."""
+  heads = x.reshape(1, ROWS, 2, WIDTH // 2)
+  return jax.nn.dot_product_attention(heads, heads, heads)
+
+
+def linen_attention(rate: float) -> Callable[..., nn.Module]:
+  """Linen's attention with a dropout rate."""
+
+  def make(**options: Any) -> nn.Module:
+    return nn.MultiHeadDotProductAttention(2, dropout_rate=rate, deterministic=False, **options)
+
+  return make
+
+
+def nnx_attention(rate: float) -> Callable[..., nnx.Module]:
+  """NNX's attention with a dropout rate."""
+
+  def make(**options: Any) -> nnx.Module:
+    options |= {"deterministic": rate == 0.0, "decode": False, "dropout_rate": rate}
+    return nnx.MultiHeadAttention(2, WIDTH, **options)
+
+  return make
+
+
+def labels_loss(x: jax.Array) -> jax.Array:
+  """The cross-entropy of every row with a label."""
+  return optax.softmax_cross_entropy_with_integer_labels(x, jnp.arange(ROWS) % WIDTH)
+
+
+CASES: dict[str, Case] = {
+  "softmax": Case(function(jax.nn.softmax)),
+  "log_softmax": Case(function(jax.nn.log_softmax)),
+  "logsumexp": Case(function(lambda x: jax.nn.logsumexp(x, axis=-1))),
+  "cross-entropy": Case(function(labels_loss)),
+  "gelu": Case(function(jax.nn.gelu)),
+  "gelu, exact": Case(function(lambda x: jax.nn.gelu(x, approximate=False))),
+  "silu": Case(function(jax.nn.silu)),
+  "softplus": Case(function(jax.nn.softplus)),
+  "cumsum": Case(function(lambda x: jnp.cumsum(x, axis=0)), mean=1.0),
+  "cumprod": Case(function(lambda x: jnp.cumprod(x, axis=-1)), mean=1.0, spread=0.1),
+  "sum": Case(function(lambda x: jnp.sum(x, axis=0)), mean=1.0),
+  "variance": Case(function(lambda x: jnp.var(x, axis=-1)), mean=8.0),
+  "standardize": Case(function(lambda x: jax.nn.standardize(x)), mean=8.0),
+  "norm of vectors": Case(function(lambda x: jnp.linalg.norm(x, axis=-1))),
+  "segment_sum": Case(
+    function(lambda x: jax.ops.segment_sum(x, jnp.arange(ROWS) // 32, 2)), mean=1.0
+  ),
+  "dot_product_attention": Case(function(self_attention), by_hand=("bfloat16",)),
+  "Linen LayerNorm": Case(linen(nn.LayerNorm), mean=8.0),
+  "Linen RMSNorm": Case(linen(nn.RMSNorm), mean=8.0),
+  "Linen GroupNorm": Case(linen(lambda **o: nn.GroupNorm(4, **o)), mean=8.0),
+  "Linen BatchNorm": Case(
+    linen(lambda **o: nn.BatchNorm(use_running_average=False, **o)), mean=8.0
+  ),
+  "Linen attention": Case(linen(linen_attention(0.0))),
+  "Linen attention, dropout": Case(linen(linen_attention(0.3)), repeatable=False),
+  "NNX LayerNorm": Case(of_nnx(lambda **o: nnx.LayerNorm(WIDTH, **o)), mean=8.0),
+  "NNX RMSNorm": Case(of_nnx(lambda **o: nnx.RMSNorm(WIDTH, **o)), mean=8.0),
+  "NNX GroupNorm": Case(of_nnx(lambda **o: nnx.GroupNorm(WIDTH, 4, **o)), mean=8.0),
+  "NNX BatchNorm": Case(of_nnx(lambda **o: nnx.BatchNorm(WIDTH, **o)), mean=8.0),
+  "NNX attention": Case(of_nnx(nnx_attention(0.0)), by_hand=("bfloat16",)),
+  "NNX attention, dropout": Case(of_nnx(nnx_attention(0.3)), repeatable=False),
+}
+
+
+def distance(found: jax.Array, truth: np.ndarray) -> float:
+  """The relative distance in the 2-norm."""
+  return float(np.linalg.norm(np.asarray(found, np.float64) - truth) / np.linalg.norm(truth))
+
+
+def measure(operation: str, policy: str) -> Row:
+  """Runs one operation under a policy, by hand and in float64."""
+  case, dtype = CASES[operation], FORMATS[policy]
+  draw = np.random.default_rng(0).normal(case.mean, case.spread, (ROWS, WIDTH))
+  x = jnp.asarray(draw, dtype).astype(jnp.float32)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    ours = case.run(None, policy, x)
+    by_hand = case.run(dtype, "float32", x) if dtype.name in case.by_hand else None
+    with jax.enable_x64(case.repeatable):
+      wide = jnp.float64 if case.repeatable else jnp.float32
+      exact = case.run(wide, "float32", jnp.asarray(np.asarray(x), wide))
+      truth = np.asarray(exact, np.float64)
+  hand_error = None if by_hand is None else distance(by_hand, truth)
+  return Row(operation, dtype.name, distance(ours, truth), hand_error)
+
+
+def main() -> None:
+  """Prints the table, and writes JSON if asked for."""
+  parser = argparse.ArgumentParser(description="Errors of sensitive operations against float64.")
+  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+  arguments = parser.parse_args()
+  rows = [measure(operation, policy) for operation in CASES for policy in FORMATS]
+  print("| operation | format | error under the policy | by hand | ratio |\n|---|---|---|---|---|")
+  for row in rows:
+    by_hand = "does not run | -"
+    if row.hand_error is not None:
+      by_hand = f"{row.hand_error:.2e} | {row.policy_error / row.hand_error:.2f}"
+    print(f"| {row.operation} | {row.format} | {row.policy_error:.2e} | {by_hand} |")
+  if arguments.json:
+    arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()

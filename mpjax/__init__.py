@@ -1,6 +1,6 @@
 """Mixed precision for JAX, Flax and optax: a policy is an argument, a mixed function comes out."""
 
-from mpjax import linen, nnx, training
+from mpjax import linen, nnx, testing, training
 from mpjax._apply import apply_policy, autocast
 from mpjax._casting import cast_floating
 from mpjax._finite import all_finite, select
@@ -11,6 +11,7 @@ from mpjax._loss_scaling import (
   step_is_finite,
 )
 from mpjax._markers import cast_inputs, keep_float32
+from mpjax._master_weights import master_weights
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DEFAULT_OPS
@@ -32,10 +33,12 @@ __all__ = [
   "linen",
   "loss_scale",
   "make_train_step",
+  "master_weights",
   "nnx",
   "select",
   "static_loss_scaling",
   "step_is_finite",
+  "testing",
   "training",
   "value_and_grad",
 ]

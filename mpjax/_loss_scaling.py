@@ -57,6 +57,7 @@ def dynamic_loss_scaling(
   min_scale: float = 1.0,
   max_scale: float = 2.0**24,
   hysteresis: int = 1,
+  consecutive_hysteresis: bool = False,
   axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Wraps an optimizer so that it takes gradients of a scaled loss and skips non-finite ones.
@@ -72,10 +73,14 @@ def dynamic_loss_scaling(
   called with float32 views of 16-bit parameters, so its moments are float32 (in float16,
   Adam's epsilon is zero, optax#1754). Extra arguments of ``update`` pass through to it.
 
-  ``optax.MultiSteps`` belongs inside, where a non-finite micro-batch is left out of its window
-  and the scale grows by optimizer steps, not by micro-steps. Around the scaler it keeps the
-  first non-finite micro-batch in its accumulator for ever (it clears it by a product with 0):
-  nothing non-finite is applied, but every later step is skipped.
+  To accumulate gradients, give `mpjax.make_train_step` ``accumulate=k``, which drops the whole
+  window of a non-finite micro-batch. ``optax.MultiSteps`` belongs inside: a non-finite micro-batch
+  is left out of its window, which takes one more instead, and the scale grows by optimizer steps,
+  not by micro-steps. Around the scaler it keeps the first non-finite micro-batch in its
+  accumulator for ever (it clears it by a product with 0): nothing non-finite is applied, but every
+  later step is skipped. With ``should_skip_update_fn=optax.skip_not_finite`` it keeps none, but
+  the scaler never learns of an overflow, so that only a static scale works there. The train steps
+  refuse both.
 
   The default start is below torch's 2**16, which overflows float16 on the first step of a loss
   that is itself float16; the other settings are theirs, the ceiling is Apex's.
@@ -90,6 +95,8 @@ def dynamic_loss_scaling(
     max_scale: The scale never grows above this.
     hysteresis: The number of non-finite steps after which the scale is backed off, once and
       then at every further one; counted anew when the scale grows.
+    consecutive_hysteresis: Whether every good step counts them anew too, so that only that many
+      non-finite steps in a row back the scale off (DeepSpeed's setting of this name).
     axis_name: The axis or axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` over which
       gradients may differ. All devices then skip if one does. Not needed under plain
       ``jax.jit``, sharded or not.
@@ -119,6 +126,7 @@ def dynamic_loss_scaling(
     floor=power_of_two("min_scale", min_scale),
     ceiling=power_of_two("max_scale", max_scale),
     hysteresis=positive_integer("hysteresis", hysteresis),
+    consecutive=bool(consecutive_hysteresis),
   )
   start = power_of_two("init_scale", init_scale)
   _check_order(start, settings)
@@ -209,6 +217,7 @@ class _Settings(NamedTuple):
   floor: float
   ceiling: float
   hysteresis: int
+  consecutive: bool
 
 
 def _loss_scaling(
@@ -286,10 +295,11 @@ def _adjust(
   back_off = ~finite & (left == 0)
   grown = jnp.minimum(state.scale * settings.growth, settings.ceiling)
   backed_off = jnp.maximum(state.scale * settings.backoff, settings.floor)
+  refill = finite if settings.consecutive else grow
   return state._replace(
     scale=jnp.where(grow, grown, jnp.where(back_off, backed_off, state.scale)),
     good_steps=jnp.where(grow, 0, state.good_steps),
-    hysteresis=jnp.where(grow, settings.hysteresis, left),
+    hysteresis=jnp.where(refill, settings.hysteresis, left),
   )
 
 
@@ -323,7 +333,7 @@ def _optimizer_stepped(old: Any, new: Any) -> jax.Array:
 
 
 def _gradient_steps(state: Any) -> list[jax.Array]:
-  return [found.gradient_step for found in _instances(state, optax.MultiStepsState)]
+  return [found.gradient_step for found in find_states(state, optax.MultiStepsState)]
 
 
 def _zero_unless(finite: jax.Array, update: Any) -> Any:
@@ -374,11 +384,17 @@ def _require_scaling_state(opt_state: Any) -> LossScalingState:
 
 
 def _scaling_states(tree: Any) -> list[LossScalingState]:
-  found = _instances(tree, LossScalingState)
+  found = find_states(tree, LossScalingState)
   return found + [below for state in found for below in _scaling_states(state.inner_state)]
 
 
-def _instances(tree: Any, kind: type) -> list[Any]:
+def is_inside_multisteps(opt_state: Any) -> bool:
+  """Whether an ``optax.MultiSteps`` is around a loss scaler."""
+  return any(_scaling_states(found) for found in find_states(opt_state, optax.MultiStepsState))
+
+
+def find_states(tree: Any, kind: type) -> list[Any]:
+  """The states of one type anywhere inside an optimizer state, but not those inside of these."""
   leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
   return [leaf for leaf in leaves if isinstance(leaf, kind)]
 

@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mpjax._accumulation import Window, check_flow
+from mpjax._accumulation import accumulate as run_window
 from mpjax._dtypes import FLOAT16, describe
 from mpjax._finite import nonfinite_leaves, select
 from mpjax._loss_scaling import find_scaling_state
+from mpjax._low_precision import warn_of_low_precision
 from mpjax._nnx_autocast import autocast
+from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
 from mpjax._scaled_loss import split_aux
 from mpjax._steps import (
@@ -74,6 +78,7 @@ def make_train_step(
   *,
   has_aux: bool = False,
   policy: PolicyLike | None = None,
+  accumulate: int = 1,
   max_consecutive_skips: int | None = None,
   donate: bool = True,
 ) -> TrainStep:
@@ -89,11 +94,18 @@ def make_train_step(
   it was; only the scaler moves. Without one, no operation of scaling or testing is in the
   compiled step.
 
+  With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, whose float32
+  gradients are averaged before one step is applied or skipped; see `mpjax.make_train_step`, and
+  there what it assumes of the loss. What the loss changes in the model goes from one micro-batch
+  into the next, random streams included; a skip puts back what was there before the first. A
+  Variable that the loss adds is kept as the last micro-batch left it.
+
   Args:
     loss_fn: Returns the loss, or ``(loss, aux)`` if ``has_aux``.
     has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
     policy: A policy to run the whole loss under; see `mpjax.nnx.autocast`. The results of
       ``loss_fn`` stay float32. Leave it out if the model is one of `mpjax.nnx.apply_policy`.
+    accumulate: The number of micro-batches that a batch is computed in.
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
     donate: Whether the step reuses the buffers of model and optimizer. Arrays that another
@@ -102,11 +114,16 @@ def make_train_step(
   Returns:
     ``step(model, optimizer, batch) -> metrics``.
 
+  Warns:
+    LowPrecisionWarning: As for `mpjax.make_train_step`.
+
   Raises:
-    ValueError: If a policy cannot be read, ``max_consecutive_skips`` is below 1 or, when called,
-      given without a loss scaler, parameters do not have the policy's param dtype, or an
-      optimizer without a loss scaler has float16 state.
-    TypeError: When called, if ``loss_fn`` returns something else than above.
+    ValueError: If a policy cannot be read, ``accumulate`` or ``max_consecutive_skips`` is below 1
+      or, when called, a limit is given without a loss scaler, parameters do not have the policy's
+      param dtype, ``accumulate`` does not divide the batch, ``optax.MultiSteps`` is around the
+      loss scaler, or an optimizer without a loss scaler has float16 state.
+    TypeError: When called, if ``loss_fn`` returns something else than above, or a micro-batch
+      changes the shape or dtype of a Variable.
 
   Example:
     >>> import mpjax
@@ -120,14 +137,16 @@ def make_train_step(
     (Array(True, dtype=bool), Array(32768., dtype=float32), dtype('float32'))
   """
   limit = read_limit(max_consecutive_skips)
+  count = positive_integer("accumulate", accumulate)
   run = autocast_loss(loss_fn, policy, autocast)
 
   def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> tuple[Any, Any]:
     before = find_scaling_state(optimizer.opt_state)
-    require_scaling(before, limit)
+    require_scaling(before, limit, optimizer.opt_state)
     graphdef, *parts = nnx.split(model, optimizer.wrt, ...)
     check_param_dtype(parts[0], policy)
     _check_opt_state(optimizer.opt_state, scaled=before is not None)
+    warn_of_low_precision(parts[0], optimizer.opt_state)
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
       copy = nnx.merge(graphdef, wrt, rest, copy=True)
@@ -139,8 +158,17 @@ def make_train_step(
     old_variables = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
     old_opt_state = nnx.as_pure(optimizer.opt_state)
     old_step = optimizer.step[...]
-    (loss, (changed, aux)), grads = loss_and_grads(compute, before, *parts, batch)
-    nnx.update(model, changed)
+
+    def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
+      (loss, (changed, aux)), grads = loss_and_grads(compute, before, *parts, batch)
+      if index is None:
+        return Window(loss, [changed], ([], aux), grads)
+      parts, added = _sorted_into(parts, changed)
+      return Window(loss, parts, ([added], aux), grads)
+
+    loss, changed, (added, aux), grads = run_window(micro_step, count, parts[0], parts, batch)
+    for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
+      nnx.update(model, state)
     optimizer.update(model, grads, **_extra_args(optimizer, loss))
     after = find_scaling_state(optimizer.opt_state)
     if after is not None:
@@ -159,6 +187,22 @@ def make_train_step(
 def _extra_args(optimizer: nnx.Optimizer, loss: jax.Array) -> dict[str, jax.Array]:
   takes_value = isinstance(optimizer.tx, optax.GradientTransformationExtraArgs)
   return {"value": loss} if takes_value else {}
+
+
+def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.State], nnx.State]:
+  """Puts the Variables of a changed model into the parts that they came from; what is new is left.
+
+  Raises:
+    TypeError: If one has another dtype or shape now, or is gone.
+  """
+  now = dict(nnx.to_flat_state(changed))
+  for part in parts:
+    check_flow(dict(leaf_paths(nnx.from_flat_state(now))), dict(leaf_paths(part)))
+  sorted_parts = [
+    nnx.map_state(lambda path, variable: variable.replace(now.pop(path).get_value()), part)
+    for part in parts
+  ]
+  return sorted_parts, nnx.from_flat_state(now)
 
 
 def _restore(applied: jax.Array, model: nnx.Module, old: dict[Any, Any]) -> None:

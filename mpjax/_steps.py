@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32, describe
 from mpjax._finite import select
-from mpjax._loss_scaling import LossScalingState
+from mpjax._loss_scaling import LossScalingState, is_inside_multisteps
 from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
 from mpjax._scaled_loss import float32_loss, value_and_grad
+from mpjax.testing import FaultState
 
 PolicyLike = Policy | PolicyMap | str
 
@@ -165,14 +166,18 @@ def global_norm(tree: Any, factor: jax.Array | None = None) -> jax.Array:
 
 
 def keep_if_skipped(applied: jax.Array, new_opt_state: Any, old_opt_state: Any) -> Any:
-  """The optimizer state after a step; if that was skipped, only the loss scaler has moved."""
+  """The optimizer state after a step; if that was skipped, only the loss scaler has moved.
+
+  And the count of a fault schedule: a fault that stayed in place would strike for ever.
+  """
+
+  def moves(state: Any) -> bool:
+    return isinstance(state, LossScalingState | FaultState)
 
   def choose(new: Any, old: Any) -> Any:
-    return new if isinstance(new, LossScalingState) else select(applied, new, old)
+    return new if moves(new) else select(applied, new, old)
 
-  return jax.tree.map(
-    choose, new_opt_state, old_opt_state, is_leaf=lambda x: isinstance(x, LossScalingState)
-  )
+  return jax.tree.map(choose, new_opt_state, old_opt_state, is_leaf=moves)
 
 
 def read_limit(max_consecutive_skips: int | None) -> int | None:
@@ -182,12 +187,20 @@ def read_limit(max_consecutive_skips: int | None) -> int | None:
   return positive_integer("max_consecutive_skips", max_consecutive_skips)
 
 
-def require_scaling(scaling: LossScalingState | None, limit: int | None) -> None:
-  """Refuses a limit on skips where nothing is ever skipped.
+def require_scaling(scaling: LossScalingState | None, limit: int | None, opt_state: Any) -> None:
+  """Refuses a limit on skips where nothing is ever skipped, and a loss scaler that sees no faults.
 
   Raises:
-    ValueError: If there is a limit and no loss scaler.
+    ValueError: If there is a limit and no loss scaler, or ``optax.MultiSteps`` around it.
   """
+  if is_inside_multisteps(opt_state):
+    raise ValueError(
+      "A train step needs the loss scaler around optax.MultiSteps. Got it inside, where it never "
+      "sees the micro-batch that overflowed: optax keeps the NaN in its accumulator for ever, or "
+      "leaves the micro-batch out without lowering the scale. Make the step with accumulate=k and "
+      "the optimizer without MultiSteps; or wrap MultiSteps: "
+      "mpjax.dynamic_loss_scaling(optax.MultiSteps(tx, k))."
+    )
   if limit is not None and scaling is None:
     raise ValueError(
       "max_consecutive_skips needs an optimizer with a loss scaler, which skips non-finite "

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mpjax._accumulation import Window
+from mpjax._accumulation import accumulate as run_window
 from mpjax._autocast import autocast
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32, describe
 from mpjax._finite import nonfinite_leaves, select
 from mpjax._loss_scaling import as_transformation, find_scaling_state
+from mpjax._low_precision import LowPrecisionWarning, warn_of_low_precision
+from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
 from mpjax._steps import (
   NonFiniteError,
@@ -29,7 +33,14 @@ from mpjax._steps import (
   step_metrics,
 )
 
-__all__ = ["NonFiniteError", "StepMetrics", "TrainState", "TrainStep", "make_train_step"]
+__all__ = [
+  "LowPrecisionWarning",
+  "NonFiniteError",
+  "StepMetrics",
+  "TrainState",
+  "TrainStep",
+  "make_train_step",
+]
 
 
 @struct.dataclass
@@ -141,6 +152,7 @@ def make_train_step(
   *,
   policy: PolicyLike | None = None,
   has_aux: bool = False,
+  accumulate: int = 1,
   max_consecutive_skips: int | None = None,
   donate: bool = True,
 ) -> TrainStep:
@@ -164,12 +176,24 @@ def make_train_step(
   one, no operation of scaling or testing is in the compiled step. Gradients reach ``tx`` in
   float32, and it is called with the extra argument ``value``, the loss.
 
+  With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, which run one
+  after the other in a ``jax.lax.scan``: activations take the memory of one micro-batch. Their
+  gradients are averaged in float32; then comes one step, unscaled, tested, applied or skipped as
+  a whole, so a NaN in one micro-batch drops the batch and nothing else. The result is that of the
+  whole batch at once if ``loss_fn`` returns a mean over its examples, each with the same weight.
+  A mean over tokens of which some are masked is none: divide by a number that is the same for
+  every micro-batch instead. ``model_state`` goes from one micro-batch into the next, micro-batch
+  i has the key ``jax.random.fold_in(step_key, i)``, ``loss`` is the mean of the losses, and
+  ``aux`` has a new first axis of length k. Micro-batch i holds the examples i, i + k, i + 2k, ...,
+  so that every device works on each; scalars in the batch go to all.
+
   Args:
     loss_fn: The loss, a pure function.
     tx: The optimizer, the one that the state was created with.
     policy: A policy to run the whole loss under; see `mpjax.autocast`. The results of
       ``loss_fn`` stay float32. Leave it out if the model has its policy already.
     has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
+    accumulate: The number of micro-batches that a batch is computed in.
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
     donate: Whether the step reuses the buffers of the state that it is given.
@@ -177,9 +201,16 @@ def make_train_step(
   Returns:
     ``step(state, batch) -> (state, metrics)``.
 
+  Warns:
+    LowPrecisionWarning: When traced, if parameters are bfloat16 or float16 and the optimizer has
+      no `mpjax.master_weights`, whatever the policy says, or moments have a 16-bit format that
+      fails. The policies ``"bfloat16"`` and ``"float16"`` are meant for inference.
+
   Raises:
-    ValueError: If a policy cannot be read, ``max_consecutive_skips`` is below 1 or, when called,
-      given without a loss scaler, or parameters do not have the policy's param dtype.
+    ValueError: If a policy cannot be read, ``accumulate`` or ``max_consecutive_skips`` is below 1
+      or, when called, a limit is given without a loss scaler, parameters do not have the policy's
+      param dtype, ``accumulate`` does not divide the batch, or ``optax.MultiSteps`` is around the
+      loss scaler.
     TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` returns
       something else than above.
 
@@ -194,6 +225,7 @@ def make_train_step(
   """
   tx = as_transformation(tx)
   limit = read_limit(max_consecutive_skips)
+  count = positive_integer("accumulate", accumulate)
   run = autocast_loss(loss_fn, policy, autocast)
 
   def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
@@ -203,11 +235,19 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics, Any]:
     before = find_scaling_state(state.opt_state)
-    require_scaling(before, limit)
+    require_scaling(before, limit, state.opt_state)
     check_param_dtype(state.params, policy)
-    rng = None if state.rng is None else jax.random.fold_in(state.rng, state.step)
-    (loss, (model_state, aux)), grads = loss_and_grads(
-      compute, before, state.params, state.model_state, batch, rng
+    warn_of_low_precision(state.params, state.opt_state)
+    step_rng = _fold(state.rng, state.step)
+
+    def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:
+      rng = step_rng if index is None else _fold(step_rng, index)
+      args = (state.params, model_state, part, rng)
+      (loss, (model_state, aux)), grads = loss_and_grads(compute, before, *args)
+      return Window(loss, model_state, aux, grads)
+
+    loss, model_state, aux, grads = run_window(
+      micro_step, count, state.params, state.model_state, batch
     )
     wide = cast_floating(state.params, FLOAT32)
     updates, opt_state = tx.update(grads, state.opt_state, wide, value=loss)
@@ -225,6 +265,10 @@ def make_train_step(
     return new, step_metrics(loss, grads, before, after, aux), bad
 
   return TrainStep(jax.jit(train_step, donate_argnums=(0,) if donate else ()), limit)
+
+
+def _fold(rng: Any, number: jax.Array) -> Any:
+  return None if rng is None else jax.random.fold_in(rng, number)
 
 
 def _like(old: Any, new: Any) -> Any:

@@ -54,6 +54,10 @@ TABLE = {
     {"min_scale": 2**-20, "hysteresis": 2},
     "8 8 8 8 8 4 4 4 8 8 4 4 4 8 8 8 8 4 4 4 8 8 8 16",
   ),
+  "DeepSpeed, consecutive": (
+    {"min_scale": 2**-20, "hysteresis": 2, "consecutive_hysteresis": True},
+    "8 8 8 8 8 8 8 8 16 16 8 8 8 16 16 16 16 16 16 16 32 32 32 64",
+  ),
 }
 
 
@@ -62,6 +66,30 @@ TABLE = {
 def test_the_scale_follows_the_schedule_of_its_peers(settings, expected, inf):
   tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=8, growth_interval=3, **settings)
   assert scales(tx, EVENTS.replace("i", inf)) == [float(x) for x in expected.split()]
+
+
+def test_the_settings_are_those_of_the_readme_unless_told_otherwise():
+  """Start and backoff are Keras's, growth torch's, the floor tf_keras's, the ceiling Apex's."""
+  tx = mpjax.dynamic_loss_scaling(optax.sgd(1.0))
+  assert float(tx.init(GOOD).scale) == 2.0**15
+  low, high = (tx.init(GOOD)._replace(scale=jnp.float32(s)) for s in (1, 2.0**24))
+  update = jax.jit(tx.update)
+  assert float(update(BAD["i"], low, GOOD)[1].scale) == 1
+  assert float(update(BAD["i"], high, GOOD)[1].scale) == 2.0**23
+  nearly = {"good_steps": jnp.int32(1999)}
+  assert float(update(GOOD, high._replace(**nearly), GOOD)[1].scale) == 2.0**24
+  assert float(update(GOOD, low._replace(**nearly), GOOD)[1].scale) == 2
+  assert float(update(GOOD, low._replace(good_steps=jnp.int32(1998)), GOOD)[1].scale) == 1
+
+
+def test_an_inf_in_any_single_leaf_of_many_is_found():
+  tx = mpjax.static_loss_scaling(optax.sgd(1.0), 2)
+  grads = {str(i): jnp.ones((i % 3, 2)[: i % 2 + 1]) for i in range(1, 12) if i % 3}
+  update = jax.jit(tx.update)
+  assert update(grads, tx.init(grads), grads)[1].last_finite
+  for name in grads:
+    bad = {**grads, name: grads[name].at[(-1,) * grads[name].ndim].set(-jnp.inf)}
+    assert not update(bad, tx.init(grads), grads)[1].last_finite, name
 
 
 def test_the_scale_grows_up_to_its_ceiling():

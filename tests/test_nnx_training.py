@@ -11,6 +11,8 @@ from flax import nnx
 import mpjax
 from mpjax._nnx_training import make_train_step
 from mpjax._steps import NonFiniteError, StepMetrics
+from mpjax.testing import FaultSchedule, inject_gradients
+from mpjax.training import LowPrecisionWarning
 
 # optax.adam and Flax's BatchNorm mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -87,8 +89,10 @@ def test_a_step_trains_in_place_and_reports(policy):
 
 
 def test_a_step_equals_nnxs_own_loop():
-  model, optimizer = make(scaled_adam(growth_interval=2))
-  other, plain = make(optax.adam(1e-2))
+  """With momentum: the bias before BatchNorm has no gradient but rounding, which Adam makes big."""
+  sgd = optax.sgd(0.05, momentum=0.9)
+  model, optimizer = make(mpjax.dynamic_loss_scaling(sgd, growth_interval=2))
+  other, plain = make(sgd)
   step = make_train_step(loss_fn)
 
   @nnx.jit
@@ -103,7 +107,8 @@ def test_a_step_equals_nnxs_own_loop():
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  chex.assert_trees_all_close(params, nnx.to_pure_dict(nnx.state(other, nnx.Param)), rtol=1e-4)
+  expected = nnx.to_pure_dict(nnx.state(other, nnx.Param))
+  chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
@@ -177,40 +182,26 @@ def test_only_the_variables_of_the_optimizer_are_trained():
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_scheduled_faults_in_random_leaves_leave_everything_finite_and_train(policy):
   """NaN or inf in random gradient leaves on 5% of the steps."""
-  rng = np.random.default_rng(1)
-  steps, model = 200, Net(nnx.Rngs(0))
-  count = len(jax.tree.leaves(nnx.state(model, nnx.Param)))
-  faults = np.zeros((steps, count), np.float32)
-  for i in np.flatnonzero(rng.random(steps) < 0.05):
-    faults[i, rng.integers(count)] = rng.choice([np.nan, np.inf, -np.inf])
-
-  @jax.custom_vjp
-  def faulty(x, fault):
-    return x
-
-  faulty.defvjp(
-    lambda x, fault: (x, fault), lambda fault, g: (g.at[(0,) * g.ndim].add(fault), jnp.zeros(()))
-  )
+  schedule = FaultSchedule.random(200, 0.05, seed=1)
 
   def faulty_loss(model, batch):
     params = nnx.state(model, nnx.Param)
-    leaves, structure = jax.tree.flatten(params)
-    leaves = [faulty(leaf, fault) for leaf, fault in zip(leaves, batch["faults"], strict=True)]
-    nnx.update(model, structure.unflatten(leaves))
+    nnx.update(model, inject_gradients(params, schedule, batch["step"]))
     return loss_fn(model, batch)
 
-  optimizer = nnx.Optimizer(model, scaled_adam(growth_interval=20), wrt=nnx.Param)
+  model, optimizer = make(scaled_adam(growth_interval=20))
   step = make_train_step(faulty_loss, policy=policy)
   losses = []
-  for fault in faults:
-    before = all_but_the_scaler(model, optimizer) if fault.any() else None
-    metrics = step(model, optimizer, {**BATCH, "faults": jnp.asarray(fault)})
+  for i in range(200):
+    struck = i in schedule.struck
+    before = all_but_the_scaler(model, optimizer) if struck else None
+    metrics = step(model, optimizer, {**BATCH, "step": jnp.int32(i)})
     losses.append(float(metrics.loss))
-    assert mpjax.all_finite((nnx.state(model), nnx.as_pure(optimizer.opt_state)))
-    if fault.any():
+    if struck:
       assert not metrics.applied
       assert all_but_the_scaler(model, optimizer) == before
-  assert int(metrics.total_skips) >= np.count_nonzero(faults.any(1)) > 5
+  assert mpjax.all_finite((nnx.state(model), nnx.as_pure(optimizer.opt_state)))
+  assert int(metrics.total_skips) >= len(schedule.struck) > 5
   assert np.mean(losses[-10:]) < losses[0] / 4
 
 
@@ -263,7 +254,8 @@ def test_float16_moments_without_a_scaler_are_refused():
     make_train_step(zero)(*half(optax.adam(1e-2)), BATCH)
   model, optimizer = half(mpjax.static_loss_scaling(optax.adam(1e-2), 1))
   before = bits(nnx.state(model))
-  metrics = make_train_step(zero)(model, optimizer, BATCH)
+  with pytest.warns(LowPrecisionWarning, match=r"float32 masters.*Got bias: f16\[1\] and 1 more"):
+    metrics = make_train_step(zero)(model, optimizer, BATCH)
   assert metrics.applied
   assert bits(nnx.state(model)) == before
 

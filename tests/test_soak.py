@@ -1,0 +1,51 @@
+"""A short soak; `python -m benchmarks.soak` is the long one."""
+
+import jax
+import pytest
+
+from benchmarks import soak
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
+
+
+def check(case):
+  with jax.numpy_rank_promotion("allow"):
+    result = soak.run_case(case)
+  assert result.failures == []
+  assert result.faults > 5
+  assert result.skipped > 5
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    soak.Case("adamw", "clip", "mixed_float16", 400, 1),
+    soak.Case("lion", "accumulate", "mixed_float16", 400, 2),
+    soak.Case("sgd, momentum", "master_weights", "bfloat16", 400, 3),
+  ],
+  ids=lambda case: f"{case.optimizer} {case.wrapper}",
+)
+def test_training_comes_through_faults_to_the_loss_without_them(case):
+  check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", soak.draw_cases(10_000, 16, 0), ids=lambda case: case.optimizer)
+def test_the_whole_soak(case):
+  check(case)
+
+
+def test_a_soak_draws_every_optimizer_and_wrapper_and_all_kinds_of_faults():
+  cases = soak.draw_cases(10_000, len(soak.OPTIMIZERS), 0)
+  assert {case.optimizer for case in cases} == set(soak.OPTIMIZERS)
+  assert {case.wrapper for case in cases} == set(soak.WRAPPERS)
+  assert sum(case.steps for case in cases) == 10_000
+  assert {kind for case in cases for kind in case.kinds} == set(soak.FAULTS)
+
+
+def test_what_must_not_be_is_reported():
+  good = soak.Result(100, 30, 20, 0, 1.0, 2.0**15, 0.01, 0.01)
+  assert good.failures == []
+  bad = {"nonfinite": 1, "lowest": 0.5, "highest": 2.0**30, "loss": float("nan"), "skipped": 0}
+  for name, value in bad.items():
+    assert len(good._replace(**{name: value}).failures) == 1

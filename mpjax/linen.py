@@ -95,19 +95,21 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
     "__module__": plain.__module__,
     "__qualname__": plain.__qualname__,
     "__doc__": plain.__doc__,
+    "__init__": plain.__init__,  # it may set more than the fields (diffusers' configs)
   }
   outer = {name: _outside_setup(plain, lifted, name) for name in methods}
   return type(plain.__name__, (lifted,), namespace | entries | outer)
 
 
 def _outside_setup(plain: type[nn.Module], lifted: Any, name: str) -> Callable[..., Any]:
-  """A method under the policy; within ``setup``, where it may make submodules, the plain one."""
+  """A method under the policy; in ``setup``, where it may make submodules, or unbound, as it is."""
   function = getattr(plain, name)
 
   @nn.nowrap
   @functools.wraps(function, updated=())
   def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-    owner = plain if self._state.in_setup else lifted
+    unbound = getattr(self, "scope", None) is None
+    owner = plain if unbound or self._state.in_setup else lifted
     return getattr(owner, name)(self, *args, **kwargs)
 
   return method
@@ -125,7 +127,7 @@ def _entry(name: str, plain: type[nn.Module], lifted: Mapping[str, Any]) -> Call
     if method is None or isinstance(method, str):
       return run(self, *args, method=method, **kwargs)
     function = getattr(method, "__func__", method)
-    extended = type(plain.__name__, (plain,), {_APPLIED: function})
+    extended = type(plain.__name__, (plain,), {_APPLIED: function, "__init__": plain.__init__})
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
     policed = _new_policy_class(extended, self.mpjax_policies)(**fields)
     return run(policed, *args, method=_APPLIED, **kwargs)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 
+from public.table import RECORD, table
+
 if not os.environ.get("JAX_PLATFORMS"):
   jax.config.update("jax_platforms", "cpu")
 # Eight devices stand in for a small mesh.
@@ -37,3 +39,12 @@ def standard_promotion():
 def params():
   """A small tree of float32 parameters."""
   return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.full((3,), 0.5)}}
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Ends a run of the `models` group with its table."""
+  reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+  rows = [value for report in reports for name, value in report.user_properties if name == RECORD]
+  if rows:
+    terminalreporter.write_sep("=", "public models, errors relative to float32")
+    terminalreporter.write_line(table(rows))

@@ -1,5 +1,6 @@
 """`apply_policy` on Linen modules: every way of running one, and what stays as it was."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -80,6 +81,49 @@ def test_the_result_is_a_module_of_the_same_class_name_and_fields(plain, mixed):
   assert mpjax.apply_policy(plain, BF16) == mixed
   assert hash(mpjax.apply_policy(plain, BF16)) == hash(mixed)
   assert mixed.clone(dtype=jnp.float32).dtype == jnp.float32
+
+
+def configured(cls):
+  """What diffusers does to its models: an `__init__` that sets more than the fields."""
+  init = cls.__init__
+
+  @functools.wraps(init)
+  def __init__(self, *args, **kwargs):
+    self.register(*args, **kwargs)
+    init(self, *args, **kwargs)
+
+  cls.__init__ = __init__
+  return cls
+
+
+class Register:
+  """A base that is no module, whose method runs before the module is made."""
+
+  def register(self, features=3, **_):
+    self.config = {"features": features}
+
+
+@configured
+class Configured(nn.Module, Register):
+  """Reads what its wrapped `__init__` set."""
+
+  features: int = 3
+
+  def setup(self):
+    self.head = nn.Dense(self.config["features"])
+
+  def init_weights(self, rng):
+    return self.init(rng, jnp.ones((1, 6)))["params"]
+
+  def __call__(self, x):
+    return self.head(x)
+
+
+def test_a_model_whose_init_sets_more_than_its_fields_keeps_it(x):
+  mixed = mpjax.apply_policy(Configured(5), BF16)
+  variables = {"params": mixed.init_weights(jax.random.key(0))}
+  assert wide_contractions(jax.make_jaxpr(mixed.apply)(variables, x), "bfloat16") == []
+  assert mixed.apply(variables, x, method=lambda module, x: module.head(x)).shape == (4, 5)
 
 
 def test_an_all_float32_policy_returns_the_module(plain):

@@ -1,0 +1,1 @@
+"""Models that others wrote and published, each built small, and how to run it as a function."""

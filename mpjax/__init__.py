@@ -15,6 +15,7 @@ from mpjax._master_weights import master_weights
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import DEFAULT_OPS
+from mpjax._reduction import reduce_gradients
 from mpjax._scaled_loss import value_and_grad
 from mpjax.training import TrainState, make_train_step
 
@@ -35,6 +36,7 @@ __all__ = [
   "make_train_step",
   "master_weights",
   "nnx",
+  "reduce_gradients",
   "select",
   "static_loss_scaling",
   "step_is_finite",

@@ -10,13 +10,15 @@ from flax import nnx
 
 from mpjax._accumulation import Window, check_flow
 from mpjax._accumulation import accumulate as run_window
-from mpjax._dtypes import FLOAT16, describe
+from mpjax._dtypes import FLOAT16, FLOAT32, describe
 from mpjax._finite import nonfinite_leaves, select
 from mpjax._loss_scaling import find_scaling_state
 from mpjax._low_precision import warn_of_low_precision
 from mpjax._nnx_autocast import autocast
 from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
+from mpjax._placement import Placement, keep_placement, placement
+from mpjax._reduction import read_reduce_dtype
 from mpjax._scaled_loss import split_aux
 from mpjax._steps import (
   PolicyLike,
@@ -53,7 +55,7 @@ class TrainStep:
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
     """
-    metrics, bad = self._jitted(model, optimizer, batch)
+    metrics, bad = self._jitted(model, optimizer, batch, _placement(model, optimizer, batch))
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
@@ -70,7 +72,7 @@ class TrainStep:
     Returns:
       A lowered function; its ``compile()`` tells memory and cost.
     """
-    return self._jitted.lower(model, optimizer, batch)
+    return self._jitted.lower(model, optimizer, batch, _placement(model, optimizer, batch))
 
 
 def make_train_step(
@@ -81,6 +83,7 @@ def make_train_step(
   accumulate: int = 1,
   max_consecutive_skips: int | None = None,
   donate: bool = True,
+  reduce_dtype: Any = FLOAT32,
 ) -> TrainStep:
   """Makes the compiled train step of a loss function of an NNX model.
 
@@ -110,6 +113,8 @@ def make_train_step(
       then waits for its result.
     donate: Whether the step reuses the buffers of model and optimizer. Arrays that another
       object shares with them, such as a clone's, are deleted by that.
+    reduce_dtype: In which dtype gradients are summed over devices, as for
+      `mpjax.make_train_step`.
 
   Returns:
     ``step(model, optimizer, batch) -> metrics``.
@@ -118,10 +123,11 @@ def make_train_step(
     LowPrecisionWarning: As for `mpjax.make_train_step`.
 
   Raises:
-    ValueError: If a policy cannot be read, ``accumulate`` or ``max_consecutive_skips`` is below 1
-      or, when called, a limit is given without a loss scaler, parameters do not have the policy's
-      param dtype, ``accumulate`` does not divide the batch, ``optax.MultiSteps`` is around the
-      loss scaler, or an optimizer without a loss scaler has float16 state.
+    ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
+      ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
+      parameters do not have the policy's param dtype, ``accumulate`` does not divide the batch,
+      ``optax.MultiSteps`` is
+      around the loss scaler, or an optimizer without a loss scaler has float16 state.
     TypeError: When called, if ``loss_fn`` returns something else than above, or a micro-batch
       changes the shape or dtype of a Variable.
 
@@ -138,11 +144,15 @@ def make_train_step(
   """
   limit = read_limit(max_consecutive_skips)
   count = positive_integer("accumulate", accumulate)
+  wide_sums = read_reduce_dtype(reduce_dtype)
   run = autocast_loss(loss_fn, policy, autocast)
 
-  def train_step(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> tuple[Any, Any]:
+  def train_step(
+    model: nnx.Module, optimizer: nnx.Optimizer, batch: Any, where: Placement
+  ) -> tuple[Any, Any]:
     before = find_scaling_state(optimizer.opt_state)
     require_scaling(before, limit, optimizer.opt_state)
+    paths = list(_arrays((model, optimizer)))
     graphdef, *parts = nnx.split(model, optimizer.wrt, ...)
     check_param_dtype(parts[0], policy)
     _check_opt_state(optimizer.opt_state, scaled=before is not None)
@@ -154,13 +164,14 @@ def make_train_step(
       loss, aux = split_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copy), aux)
 
-    # Pure arrays: the Variables themselves are about to change.
-    old_variables = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
+    old_variables = _arrays(model)
     old_opt_state = nnx.as_pure(optimizer.opt_state)
     old_step = optimizer.step[...]
 
     def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
-      (loss, (changed, aux)), grads = loss_and_grads(compute, before, *parts, batch)
+      (loss, (changed, aux)), grads = loss_and_grads(
+        compute, before, *parts, batch, wide=wide_sums and where.spread
+      )
       if index is None:
         return Window(loss, [changed], ([], aux), grads)
       parts, added = _sorted_into(parts, changed)
@@ -172,16 +183,32 @@ def make_train_step(
     optimizer.update(model, grads, **_extra_args(optimizer, loss))
     after = find_scaling_state(optimizer.opt_state)
     if after is not None:
-      applied = after.last_finite
-      _restore(applied, model, old_variables)
-      kept = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
-      nnx.update(optimizer.opt_state, nnx.state(kept))
-      optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
+      _restore(after.last_finite, model, old_variables)
+      _restore_optimizer(after.last_finite, optimizer, old_opt_state, old_step)
     bad = None if limit is None else nonfinite_leaves(grads)
+    _keep_placement((model, optimizer), paths, where)
     return step_metrics(loss, grads, before, after, aux), bad
 
-  donated = (0, 1) if donate else ()
-  return TrainStep(nnx.jit(train_step, donate_argnums=donated), limit)
+  jitted = nnx.jit(train_step, donate_argnums=(0, 1) if donate else (), static_argnums=3)
+  return TrainStep(jitted, limit)
+
+
+def _arrays(nodes: Any) -> dict[Any, Any]:
+  """The arrays of graph nodes by path: pure ones, for the Variables themselves change."""
+  return dict(nnx.to_flat_state(nnx.as_pure(nnx.state(nodes))))
+
+
+def _placement(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Placement:
+  return placement(list(_arrays((model, optimizer)).values()), batch)
+
+
+def _keep_placement(nodes: Any, paths: list[Any], where: Placement) -> None:
+  """Holds the Variables that a step was given to the shardings that they had."""
+  if not where.shardings:
+    return
+  now = _arrays(nodes)
+  kept = keep_placement([now[path] for path in paths], where.shardings)
+  nnx.update(nodes, nnx.from_flat_state(zip(paths, kept, strict=True)))
 
 
 def _extra_args(optimizer: nnx.Optimizer, loss: jax.Array) -> dict[str, jax.Array]:
@@ -207,9 +234,18 @@ def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.S
 
 def _restore(applied: jax.Array, model: nnx.Module, old: dict[Any, Any]) -> None:
   """Puts the Variables of a skipped step back; one that the step has added stays."""
-  now = dict(nnx.to_flat_state(nnx.as_pure(nnx.state(model))))
+  now = _arrays(model)
   kept = select(applied, [now[path] for path in old], list(old.values()))
   nnx.update(model, nnx.from_flat_state(zip(old, kept, strict=True)))
+
+
+def _restore_optimizer(
+  applied: jax.Array, optimizer: nnx.Optimizer, old_opt_state: Any, old_step: jax.Array
+) -> None:
+  """Puts the optimizer of a skipped step back; only its loss scaler has moved."""
+  kept = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
+  nnx.update(optimizer.opt_state, nnx.state(kept))
+  optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
 
 
 def _check_opt_state(opt_state: Any, *, scaled: bool) -> None:

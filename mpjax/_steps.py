@@ -15,6 +15,7 @@ from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
+from mpjax._reduction import widen
 from mpjax._scaled_loss import float32_loss, value_and_grad
 from mpjax.testing import FaultState
 
@@ -91,7 +92,10 @@ def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:
 
 
 def loss_and_grads(
-  loss_fn: Callable[..., tuple[Any, Any]], scaling: LossScalingState | None, *args: Any
+  loss_fn: Callable[..., tuple[Any, Any]],
+  scaling: LossScalingState | None,
+  *args: Any,
+  wide: bool = False,
 ) -> tuple[tuple[jax.Array, Any], Any]:
   """Differentiates a loss with respect to its first argument.
 
@@ -99,20 +103,27 @@ def loss_and_grads(
     loss_fn: Returns a pair: the loss and whatever else the step needs.
     scaling: The state of the loss scaler, or ``None`` without one.
     *args: The arguments of ``loss_fn``.
+    wide: Whether weight gradients leave their matmuls, and so are summed over devices, in
+      float32.
 
   Returns:
     ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
     float32 where they were 16-bit.
   """
-  if scaling is not None:
-    return value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scaling.scale)
+  scale = None if scaling is None else scaling.scale
+
+  def grads_of(scale: Any, *args: Any) -> tuple[Any, Any]:
+    if scale is not None:
+      out, grads = value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scale)
+      return out, (cast_floating(grads, FLOAT32) if wide else grads)
+    out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
+    return out, cast_floating(grads, FLOAT32)
 
   def float32_loss_fn(*args: Any) -> tuple[jax.Array, Any]:
     loss, rest = loss_fn(*args)
     return float32_loss(loss), rest
 
-  out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
-  return out, cast_floating(grads, FLOAT32)
+  return (widen(grads_of) if wide else grads_of)(scale, *args)
 
 
 def step_metrics(

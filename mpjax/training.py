@@ -19,6 +19,8 @@ from mpjax._loss_scaling import as_transformation, find_scaling_state
 from mpjax._low_precision import LowPrecisionWarning, warn_of_low_precision
 from mpjax._numbers import positive_integer
 from mpjax._paths import leaf_paths
+from mpjax._placement import Placement, keep_placement, place_beside, placement
+from mpjax._reduction import read_reduce_dtype
 from mpjax._steps import (
   NonFiniteError,
   PolicyLike,
@@ -74,7 +76,8 @@ class TrainState:
     """The state before the first step.
 
     The arrays are copied, so that a step may donate the state's buffers without deleting yours.
-    The optimizer's state is made for float32 parameters, whatever they are held in.
+    The optimizer's state is made for float32 parameters, whatever they are held in, and sharded
+    as they are; what has no shape of theirs is replicated over their mesh.
 
     Args:
       params: The parameters.
@@ -95,7 +98,7 @@ class TrainState:
     """
     opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
     state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
-    return jax.tree.map(_owned, state)
+    return place_beside(jax.tree.map(_owned, state), params)
 
 
 def _owned(leaf: Any) -> Any:
@@ -128,22 +131,26 @@ class TrainStep:
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
     """
-    state, metrics, bad = self._jitted(state, batch)
+    state, metrics, bad = self._jitted(state, batch, placement(state, batch))
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
 
-  def lower(self, state: TrainState, batch: Any) -> Any:
+  def lower(
+    self, state: TrainState, batch: Any, *, lowering_platforms: tuple[str, ...] | None = None
+  ) -> Any:
     """Lowers the step for these arguments, as ``jax.jit(...).lower`` does.
 
     Args:
-      state: A state, or its ``jax.eval_shape``.
+      state: A state, or its ``jax.eval_shape``; shapes may carry a ``sharding``.
       batch: A batch, or its shapes.
+      lowering_platforms: For which platforms, if not for the one that JAX runs on.
 
     Returns:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
-    return self._jitted.lower(state, batch)
+    traced = self._jitted.trace(state, batch, placement(state, batch))
+    return traced.lower(lowering_platforms=lowering_platforms)
 
 
 def make_train_step(
@@ -155,6 +162,7 @@ def make_train_step(
   accumulate: int = 1,
   max_consecutive_skips: int | None = None,
   donate: bool = True,
+  reduce_dtype: Any = FLOAT32,
 ) -> TrainStep:
   """Makes the compiled train step of a loss function and an optimizer.
 
@@ -197,6 +205,11 @@ def make_train_step(
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
     donate: Whether the step reuses the buffers of the state that it is given.
+    reduce_dtype: In which dtype the compiler sums the gradients of matmul weights over devices
+      where batch or parameters are spread over several: ``"float32"``, or ``"compute"`` for
+      what the policy's matmuls return, which halves the traffic. Gradients that the policy
+      computes in float32 (of norms and embeddings) are sent so in either case, those of
+      convolutions in what they return. On one device it changes nothing.
 
   Returns:
     ``step(state, batch) -> (state, metrics)``.
@@ -207,10 +220,11 @@ def make_train_step(
       fails. The policies ``"bfloat16"`` and ``"float16"`` are meant for inference.
 
   Raises:
-    ValueError: If a policy cannot be read, ``accumulate`` or ``max_consecutive_skips`` is below 1
-      or, when called, a limit is given without a loss scaler, parameters do not have the policy's
-      param dtype, ``accumulate`` does not divide the batch, or ``optax.MultiSteps`` is around the
-      loss scaler.
+    ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
+      ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
+      parameters do not have the policy's param dtype, ``accumulate`` does not divide the batch,
+      or ``optax.MultiSteps`` is
+      around the loss scaler.
     TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` returns
       something else than above.
 
@@ -226,6 +240,7 @@ def make_train_step(
   tx = as_transformation(tx)
   limit = read_limit(max_consecutive_skips)
   count = positive_integer("accumulate", accumulate)
+  wide_sums = read_reduce_dtype(reduce_dtype)
   run = autocast_loss(loss_fn, policy, autocast)
 
   def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
@@ -233,7 +248,9 @@ def make_train_step(
     out = run(*args) if rng is None else run(*args, rng=rng)
     return _unpack(out, model_state, has_aux)
 
-  def train_step(state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics, Any]:
+  def train_step(
+    state: TrainState, batch: Any, where: Placement
+  ) -> tuple[TrainState, StepMetrics, Any]:
     before = find_scaling_state(state.opt_state)
     require_scaling(before, limit, state.opt_state)
     check_param_dtype(state.params, policy)
@@ -243,7 +260,9 @@ def make_train_step(
     def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:
       rng = step_rng if index is None else _fold(step_rng, index)
       args = (state.params, model_state, part, rng)
-      (loss, (model_state, aux)), grads = loss_and_grads(compute, before, *args)
+      (loss, (model_state, aux)), grads = loss_and_grads(
+        compute, before, *args, wide=wide_sums and where.spread
+      )
       return Window(loss, model_state, aux, grads)
 
     loss, model_state, aux, grads = run_window(
@@ -262,9 +281,12 @@ def make_train_step(
     if after is not None:
       new = _unless_skipped(after.last_finite, new, state)
     bad = None if limit is None else nonfinite_leaves(grads)
+    new = keep_placement(new, where.shardings)
     return new, step_metrics(loss, grads, before, after, aux), bad
 
-  return TrainStep(jax.jit(train_step, donate_argnums=(0,) if donate else ()), limit)
+  donated = (0,) if donate else ()
+  jitted = jax.jit(train_step, donate_argnums=donated, static_argnums=2)
+  return TrainStep(jitted, limit)
 
 
 def _fold(rng: Any, number: jax.Array) -> Any:

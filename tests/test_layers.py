@@ -18,7 +18,16 @@ PACKAGE = ROOT / "mpjax"
 # without one fails the test.
 LAYERS = (
   (0, "_constants", "_dtypes", "_jaxpr", "_numbers", "_paths", "_scopes", "_versions"),
-  (1, "_casting", "_derivatives", "_finite", "_markers", "_scaled_loss"),
+  (
+    1,
+    "_casting",
+    "_derivatives",
+    "_finite",
+    "_markers",
+    "_placement",
+    "_reduction",
+    "_scaled_loss",
+  ),
   (2, "_loss_scaling", "_policy", "_precision"),
   (2, "_master_weights", "testing"),
   (2, "_low_precision"),
@@ -35,7 +44,7 @@ LAYERS = (
   (4, "_apply"),
   (5, "plot"),
   (5, "__init__"),
-  (6, "_jobs"),
+  (6, "_jobs", "checkpoint"),
   (6, "_checkpoint", "_digits", "_progress", "_text"),
   (6, "_compare"),
   (6, "_table"),

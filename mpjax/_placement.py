@@ -1,0 +1,94 @@
+"""Where the arrays of a train step are, and that they stay there."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class Placement(NamedTuple):
+  """What a step must know of its arguments' devices when it is traced; hashable.
+
+  Attributes:
+    spread: Whether some array is on more than one device, or may be.
+    shardings: The sharding of each leaf of the state, ``None`` where there is none to keep.
+  """
+
+  spread: bool
+  shardings: tuple[NamedSharding | None, ...] = ()
+
+
+def placement(state: Any, batch: Any) -> Placement:
+  """Reads the devices of a step's arguments.
+
+  A tracer says nothing of them, so a step inside another ``jax.jit`` counts as spread, and where
+  its results are is left to that.
+  """
+  leaves = jax.tree.leaves(state)
+  shardings = tuple(map(_kept_sharding, leaves))
+  spread = any(map(_is_spread, leaves)) or any(map(_is_spread, jax.tree.leaves(batch)))
+  return Placement(spread, shardings if any(shardings) else ())
+
+
+def keep_placement(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
+  """Holds the leaves of a tree to the shardings of the one that it takes the place of.
+
+  A compiler that may choose shards what was replicated if the gradient is sharded; the next step
+  would then be compiled again, for other shardings, and buffers could not be donated.
+  """
+  if not shardings:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  pairs = zip(leaves, shardings, strict=True)
+  return structure.unflatten(
+    [x if s is None else lax.with_sharding_constraint(x, s) for x, s in pairs]
+  )
+
+
+def place_beside(tree: Any, params: Any) -> Any:
+  """Replicates over the mesh of the parameters what is not on all of its devices yet."""
+  leaves = jax.tree.leaves(params)
+  meshes = [s.mesh for s in map(_named_sharding, leaves) if s is not None and s.num_devices > 1]
+  if not meshes:
+    return tree
+  everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+  def place(leaf: Any) -> Any:
+    known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if not known or leaf.sharding.device_set == everywhere.device_set:
+      return leaf
+    return jax.device_put(leaf, everywhere)
+
+  return jax.tree.map(place, tree)
+
+
+def _is_spread(leaf: Any) -> bool:
+  if isinstance(leaf, jax.core.Tracer):
+    return True
+  sharding = getattr(leaf, "sharding", None)
+  return sharding is not None and sharding.num_devices > 1
+
+
+def _named_sharding(leaf: Any) -> NamedSharding | None:
+  if isinstance(leaf, jax.core.Tracer):
+    return None
+  sharding = getattr(leaf, "sharding", None)
+  return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _kept_sharding(leaf: Any) -> NamedSharding | None:
+  """The sharding of a leaf on several devices; on an Explicit mesh it is part of the type."""
+  sharding = _named_sharding(leaf)
+  if sharding is None or sharding.num_devices == 1:
+    return None
+  if AxisType.Explicit in sharding.mesh.axis_types:
+    return None
+  spec = tuple(sharding.spec)
+  while spec and spec[-1] is None:  # JAX hands (a, None) back as (a,), and compares them
+    spec = spec[:-1]
+  if len(spec) == len(sharding.spec):
+    return sharding
+  kind = sharding.memory_kind
+  return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=kind)

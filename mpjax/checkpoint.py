@@ -1,0 +1,98 @@
+"""Restoring Orbax checkpoints without a silent cast.
+
+Saving needs nothing of mpjax: a ``TrainState``, the state of a loss scaler and the pure state of
+an NNX model and its optimizer are pytrees of arrays, and Orbax writes them as they are. On restore
+Orbax casts every array to the dtype that it is asked for, without a word; `restore` refuses that.
+
+This module is imported by name and needs Orbax: ``pip install mpjax[checkpoint]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from mpjax._dtypes import describe
+from mpjax._paths import leaf_paths
+
+__all__ = ["restore"]
+
+T = TypeVar("T")
+
+
+def restore(manager: ocp.CheckpointManager, like: T, *, step: int | None = None) -> T:
+  """Restores a checkpoint into arrays like those given, dtype, shape and sharding.
+
+  Args:
+    manager: The manager of the run's checkpoints, of one item, made with
+      ``item_handlers=ocp.StandardCheckpointHandler()``, and saved by ``ocp.args.StandardSave``.
+    like: What was saved, or its shapes (``jax.ShapeDtypeStruct`` with a ``sharding``). The
+      shardings decide where the restored arrays are; they need not be those that were saved, nor
+      the mesh the same.
+    step: The step to restore; the latest by default.
+
+  Returns:
+    A pytree like ``like``, with the numbers of the checkpoint.
+
+  Raises:
+    FileNotFoundError: If there is no such checkpoint.
+    ValueError: If an array of the checkpoint has another dtype or shape than in ``like``, or is
+      in one of the two only; the message names it. Or the manager has no handler.
+
+  Example:
+    >>> import tempfile, jax.numpy as jnp
+    >>> handler = ocp.StandardCheckpointHandler()
+    >>> with ocp.CheckpointManager(tempfile.mkdtemp(), item_handlers=handler) as manager:
+    ...   _ = manager.save(0, args=ocp.args.StandardSave({"scale": jnp.float32(8)}))
+    ...   manager.wait_until_finished()
+    ...   restored = restore(manager, {"scale": jnp.float32(1)})
+    >>> restored["scale"]
+    Array(8., dtype=float32)
+  """
+  step = manager.latest_step() if step is None else step
+  if step is None or step not in manager.all_steps():
+    raise FileNotFoundError(
+      f"restore needs a checkpoint. Got {'none' if step is None else f'no step {step}'} in "
+      f"{manager.directory}, which has steps {sorted(manager.all_steps())}. Ask "
+      "manager.latest_step() first, and begin anew if it is None."
+    )
+  _check(_written(manager, step), like, f"{manager.directory}, step {step},")
+  target = jax.tree.map(_target, like)
+  restored: Any = manager.restore(step, args=ocp.args.StandardRestore(target))
+  return restored
+
+
+def _written(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:
+  metadata = manager.item_metadata(step)
+  if metadata is None:
+    raise ValueError(
+      "restore needs a manager that can read what its checkpoint holds. Got one without a handler. "
+      "Make it with item_handlers=ocp.StandardCheckpointHandler()."
+    )
+  return {path: describe(leaf) for path, leaf in leaf_paths(metadata)}
+
+
+def _check(written: dict[str, str], like: Any, where: str) -> None:
+  wanted = {path: describe(_as_saved(leaf)) for path, leaf in leaf_paths(like)}
+  for path in sorted(written.keys() | wanted.keys()):
+    if written.get(path) != wanted.get(path):
+      raise ValueError(
+        f"A checkpoint must hold the arrays that it is restored into. {where} has "
+        f"{path}: {written.get(path, 'nothing')} for {wanted.get(path, 'nothing')}. Restore into "
+        "arrays like those that were saved, and cast afterwards (mpjax.cast_floating)."
+      )
+
+
+def _as_saved(leaf: Any) -> Any:
+  """Orbax saves a key as its integers."""
+  dtype = getattr(leaf, "dtype", None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return jax.eval_shape(jax.random.key_data, leaf)
+  return leaf
+
+
+def _target(leaf: Any) -> Any:
+  return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else ocp.utils.to_shape_dtype_struct(leaf)

@@ -127,7 +127,8 @@ def test_outputs_and_gradients_are_near_float32(model, policy, record_property):
       relative_error(theirs.outputs, truth.outputs),
       relative_error(theirs.grads, truth.grads),
     )
-  record_property(RECORD, row(model, policy, counts(trace.jaxpr, dtype), *errors, *hand_errors))
+  record = row(model, policy, counts(trace.jaxpr, dtype), *errors, *hand_errors)
+  record_property(RECORD, list(record))  # what one process can send another
   # The table compares with the model's own dtype; a single draw of parameters cannot judge that.
   assert max(errors) <= model.near * float(jnp.finfo(dtype).eps)
 

@@ -134,28 +134,6 @@ def _mamba2_forecaster() -> Built:
   return in_nnx(model, noise(2, 8, 3))
 
 
-def _dinov2() -> Built:
-  model = importlib.import_module("jimmy.models.vit").DinoV2(
-    img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4, init_values=0.1, rngs=nnx.Rngs(0)
-  )
-  return in_nnx(model, PIXELS)
-
-
-def _linear_attention() -> Built:
-  model = importlib.import_module("jimmy.models.mlla").Mlla(
-    depths=[1, 1],
-    patch_size=4,
-    in_features=3,
-    embed_dim=16,
-    num_heads=[2, 2],
-    layer_window_sizes=[0, 0],
-    block_types=["linearattention"] * 2,
-    num_classes=10,
-    rngs=nnx.Rngs(0),
-  )
-  return in_nnx(model, PIXELS)
-
-
 def _graph(cls: str) -> Any:
   def build() -> Built:
     models = importlib.import_module("jraphx.nn.models")
@@ -224,8 +202,6 @@ MODELS: tuple[Public, ...] = (
     _mamba2_forecaster,
     "output_proj",
   ),
-  Public("DINOv2", "jimmy-vision", ("jimmy",), "vision", _dinov2, "blocks/0/attn"),
-  Public("MLLA", "jimmy-vision", ("jimmy",), "vision", _linear_attention, "levels/0"),
   Public("GCN", "jraphx", ("jraphx",), "graphs", _graph("GCN"), "convs/0"),
   Public("GAT", "jraphx", ("jraphx",), "graphs", _graph("GAT"), "convs/0"),
   Public("PPO actor and critic", "nnx-ppo", ("nnx_ppo",), "reinforcement learning", _actor_critic),

@@ -46,22 +46,42 @@ def slots(atoms: Sequence[Any]) -> Slots:
   )
 
 
+def closed_over(eqn: JaxprEqn) -> int:
+  """How many leading operands are values that the function with a rule of its own closed over.
+
+  The rule says nothing about them, and JAX refuses to differentiate with respect to them.
+  """
+  return eqn.params.get("num_consts", 0)
+
+
 def trace_jvp(eqn: JaxprEqn) -> Any:
   """The jaxpr of an equation's derivative: (primals, tangents) -> (outputs, output tangents).
 
   Tangents are there only for values that can be differentiated.
   """
-  ins, outs = slots(eqn.invars), slots(eqn.outvars)
+  ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
 
   def rule(*flat: Any) -> list[Any]:
-    primals, tangents = flat[: len(avals)], ins.fill(flat[len(avals) :])
-    out, out_tangents = jax.jvp(
-      lambda *xs: _jaxpr.run_as_traced(eqn, xs), tuple(primals), tuple(tangents)
-    )
+    primals, tangents = flat[: len(avals)], flat[len(avals) :]
+    fn, values = _differentiable(eqn, ins, primals)
+    out, out_tangents = jax.jvp(fn, tuple(values), tuple(tangents))
     return [*out, *outs.keep(out_tangents)]
 
-  return _jaxpr.trace(rule, [*avals, *ins.keep(avals)])
+  return _jaxpr.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
+
+
+def _differentiable(eqn: JaxprEqn, ins: Slots, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+  """The equation as a function of those operands that its rule is about, and these operands."""
+  count = closed_over(eqn)
+
+  def fn(*values: Any) -> list[Any]:
+    rest = iter(values)
+    slots = zip(ins.differentiable, operands[count:], strict=True)
+    merged = [next(rest) if d else x for d, x in slots]
+    return _jaxpr.run_as_traced(eqn, [*operands[:count], *merged])
+
+  return fn, ins.keep(operands[count:])
 
 
 class Vjp(NamedTuple):
@@ -70,25 +90,19 @@ class Vjp(NamedTuple):
   forward: Any
   """operands -> (outputs, residuals)"""
   backward: Any
-  """(residuals, cotangents) -> cotangents of the operands; floats only"""
+  """(residuals, cotangents) -> cotangents of the operands but those closed over; floats only"""
 
 
 def trace_vjp(eqn: JaxprEqn) -> Vjp:
   """The jaxprs of an equation's forward and backward pass."""
-  ins, outs = slots(eqn.invars), slots(eqn.outvars)
+  ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
   residual_tree = None
 
   def forward(*operands: Any) -> list[Any]:
     nonlocal residual_tree
-    fixed = list(operands)
-
-    def differentiable(*values: Any) -> list[Any]:
-      rest = iter(values)
-      merged = [next(rest) if d else x for d, x in zip(ins.differentiable, fixed, strict=True)]
-      return _jaxpr.run_as_traced(eqn, merged)
-
-    out, pullback = jax.vjp(differentiable, *ins.keep(operands))
+    fn, values = _differentiable(eqn, ins, operands)
+    out, pullback = jax.vjp(fn, *values)
     residuals, residual_tree = jax.tree.flatten(pullback)
     return [*out, *residuals]
 

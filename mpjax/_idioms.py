@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax import _jaxpr
 from mpjax._jaxpr import JaxprEqn, Literal
 from mpjax._plan import Forms
 from mpjax._precision import Kind, Rule
@@ -48,6 +49,12 @@ def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
   """
   picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
   return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
+
+
+def fill_value(eqn: JaxprEqn) -> float | None:
+  """What a gather of floats gives for an index that is out of bounds, if that is a number."""
+  fill = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
+  return fill if fill is not None and _jaxpr.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
 def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:

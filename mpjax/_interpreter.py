@@ -305,31 +305,33 @@ def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 
 def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """The body under the policy, with the user's derivative under the policy."""
-  eqn = step.eqn
-  ins, outs = _derivatives.slots(eqn.invars), _derivatives.slots(eqn.outvars)
+  eqn, known = step.eqn, _derivatives.closed_over(step.eqn)
+  ins, outs = _derivatives.slots(eqn.invars[known:]), _derivatives.slots(eqn.outvars)
+  captured = operands[:known]
 
   @functools.cache
   def rule_plan() -> Plan:
-    forms = (*step.operands, *ins.keep(step.operands))
+    forms = (*step.operands, *ins.keep(step.operands[known:]))
     held = (*step.outs, *outs.keep(step.outs))
     return interpreter.planner.plan(_derivatives.trace_jvp(eqn), forms, step.place, held)
 
   @jax.custom_jvp
   def call(*primals: Any) -> list[Any]:
-    return interpreter.run(step.bodies[0], primals)
+    return interpreter.run(step.bodies[0], [*captured, *primals])
 
   @call.defjvp
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    flat = interpreter.run(rule_plan(), [*primals, *ins.keep(tangents)])
+    flat = interpreter.run(rule_plan(), [*captured, *primals, *ins.keep(tangents)])
     return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
 
-  return call(*operands)
+  return call(*operands[known:])
 
 
 def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """The body under the policy, with the user's forward and backward pass under the policy."""
-  eqn, count = step.eqn, len(step.outs)
-  ins, outs = _derivatives.slots(eqn.invars), _derivatives.slots(eqn.outvars)
+  eqn, count, known = step.eqn, len(step.outs), _derivatives.closed_over(step.eqn)
+  ins, outs = _derivatives.slots(eqn.invars[known:]), _derivatives.slots(eqn.outvars)
+  captured = operands[:known]
 
   @functools.cache
   def halves() -> tuple[Plan, Plan]:
@@ -337,15 +339,15 @@ def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
     residuals = plan(vjp.forward, step.operands, step.place).out_forms[count:]
     forward = plan(vjp.forward, step.operands, step.place, (*step.outs, *residuals))
     cotangents = (*residuals, *outs.keep(step.outs))
-    held = tuple(ins.keep(step.operands))
+    held = tuple(ins.keep(step.operands[known:]))
     return forward, plan(vjp.backward, cotangents, step.place, held)
 
   @jax.custom_vjp
   def call(*primals: Any) -> list[Any]:
-    return interpreter.run(step.bodies[0], primals)
+    return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
-    flat = interpreter.run(halves()[0], primals)
+    flat = interpreter.run(halves()[0], [*captured, *primals])
     return flat[:count], flat[count:]
 
   def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
@@ -353,7 +355,7 @@ def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
     return tuple(ins.fill(flat))
 
   call.defvjp(forward, backward)
-  return call(*operands)
+  return call(*operands[known:])
 
 
 def _custom_vmap(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:

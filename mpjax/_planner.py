@@ -104,6 +104,10 @@ class Planner:
       return DATA
     return CONSTANT if all(fits(value, d) for d in self._formats) else DATA
 
+  def holds(self, value: float | None) -> bool:
+    """Whether every 16-bit format of the policy holds a number as it is, if there is one."""
+    return value is None or (self.constant_form(value) == CONSTANT and self.number(value) == value)
+
   def number(self, value: Any) -> Any:
     """A number, brought into the range of the formats that it fits."""
     return saturated(value, self._formats)
@@ -178,6 +182,8 @@ class _Walk:
     if name in _idioms.SATURATING and eqn.outvars[0] in self.into_log:
       return Rule.FULL
     if _idioms.is_square(eqn) or _idioms.picks_numbers(eqn, forms):
+      return Rule.FULL
+    if not self.planner.holds(_idioms.fill_value(eqn)):
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED

@@ -1,0 +1,194 @@
+"""Constants that float16 does not hold: masks in all usual writings, guards, and running maxima.
+
+A finite constant never turns into a NaN or an infinity that float32 has not, and rows that are not
+wholly masked agree with float64.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax, nn
+
+import mpjax
+
+UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
+QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+every_policy = pytest.mark.parametrize("policy", UNIT)
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_users():
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+# Rows of scores: half masked, wholly masked, not masked, all but one masked.
+MASK = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]], bool)
+WHOLLY = ~MASK.any(1)
+LOWEST = float(np.finfo(np.float32).min)
+
+
+def added(low):
+  return lambda s, m: s + (1 - m.astype(s.dtype)) * low
+
+
+def chosen(low):
+  return lambda s, m: jnp.where(m, s, low)
+
+
+WRITINGS = {
+  "where_1e9": chosen(-1e9),
+  "where_1e30": chosen(-1e30),
+  "where_1e4": chosen(-1e4),
+  "where_lowest": chosen(LOWEST),
+  "where_infinity": chosen(-np.inf),
+  "where_numpy": chosen(np.float32(-1e9)),
+  "where_array": lambda s, m: jnp.where(m, s, jnp.full_like(s, -1e9)),
+  "select": lambda s, m: lax.select(m, s, lax.full_like(s, -1e9)),
+  "added_1e9": added(-1e9),
+  "added_lowest": added(LOWEST),
+  "added_table": lambda s, m: s + np.where(MASK, 0, -1e9).astype(s.dtype),
+  "added_where": lambda s, m: s + jnp.where(m, 0.0, -1e9),
+  "added_log": lambda s, m: s + jnp.log(m.astype(s.dtype) + 1e-30),
+  "subtracted": lambda s, m: s - 1e9 * ~m,
+  "multiplied": lambda s, m: s * m - 1e9 * (1 - m),
+  "in_a_branch": lambda s, m: lax.cond(m[0, 0], lambda: jnp.where(m, s, -1e9), lambda: s),
+  "in_a_jit": lambda s, m: jax.jit(chosen(-1e9))(s, m),
+  "in_a_checkpoint": lambda s, m: jax.checkpoint(chosen(-1e9))(s, m),
+}
+
+
+def renormalized(s, m):
+  weights = nn.softmax(s, -1) * m
+  return weights / (weights.sum(-1, keepdims=True) + 1e-12)
+
+
+READINGS = {
+  "softmax": lambda s, m: nn.softmax(s, -1),
+  "logsumexp": lambda s, m: nn.logsumexp(s, -1, keepdims=True),
+  "log_softmax": lambda s, m: jnp.where(m, nn.log_softmax(s, -1), 0.0),
+  "renormalized": renormalized,
+  "by_hand": lambda s, m: jnp.exp(s - s.max(-1, keepdims=True)) / 4,
+  "attention": lambda s, m: nn.softmax(s, -1) @ jnp.eye(4, dtype=s.dtype),
+}
+COMMON = ("where_1e9", "where_lowest", "where_infinity", "added_1e9", "multiplied", "in_a_jit")
+every_writing = pytest.mark.parametrize(
+  "writing", [pytest.param(w, marks=() if w in COMMON else pytest.mark.slow) for w in WRITINGS]
+)
+
+# Products of queries and keys that every format holds, so that the scores are exact.
+QUERIES = np.array([[1, 0.5, 0, -1], [0, 1, 1, 0.5], [2, 0, -0.5, 1], [1, 1, 1, 1]], np.float32)
+KEYS = np.array([[1, -1, 0.5, 0], [0.5, 1, 0, 0], [0, 0, 2, 1], [1, 0, 1, -0.5]], np.float32)
+
+
+def outcomes(writing, cast=lambda fn: fn):
+  """Every reading of masked scores, and the gradients of their weighted sums."""
+
+  def read(reading, q, k, m):
+    return READINGS[reading](WRITINGS[writing](q @ k.T, m), m)
+
+  def weighted(reading, q, k, m):
+    out = read(reading, q, k, m)[~WHOLLY]
+    return (out * np.linspace(-1, 1, out.size).reshape(out.shape).astype(out.dtype)).sum()
+
+  def run(q, k, m):
+    return {
+      name: (
+        cast(functools.partial(read, name))(q, k, m),
+        jax.grad(cast(functools.partial(weighted, name)), (0, 1))(q, k, m),
+      )
+      for name in READINGS
+    }
+
+  dtype = jnp.result_type(float)
+  run = jax.jit(run, compiler_options=QUICK_TO_COMPILE)
+  return jax.device_get(run(QUERIES.astype(dtype), KEYS.astype(dtype), MASK))
+
+
+@functools.cache
+def plain(writing):
+  return outcomes(writing)
+
+
+@functools.cache
+def under(policy, writing):
+  return outcomes(writing, lambda fn: mpjax.autocast(fn, policy, argnums=()))
+
+
+@functools.cache
+def truth(writing):
+  with jax.enable_x64(True):
+    return outcomes(writing)
+
+
+@every_policy
+@every_writing
+def test_a_mask_means_what_it_means_in_float32(writing, policy):
+  unit = UNIT[policy]
+  for name, (value, grads) in under(policy, writing).items():
+    wide, wide_grads = plain(writing)[name]
+    exact, exact_grads = truth(writing)[name]
+    assert (np.isfinite(value) >= np.isfinite(wide)).all(), name
+    close = functools.partial(np.testing.assert_allclose, rtol=unit, err_msg=name)
+    close(value[~WHOLLY], exact[~WHOLLY], atol=4 * unit)
+    for got, want, float32 in zip(grads, exact_grads, wide_grads, strict=True):
+      assert (np.isfinite(got) >= np.isfinite(float32)).all(), name
+      if np.isfinite(want).all():
+        close(got, want, atol=8 * unit * max(1.0, np.abs(want).max()))
+
+
+@every_policy
+@every_writing
+def test_a_wholly_masked_row_is_as_in_float32(writing, policy):
+  """Not where -1e4 or a logarithm leave the scores apart, nor -inf, whose softmax is NaN."""
+  if writing not in ("where_1e4", "where_infinity", "added_log"):
+    assert (plain(writing)["softmax"][0][WHOLLY] == 0.25).all()
+    assert (under(policy, writing)["softmax"][0][WHOLLY] == 0.25).all()
+
+
+GUARDS = {
+  "norm": lambda h: h / (jnp.linalg.norm(h, axis=-1, keepdims=True) + 1e-12),
+  "ratio": lambda h: h / (jnp.abs(h) + 1e-9),
+  "rsqrt": lambda h: h * lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-8),
+  "sqrt": lambda h: jnp.sqrt(h**2 + 1e-12),
+  "log": lambda h: jnp.log(jnp.abs(h) + 1e-12),
+  "log_of_sigmoid": lambda h: jnp.log(nn.sigmoid(40 * h - 40) + 1e-12),
+  "clipped": lambda h: jnp.log(jnp.clip(nn.softmax(40 * h, -1), 1e-12, 1.0)),
+  "maximum": lambda h: h / jnp.maximum(jnp.abs(h), 1e-10),
+  "tiny": lambda h: h / (jnp.abs(h) + np.finfo(np.float32).tiny),
+  "divided": lambda h: jnp.tanh(h) / 1e-7 * 1e-7,
+  "scaled": lambda h: h * 1e6 / 1e6,
+  "large_range": lambda h: jnp.clip(h, -1e30, 1e30),
+  "running_maximum": lambda h: lax.scan(
+    lambda c, r: (jnp.maximum(c, r), jnp.exp(c - jnp.maximum(c, r))), jnp.full(4, -1e30), h
+  ),
+  "edge": lambda h: jnp.where(h > 9, 65520.0, h),
+  "fill": lambda h: nn.relu(h.at[jnp.array([0, 9])].get(mode="fill", fill_value=-1e9)),
+}
+
+
+# Their derivative at zero is a number that float16 does not hold; a loss scale skips such a step.
+STEEP = {"ratio", "log", "maximum"}
+
+
+@every_policy
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_guard_still_guards(guard, policy):
+  """On zeros, and on numbers of both signs; the gradient too, where float16 holds it."""
+  fn = lambda w, x: GUARDS[guard](x @ w)
+  loss = lambda w, x: sum(y.sum() for y in jax.tree.leaves(fn(w, x)))
+  cast = lambda f: mpjax.autocast(f, policy)
+
+  @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+  def run(w, x):
+    return [fn(w, x), jax.grad(loss)(w, x)], [cast(fn)(w, x), jax.grad(cast(loss))(w, x)]
+
+  for x in (np.zeros((4, 4), np.float32), QUERIES):
+    plain, found = jax.device_get(run(KEYS, x))
+    if guard in STEEP and policy == "mixed_float16":
+      plain, found = plain[:1], found[:1]
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+      assert (np.isfinite(got) >= np.isfinite(want)).all()

@@ -69,18 +69,18 @@ def autocast(
       f"argnums must be positions, integers; got {argnums!r}. Give the positions of the arguments "
       "that hold the parameters."
     )
-  names = _names_of(fn, numbers)
+  names = names_of(fn, numbers)
 
   @functools.wraps(fn)
   def cast(*args: P.args, **kwargs: P.kwargs) -> R:
-    flags = _parameter_flags(numbers, names, args, kwargs)
+    flags = parameter_flags(numbers, names, args, kwargs)
     result = evaluate(fn, policies, args, kwargs, flags)
     return result.cast(policies.default.output_dtype)
 
   return cast
 
 
-def _names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
+def names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
   """The names under which the parameters may come as keyword arguments."""
   try:
     parameters = inspect.signature(fn).parameters.values()
@@ -90,7 +90,7 @@ def _names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
   return {names[n] for n in numbers if -len(names) <= n < len(names)}
 
 
-def _parameter_flags(
+def parameter_flags(
   numbers: Sequence[int], names: set[str], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[bool], dict[str, bool]]:
   """For each argument whether it holds parameters."""

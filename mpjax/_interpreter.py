@@ -84,16 +84,51 @@ def evaluate(
   Raises:
     ValueError: A rule of the policy map matched no scope.
   """
-  call = _Call(fn, args, kwargs, flags)
-  closed = _jaxpr.trace(call.flat, call.operands)
+  decided = decide(
+    fn,
+    policies,
+    args,
+    kwargs,
+    flags,
+    root=root,
+    absolute=absolute,
+    strict=strict,
+    known=known,
+  )
+  leaves = Interpreter(decided.planner).run(decided.plan, decided.call.operands)
+  return decided.call.result(leaves, decided.plan.out_forms)
+
+
+class Decided(NamedTuple):
+  """A call whose dtypes are decided, before it runs."""
+
+  call: Call
+  planner: Planner
+  plan: Plan
+
+
+def decide(
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Flags,
+  *,
+  root: int = 0,
+  absolute: bool = False,
+  strict: bool = True,
+  known: Iterable[Path] = (),
+) -> Decided:
+  """Trace ``fn(*args, **kwargs)`` and plan it; the arguments are those of `evaluate`."""
+  call = Call(fn, args, kwargs, flags)
   planner = Planner(policies, root, absolute)
-  plan = planner.plan(closed, call.forms)
+  plan = planner.plan(_jaxpr.trace(call.flat, call.operands), call.forms)
   if strict:
     policies.check_used((*planner.ops, *known), planner.ops)
-  return call.result(Interpreter(planner).run(plan, call.operands), plan.out_forms)
+  return Decided(call, planner, plan)
 
 
-class _Call:
+class Call:
   """A call of a function, its arrays apart from what is static."""
 
   def __init__(
@@ -107,7 +142,7 @@ class _Call:
       [*args, *(kwargs[name] for name in names)],
     )
     entries = zip(self.leaves, is_param, strict=True)
-    pairs = [_enter(jnp.asarray(x), param) for x, param in entries if _is_array(x)]
+    pairs = [_enter(jnp.asarray(x), param) for x, param in entries if is_traced(x)]
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
@@ -116,11 +151,11 @@ class _Call:
   def flat(self, *arrays: Any) -> list[Any]:
     """The function from arrays to arrays; what else it takes and returns is kept here."""
     rest = iter(arrays)
-    leaves = [next(rest) if _is_array(x) else x for x in self.leaves]
+    leaves = [next(rest) if is_traced(x) else x for x in self.leaves]
     args, kwargs = jax.tree.unflatten(self.tree, leaves)
     out, self.out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
-    self.out_leaves = [None if _is_array(x) else x for x in out]
-    return [x for x in out if _is_array(x)]
+    self.out_leaves = [None if is_traced(x) else x for x in out]
+    return [x for x in out if is_traced(x)]
 
   def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
     """Put static results back between the arrays."""
@@ -136,7 +171,7 @@ def _spread(flag: Flag, value: Any) -> list[bool]:
   return [leaf for part, entry in zip(flag, value, strict=True) for leaf in _spread(part, entry)]
 
 
-def _is_array(x: Any) -> bool:
+def is_traced(x: Any) -> bool:
   """Whether a leaf is traced; flags, Python numbers, strings and arrays of objects are static."""
   numeric = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
   return numeric or isinstance(x, jax.Array | np.floating)
@@ -152,10 +187,17 @@ def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:
 
 
 class Interpreter:
-  """Executes plans. A body is rebuilt once for each plan that it has."""
+  """Executes plans. A body is rebuilt once for each plan that it has.
 
-  def __init__(self, planner: Planner) -> None:
+  Args:
+    planner: The planner that made the plans.
+    stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
+      none is computed again in the backward pass: for reports, not for speed.
+  """
+
+  def __init__(self, planner: Planner, *, stepwise: bool = False) -> None:
     self.planner = planner
+    self._stepwise = stepwise
     self._rebuilt: dict[int, Any] = {}
     self._units: dict[int, list[Unit]] = {}
     self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
@@ -169,7 +211,7 @@ class Interpreter:
     for unit in self._units_of(plan):
       if isinstance(unit, Step):
         with _jaxpr.located(unit.eqn):
-          self._run_step(unit, values)
+          self.run_step(unit, values)
       elif isinstance(unit, Island):
         self._run_island(plan, unit, values)
       else:
@@ -178,6 +220,8 @@ class Interpreter:
 
   def _units_of(self, plan: Plan) -> list[Unit]:
     """What a plan executes one after the other."""
+    if self._stepwise:
+      return list(plan.steps)
     if id(plan) not in self._units:
       islands = _islands.find(plan)
       later = {index for island in islands.values() for index in island.steps}
@@ -190,7 +234,8 @@ class Interpreter:
       ]
     return self._units[id(plan)]
 
-  def _run_step(self, step: Step, values: Values) -> None:
+  def run_step(self, step: Step, values: Values) -> None:
+    """Execute one step on the values that the steps before it wrote."""
     read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
     outs = _RUN.get(step.rule, _bind)(self, step, read)
     held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
@@ -204,7 +249,7 @@ class Interpreter:
     if not any(isinstance(x, Tracer) for x in operands):
       for step in steps:
         with _jaxpr.located(step.eqn):
-          self._run_step(step, values)
+          self.run_step(step, values)
       return
 
     def compute(*operands: Any) -> list[Any]:
@@ -212,7 +257,7 @@ class Interpreter:
       inside.fill(segment.inputs, operands)
       for step in steps:
         with _jaxpr.written(step.eqn):
-          self._run_step(step, inside)
+          self.run_step(step, inside)
       return [inside.get(key) for key in segment.outputs]
 
     function = self._functions.setdefault(segment.code, jax.jit(compute, inline=True))
@@ -229,7 +274,7 @@ class Interpreter:
       inside.write(island.inputs, operands)
       for step in steps:
         with _jaxpr.located(step.eqn):
-          self._run_step(step, inside)
+          self.run_step(step, inside)
       return inside.get(Key(result[0]))
 
     operands = [values.get(Key(var)) for var in island.inputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -61,6 +61,42 @@ def run(
   known: Iterable[Path] = (),
 ) -> Any:
   """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
+  call = pure_call(fn, args, kwargs, flags, plain)
+  result = evaluate(
+    call.fn,
+    policies,
+    call.args,
+    {},
+    (call.flags, {}),
+    absolute=True,
+    strict=strict,
+    known=known,
+  )
+  out, changed = result.cast((policies.default.output_dtype, FLOAT32))
+  nnx.update(call.nodes, changed)
+  return out
+
+
+class PureCall(NamedTuple):
+  """A call with graph nodes as one of a pure function of their states.
+
+  It returns what the call returned, and the states of the Variables that the call changed.
+  """
+
+  fn: Callable[..., tuple[Any, Any]]
+  args: tuple[Any, ...]
+  flags: list[Any]
+  nodes: list[Any]
+
+
+def pure_call(
+  fn: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Sequence[bool],
+  plain: type[nnx.Module] | None = None,
+) -> PureCall:
+  """Separate the graph nodes of a call from their states."""
   leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_node)
   nodes = [leaf for leaf in leaves if _is_node(leaf)]
   graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
@@ -78,19 +114,7 @@ def run(
     _check_attributes(attributes, _attributes(merged))
     return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
 
-  result = evaluate(
-    pure,
-    policies,
-    (params, rest, *blanks),
-    {},
-    ([True, False, list(flags), False], {}),
-    absolute=True,
-    strict=strict,
-    known=known,
-  )
-  out, changed = result.cast((policies.default.output_dtype, FLOAT32))
-  nnx.update(nodes, changed)
-  return out
+  return PureCall(pure, (params, rest, *blanks), [True, False, list(flags), False], nodes)
 
 
 def module_paths(model: nnx.Module) -> list[Path]:

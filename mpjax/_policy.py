@@ -133,6 +133,17 @@ def _read_assignments(spec: str) -> dict[str, np.dtype]:
   return dtypes
 
 
+def spec(policy: Policy) -> str:
+  """The shortest spec that `Policy.parse` reads as this policy: a preset's name if there is one.
+
+  Example:
+    >>> spec(Policy("float32", "float16", "float32")), spec(Policy("float32", "float32", "bf16"))
+    ('mixed_float16', 'params=float32,compute=float32,output=bfloat16')
+  """
+  triple = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
+  return next((name for name, preset in _PRESETS.items() if preset == triple), str(policy))
+
+
 def as_policy(policy: Policy | str) -> Policy:
   """The policy itself, or the policy that a spec string names.
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from mpjax._compare import Report, Result
+from mpjax._report import Table
 
 _UNKNOWN = "-"
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -24,7 +21,7 @@ def format_report(report: Report) -> str:
     "args, temp: memory of the compiled step, as the compiler states it; "
     "ratio: step time to the first row's.",
   ]
-  return "\n".join([*_aligned([header, *rows], left=2), "", *notes])
+  return str(Table(header, rows, align="<<>", notes=notes))
 
 
 def _metric_header(report: Report) -> list[str]:
@@ -72,15 +69,3 @@ def _metric(report: Report, result: Result) -> list[str]:
 
 def _size(size: int | None) -> str:
   return _UNKNOWN if size is None else f"{size / 2**20:.2f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-  """Lines of columns: the first ``left`` ones begin alike, the others end alike."""
-  widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)
-  return [
-    "  ".join(
-      f"{cell:<{width}}" if place < left else f"{cell:>{width}}"
-      for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]

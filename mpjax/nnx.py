@@ -21,6 +21,7 @@ __all__ = ["apply_policy", "autocast", "make_train_step"]
 M = TypeVar("M", bound=nnx.Module)
 
 _PLAIN = "mpjax_plain_class"
+_POLICIES = "mpjax_policies"
 
 
 def apply_policy(
@@ -78,7 +79,7 @@ def apply_policy(
 def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
   """The subclass of a model class whose named methods run under a policy map."""
   wrapped = {name: _under_policy(plain, policies, name) for name in methods}
-  return subclass(plain, {_PLAIN: plain, **wrapped})
+  return subclass(plain, {_PLAIN: plain, _POLICIES: policies, **wrapped})
 
 
 def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:

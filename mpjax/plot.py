@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from mpjax._check_report import CheckReport
+from mpjax._flow_report import FlowReport
+from mpjax._locate import NonFiniteReport
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -85,6 +90,148 @@ def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
+  """Plots how many bytes of activations each module holds in 16 bits and in float32.
+
+  Modules with a leak have an arrow in front of their names. `FlowReport.fold` makes fewer rows.
+
+  Args:
+    report: What `mpjax.inspect.explain` returned.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  rows = report.rows
+  ax = _new_axes(len(rows)) if ax is None else ax
+  wide = np.array([row.bytes.get("float32", 0) for row in rows], float)
+  narrow = np.array([sum(_narrow_bytes(row.bytes)) for row in rows], float)
+  unit, size = _byte_unit(float((wide + narrow).max(initial=0)))
+  places = np.arange(len(rows))
+  ax.barh(places, narrow / size, color=_BLUE, label="16 bits")
+  ax.barh(places, wide / size, left=narrow / size, color=_ORANGE, hatch="///", label="float32")
+  names = [f"\N{RIGHTWARDS ARROW} {row.module}" if row.leaks else row.module for row in rows]
+  _name_rows(ax, names)
+  ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
+  ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {len(report.leaks)} leaks")
+  ax.legend(frameon=False)
+  return ax
+
+
+def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
+  """Plots the relative error of what each module is given and hands out.
+
+  A cross marks a module whose results overflow, a triangle one whose results underflow.
+
+  Args:
+    report: What `mpjax.inspect.check` returned.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  rows = report.rows
+  ax = _new_axes(len(rows)) if ax is None else ax
+  places = np.arange(len(rows))
+  out = np.array([row.output.error for row in rows], float)
+  given = np.array([row.error_in for row in rows], float)
+  floor = min([e for e in (*out, *given) if e > 0], default=report.tolerance) / 2
+  shown, before = np.maximum(out, floor), np.maximum(given, floor)
+  ax.hlines(places, before, shown, color="0.75", zorder=1)
+  ax.plot(before, places, "|", color="0.3", markersize=9, label="in")
+  ax.plot(shown, places, "o", color=_BLUE, label="out")
+  marks = (("overflow", "X", "overflows"), ("underflow", "v", "underflows"))
+  for field, marker, label in marks:
+    hit = np.array([_share(row.output, field) > _SHOWN_SHARE for row in rows], bool)
+    if hit.any():
+      ax.plot(shown[hit], places[hit], marker, color=_ORANGE, markersize=10, label=label)
+  ax.axvline(report.tolerance, color="0.3", linestyle="--", linewidth=1, label="tolerance")
+  ax.set_xscale("log")
+  _name_rows(ax, [row.module for row in rows])
+  ax.set(xlabel=f"relative error against {report.reference}")
+  ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+  return ax
+
+
+def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
+  """Plots what the culprit was given, against the range of the format that it computes in.
+
+  Args:
+    report: What `mpjax.inspect.locate_nonfinite` returned; it must have found something.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ValueError: If everything is finite.
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  first = report.first
+  if first is None:
+    raise ValueError(
+      "plot_nonfinite draws the operation that made the first inf or NaN; the report has none. "
+      "Look at report.finite first."
+    )
+  entries = [
+    *((f"operand {n}: {r.array}", r) for n, r in enumerate(first.operands)),
+    (f"result: {first.result.array}", first.result),
+  ]
+  ax = _new_axes(len(entries)) if ax is None else ax
+  for place, (_, found) in enumerate(entries):
+    ax.plot([found.low, found.high], [place, place], "|-", color=_BLUE, linewidth=3, markersize=12)
+    bad = [f"{n} {name}" for n, name in ((found.infs, "inf"), (found.nans, "NaN")) if n]
+    ax.annotate(" and ".join(bad), (1.01, place), xycoords=("axes fraction", "data"), va="center")
+  limit = _limit(first.result.array)
+  for value in (-limit, limit):
+    ax.axvline(value, color=_ORANGE, linestyle="--")
+  ax.set_xscale("symlog", linthresh=1.0)
+  ax.set_xlim(-limit * 10, limit * 10)
+  _name_rows(ax, [name for name, _ in entries])
+  ax.set(xlabel="from the smallest to the largest finite number; dashed: the format's largest")
+  ax.set_title(f"{first.op} at {first.line}" + (f", {first.within[-1]}" if first.within else ""))
+  return ax
+
+
+# Two colors of Okabe and Ito's palette, which the color-blind can tell apart.
+_BLUE, _ORANGE = "#0072B2", "#D55E00"
+_SHOWN_SHARE = 0.01
+_ROW_INCHES = 0.28
+
+
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+  ax.set_yticks(np.arange(len(names)), names)
+  ax.set_ylim(len(names) - 0.4, -0.6)
+  ax.grid(axis="x", color="0.9")
+  ax.set_axisbelow(True)
+
+
+def _narrow_bytes(sizes: dict[str, float]) -> list[float]:
+  return [size for dtype, size in sizes.items() if dtype in ("bfloat16", "float16")]
+
+
+def _byte_unit(largest: float) -> tuple[str, int]:
+  units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+  return next((unit for unit in units if largest >= unit[1]), ("bytes", 1))
+
+
+def _share(difference: Any, field: str) -> float:
+  count = getattr(difference, field)
+  return count / difference.size if difference.size else 0.0
+
+
+def _limit(array: str) -> float:
+  """The largest number of a format that is written as in ``f16[2,3]``."""
+  formats = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f64": jnp.float64}
+  return float(jnp.finfo(formats.get(array.partition("[")[0], jnp.float32)).max)
+
+
 def save_curves(curves: Sequence[Curve], path: Path) -> None:
   """Writes a picture of the losses and the loss scales of some runs, side by side.
 
@@ -147,8 +294,10 @@ def _figure_class() -> type[Figure]:
   return Figure
 
 
-def _new_axes() -> Axes:
+def _new_axes(rows: int = 0) -> Axes:
+  """The axes of a new figure, high enough for so many rows."""
   _figure_class()
   from matplotlib import pyplot
 
-  return pyplot.subplots()[1]
+  size = (9.0, max(2.4, 1.2 + _ROW_INCHES * rows)) if rows else None
+  return pyplot.subplots(figsize=size, layout="constrained" if rows else None)[1]

@@ -2,11 +2,23 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mpjax.plot import Curve, plot_losses, plot_scales, running_mean, save_curves
+import _planted as planted
+from mpjax.inspect import check, explain, locate_nonfinite
+from mpjax.plot import (
+  Curve,
+  plot_check,
+  plot_flow,
+  plot_losses,
+  plot_nonfinite,
+  plot_scales,
+  running_mean,
+  save_curves,
+)
 
 
 def curve(label="float32", losses=None, applied=None, scale=1.0):
@@ -80,3 +92,33 @@ def test_the_running_mean_looks_back_and_leaves_out_what_is_not_finite():
   values = np.array([2.0, 4.0, np.inf, 6.0, np.nan, np.nan])
   assert running_mean(values, 2)[:5].tolist() == [2.0, 3.0, 4.0, 6.0, 6.0]
   assert np.isnan(running_mean(values, 2)[5])
+
+
+def rows_of(ax):
+  return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def test_a_flow_is_drawn_with_its_leaks_marked(ax):
+  square = jnp.ones((planted.WIDTH, planted.WIDTH))
+  report = explain(planted.stray, "mixed_bfloat16", {"a": square, "b": square}, square[:2])
+  assert plot_flow(report, ax=ax) is ax
+  assert rows_of(ax) == ["\N{RIGHTWARDS ARROW} hidden", "head"]
+  assert labels(ax) == ["16 bits", "float32"] and "bytes" in ax.get_xlabel()
+
+
+def test_a_check_is_drawn_with_its_underflows_marked(ax):
+  square, small = jnp.eye(planted.WIDTH), jnp.full((planted.WIDTH, planted.WIDTH), 1e-4)
+  params = {"large": square, "a": small, "b": small}
+  report = check(planted.underflow, "mixed_float16", params, square[:2], gradients=False)
+  assert plot_check(report, ax=ax) is ax
+  assert rows_of(ax) == ["large", "small"] and ax.get_xscale() == "log"
+  assert labels(ax) == ["in", "out", "underflows", "tolerance"]
+
+
+def test_the_ranges_of_a_culprit_are_drawn_and_no_culprit_is_refused(ax):
+  report = locate_nonfinite(lambda x: x * x, jnp.full(3, 300.0, jnp.float16))
+  assert plot_nonfinite(report, ax=ax) is ax
+  assert rows_of(ax) == ["operand 0: f16[3]", "operand 1: f16[3]", "result: f16[3]"]
+  assert [text.get_text() for text in ax.texts] == ["", "", "3 inf"]
+  with pytest.raises(ValueError, match="the report has none"):
+    plot_nonfinite(locate_nonfinite(lambda x: x, jnp.ones(3)), ax=ax)

@@ -1,6 +1,6 @@
 """Mixed precision for JAX, Flax and optax: a policy is an argument, a mixed function comes out."""
 
-from mpjax import linen, nnx, testing, training
+from mpjax import inspect, linen, nnx, testing, training
 from mpjax._apply import apply_policy, autocast
 from mpjax._casting import cast_floating
 from mpjax._finite import all_finite, select
@@ -30,6 +30,7 @@ __all__ = [
   "cast_floating",
   "cast_inputs",
   "dynamic_loss_scaling",
+  "inspect",
   "keep_float32",
   "linen",
   "loss_scale",

@@ -1,5 +1,6 @@
 """Module paths, read from the name stacks of equations."""
 
+from collections.abc import Iterator
 from typing import Any
 
 Path = tuple[str, ...]
@@ -14,8 +15,7 @@ def module_path(name_stack: Any) -> Path:
   (``mlp/linear_0``, ``eqx.nn.MLP/eqx.nn.Linear``).
   """
   path: list[str] = []
-  for component in str(name_stack).split("/"):
-    name, wrapped = _unwrap(component)
+  for name, wrapped in _components(str(name_stack)):
     if not name or name in _NOT_MODULES:
       continue
     owner, method = _of_linen(name)
@@ -25,6 +25,25 @@ def module_path(name_stack: Any) -> Path:
       path.clear()
     path.append(owner)
   return tuple(path)
+
+
+def is_recomputed(name_stack: Any) -> bool:
+  """Whether an equation computes a second time what a checkpoint did not store."""
+  return "rematted_computation" in str(name_stack)
+
+
+def _components(stack: str) -> Iterator[tuple[str, bool]]:
+  """The names of a stack, each with whether a transformation wraps it.
+
+  A wrapped scope may be a path itself, as NNX modules write them: ``transpose(jvp(layers/1))``.
+  """
+  depth, start = 0, 0
+  for end, character in enumerate(f"{stack}/"):
+    depth += (character == "(") - (character == ")")
+    if character == "/" and depth <= 0:
+      name, wrapped = _unwrap(stack[start:end])
+      yield from ((part, wrapped and not n) for n, part in enumerate(name.split("/")))
+      start = end + 1
 
 
 def is_backward(name_stack: Any) -> bool:

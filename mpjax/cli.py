@@ -1,4 +1,4 @@
-"""The command line: ``python -m mpjax compare``, or ``mpjax compare``.
+"""The command line: ``python -m mpjax compare`` and ``cost``, or ``mpjax compare``.
 
 What a person can put right ends in one line on stderr and exit status 2; Ctrl-C ends with what
 there is and exit status 130.
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from mpjax import Policy
 from mpjax._jobs import Job, UsageError
+from mpjax._targets import TARGETS
 from mpjax.plot import Curve, save_curves
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -37,6 +38,23 @@ examples:
   mpjax compare --policies "float32;p=f32,c=bf16,o=bf16" --json rows.json --plot curves.png
   mpjax compare --job text --steps 200 --checkpoint run1
   mpjax compare --job text --steps 200 --checkpoint run1 --resume
+"""
+
+
+_COST_POLICIES = "float32,mixed_bfloat16,mixed_float16"
+_COST_DESCRIPTION = """\
+Compiles a step of your own under several policies and shows the memory, operations and bytes moved
+that the compiler states; for a GPU or TPU that need not be there with --target. Nothing is run.
+"""
+_COST_EPILOG = """\
+CASE names a function without arguments that returns a tuple: the step, then its arguments, arrays
+or jax.ShapeDtypeStruct. A step with a parameter `policy` is called with each policy and applies it
+by itself; any other runs under mpjax.autocast.
+
+examples:
+  mpjax cost my_model:train_case --donate 0
+  mpjax cost my_model:train_case --policies float32,mixed_bfloat16 --target tpu:v5e
+  mpjax cost my_model:train_case --target gpu:h100 --python /envs/gpu/bin/python --json rows.json
 """
 
 
@@ -126,6 +144,16 @@ def _parser() -> argparse.ArgumentParser:
   )
   compare.set_defaults(run=_compare)
   _add_compare_flags(compare)
+  cost = commands.add_parser(
+    "cost",
+    help="memory and cost of your step, here or on a GPU or TPU that is not there",
+    description=_COST_DESCRIPTION,
+    epilog=_COST_EPILOG,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  cost.set_defaults(run=_cost)
+  _add_cost_flags(cost)
   return parser
 
 
@@ -158,6 +186,29 @@ def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
   add("--plot", type=Path, metavar="FILE.png", help="draw the loss and scale curves")
   add("--checkpoint", type=Path, metavar="DIR", help="save the state ten times a run")
   add("--resume", action="store_true", help="go on from the checkpoints in DIR, if it has any")
+
+
+def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
+  add = parser.add_argument
+  add("case", metavar="CASE", help="module:function that makes the step and its arguments")
+  add(
+    "--policies",
+    type=_flag(parse_policies),
+    default=_COST_POLICIES,
+    metavar="SPECS",
+    help=f"presets or spec strings; ';' between specs that hold commas ({_COST_POLICIES})",
+  )
+  add("--target", choices=TARGETS, help="compile for this device instead of the one present")
+  add("--python", metavar="FILE", help="an interpreter that has JAX with the target's compiler")
+  add(
+    "--donate",
+    type=_count(0),
+    action="append",
+    default=[],
+    metavar="N",
+    help="the position of an argument that the step may overwrite; may be given again",
+  )
+  add("--json", type=Path, metavar="FILE", help="write the rows of the table as JSON")
 
 
 def _flag(read: Callable[[str], object]) -> Callable[[str], object]:
@@ -209,6 +260,19 @@ def _compare(args: argparse.Namespace) -> int:
     complete = sum(result.metric is not None for result in report.results)
     print(f"mpjax: interrupted: {complete} of {len(args.policies)} policies done", file=sys.stderr)
     return _INTERRUPTED
+  return 0
+
+
+def _cost(args: argparse.Namespace) -> int:
+  """The command `cost`."""
+  if args.json is not None:
+    _check_writable("--json", args.json)
+  from mpjax._cost_command import report_for
+
+  report = report_for(args)
+  print(report)
+  if args.json is not None:
+    _write_json(args.json, report.to_rows())
   return 0
 
 

@@ -9,13 +9,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._axes import figure_class, new_axes
 from mpjax._check_report import CheckReport
 from mpjax._flow_report import FlowReport
 from mpjax._locate import NonFiniteReport
+from mpjax._plot_reports import (
+  plot_cost,
+  plot_frontier,
+  plot_range,
+  plot_scale_choice,
+  plot_updates,
+)
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
+
+__all__ = [
+  "Curve",
+  "plot_check",
+  "plot_cost",
+  "plot_flow",
+  "plot_frontier",
+  "plot_losses",
+  "plot_nonfinite",
+  "plot_range",
+  "plot_scale_choice",
+  "plot_scales",
+  "plot_updates",
+  "running_mean",
+  "save_curves",
+]
 
 # Losses that span more than this factor are drawn on a logarithmic axis.
 _WIDE_SPAN = 20.0
@@ -51,7 +74,7 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
   """
-  ax = _new_axes() if ax is None else ax
+  ax = new_axes() if ax is None else ax
   for number, curve in enumerate(curves):
     steps, style = _steps(curve), _style(number)
     ax.plot(steps, curve.losses, color=style["color"], alpha=0.2, linewidth=0.8)
@@ -77,7 +100,7 @@ def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
   """
-  ax = _new_axes() if ax is None else ax
+  ax = new_axes() if ax is None else ax
   for number, curve in enumerate(curves):
     steps, style = _steps(curve), _style(number)
     ax.plot(steps, curve.scales, drawstyle="steps-post", label=curve.label, **style)
@@ -106,7 +129,7 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
     ModuleNotFoundError: If matplotlib is not installed.
   """
   rows = report.rows
-  ax = _new_axes(len(rows)) if ax is None else ax
+  ax = new_axes(len(rows)) if ax is None else ax
   wide = np.array([row.bytes.get("float32", 0) for row in rows], float)
   narrow = np.array([sum(_narrow_bytes(row.bytes)) for row in rows], float)
   unit, size = _byte_unit(float((wide + narrow).max(initial=0)))
@@ -137,7 +160,7 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
     ModuleNotFoundError: If matplotlib is not installed.
   """
   rows = report.rows
-  ax = _new_axes(len(rows)) if ax is None else ax
+  ax = new_axes(len(rows)) if ax is None else ax
   places = np.arange(len(rows))
   out = np.array([row.output.error for row in rows], float)
   given = np.array([row.error_in for row in rows], float)
@@ -183,7 +206,7 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
     *((f"operand {n}: {r.array}", r) for n, r in enumerate(first.operands)),
     (f"result: {first.result.array}", first.result),
   ]
-  ax = _new_axes(len(entries)) if ax is None else ax
+  ax = new_axes(len(entries)) if ax is None else ax
   for place, (_, found) in enumerate(entries):
     ax.plot([found.low, found.high], [place, place], "|-", color=_BLUE, linewidth=3, markersize=12)
     bad = [f"{n} {name}" for n, name in ((found.infs, "inf"), (found.nans, "NaN")) if n]
@@ -202,7 +225,6 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
 # Two colors of Okabe and Ito's palette, which the color-blind can tell apart.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _SHOWN_SHARE = 0.01
-_ROW_INCHES = 0.28
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -243,7 +265,7 @@ def save_curves(curves: Sequence[Curve], path: Path) -> None:
     ModuleNotFoundError: If matplotlib is not installed.
     OSError: If the file cannot be written.
   """
-  figure = _figure_class()(figsize=(11, 4.2), layout="constrained")
+  figure = figure_class()(figsize=(11, 4.2), layout="constrained")
   left, right = figure.subplots(1, 2)
   plot_losses(curves, ax=left)
   plot_scales(curves, ax=right)
@@ -282,22 +304,3 @@ def _steps(curve: Curve) -> np.ndarray:
 def _style(number: int) -> dict[str, Any]:
   """Runs lie on top of each other when all is well, so their dashes differ too."""
   return {"color": f"C{number}", "linestyle": _DASHES[number % 4], "linewidth": 1.6}
-
-
-def _figure_class() -> type[Figure]:
-  try:
-    from matplotlib.figure import Figure
-  except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      'Plots need matplotlib, which is not installed. Run: pip install "mpjax[plot]"'
-    ) from error
-  return Figure
-
-
-def _new_axes(rows: int = 0) -> Axes:
-  """The axes of a new figure, high enough for so many rows."""
-  _figure_class()
-  from matplotlib import pyplot
-
-  size = (9.0, max(2.4, 1.2 + _ROW_INCHES * rows)) if rows else None
-  return pyplot.subplots(figsize=size, layout="constrained" if rows else None)[1]

@@ -139,7 +139,8 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   names = [f"\N{RIGHTWARDS ARROW} {row.module}" if row.leaks else row.module for row in rows]
   _name_rows(ax, names)
   ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
-  ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {len(report.leaks)} leaks")
+  leaks = f"{len(report.leaks)} leak{'s' * (len(report.leaks) != 1)}"
+  ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {leaks}")
   ax.legend(frameon=False)
   return ax
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mpjax
-from _jaxprs import equations
+from _jaxprs import sub_jaxprs
 from mpjax import _segments
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -43,10 +43,15 @@ def loss(variables, x):
   return (Deep().apply(variables, x) ** 2).sum()
 
 
-def signature(eqn):
-  """What an equation does, where it stands, and on what."""
-  avals = tuple(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
-  return eqn.primitive.name, str(eqn.source_info.name_stack), avals
+def signatures(jaxpr, scope=""):
+  """What each equation does, where it stands and on what, inside of jitted functions too."""
+  for eqn in jaxpr.eqns:
+    place = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
+    bodies = [body for value in eqn.params.values() for body in sub_jaxprs(value)]
+    for body in bodies:
+      yield from signatures(body, place)
+    if eqn.primitive.name not in ("jit", "pjit"):
+      yield eqn.primitive.name, place, *(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -54,7 +59,7 @@ def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monke
   jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(*operands)
   monkeypatch.setattr(_segments, "OFTEN", 10**9)
   plain = jax.make_jaxpr(mpjax.autocast(loss, policy))(*operands)
-  assert Counter(map(signature, equations(jaxpr))) == Counter(map(signature, equations(plain)))
+  assert Counter(signatures(jaxpr.jaxpr)) == Counter(signatures(plain.jaxpr))
 
 
 def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):

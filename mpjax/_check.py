@@ -109,7 +109,7 @@ class _Comparison:
     self._decided, self._double, self._scale = decided, double, loss_scale
     self._output = subject.policies.default.output_dtype
     self._plans = Pair(self._reference_plan(subject), decided.plan)
-    reference = Planner(as_policy_map("float32"))
+    reference = Planner(as_policy_map("float32"), located=True)
     self._lockstep = Lockstep(
       Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
     )
@@ -133,7 +133,7 @@ class _Comparison:
     return list(self._lockstep.opaque)
 
   def _reference_plan(self, subject: Subject) -> Plan:
-    planner = Planner(as_policy_map("float32"), subject.root, subject.absolute)
+    planner = Planner(as_policy_map("float32"), subject.root, subject.absolute, located=True)
     plan = planner.plan(self._decided.plan.jaxpr, self._decided.call.forms)
     return doubled(plan) if self._double else plan
 

@@ -1,13 +1,13 @@
 """The values that a constant of a trace may have, as far as equations tell.
 
-Each number of a program may fit float16 and their product leave it: ``(1 - mask) * -300 * 300``.
-Constants are few numbers in large arrays, so their values are followed as small sets.
+Each number of a program may fit a 16-bit format and what is computed from them may not:
+``(1 - mask) * -300 * 300`` leaves float16, ``exp(-0.001)`` becomes 1 in bfloat16. Constants are few
+numbers in large arrays, so their values are followed as small sets.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -22,23 +22,47 @@ MASK: Values = frozenset({0.0, 1.0})
 MOST = 64
 """Of more different numbers than these no account is kept."""
 
-_ARITHMETIC: dict[str, Callable[..., Any]] = {
-  "add": operator.add,
-  "sub": operator.sub,
-  "mul": operator.mul,
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+  "add": np.add,
+  "sub": np.subtract,
+  "mul": np.multiply,
   "div": np.divide,
-  "neg": operator.neg,
-  "abs": abs,
-  "max": max,
-  "min": min,
+  "rem": np.fmod,
+  "neg": np.negative,
+  "abs": np.abs,
+  "sign": np.sign,
+  "max": np.maximum,
+  "min": np.minimum,
+  "pow": np.power,
+  "sqrt": np.sqrt,
+  "cbrt": np.cbrt,
+  "exp": np.exp,
+  "exp2": np.exp2,
+  "expm1": np.expm1,
+  "tanh": np.tanh,
+  "logistic": lambda x: 1 / (1 + np.exp(-x)),
+  "sin": np.sin,
+  "cos": np.cos,
+  "tan": np.tan,
+  "sinh": np.sinh,
+  "cosh": np.cosh,
+  "floor": np.floor,
+  "ceil": np.ceil,
 }
-_LEAVE_THE_RANGE = frozenset({"add", "sub", "mul", "div"})
-_OTHER_NUMBERS = frozenset(
+"""What is computed here; what other primitives make of constants is not known."""
+
+_KEEPS_NUMBERS = frozenset(
   {
-    *("sqrt", "cbrt", "tanh", "logistic", "erf", "erfc", "sin", "cos", "asin", "acos", "atan"),
-    *("atan2", "sign", "floor", "ceil", "round", "rem"),
+    *("select_n", "clamp", "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims"),
+    *("rev", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate", "split", "pad"),
+    *("gather", "scatter", "copy", "copy_p", "tie_in", "name", "stop_gradient", "cummax", "cummin"),
+    *("reduce_window_max", "reduce_window_min", "top_k", "tile", "stack", "unstack", "device_put"),
+    *("convert_element_type", "sharding_constraint", "mesh_cast", "reshard", "layout_constraint"),
+    *("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "pmax", "pmin", "pvary"),
+    *("pcast", "pbroadcast", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "argmax", "argmin"),
   }
 )
+"""What moves, chooses or compares numbers makes no new ones."""
 
 
 def number(value: float) -> Values:
@@ -46,19 +70,21 @@ def number(value: float) -> Values:
   return frozenset({float(value)})
 
 
-def after(primitive: str, operands: Sequence[Values]) -> Values:
+def makes_numbers(primitive: str) -> bool:
+  """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
+  return primitive not in _KEEPS_NUMBERS
+
+
+def after(primitive: str, params: Mapping[str, Any], operands: Sequence[Values]) -> Values:
   """The values of an equation's result, all of whose float operands are constants."""
   known = [values for values in operands if values is not None]
-  if len(known) < len(operands) or primitive in _OTHER_NUMBERS:
+  if len(known) < len(operands):
     return None
-  if primitive in _ARITHMETIC:
-    if np.prod([len(values) for values in known]) > MOST:
-      return None
-    with np.errstate(all="ignore"):
-      return frozenset(float(_ARITHMETIC[primitive](*numbers)) for numbers in product(*known))
-  return frozenset[float]().union(*known)  # what moves or chooses numbers makes no new ones
-
-
-def may_leave_the_range(primitive: str) -> bool:
-  """Whether numbers that fit a format can have a result that does not."""
-  return primitive in _LEAVE_THE_RANGE
+  if not makes_numbers(primitive):
+    return frozenset[float]().union(*known)
+  if primitive == "integer_pow":
+    primitive, known = "pow", [*known, frozenset({float(params["y"])})]
+  if primitive not in _FUNCTIONS or np.prod([len(values) for values in known]) > MOST:
+    return None
+  with np.errstate(all="ignore"):
+    return frozenset(float(_FUNCTIONS[primitive](*numbers)) for numbers in product(*known))

@@ -400,10 +400,11 @@ class _Islands:
     for atom in step.eqn.invars:
       other = self._group.get(atom) if not isinstance(atom, Literal) else None
       if other is not None and other is not group:
-        other += group
-        for member, _ in group:
-          self._group.update(dict.fromkeys(member.eqn.outvars, other))
-        group = other
+        small, large = sorted((group, other), key=len)
+        large += small
+        for member, _ in small:
+          self._group.update(dict.fromkeys(member.eqn.outvars, large))
+        group = large
     self._group.update(dict.fromkeys(step.eqn.outvars, group))
 
   def found(self) -> list[Island]:

@@ -94,6 +94,7 @@ def evaluate(
     absolute=absolute,
     strict=strict,
     known=known,
+    located=False,
   )
   leaves = Interpreter(decided.planner).run(decided.plan, decided.call.operands)
   return decided.call.result(leaves, decided.plan.out_forms)
@@ -118,10 +119,14 @@ def decide(
   absolute: bool = False,
   strict: bool = True,
   known: Iterable[Path] = (),
+  located: bool = True,
 ) -> Decided:
-  """Trace ``fn(*args, **kwargs)`` and plan it; the arguments are those of `evaluate`."""
+  """Trace ``fn(*args, **kwargs)`` and plan it.
+
+  The arguments are those of `evaluate`; for ``located`` see `Planner`.
+  """
   call = Call(fn, args, kwargs, flags)
-  planner = Planner(policies, root, absolute)
+  planner = Planner(policies, root, absolute, located)
   plan = planner.plan(_jaxpr.trace(call.flat, call.operands), call.forms)
   if strict:
     policies.check_used((*planner.ops, *known), planner.ops)

@@ -135,7 +135,7 @@ def locate_nonfinite(
   concrete(subject)
   decided = subject.decide()
   closed, names, operands = _program(subject, decided, backward, loss_scale)
-  planner = Planner(as_policy_map(_FLOAT32), absolute=True)
+  planner = Planner(as_policy_map(_FLOAT32), absolute=True, located=True)
   hunt = Hunt(planner, _namer(subject))
   with jax.debug_nans(False), jax.debug_infs(False):
     arguments = zip(operands, subject.operand_names(), strict=True)

@@ -2,7 +2,7 @@
 
 The plan is made by abstract interpretation: each float32 of the trace gets a `Form`, equations
 join the forms of their operands as the primitive table says, and the carry of a loop is the least
-fixed point. Executing a plan is `_autocast`'s work, reporting one is `inspect`'s.
+fixed point. Executing a plan is `_interpreter`'s work, reporting one is `inspect`'s.
 """
 
 from __future__ import annotations
@@ -51,17 +51,25 @@ class Planner:
     policies: The map that answers what governs a path.
     ops: The primitives that were planned in each module.
     unknown: How often each primitive that the table does not know was met.
-    is_short: Whether a format of less range than float32 is among those computed in.
+
+  Args:
+    policies: The map.
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    located: Whether a body that several modules call is planned for each of them, as a report
+      that names modules must have it.
   """
 
-  def __init__(self, policies: PolicyMap, root: int = 0, absolute: bool = False) -> None:
+  def __init__(
+    self, policies: PolicyMap, root: int = 0, absolute: bool = False, located: bool = False
+  ) -> None:
     self.policies = policies
+    self._located = located or bool(policies.rules)
     self._root, self._absolute = root, absolute
     self.ops: dict[Path, set[str]] = {}
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
     self._formats = policies.narrow_dtypes()
-    self.is_short = FLOAT16 in self._formats
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
@@ -83,7 +91,7 @@ class Planner:
       out_forms: How the results must be held; as they come out when None.
       exact: Which results go into a logarithm.
     """
-    known = place if self.policies.rules else place._replace(path=())
+    known = place if self._located else place._replace(path=())
     key = (id(jaxpr), in_forms, known, out_forms, exact)
     if key not in self._plans:
       self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact).plan(out_forms)
@@ -235,12 +243,11 @@ class _Walk:
 
   def constant(self, eqn: JaxprEqn, forms: Forms) -> Form:
     """What is made of constants is one if its numbers fit the policy's formats, too."""
-    name = eqn.primitive.name
     known = [self.numbers_of(a) for a, f in zip(eqn.invars, forms, strict=True) if f is not None]
-    numbers = _constants.after(name, known)
+    numbers = _constants.after(eqn.primitive.name, eqn.params, known)
     self.numbers[eqn.outvars[0]] = numbers
     if numbers is None:
-      return DATA if _constants.may_leave_the_range(name) and self.planner.is_short else CONSTANT
+      return DATA if _constants.makes_numbers(eqn.primitive.name) else CONSTANT
     return join(map(self.planner.constant_form, numbers)) or CONSTANT
 
   def numbers_of(self, atom: Any) -> Values:

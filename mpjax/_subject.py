@@ -116,7 +116,7 @@ def subject_of(
   if isinstance(fn, nnx.Module):
     plain = getattr(type(fn), _PLAIN, type(fn))
     method: Any = plain.__call__
-    labels = list(inspect.signature(method).parameters)
+    labels = _parameter_names(method, 1 + len(args))
     return _nnx_subject(plain.__name__, method, policies, [fn, *args], kwargs, labels, (), plain)
   if not callable(fn):
     raise TypeError(
@@ -229,7 +229,7 @@ def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
 def _names(label: Any, value: Any) -> list[str]:
   """The names of the arrays in an argument."""
   if isinstance(label, list):
-    return [name for part, entry in zip(label, value, strict=False) for name in _names(part, entry)]
+    return [name for part, entry in zip(label, value, strict=True) for name in _names(part, entry)]
   paths = [
     (path if label is not None else path[1:], leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]

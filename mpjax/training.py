@@ -209,7 +209,8 @@ def make_train_step(
       where batch or parameters are spread over several: ``"float32"``, or ``"compute"`` for
       what the policy's matmuls return, which halves the traffic. Gradients that the policy
       computes in float32 (of norms and embeddings) are sent so in either case, those of
-      convolutions in what they return. On one device it changes nothing.
+      convolutions in what they return. A step inside another ``jax.jit`` or
+      scan counts as spread; one on a single device is not.
 
   Returns:
     ``step(state, batch) -> (state, metrics)``.

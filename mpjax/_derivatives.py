@@ -8,7 +8,7 @@ that ``jax.vjp`` returns is the backward pass; ``jax.vmap`` of it is the rule fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,11 +85,14 @@ def _differentiable(eqn: JaxprEqn, ins: Slots, operands: Sequence[Any]) -> tuple
 
 
 class Vjp(NamedTuple):
-  """A custom_vjp's two halves as jaxprs."""
+  """A custom_vjp's two halves as jaxprs, the second traced when it is asked for.
+
+  A backward pass that raises when it is traced does so only where one is needed.
+  """
 
   forward: Any
   """operands -> (outputs, residuals)"""
-  backward: Any
+  backward: Callable[[], Any]
   """(residuals, cotangents) -> cotangents of the operands but those closed over; floats only"""
 
 
@@ -116,7 +119,7 @@ def trace_vjp(eqn: JaxprEqn) -> Vjp:
   inner = _versions.open_jaxpr(closed)
   residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
   cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
-  return Vjp(closed, _jaxpr.trace(backward, [*residual_avals, *cotangent_avals]))
+  return Vjp(closed, lambda: _jaxpr.trace(backward, [*residual_avals, *cotangent_avals]))
 
 
 def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:

@@ -57,6 +57,11 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   return fill if fill is not None and _jaxpr.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
+def applies_a_function(eqn: JaxprEqn) -> bool:
+  """Whether a scatter holds a function of the values that it meets, traced in float32."""
+  return eqn.primitive.name == "scatter" and eqn.params.get("update_jaxpr") is not None
+
+
 def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
   """Whether a gather takes many rows of a parameter: an embedding.
 

@@ -383,25 +383,29 @@ def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
   ins, outs = _derivatives.slots(eqn.invars[known:]), _derivatives.slots(eqn.outvars)
   captured = operands[:known]
 
+  plan, traced = interpreter.planner.plan, functools.cache(lambda: _derivatives.trace_vjp(eqn))
+
   @functools.cache
-  def halves() -> tuple[Plan, Plan]:
-    vjp, plan = _derivatives.trace_vjp(eqn), interpreter.planner.plan
-    residuals = plan(vjp.forward, step.operands, step.place).out_forms[count:]
-    forward = plan(vjp.forward, step.operands, step.place, (*step.outs, *residuals))
-    cotangents = (*residuals, *outs.keep(step.outs))
+  def forward_plan() -> Plan:
+    residuals = plan(traced().forward, step.operands, step.place).out_forms[count:]
+    return plan(traced().forward, step.operands, step.place, (*step.outs, *residuals))
+
+  @functools.cache
+  def backward_plan() -> Plan:
+    forms = (*forward_plan().out_forms[count:], *outs.keep(step.outs))
     held = tuple(ins.keep(step.operands[known:]))
-    return forward, plan(vjp.backward, cotangents, step.place, held)
+    return plan(traced().backward(), forms, step.place, held)
 
   @jax.custom_vjp
   def call(*primals: Any) -> list[Any]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def forward(*primals: Any) -> tuple[list[Any], list[Any]]:
-    flat = interpreter.run(halves()[0], [*captured, *primals])
+    flat = interpreter.run(forward_plan(), [*captured, *primals])
     return flat[:count], flat[count:]
 
   def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
-    flat = interpreter.run(halves()[1], [*residuals, *outs.keep(cotangents)])
+    flat = interpreter.run(backward_plan(), [*residuals, *outs.keep(cotangents)])
     return tuple(ins.fill(flat))
 
   call.defvjp(forward, backward)

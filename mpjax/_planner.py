@@ -185,6 +185,8 @@ class _Walk:
       return Rule.TRACED  # a mutable reference cannot change its dtype
     if name == "name" and eqn.params["name"] == KEEP_FLOAT32:
       return Rule.FULL
+    if _idioms.applies_a_function(eqn):
+      return Rule.ALWAYS
     if rule is Rule.ALWAYS or (rule in _FLAT and compute == FLOAT32):
       return rule if rule is Rule.ALWAYS else Rule.FULL
     if name in _idioms.SATURATING and eqn.outvars[0] in self.into_log:

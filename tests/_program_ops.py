@@ -113,10 +113,6 @@ def where(knob: int, a: Any, m: Any) -> Any:
   return jnp.where(m, a, (-1e9, 0.0, -jnp.inf, 1e30)[knob % 4])
 
 
-def ragged_dot(knob: int, a: Any, b: Any) -> Any:
-  return lax.ragged_dot(a, b[None].astype(a.dtype), jnp.full((1,), a.shape[0], jnp.int32))
-
-
 CONTRACT = {
   "matmul": Op(("V", "M@"), lambda knob, a, b: 0.5 * (a @ b)),
   "dot": Op(("W", "W@"), dot),
@@ -129,7 +125,9 @@ CONTRACT = {
   "conv": Op(("M", "M"), conv),
   "attention": Op(("M", "M"), attention),
   "tensordot": Op(("V", "V="), lambda knob, a, b: 0.2 * jnp.tensordot(a, b, a.ndim)),
-  "ragged_dot": Op(("M", "S"), ragged_dot),
+  "ragged_dot": Op(
+    ("M", "S"), lambda knob, a, b: lax.ragged_dot(a, b[None], jnp.full((1,), a.shape[0], jnp.int32))
+  ),
 }  # fmt: skip
 REDUCE = {
   "mean": reduction(jnp.mean),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hypothesis import strategies as st
 
 from _program_blocks import NESTED
-from _program_ops import CONTRACT, OPS
+from _program_ops import OPS
 from _program_types import blend, takes
 
 F32 = jnp.float32
@@ -197,9 +197,6 @@ WIDER: dict[str, Any] = {
 }
 """Data that a program may have, and what needs 64 bits."""
 
-OFTEN = (*OPS, *list(CONTRACT) * 4)
-"""All operations, matmuls more often than others."""
-
 PARAMS = frozenset({"w", "v"})
 
 
@@ -223,9 +220,9 @@ def programs(
   depth: int = 2,
   size: int = 6,
 ) -> st.SearchStrategy[Program]:
-  """Programs of the given operations, by default of all, with some of the given inputs."""
+  """Programs of the given operations, all by default, with some of the given inputs."""
   keys = st.lists(st.sampled_from(sorted(extras)), max_size=2, unique=True)
   chosen = keys if extras else st.just([])
   inputs = chosen.map(lambda keys: INPUTS | {k: extras[k] for k in keys})
-  known = list(ops or OFTEN)
+  known = list(ops or OPS)
   return st.builds(write, st.lists(genes(known, depth), min_size=1, max_size=size), inputs)

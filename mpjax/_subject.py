@@ -229,7 +229,7 @@ def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
 def _names(label: Any, value: Any) -> list[str]:
   """The names of the arrays in an argument."""
   if isinstance(label, list):
-    return [name for part, entry in zip(label, value, strict=True) for name in _names(part, entry)]
+    return [name for part, entry in zip(label, value, strict=False) for name in _names(part, entry)]
   paths = [
     (path if label is not None else path[1:], leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]

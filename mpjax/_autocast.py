@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from mpjax._interpreter import evaluate
+from mpjax._interpreter import decide
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
 
@@ -74,7 +74,7 @@ def autocast(
   @functools.wraps(fn)
   def cast(*args: P.args, **kwargs: P.kwargs) -> R:
     flags = parameter_flags(numbers, names, args, kwargs)
-    result = evaluate(fn, policies, args, kwargs, flags)
+    result = decide(fn, policies, args, kwargs, flags).run()
     return result.cast(policies.default.output_dtype)
 
   return cast

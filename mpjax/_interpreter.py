@@ -56,56 +56,17 @@ class Result(NamedTuple):
     return jax.tree.unflatten(self.tree, leaves)
 
 
-def evaluate(
-  fn: Callable[..., Any],
-  policies: PolicyMap,
-  args: Sequence[Any],
-  kwargs: dict[str, Any],
-  flags: Flags,
-  *,
-  root: int = 0,
-  absolute: bool = False,
-  strict: bool = True,
-  known: Iterable[Path] = (),
-) -> Result:
-  """Run ``fn(*args, **kwargs)`` under a policy map.
-
-  Args:
-    fn: A pure function of pytrees.
-    policies: The policies by module path.
-    args: Positional arguments.
-    kwargs: Keyword arguments.
-    flags: For each of them whether it holds parameters; for a tuple, flags of its entries.
-    root: How many leading components of every scope are not part of a rule's path.
-    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
-    strict: Whether a rule that matches no scope is an error.
-    known: Module paths that there are, whether this call runs them or not.
-
-  Raises:
-    ValueError: A rule of the policy map matched no scope.
-  """
-  decided = decide(
-    fn,
-    policies,
-    args,
-    kwargs,
-    flags,
-    root=root,
-    absolute=absolute,
-    strict=strict,
-    known=known,
-    located=False,
-  )
-  leaves = Interpreter(decided.planner).run(decided.plan, decided.call.operands)
-  return decided.call.result(leaves, decided.plan.out_forms)
-
-
 class Decided(NamedTuple):
   """A call whose dtypes are decided, before it runs."""
 
   call: Call
   planner: Planner
   plan: Plan
+
+  def run(self) -> Result:
+    """Execute the plan on the arguments of the call."""
+    leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
+    return self.call.result(leaves, self.plan.out_forms)
 
 
 def decide(
@@ -119,11 +80,24 @@ def decide(
   absolute: bool = False,
   strict: bool = True,
   known: Iterable[Path] = (),
-  located: bool = True,
+  located: bool = False,
 ) -> Decided:
-  """Trace ``fn(*args, **kwargs)`` and plan it.
+  """Trace ``fn(*args, **kwargs)`` and plan it under a policy map.
 
-  The arguments are those of `evaluate`; for ``located`` see `Planner`.
+  Args:
+    fn: A pure function of pytrees.
+    policies: The policies by module path.
+    args: Positional arguments.
+    kwargs: Keyword arguments.
+    flags: For each of them whether it holds parameters; for a tuple, flags of its entries.
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    strict: Whether a rule that matches no scope is an error.
+    known: Module paths that there are, whether this call runs them or not.
+    located: Whether a body that several modules call is planned for each: see `Planner`.
+
+  Raises:
+    ValueError: A rule of the policy map matched no scope.
   """
   call = Call(fn, args, kwargs, flags)
   planner = Planner(policies, root, absolute, located)

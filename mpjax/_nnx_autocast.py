@@ -11,7 +11,7 @@ from flax import nnx
 from jax.extend import source_info_util
 
 from mpjax._dtypes import FLOAT32
-from mpjax._interpreter import evaluate
+from mpjax._interpreter import decide
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
 from mpjax._scopes import Path
@@ -62,7 +62,7 @@ def run(
 ) -> Any:
   """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
   call = pure_call(fn, args, kwargs, flags, plain)
-  result = evaluate(
+  decided = decide(
     call.fn,
     policies,
     call.args,
@@ -72,7 +72,7 @@ def run(
     strict=strict,
     known=known,
   )
-  out, changed = result.cast((policies.default.output_dtype, FLOAT32))
+  out, changed = decided.run().cast((policies.default.output_dtype, FLOAT32))
   nnx.update(call.nodes, changed)
   return out
 

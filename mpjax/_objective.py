@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from mpjax._dtypes import FLOAT32
-from mpjax._interpreter import Decided, decide, evaluate
+from mpjax._interpreter import Decided, decide
 from mpjax._nnx_autocast import pure_call
 from mpjax._policy_map import PolicyMap
 
@@ -59,8 +59,13 @@ class Objective:
 
   def decide(self, policies: PolicyMap) -> Decided:
     """The call traced and planned under a policy map, without running it."""
-    flags = (self._flags, {})
-    return decide(self.value, policies, self.operands, {}, flags, absolute=self.has_models)
+    return self._decide(policies, self.operands, located=True)
+
+  def _decide(
+    self, policies: PolicyMap, operands: Sequence[Any], *, located: bool = False
+  ) -> Decided:
+    flags, absolute = (self._flags, {}), self.has_models
+    return decide(self.value, policies, operands, {}, flags, absolute=absolute, located=located)
 
   def value(self, *operands: Any) -> Any:
     """What the function returns, without auxiliary output."""
@@ -72,13 +77,7 @@ class Objective:
     if policies.is_float32():
       return self.value
 
-    def run(*operands: Any) -> Any:
-      flags = (self._flags, {})
-      return evaluate(self.value, policies, operands, {}, flags, absolute=self.has_models).cast(
-        FLOAT32
-      )
-
-    return run
+    return lambda *operands: self._decide(policies, operands).run().cast(FLOAT32)
 
   def value_and_grad(self, policies: PolicyMap, scale: float = 1.0) -> Callable[..., Any]:
     """The loss and the gradients of the parameters, through the loss times a scale."""

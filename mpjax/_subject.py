@@ -64,6 +64,7 @@ class Subject(NamedTuple):
       absolute=self.absolute,
       strict=strict,
       known=self.known,
+      located=True,
     )
 
   def decide_abstractly(self) -> Decided:

@@ -15,7 +15,7 @@ from flax.linen.transforms import lift_transform
 
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32
-from mpjax._interpreter import evaluate
+from mpjax._interpreter import decide
 from mpjax._paths import path_str
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap, as_policy_map
@@ -176,7 +176,7 @@ def _under_policy(
     if scope_fn(variables, rngs)[-1].get_flag("initializing", False):
       out, made = run(*operands)
       return cast_floating(out, policies.default.output_dtype), _as_params(made, policies)
-    result = evaluate(
+    decided = decide(
       run,
       policies,
       operands,
@@ -185,7 +185,7 @@ def _under_policy(
       root=1,
       strict=method == "__call__",
     )
-    out, updated = result.cast((policies.default.output_dtype, FLOAT32))
+    out, updated = decided.run().cast((policies.default.output_dtype, FLOAT32))
     return cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)

@@ -42,6 +42,8 @@ def target_devices(target: str, count: int) -> list[Any]:
   import jax
   from jax.experimental import topologies
 
+  import mpjax
+
   host = jax.devices()  # registers the plugins
   if target == "cpu":
     return host[:count]
@@ -50,7 +52,7 @@ def target_devices(target: str, count: int) -> list[Any]:
     return described.devices[:count]
   with contextlib.suppress(Exception):  # raises where JAX has registered the plugin by itself
     importlib.import_module("jax_plugins.xla_cuda12").initialize()
-  text = (Path(__file__).parent / "targets" / f"{target}.txtpb").read_text()
+  text = (Path(mpjax.__file__).parent / "targets" / f"{target}.txtpb").read_text()
   topology = topologies.get_topology_desc(
     platform="cuda", topology_name=target, target_config=text, topology=f"1x{count}x1"
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.core import Tracer
 from mpjax import _derivatives, _islands, _jaxpr, _segments, _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._islands import Island
+from mpjax._jaxpr import JaxprEqn
 from mpjax._plan import Forms, Plan, Step
 from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
@@ -231,14 +233,7 @@ class Interpreter:
           self.run_step(step, values)
       return
 
-    def compute(*operands: Any) -> list[Any]:
-      inside = Values(self.planner.number)
-      inside.fill(segment.inputs, operands)
-      for step in steps:
-        with _jaxpr.written(step.eqn):
-          self.run_step(step, inside)
-      return [inside.get(key) for key in segment.outputs]
-
+    compute = self._function(steps, segment.inputs, segment.outputs, _jaxpr.written)
     function = self._functions.setdefault(segment.code, jax.jit(compute, inline=True))
     with _jaxpr.located(steps[0].eqn):
       values.fill(segment.outputs, function(*operands))
@@ -246,19 +241,30 @@ class Interpreter:
   def _run_island(self, plan: Plan, island: Island, values: Values) -> None:
     """Run the steps of an island so that the backward pass computes them again."""
     steps = [plan.steps[index] for index in island.steps]
-    result = steps[-1].eqn.outvars
-
-    def compute(*operands: Any) -> Any:
-      inside = Values(self.planner.number)
-      inside.write(island.inputs, operands)
-      for step in steps:
-        with _jaxpr.located(step.eqn):
-          self.run_step(step, inside)
-      return inside.get(Key(result[0]))
-
-    operands = [values.get(Key(var)) for var in island.inputs]
+    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
+    compute = self._function(steps, inputs, outputs, _jaxpr.located)
+    operands = [values.get(key) for key in inputs]
     with _jaxpr.located(steps[-1].eqn):
-      values.write(result, [jax.checkpoint(compute)(*operands)])
+      values.fill(outputs, jax.checkpoint(compute)(*operands))
+
+  def _function(
+    self,
+    steps: Sequence[Step],
+    inputs: Sequence[Key],
+    outputs: Sequence[Key],
+    around: Callable[[JaxprEqn], AbstractContextManager[None]],
+  ) -> Callable[..., list[Any]]:
+    """Some steps as a function from what they read to what others read of them."""
+
+    def compute(*operands: Any) -> list[Any]:
+      inside = Values(self.planner.number)
+      inside.fill(inputs, operands)
+      for step in steps:
+        with around(step.eqn):
+          self.run_step(step, inside)
+      return [inside.get(key) for key in outputs]
+
+    return compute
 
   def rebuild(self, plan: Plan) -> Any:
     """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""

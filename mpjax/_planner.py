@@ -245,11 +245,13 @@ class _Walk:
 
   def constant(self, eqn: JaxprEqn, forms: Forms) -> Form:
     """What is made of constants is one if its numbers fit the policy's formats, too."""
-    known = [self.numbers_of(a) for a, f in zip(eqn.invars, forms, strict=True) if f is not None]
-    numbers = _constants.after(eqn.primitive.name, eqn.params, known)
-    self.numbers[eqn.outvars[0]] = numbers
+    name = eqn.primitive.name
+    computed = _constants.makes_numbers(name)  # else what is no float, as an index, tells nothing
+    pairs = zip(eqn.invars, forms, strict=True)
+    known = [self.numbers_of(atom) for atom, f in pairs if f is not None or computed]
+    self.numbers[eqn.outvars[0]] = numbers = _constants.after(name, eqn.params, known)
     if numbers is None:
-      return DATA if _constants.makes_numbers(eqn.primitive.name) else CONSTANT
+      return DATA if computed else CONSTANT
     return join(map(self.planner.constant_form, numbers)) or CONSTANT
 
   def numbers_of(self, atom: Any) -> Values:

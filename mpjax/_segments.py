@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,8 +98,8 @@ def _segment(steps: tuple[Step, ...], run: range, readers: Readers) -> Segment:
   read = [(shared(var, r), n in run) for var in made for n, r in readers.get(var, ())]
   inside = {key for key, is_inside in read if is_inside}
   outside = [key for key, is_inside in read if not is_inside]
-  casts = [key for key in map(nearest, outside, repeat(inside)) if key in inside]
-  outputs = tuple(dict.fromkeys([*(Key(key.var) for key in outside), *casts]))
+  handed = [near for key in outside for near in (Key(key.var), nearest(key, inside))]
+  outputs = tuple(dict.fromkeys(handed))
   exits = tuple((made[key.var], key.via, key.wide) for key in outputs)
   return Segment(run.start, run.stop, tuple(inputs), outputs, _hashable((tuple(code), exits)))
 

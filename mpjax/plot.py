@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._axes import figure_class, new_axes
+from mpjax._axes import BLUE, RED, figure_class, new_axes
 from mpjax._check_report import CheckReport
 from mpjax._flow_report import FlowReport
 from mpjax._locate import NonFiniteReport
@@ -134,8 +134,8 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   narrow = np.array([sum(_narrow_bytes(row.bytes)) for row in rows], float)
   unit, size = _byte_unit(float((wide + narrow).max(initial=0)))
   places = np.arange(len(rows))
-  ax.barh(places, narrow / size, color=_BLUE, label="16 bits")
-  ax.barh(places, wide / size, left=narrow / size, color=_ORANGE, hatch="///", label="float32")
+  ax.barh(places, narrow / size, color=BLUE, label="16 bits")
+  ax.barh(places, wide / size, left=narrow / size, color=RED, hatch="///", label="float32")
   names = [f"\N{RIGHTWARDS ARROW} {row.module}" if row.leaks else row.module for row in rows]
   _name_rows(ax, names)
   ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
@@ -169,12 +169,12 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   shown, before = np.maximum(out, floor), np.maximum(given, floor)
   ax.hlines(places, before, shown, color="0.75", zorder=1)
   ax.plot(before, places, "|", color="0.3", markersize=9, label="in")
-  ax.plot(shown, places, "o", color=_BLUE, label="out")
+  ax.plot(shown, places, "o", color=BLUE, label="out")
   marks = (("overflow", "X", "overflows"), ("underflow", "v", "underflows"))
   for field, marker, label in marks:
     hit = np.array([_share(row.output, field) > _SHOWN_SHARE for row in rows], bool)
     if hit.any():
-      ax.plot(shown[hit], places[hit], marker, color=_ORANGE, markersize=10, label=label)
+      ax.plot(shown[hit], places[hit], marker, color=RED, markersize=10, label=label)
   ax.axvline(report.tolerance, color="0.3", linestyle="--", linewidth=1, label="tolerance")
   ax.set_xscale("log")
   _name_rows(ax, [row.module for row in rows])
@@ -209,12 +209,12 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   ]
   ax = new_axes(len(entries)) if ax is None else ax
   for place, (_, found) in enumerate(entries):
-    ax.plot([found.low, found.high], [place, place], "|-", color=_BLUE, linewidth=3, markersize=12)
+    ax.plot([found.low, found.high], [place, place], "|-", color=BLUE, linewidth=3, markersize=12)
     bad = [f"{n} {name}" for n, name in ((found.infs, "inf"), (found.nans, "NaN")) if n]
     ax.annotate(" and ".join(bad), (1.01, place), xycoords=("axes fraction", "data"), va="center")
   limit = _limit(first.result.array)
   for value in (-limit, limit):
-    ax.axvline(value, color=_ORANGE, linestyle="--")
+    ax.axvline(value, color=RED, linestyle="--")
   ax.set_xscale("symlog", linthresh=1.0)
   ax.set_xlim(-limit * 10, limit * 10)
   _name_rows(ax, [name for name, _ in entries])
@@ -223,8 +223,6 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
-# Two colors of Okabe and Ito's palette, which the color-blind can tell apart.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 _SHOWN_SHARE = 0.01
 
 

@@ -161,6 +161,7 @@ GUARDS = {
   "tiny": lambda h: h / (jnp.abs(h) + np.finfo(np.float32).tiny),
   "divided": lambda h: jnp.tanh(h) / 1e-7 * 1e-7,
   "scaled": lambda h: h * 1e6 / 1e6,
+  "powers": lambda h: h * lax.pow(jnp.full(4, 300.0), jnp.arange(4)) / 300.0**3,
   "large_range": lambda h: jnp.clip(h, -1e30, 1e30),
   "running_maximum": lambda h: lax.scan(
     lambda c, r: (jnp.maximum(c, r), jnp.exp(c - jnp.maximum(c, r))), jnp.full(4, -1e30), h

@@ -140,10 +140,6 @@ def loss_fn(params, batch):
   return jnp.mean((out - jnp.sin(batch[:, 0])) ** 2)
 
 
-def bits(tree):
-  return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
-
-
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_a_run_with_faults_ends_as_one_that_never_saw_the_struck_batches(
   policy, standard_promotion

@@ -46,22 +46,27 @@ def prepare(target: str, *, quick: bool = False) -> None:
 
 def target_device(target: str) -> Any:
   """The device that a target's compiler compiles for, present or only described."""
+  return target_devices(target, 1)[0]
+
+
+def target_devices(target: str, count: int) -> list[Any]:
+  """Some devices of one machine of a target (of a TPU four at most), present or only described."""
   import jax
   from jax.experimental import topologies
 
-  host = jax.devices()[0]  # registers the plugins
+  host = jax.devices()  # registers the plugins
   if target == "cpu":
-    return host
+    return host[:count]
   if PLATFORM[target] == "tpu":
-    name = f"{target}:2x2"
-    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+    described = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:2x2")
+    return described.devices[:count]
   with contextlib.suppress(Exception):  # raises where JAX has registered the plugin by itself
     importlib.import_module("jax_plugins.xla_cuda12").initialize()
   text = (Path(__file__).parent / "targets" / f"{target}.txtpb").read_text()
   topology = topologies.get_topology_desc(
-    platform="cuda", topology_name=target, target_config=text, topology="1x1x1"
+    platform="cuda", topology_name=target, target_config=text, topology=f"1x{count}x1"
   )
-  return topology.devices[0]
+  return topology.devices
 
 
 def compile_for(target: str, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

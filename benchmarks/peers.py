@@ -50,18 +50,6 @@ class State(NamedTuple):
   scaler: Any = None
 
 
-class Training(NamedTuple):
-  """A train step.
-
-  Attributes:
-    init: `(key, inputs) -> State`.
-    step: `(state, inputs, labels) -> (state, loss)`.
-  """
-
-  init: Callable[..., State]
-  step: Callable[..., tuple[State, jax.Array]]
-
-
 class Model(NamedTuple):
   """A model as two pure functions.
 
@@ -72,6 +60,24 @@ class Model(NamedTuple):
 
   init: Callable[..., tuple[Any, Any]]
   apply: Callable[..., tuple[jax.Array, Any]]
+
+
+class Training(NamedTuple):
+  """A train step.
+
+  Attributes:
+    model: what is trained.
+    begin: `(params, model_state) -> State`, the state before the first step.
+    step: `(state, inputs, labels) -> (state, loss)`.
+  """
+
+  model: Model
+  begin: Callable[..., State]
+  step: Callable[..., tuple[State, jax.Array]]
+
+  def init(self, key: jax.Array, inputs: Any) -> State:
+    """The state before the first step, with new parameters."""
+    return self.begin(*self.model.init(key, inputs))
 
 
 def compute_dtype(policy: str) -> np.dtype:
@@ -109,12 +115,11 @@ def loss_of(workload: Workload, model: Model) -> Callable[..., Any]:
   return loss
 
 
-def _init(model: Model, tx: optax.GradientTransformation, scaler: Any = None) -> Any:
-  def init(key: jax.Array, inputs: jax.Array) -> State:
-    params, model_state = model.init(key, inputs)
+def _training(model: Model, tx: Any, step: Callable[..., Any], scaler: Any = None) -> Training:
+  def begin(params: Any, model_state: Any) -> State:
     return State(params, model_state, tx.init(params), scaler)
 
-  return init
+  return Training(model, begin, step)
 
 
 def _apply(tx: optax.GradientTransformation, state: State, grads: Any) -> tuple[Any, Any]:
@@ -164,7 +169,7 @@ def dynamic_scale(workload: Workload, policy: str, tx: Any, scaling: Scaling) ->
     keep = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     return State(keep[0], model_state, keep[1], scaler), loss
 
-  return Training(_init(model, tx, scaler), step)
+  return _training(model, tx, step, scaler)
 
 
 def _jmp_policy(policy: str) -> Any:
@@ -198,7 +203,7 @@ def _jmp_scaled(
     return State(*kept, (scaler.loss_scale, scaler.counter)), loss
 
   if scales(policy):
-    return Training(_init(model, tx, (jnp.float32(scaling.start), jnp.int32(0))), step)
+    return _training(model, tx, step, (jnp.float32(scaling.start), jnp.int32(0)))
   return unscaled(loss_fn, model, tx)
 
 
@@ -211,7 +216,7 @@ def unscaled(loss_fn: Callable[..., Any], model: Model, tx: Any) -> Training:
     params, opt_state = _apply(tx, state, grads)
     return State(params, model_state, opt_state), loss
 
-  return Training(_init(model, tx), step)
+  return _training(model, tx, step)
 
 
 def jmp_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -245,7 +250,7 @@ def mpx_scaling(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> T
     params, opt_state = mpx.optimizer_update(state.params, tx, state.opt_state, grads, finite)
     return State(params, mpx.cast_to_float32(model_state), opt_state, scaler), loss
 
-  return Training(_init(model, tx, scaler), step)
+  return _training(model, tx, step, scaler)
 
 
 def haiku_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -302,7 +307,7 @@ def _mpjax(loss: Any, model: Model, policy: str, tx: Any, scaling: Scaling) -> T
     finite = mpjax.step_is_finite(opt_state)
     return State(params, mpjax.select(finite, model_state, state.model_state), opt_state), value
 
-  return Training(_init(model, tx), step)
+  return _training(model, tx, step)
 
 
 def mpjax_inside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:

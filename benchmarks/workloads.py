@@ -133,7 +133,11 @@ class Shared(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [length, 1, 1] to the same shape."""
     layer = nn.Dense(1, use_bias=False, dtype=self.dtype)
-    loop = nn.scan(lambda layer, carry, place: (carry, layer(place)), {"params": None})
+    loop = nn.scan(
+      lambda layer, carry, place: (carry, layer(place)),
+      variable_broadcast="params",
+      split_rngs={"params": False},
+    )
     return loop(layer, (), x)[1]
 
 

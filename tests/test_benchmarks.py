@@ -61,7 +61,8 @@ def test_operations_are_counted_as_in_the_textbook():
 
 
 def test_a_compiled_programs_bytes_are_those_of_its_kernels():
-  text = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8))).compile().as_text()
+  x = jnp.ones((8, 8))
+  text = jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
   assert hlo.moved(text) == 3 * 8 * 8 * 4
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ COLUMNS = {
   "bytes_ratio": "to by hand",
   "low_share": "matmuls in 16 bits",
 }
+COMPILER = {"cpu": "jaxlib", "cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
 
 
 def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
@@ -52,11 +54,18 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
     "policy": policy,
     "peer": peer.name,
     "jax": jax.__version__,
+    "compiler": compiler(target),
     "date": time.strftime("%Y-%m-%d", time.gmtime()),
     "low_share": flops.low_share(operations),
     "flops": operations.total(),
   }
   return {**row, **figures(compiled), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def compiler(target: str) -> str:
+  """The package that holds a target's compiler, with its version."""
+  package = COMPILER[compilers.PLATFORM[target]]
+  return f"{package} {metadata.version(package)}"
 
 
 def figures(compiled: Any) -> report.Row:
@@ -104,6 +113,8 @@ def markdown(rows: list[report.Row]) -> str:
   parts = []
   for (target, workload, policy), found in cells.items():
     parts.append(f"## {target}, {workload} (batch {found[0]['batch']}), {policy}\n")
+    made = {f"{row['date']}, JAX {row['jax']}, {row['compiler']}" for row in found}
+    parts.append("; ".join(sorted(made)) + "\n")
     parts.append(report.table(shown(found), COLUMNS) + "\n")
   return "\n".join(parts)
 
@@ -144,7 +155,7 @@ def main() -> None:
   for name in arguments.workload:
     workload = {**workloads.FULL, **workloads.TINY}[name](**sizes)
     for policy in arguments.policy:
-      for peer in peers.chosen(arguments.peers, policy):
+      for peer in peers.chosen(arguments.peers, policy, workload):
         print(f"{arguments.target} {name} {policy} {peer.name} ...", file=sys.stderr, flush=True)
         row = measure(arguments.target, workload, policy, peer)
         old = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -392,8 +392,8 @@ SUBJECTS = {"gpt": "gpt-small", "vit": "vit-base", "resnet": "resnet-50", "lstm"
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
   """Old rows, those that were checked again replaced, in the order of workloads and peers."""
   found = {(row["workload"], row["peer"], row["check"]): row for row in [*old, *new]}
-  names, subjects = list(peers.PEERS), ["probes", *SUBJECTS]
-  ordered = sorted(found, key=lambda key: (subjects.index(key[0]), names.index(key[1])))
+  names, groups = list(peers.PEERS), ["probes", *SUBJECTS]
+  ordered = sorted(found, key=lambda key: (groups.index(key[0]), names.index(key[1])))
   return [found[key] for key in ordered]
 
 
@@ -413,6 +413,12 @@ def write(rows: list[report.Row], folder: Path) -> None:
   )
 
 
+def subjects(names: list[str] | None, workload: workloads.Workload) -> list[peers.Peer]:
+  """The peers that are checked on a workload; what Haiku's is compared with is none."""
+  found = peers.chosen(names, "mixed_float16", workload)
+  return [peer for peer in found if peer.name != peers.HAIKU_FLOAT32]
+
+
 def main() -> None:
   """Runs every check; adds what was observed to the results."""
   parser = argparse.ArgumentParser(description="What every tool does where it can go wrong.")
@@ -421,17 +427,13 @@ def main() -> None:
   parser.add_argument("--traced", choices=("full", "tiny"), default="tiny")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
-  wanted = [
-    peer
-    for peer in peers.chosen(arguments.peers, "mixed_float16")
-    if peer.name != peers.HAIKU_FLOAT32
-  ]
-  rows = [row for peer in wanted for row in probe_rows(peer)]
+  probe = workloads.PROBES["embedding"]
+  rows = [row for peer in subjects(arguments.peers, probe) for row in probe_rows(peer)]
   write([*rows, first_step(), first_step_here()], arguments.out)
   for name in arguments.workload:
     tiny = workloads.TINY[name]()
     full = workloads.FULL[SUBJECTS[name]]() if arguments.traced == "full" else tiny
-    for peer in wanted:
+    for peer in subjects(arguments.peers, tiny):
       print(f"{name} {peer.name} ...", file=sys.stderr, flush=True)
       write(list(rows_of(peer, tiny, full)), arguments.out)
 

@@ -75,14 +75,14 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _possible(cell: dict[str, Any]) -> bool:
   """Whether a cell's tool is installed, serves its policy and has this kind of figure."""
-  from benchmarks import peers
+  from benchmarks import peers, workloads
 
   if cell["kind"] == "scatter":
     return cell["workload"].startswith("gpt")
   if cell["peer"] in TORCH:
     return importlib.util.find_spec("torch") is not None
-  peer = peers.PEERS[cell["peer"]]
-  return peers.installed(peer) and cell["policy"] in peer.policies
+  workload = {**workloads.FULL, **workloads.TINY}[cell["workload"]]()
+  return peers.serves(peers.PEERS[cell["peer"]], cell["policy"], workload)
 
 
 def run(cell: dict[str, Any], seconds: float) -> report.Row:

@@ -20,11 +20,13 @@ class Block(nn.Module):
     heads: attention heads.
     causal: whether a place attends only to itself and what stands before it.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: whether attention's softmax is float32, which `dtype` alone does not make it.
   """
 
   heads: int
   causal: bool = True
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -32,7 +34,10 @@ class Block(nn.Module):
     width = x.shape[-1]
     mask = nn.make_causal_mask(jnp.ones(x.shape[:2], jnp.int32)) if self.causal else None
     y = nn.LayerNorm(dtype=self.dtype)(x)
-    x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, mask=mask)
+    attention = nn.MultiHeadDotProductAttention(
+      self.heads, dtype=self.dtype, force_fp32_for_softmax=self.wide_softmax
+    )
+    x = x + attention(y, mask=mask)
     y = nn.LayerNorm(dtype=self.dtype)(x)
     y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(y))
     return x + nn.Dense(width, dtype=self.dtype)(y)
@@ -49,6 +54,7 @@ class Transformer(nn.Module):
     heads: attention heads of a block.
     vocabulary: tokens.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: as in `Block`.
   """
 
   layers: int = 12
@@ -56,6 +62,7 @@ class Transformer(nn.Module):
   heads: int = 12
   vocabulary: int = 50257
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -65,7 +72,7 @@ class Transformer(nn.Module):
     x = embed(tokens)
     x = x + nn.Embed(tokens.shape[1], self.width, dtype=self.dtype)(positions)
     for _ in range(self.layers):
-      x = Block(self.heads, dtype=self.dtype)(x)
+      x = Block(self.heads, dtype=self.dtype, wide_softmax=self.wide_softmax)(x)
     return embed.attend(nn.LayerNorm(dtype=self.dtype)(x))
 
 
@@ -79,6 +86,7 @@ class VisionTransformer(nn.Module):
     patch: the side of a patch, in pixels.
     classes: the number of classes.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: as in `Block`.
   """
 
   layers: int = 12
@@ -87,6 +95,7 @@ class VisionTransformer(nn.Module):
   patch: int = 16
   classes: int = 1000
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -100,7 +109,7 @@ class VisionTransformer(nn.Module):
     place = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
     x = x + place.astype(x.dtype)
     for _ in range(self.layers):
-      x = Block(self.heads, causal=False, dtype=self.dtype)(x)
+      x = Block(self.heads, False, self.dtype, self.wide_softmax)(x)
     x = nn.LayerNorm(dtype=self.dtype)(x)
     return nn.Dense(self.classes, dtype=self.dtype)(x[:, 0])
 

@@ -165,7 +165,7 @@ def main() -> None:
 
   from benchmarks import peers, workloads
 
-  wanted = peers.chosen(arguments.peers, arguments.policy)
+  wanted = peers.chosen(arguments.peers, arguments.policy, workloads.TINY["gpt"]())
   wanted.sort(key=lambda peer: peer.name != peers.FLOAT32)
   rows: list[report.Row] = []
   for name in arguments.measure:

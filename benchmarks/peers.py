@@ -90,9 +90,9 @@ def scales(policy: str) -> bool:
   return compute_dtype(policy) == jnp.float16
 
 
-def linen(workload: Workload, dtype: Any = None) -> Model:
-  """The workload's Linen model, its layers given `dtype`."""
-  module = workload.model(**workload.sizes, dtype=dtype)  # pyright: ignore[reportCallIssue]
+def linen(workload: Workload, dtype: Any = None, **options: Any) -> Model:
+  """The workload's Linen model, its layers given `dtype`; other options are the model's own."""
+  module: Any = workload.model(**workload.sizes, dtype=dtype, **options)  # pyright: ignore[reportCallIssue]
 
   def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
     model_state = dict(module.init(key, inputs))
@@ -141,6 +141,12 @@ def by_hand(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Train
   """Flax's `dtype=` on every layer."""
   del scaling
   return _plain(workload, linen(workload, compute_dtype(policy)), tx)
+
+
+def wide_softmax(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`by_hand` with the float32 softmax that mpjax has by itself and Flax's attention offers."""
+  del scaling
+  return _plain(workload, linen(workload, compute_dtype(policy), wide_softmax=True), tx)
 
 
 def apply_if_finite(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -332,16 +338,19 @@ class Peer(NamedTuple):
     build: `(workload, policy, tx, scaling) -> Training`.
     packages: what must be installed.
     policies: the policies that it is used for.
+    models: the names of the models that it is for; all models where there are none.
   """
 
   name: str
   build: Callable[[Workload, str, Any, Scaling], Training]
   packages: tuple[str, ...] = ()
   policies: tuple[str, ...] = POLICIES
+  models: tuple[str, ...] = ()
 
 
 FLOAT32 = "float32"
 BY_HAND = "Flax `dtype=` by hand"
+WIDE_SOFTMAX = "by hand, float32 softmax"
 INSIDE = "mpjax, loss inside"
 OUTSIDE = "mpjax, loss outside"
 HAIKU = "Haiku policy"
@@ -350,6 +359,7 @@ HAIKU_FLOAT32 = "Haiku, float32"
 ALL = (
   Peer(FLOAT32, float32),
   Peer(BY_HAND, by_hand),
+  Peer(WIDE_SOFTMAX, wide_softmax, models=("Transformer", "VisionTransformer")),
   Peer("by hand + apply_if_finite", apply_if_finite),
   Peer("by hand + DynamicScale", dynamic_scale, policies=("mixed_float16",)),
   Peer("jmp", jmp_policy, ("jmp",)),
@@ -367,8 +377,14 @@ def installed(peer: Peer) -> bool:
   return all(importlib.util.find_spec(package) for package in peer.packages)
 
 
-def chosen(names: list[str] | None, policy: str) -> list[Peer]:
-  """The installed peers that serve a policy; those named, if any are.
+def serves(peer: Peer, policy: str, workload: Workload) -> bool:
+  """Whether a peer is installed, and for this policy and this model."""
+  of_the_model = not peer.models or workload.model.__name__ in peer.models
+  return installed(peer) and policy in peer.policies and of_the_model
+
+
+def chosen(names: list[str] | None, policy: str, workload: Workload) -> list[Peer]:
+  """The installed peers that serve a policy and a workload; those named, if any are.
 
   Raises:
     ValueError: If a name is none of a peer's.
@@ -377,4 +393,4 @@ def chosen(names: list[str] | None, policy: str) -> list[Peer]:
   if unknown:
     raise ValueError(f"Peers must be among {', '.join(PEERS)}. Got {', '.join(unknown)}.")
   wanted = names or list(PEERS)
-  return [PEERS[n] for n in wanted if policy in PEERS[n].policies and installed(PEERS[n])]
+  return [PEERS[name] for name in wanted if serves(PEERS[name], policy, workload)]

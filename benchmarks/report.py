@@ -74,6 +74,9 @@ def write(
 ) -> None:
   """Writes `name.json` and `name.md` into a folder.
 
+  Rows may come from several environments: the versions of packages that are not installed here
+  stay as the file has them.
+
   Args:
     name: the name of the files, without its ending.
     title: the heading.
@@ -84,10 +87,14 @@ def write(
     folder: where to write.
   """
   where = environment(device)
+  path = folder / f"{name}.json"
+  if path.exists():
+    earlier = json.loads(path.read_text())["environment"]["versions"]
+    where["versions"] = {**earlier, **where["versions"]}
   found = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
   text = f"# {title}\n\n{where['date']}, {device}, {where['cores']} cores. {found}.\n\n"
   text += f"```bash\n{command}\n```\n\n{tables}\n"
   folder.mkdir(parents=True, exist_ok=True)
   result = {"title": title, "command": command, "environment": where, "rows": rows}
-  (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+  path.write_text(json.dumps(result, indent=1) + "\n")
   (folder / f"{name}.md").write_text(text)

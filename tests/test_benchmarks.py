@@ -126,4 +126,4 @@ def test_a_report_holds_its_rows_and_where_they_were_measured(tmp_path):
 
 def test_an_unknown_peer_is_refused_with_the_names_that_are_known():
   with pytest.raises(ValueError, match=r"Peers must be among float32, .* Got nobody\."):
-    peers.chosen(["nobody"], "mixed_bfloat16")
+    peers.chosen(["nobody"], "mixed_bfloat16", workloads.TINY["gpt"]())

@@ -19,7 +19,8 @@ def moved(text: str) -> int:
   """Bytes that the kernels of a compiled program read and write.
 
   Each kernel counts with the whole of its operands and results: a slice that is updated in place
-  therefore counts as its whole array. A loop counts as often as the compiler knows it to run.
+  therefore counts as its whole array. A loop counts as often as the compiler knows it to run, a
+  conditional as its costliest branch.
 
   Args:
     text: `compiled.as_text()`.
@@ -60,10 +61,18 @@ def _moved(computations: dict[str, list[str]], name: str) -> int:
     sizes[result.lstrip("%")] = size(shape)
     if opcode == "while":
       total += _loop(computations, rest)
+    elif opcode == "conditional":
+      total += max(_moved(computations, branch) for branch in _branches(rest))
     elif opcode not in _FREE:
       operands = re.findall(r"%?([\w.\-]+)", rest.split(")")[0])
       total += size(shape) + sum(sizes.get(operand, 0) for operand in operands)
   return total
+
+
+def _branches(rest: str) -> list[str]:
+  listed = re.search(r"branch_computations=\{(.*?)\}", rest)
+  found = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(\S+)", rest))
+  return re.findall(r"[\w.\-]+", found)
 
 
 def _loop(computations: dict[str, list[str]], rest: str) -> int:

@@ -330,6 +330,11 @@ def mpjax_outside(workload: Workload, policy: str, tx: Any, scaling: Scaling) ->
   return _mpjax(loss_of(workload, model), model, policy, tx, scaling)
 
 
+def mpjax_statistics(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`mpjax_inside`, the statistics of every step collected."""
+  return mpjax_inside(workload, policy, mpjax.inspect.collect_statistics(tx), scaling)
+
+
 class Peer(NamedTuple):
   """A tool.
 
@@ -353,6 +358,7 @@ BY_HAND = "Flax `dtype=` by hand"
 WIDE_SOFTMAX = "by hand, float32 softmax"
 INSIDE = "mpjax, loss inside"
 OUTSIDE = "mpjax, loss outside"
+STATISTICS = "mpjax, statistics collected"
 HAIKU = "Haiku policy"
 HAIKU_FLOAT32 = "Haiku, float32"
 
@@ -368,6 +374,7 @@ ALL = (
   Peer(HAIKU, haiku_policy, ("haiku", "jmp")),
   Peer(INSIDE, mpjax_inside),
   Peer(OUTSIDE, mpjax_outside),
+  Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
 )
 PEERS = {peer.name: peer for peer in ALL}
 

@@ -77,6 +77,14 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert sine_and_matmul <= one_turn <= sine_and_matmul + carry_copied_and_counted
 
 
+def test_a_conditional_counts_as_its_costliest_branch():
+  branches = [lambda x: x, lambda x: x @ x @ x]
+  fn = jax.jit(lambda which, x: jax.lax.switch(which, branches, x))
+  text = fn.lower(jnp.int32(0), jnp.ones((64, 64))).compile().as_text()
+  square_and_product, copied_in_and_out = (2 + 3) * 64 * 64 * 4, 4 * 64 * 64 * 4 + 64
+  assert square_and_product <= hlo.moved(text) <= square_and_product + copied_in_and_out
+
+
 def test_a_poisoned_batch_makes_a_loss_that_is_not_finite():
   workload = workloads.PROBES["embedding"]
   inputs, labels = workloads.batch_of(workload)

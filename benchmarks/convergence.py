@@ -8,6 +8,7 @@ computed in float32 on held-out data, with its spread over seeds.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import sysconfig
@@ -207,28 +208,30 @@ COLUMNS = {
 
 
 def main() -> None:
-  """Trains every task in every precision; writes the results."""
+  """Trains every task in every precision; adds its rows to the results."""
   parser = argparse.ArgumentParser(description="The same training in five precisions.")
   parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
   parser.add_argument("--steps", type=int, help="instead of each task's own number")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
-  rows = []
+  path = arguments.out / "convergence.json"
+  rows = json.loads(path.read_text())["rows"] if path.exists() else []
+  rows = [row for row in rows if row["task"] not in arguments.task]
   for task in arguments.task:
     for precision in PRECISIONS:
       print(f"{task} {precision} ...", file=sys.stderr, flush=True)
       rows.append(measure(task, precision, arguments.seeds, arguments.steps or STEPS[task]))
-  rows = with_verdicts(rows)
-  report.write(
-    "convergence",
-    "The same training in five precisions",
-    "python -m benchmarks.convergence",
-    "CPU",
-    rows,
-    report.table(rows, COLUMNS),
-    arguments.out,
-  )
+    rows = with_verdicts(rows)
+    report.write(
+      "convergence",
+      "The same training in five precisions",
+      "python -m benchmarks.convergence",
+      "CPU",
+      rows,
+      report.table(rows, COLUMNS),
+      arguments.out,
+    )
 
 
 if __name__ == "__main__":

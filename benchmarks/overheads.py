@@ -9,8 +9,10 @@ time grows is the slope of its logarithm over that of the model's depth: 1 is in
 
 import argparse
 import gc
+import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ COLUMNS = {
   "layers": "layers",
   "peer": "peer",
   "seconds": "seconds",
+  "repetitions": "median of",
   "ratio": "to float32",
   "slope": "log-log slope over depth",
 }
@@ -152,38 +155,47 @@ def with_slopes(rows: list[report.Row]) -> list[report.Row]:
   return done
 
 
+def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
+  """Old rows, those that were measured again replaced, with their slopes."""
+  found = {(row["measure"], row["layers"], row["peer"]): row for row in [*old, *new]}
+  names = list(MEASURES)
+  return with_slopes(sorted(found.values(), key=lambda r: (names.index(r["measure"]), r["layers"])))
+
+
 def main() -> None:
   """Measures each depth; adds the tables to the results."""
   parser = argparse.ArgumentParser(description="What mixed precision costs beside computing.")
   parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
   parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
   parser.add_argument("--policy", default="mixed_float16")
-  parser.add_argument("--peers", nargs="+", help="names; all that are installed otherwise")
+  parser.add_argument("--peers", nargs="+", help="beside float32; all that are installed otherwise")
   parser.add_argument("--repetitions", type=int, default=5)
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
 
   from benchmarks import peers, workloads
 
-  wanted = peers.chosen(arguments.peers, arguments.policy, workloads.TINY["gpt"]())
-  wanted.sort(key=lambda peer: peer.name != peers.FLOAT32)
-  rows: list[report.Row] = []
+  names = arguments.peers and list(dict.fromkeys([peers.FLOAT32, *arguments.peers]))
+  wanted = peers.chosen(names, arguments.policy, workloads.TINY["gpt"]())
+  path = arguments.out / "overheads.json"
+  rows = json.loads(path.read_text())["rows"] if path.exists() else []
   for name in arguments.measure:
     # Compiling takes too long for many depths; Python's share does not depend on it much.
     depths = arguments.layers if name == "trace" else arguments.layers[:1]
     for layers in depths:
       workload = workloads.TINY["gpt"](layers=layers)
-      rows += measure(name, wanted, arguments.policy, workload, layers, arguments.repetitions)
-  rows = with_slopes(rows)
-  report.write(
-    "overheads",
-    f"Overheads of {arguments.policy}, tiny GPT, processor time",
-    "python -m benchmarks.overheads",
-    "CPU",
-    rows,
-    report.table(rows, COLUMNS),
-    arguments.out,
-  )
+      print(f"{name}, {layers} layers ...", file=sys.stderr, flush=True)
+      new = measure(name, wanted, arguments.policy, workload, layers, arguments.repetitions)
+      rows = merge(rows, new)
+      report.write(
+        "overheads",
+        f"Overheads of {arguments.policy}, tiny GPT, processor time",
+        "python -m benchmarks.overheads",
+        "CPU",
+        rows,
+        report.table(rows, COLUMNS),
+        arguments.out,
+      )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ COLUMNS = {
   "error": "error",
 }
 _LATE = "not done after"
+_TINY_BYTES = 2**24
 TORCH = ("torch, float32", "torch.amp", "torch.amp, compiled")
 KEY = ("workload", "kind", "peer", "policy", "precision")
 
@@ -85,15 +86,16 @@ def _possible(cell: dict[str, Any]) -> bool:
   return peers.serves(peers.PEERS[cell["peer"]], cell["policy"], workload)
 
 
-def run(cell: dict[str, Any], seconds: float) -> report.Row:
+def run(cell: dict[str, Any], seconds: float, limit: int | None = None) -> report.Row:
   """Measures a cell in a process of its own; a failure is a row that says so.
 
   Args:
     cell: what to measure.
     seconds: after so many it is given up.
+    limit: bytes that the largest batch may take; those of the card otherwise.
   """
   module = "torch_cell" if cell["peer"] in TORCH else "gpu_cell"
-  given = {**cell, "compiled": cell["peer"].endswith("compiled")}
+  given = {**cell, "compiled": cell["peer"].endswith("compiled"), "limit": limit}
   command = [sys.executable, "-m", f"benchmarks.{module}", json.dumps(given)]
   try:
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
@@ -157,7 +159,7 @@ def main() -> None:
     if left < 20:
       print("The minutes are over; start it again to go on.", file=sys.stderr)
       break
-    rows.append(run(cell, left))
+    rows.append(run(cell, left, _TINY_BYTES if arguments.tiny else None))
     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     report.write(
       "gpu",

@@ -64,7 +64,9 @@ def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
 
 def largest(cell: dict[str, Any]) -> dict[str, Any]:
   """The largest batch that fits, from the line through two compiled sizes, then run."""
-  limit = cell.get("limit") or jax.devices()[0].memory_stats()["bytes_limit"]
+  limit = cell.get("limit") or (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  if limit is None:
+    raise ValueError("The cell must have a limit in bytes where the device states none. Add it.")
   first = workload_of(cell).inputs.shape[0]
   sizes = [needed(compiled_step(cell, workload_of(cell, n))[1]) for n in (first, 2 * first)]
   slope = (sizes[1] - sizes[0]) / first

@@ -75,6 +75,8 @@ class Step:
 
 def largest(cell: dict[str, Any]) -> dict[str, Any]:
   """The largest batch that fits: doubled until it does not, then halved steps back."""
+  if not torch.cuda.is_available():
+    raise RuntimeError("The largest batch is looked for on a CUDA card. There is none here.")
   size = fits = timed(cell)["batch"]
   best: dict[str, Any] = {}
   step = size

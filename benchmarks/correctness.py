@@ -386,7 +386,7 @@ def _cell(row: report.Row) -> str:
 
 
 # The tiny workload that is run, and the full one that is traced for its share of FLOPs.
-SUBJECTS = {"gpt": "gpt-small", "vit": "vit-base", "resnet": "resnet-50", "lstm": "lstm"}
+SUBJECTS = {"gpt": "gpt-small", "vit": "vit-base", "resnet": "resnet-50", "lstm": "lstm-2x1024"}
 
 
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:

@@ -146,7 +146,7 @@ def main() -> None:
   arguments = parser.parse_args()
   ends = time.monotonic() + 60 * arguments.minutes
   names = arguments.workload or (
-    ["gpt", "resnet"] if arguments.tiny else ["gpt-124m", "resnet-50", "vit-base", "lstm"]
+    ["gpt", "resnet"] if arguments.tiny else ["gpt-124m", "resnet-50", "vit-base", "lstm-2x1024"]
   )
   path = arguments.out / "gpu.json"
   rows = json.loads(path.read_text())["rows"] if path.exists() else []

@@ -85,7 +85,7 @@ FULL: dict[str, Callable[..., Workload]] = {
   ),
   "vit-base": lambda batch=32: vision("vit-base", models.VisionTransformer, batch, 224, 1000),
   "resnet-50": lambda batch=32: vision("resnet-50", models.ResNet, batch, 224, 1000),
-  "lstm": lambda batch=64: language("lstm", models.RecurrentModel, batch, 128, 10000),
+  "lstm-2x1024": lambda batch=64: language("lstm-2x1024", models.RecurrentModel, batch, 128, 10000),
   "optimizer-1m": lambda: optimizer("optimizer-1m", 1),
   "optimizer-30m": lambda: optimizer("optimizer-30m", 30),
   "optimizer-1000m": lambda: optimizer("optimizer-1000m", 1000),

@@ -48,6 +48,12 @@ def test_every_model_runs_its_matmuls_in_16_bits_under_the_policy(name):
   assert flops.low_share(flops.contractions(step, *arguments)) == 1
 
 
+def test_every_workload_goes_by_one_name():
+  named = [*workloads.FULL.items(), *workloads.TINY.items()]
+  assert [name for name, make in named] == [make().name for name, make in named]
+  assert len(dict(named)) == len(named)
+
+
 def test_operations_are_counted_as_in_the_textbook():
   def fn(x, kernel, w):
     y = jax.lax.conv_general_dilated(

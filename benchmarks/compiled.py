@@ -9,6 +9,7 @@ workload, policy and peer, and results/compiled.md is written anew from all of t
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -55,6 +56,7 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
     "peer": peer.name,
     "jax": jax.__version__,
     "compiler": compiler(target),
+    "flags": os.environ["XLA_FLAGS"],
     "date": time.strftime("%Y-%m-%d", time.gmtime()),
     "low_share": flops.low_share(operations),
     "flops": operations.total(),
@@ -113,10 +115,14 @@ def markdown(rows: list[report.Row]) -> str:
   parts = []
   for (target, workload, policy), found in cells.items():
     parts.append(f"## {target}, {workload} (batch {found[0]['batch']}), {policy}\n")
-    made = {f"{row['date']}, JAX {row['jax']}, {row['compiler']}" for row in found}
-    parts.append("; ".join(sorted(made)) + "\n")
+    parts.append("; ".join(sorted({_made(row) for row in found})) + "\n")
     parts.append(report.table(shown(found), COLUMNS) + "\n")
   return "\n".join(parts)
+
+
+def _made(row: report.Row) -> str:
+  how = f"{row['date']}, JAX {row['jax']}, {row['compiler']}"
+  return f"{how}, `{row['flags']}`" if row.get("flags") else how
 
 
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:

@@ -35,13 +35,19 @@ PLATFORM = {"cpu": "cpu", "h100": "cuda", "v100": "cuda", "v5e": "tpu", "v6e": "
 def prepare(target: str, *, quick: bool = False) -> None:
   """Sets the environment variables of a target; call it before JAX is imported.
 
+  Flags of XLA that are set already stay.
+
   Args:
     target: one of `TARGETS`.
     quick: whether to compile without optimizing, where what is computed matters and not how fast.
   """
-  os.environ.update(ENVIRONMENT[target], JAX_PLATFORMS="cpu")
-  if quick:
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_QUICK]).strip()
+  settings = dict(ENVIRONMENT[target])
+  flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    settings.pop("XLA_FLAGS", ""),
+    *(_QUICK if quick else ()),
+  ]
+  os.environ.update(settings, JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(filter(None, flags)))
 
 
 def target_device(target: str) -> Any:

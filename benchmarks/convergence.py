@@ -53,25 +53,52 @@ class Task(NamedTuple):
   score: Callable[[jax.Array, np.ndarray], float]
 
 
-def digits(steps: int) -> Task:
-  """1,797 pictures of 8 x 8 pixels, every fifth held out."""
+def pictures() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """1,797 pictures of 8 x 8 pixels, their digits, and which of them, every fifth, are held out."""
   from sklearn.datasets import load_digits
 
   data: Any = load_digits()
   images, labels = (data.data / 16).astype(np.float32), data.target.astype(np.int32)
-  held = np.arange(len(labels)) % 5 == 0
+  return images, labels, np.arange(len(labels)) % 5 == 0
+
+
+def digits(steps: int) -> Task:
+  """Which digit a picture shows."""
+  images, labels, held = pictures()
   size = 128
 
   def batch(seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = np.random.default_rng((seed, step)).integers(0, (~held).sum(), size)
     return images[~held][chosen], labels[~held][chosen]
 
-  pictures = jax.ShapeDtypeStruct((size, 64), jnp.float32)
+  picture = jax.ShapeDtypeStruct((size, 64), jnp.float32)
   digit = jax.ShapeDtypeStruct((size,), jnp.int32)
-  workload = workloads.Workload("digits", models.Perceptron, {}, pictures, digit, 10)
+  workload = workloads.Workload("digits", models.Perceptron, {}, picture, digit, 10)
   tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
   held_out = images[held], labels[held]
   return Task(workload, tx, batch, held_out, "accuracy, %", 1, accuracy)
+
+
+def autoencoder(steps: int) -> Task:
+  """The picture itself, out of its own features; the loss is a mean over all pixels of a batch.
+
+  Each pixel's share of it is small, and sigmoids shrink it further: below float16's range.
+  """
+  images, _, held = pictures()
+  size = 128
+
+  def batch(seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    chosen = images[~held][np.random.default_rng((seed, step)).integers(0, (~held).sum(), size)]
+    return chosen, chosen
+
+  picture = jax.ShapeDtypeStruct((size, 64), jnp.float32)
+  sizes = {"layers": 6, "classes": 64}
+  workload = workloads.Workload(
+    "autoencoder", models.Perceptron, sizes, picture, picture, 1, squares
+  )
+  tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+  held_out = images[held], images[held]
+  return Task(workload, tx, batch, held_out, "variance left, %", -1, variance_left)
 
 
 def text(steps: int) -> Task:
@@ -101,13 +128,27 @@ def accuracy(logits: jax.Array, labels: np.ndarray) -> float:
   return 100 * float((np.asarray(logits).argmax(-1) == labels).mean())
 
 
+def squares(outputs: jax.Array, wanted: jax.Array) -> jax.Array:
+  """The mean squared error, in float32: f32[]."""
+  return jnp.mean((outputs.astype(jnp.float32) - wanted) ** 2)
+
+
+def variance_left(outputs: jax.Array, wanted: np.ndarray) -> float:
+  """The mean squared error as a percentage of the pixels' variance about their means."""
+  return 100 * float(squares(outputs, jnp.asarray(wanted))) / float(wanted.var(0).mean())
+
+
 def bits(logits: jax.Array, labels: np.ndarray) -> float:
   """The mean cross-entropy in bits."""
   return float(workloads.cross_entropy(logits, jnp.asarray(labels))) / float(np.log(2))
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"digits": digits, "text": text}
-STEPS = {"digits": 400, "text": 200}
+TASKS: dict[str, Callable[[int], Task]] = {
+  "digits": digits,
+  "autoencoder": autoencoder,
+  "text": text,
+}
+STEPS = {"digits": 400, "autoencoder": 600, "text": 200}
 
 
 def _without_scaling(workload: workloads.Workload, tx: Any) -> peers.Training:

@@ -264,7 +264,6 @@ def distance(a, b):
 
 SAMPLES = 2
 FACTOR = 4.0
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def bound(want, rounded, unit):
@@ -276,7 +275,7 @@ def bound(want, rounded, unit):
 
 def run_all(fns, *args):
   """The results of several functions by one compilation, as arrays of NumPy."""
-  run = jax.jit(lambda *args: [fn(*args) for fn in fns], compiler_options=QUICK_TO_COMPILE)
+  run = jax.jit(lambda *args: [fn(*args) for fn in fns])
   return jax.device_get(run(*args))
 
 

@@ -122,6 +122,59 @@ def test_float32_in_a_branch_and_in_a_jitted_function_is_found():
   assert [leak.op for leak in explain(fn, "mixed_bfloat16", SQUARE, X).leaks] == ["mul", "mul"]
 
 
+@jax.custom_vjp
+def doubled(x):
+  return 2 * x
+
+
+def double_backward(_, g):
+  weighted = g * planted.TABLE
+  return (weighted @ jnp.eye(W),)
+
+
+doubled.defvjp(lambda x: (2 * x, None), double_backward)
+
+
+def custom_loss(params, x):
+  with jax.named_scope("body"):
+    h = doubled(x @ params["a"])
+  return jnp.mean((h @ params["b"]) ** 2)
+
+
+def test_a_leak_in_the_backward_pass_alone_is_seen_with_grad():
+  params = {"a": SQUARE, "b": SQUARE}
+  assert explain(custom_loss, "mixed_bfloat16", params, X).keeps_promise
+  report = explain(custom_loss, "mixed_bfloat16", params, X, grad=True)
+  (leak,) = report.leaks
+  assert leak.backward and leak.module == "body" and leak.op == "mul"
+  assert leak.widened_by == (f"the constant f32[1,{W}]",)
+  assert leak.read_by.startswith("dot_general")
+  assert report.name == "gradient of custom_loss" and "(backward)" in str(report)
+  # forward 2, backward: two of each layer but for x's own gradient, and the rule's
+  assert report.flops == 6 * 2 * 2 * W * W and report.narrow_share == 1.0
+
+
+@pytest.mark.parametrize("kind", STRAY)
+def test_grad_follows_models_and_results_that_are_no_scalars(kind):
+  fn, model, inputs = STRAY[kind]
+  args = {
+    "function": (fn, "mixed_bfloat16", {"a": SQUARE, "b": SQUARE}, inputs),
+    "linen": (model, "mixed_bfloat16", variables_of(model, inputs) if kind == "linen" else 0, X),
+    "nnx": (model, "mixed_bfloat16", inputs),
+  }[kind]
+  with jax.numpy_dtype_promotion("standard"):
+    report = explain(*args, grad=True)
+  backward = [op for op in report.ops if op.op == "dot_general" and op.backward]
+  assert {op.module.split("/")[0] for op in backward} == {"hidden", "head"}
+  assert report.leaks[0].module == "hidden" and not report.leaks[0].backward
+  assert report.narrow_share == 1.0
+
+
+def test_grad_without_a_parameter_says_what_to_set():
+  with pytest.raises(ValueError, match=r"grad=True differentiates .* Set argnums"):
+    explain(lambda n, x: n * x, "mixed_bfloat16", jnp.arange(3), jnp.ones(3), grad=True)
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
 def test_positions_and_unknown_operations_are_named_as_origins(backward):
   twice = Primitive("twice")

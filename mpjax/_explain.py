@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mpjax import _flow
-from mpjax._flow import Flow, Widening
+from mpjax._flow_data import Flow, Widening
 from mpjax._flow_report import (
   TOP,
   CastFlow,

@@ -1,5 +1,8 @@
 """explain: on faults that were planted it names the module, the line and the operand."""
 
+import ntpath
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jax.interpreters import mlir
 
 import _planted as planted
 import mpjax
+from mpjax import _flow, _source
 from mpjax.inspect import explain
 
 W = planted.WIDTH
@@ -95,6 +99,35 @@ def test_flops_and_bytes_of_a_scan_count_every_iteration():
   assert report.flops == 6 * 2 * 2 * W * W
   assert report.to_rows()[0]["bytes.bfloat16"] == (6 + 5) * 2 * W * 2
   assert sum(op.count for op in report.ops if op.op == "dot_general") == 2
+
+
+def nested(depth):
+  def fn(w, x):
+    body = lambda c: jnp.tanh(c @ w) * planted.TABLE
+    for _ in range(depth):
+      body = lambda c, inner=body: jax.lax.scan(lambda c, _: (inner(c), None), c, None, length=2)[0]
+    return body(x)
+
+  return fn
+
+
+def test_nested_scans_cost_no_more_than_their_number(monkeypatch):
+  visited = []
+  monkeypatch.setattr(_flow, "line_of", lambda eqn, outer: visited.append(eqn) or outer)
+  counts = []
+  for depth in (2, 4, 8):
+    visited.clear()
+    report = explain(nested(depth), "mixed_bfloat16", SQUARE, X)
+    counts.append(len(visited))
+    assert report.flops == 2**depth * 2 * 2 * W * W and len(report.leaks) == 1
+  assert counts[2] - counts[1] <= 2.5 * (counts[1] - counts[0])  # twice as many more scans
+
+
+def test_library_folders_end_with_the_separator_of_the_system(monkeypatch):
+  spec = SimpleNamespace(submodule_search_locations=["C:\\site\\jax"])
+  monkeypatch.setattr(_source.importlib.util, "find_spec", lambda name: spec)
+  monkeypatch.setattr(_source.os, "path", ntpath)
+  assert set(_source._library_folders.__wrapped__()) == {"C:\\site\\jax\\"}
 
 
 def test_what_widens_a_carry_is_named_in_the_body_of_the_loop():

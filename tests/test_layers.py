@@ -30,7 +30,7 @@ LAYERS = (
   (3, "_borders", "_idioms", "_values"),
   (3, "_islands", "_planner", "_segments"),
   (3, "_interpreter", "_nonfinite"),
-  (3, "_flow_costs", "_lockstep_stats"),
+  (3, "_flow_costs", "_flow_data", "_lockstep_stats"),
   (3, "_flow"),
   (3, "_autocast", "_lockstep"),
   (4, "_accumulation", "_steps"),

@@ -27,10 +27,9 @@ from mpjax._lockstep import (
   Lockstep,
   Opaque,
   Pair,
-  Stats,
-  compare,
   doubled,
 )
+from mpjax._lockstep_stats import Stats, compare
 from mpjax._plan import Plan
 from mpjax._planner import Planner
 from mpjax._policy_map import as_policy_map
@@ -55,7 +54,9 @@ def check(
   """Compare a function under a policy with itself in float32, module by module.
 
   Both run once, side by side, on the values given: what each module is given and hands out is
-  compared, inside ``jit``, ``checkpoint`` and ``scan`` too, and the gradients of the parameters.
+  compared, inside ``jit``, ``checkpoint``, ``scan``, ``while``, ``cond`` and ``shard_map`` too, and
+  the gradients of the parameters. Of a ``while`` loop the worst iteration counts; where the two
+  take different branches of a ``cond``, what the branches return is compared and no more.
   A result that is no scalar is differentiated along fixed random signs.
 
   Args:
@@ -220,6 +221,8 @@ def _rows(crossings: Sequence[Crossing], root: int) -> list[ModuleCheck]:
   left: dict[str, list[Crossing]] = {}
   entered: dict[str, list[Crossing]] = {}
   for crossing in crossings:
+    if not np.any(crossing.stats.times):  # in a branch that was not taken
+      continue
     for path in crossing.border.leaves:
       left.setdefault(_name(path, root), []).append(crossing)
     for path in crossing.border.enters:
@@ -254,16 +257,18 @@ def _badness(difference: Difference) -> tuple[float, ...]:
 
 def _worst_iteration(crossing: Crossing) -> int | None:
   if not crossing.border.loop:
-    return None
-  error, norm = (
-    np.square(np.asarray(x, float)).reshape(crossing.border.loop[0], -1).sum(1)
-    for x in crossing.stats[:2]
+    found = int(np.max(crossing.stats.iteration))
+    return found if found >= 0 else None
+  stats, length = crossing.stats, crossing.border.loop[0]
+  error, norm, overflow = (
+    np.asarray(x, float).reshape(length, -1) for x in (stats.error, stats.norm, stats.overflow)
   )
-  return int(np.argmax(_ratio(error, norm)))
+  ratio = _ratio(np.square(error).sum(1), np.square(norm).sum(1))
+  return int(np.lexsort((-np.arange(length), ratio, overflow.sum(1)))[-1])
 
 
 def _pooled(crossings: Sequence[Crossing]) -> Difference:
-  sizes = [c.border.size * int(np.prod(c.border.loop, dtype=int)) for c in crossings]
+  sizes = [c.border.size * int(np.sum(c.stats.times)) for c in crossings]
   return _difference([crossing.stats for crossing in crossings], sizes)
 
 
@@ -272,7 +277,7 @@ def _difference(stats: Sequence[Stats], sizes: Sequence[int]) -> Difference:
   columns = (np.concatenate([np.ravel(x) for x in column]) for column in zip(*stats, strict=True))
   if not stats:
     return Difference(0.0, 1.0, 0, 0, 0, 0.0)
-  error, norm, cosine, overflow, underflow, largest = (np.asarray(c, float) for c in columns)
+  error, norm, cosine, overflow, underflow, largest, *_ = (np.asarray(c, float) for c in columns)
   total = np.square(norm).sum()
   return Difference(
     float(np.sqrt(_ratio(np.square(error).sum(), total))),

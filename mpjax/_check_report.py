@@ -50,7 +50,8 @@ class ModuleCheck:
     error_in: The largest relative error among what it is given.
     added: The relative error that is its own: what is left of the output's beyond `error_in`.
     inherits: Whether what it is given overflows or underflows already.
-    worst_iteration: In which iteration of a scan the error is largest; None outside of scans.
+    worst_iteration: In which iteration of a scan or while loop the error is largest; None outside
+      of loops. What a while loop's modules hand out is that of this iteration alone.
   """
 
   module: str
@@ -104,7 +105,7 @@ class CheckReport(Report):
     result: What the function returns.
     rows: What each module hands out, in the order of the program.
     gradients: The gradient of each parameter; empty if they were not asked for.
-    not_looked_into: Loops and custom derivatives that were compared from outside only.
+    not_looked_into: Custom derivatives that were compared from outside only.
   """
 
   name: str

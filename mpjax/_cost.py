@@ -39,6 +39,9 @@ class CostRow(NamedTuple):
     bytes_moved: Bytes read and written in a step.
     compile_seconds: The time to compile it.
     error: Why the compiler gave up, if it did: the step does not fit into the device's memory.
+    flops_lowered: Whether ``flops`` is XLA's figure for the program before it is compiled, for the
+      compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
+      call of a library not at all.
   """
 
   policy: str
@@ -50,6 +53,7 @@ class CostRow(NamedTuple):
   bytes_moved: float | None
   compile_seconds: float
   error: str | None = None
+  flops_lowered: bool = False
 
   @property
   def peak_bytes(self) -> int | None:
@@ -100,13 +104,15 @@ class CostReport(Report):
           _number(size, _MIB)
           for size in (row.argument_bytes, row.temp_bytes, row.output_bytes, row.peak_bytes)
         ),
-        _number(row.flops, 1e9),
+        _number(row.flops, 1e9) + "~" * row.flops_lowered,
         _number(row.bytes_moved, _MIB),
       ]
       for row in self.rows
     ]
     notes = ["peak: args + temp + output, what is donated once; - where the compiler says nothing."]
     errors = [f"{row.policy}: {row.error.splitlines()[0][:200]}" for row in self.rows if row.error]
+    if any(row.flops_lowered for row in self.rows):
+      notes.append("~: of the program before it is compiled, the body of a loop once.")
     return [Table(header, rows, notes=[*notes, *errors])]
 
   def _need(self, row: CostRow, first: CostRow) -> str:
@@ -244,7 +250,7 @@ class _Program:
     """The figures of the present backend's compiler."""
     lowered = self.jitted().lower(*self.shapes)
     began = time.perf_counter()
-    figures = read_figures(lowered.compile())
+    figures = read_figures(lowered.compile(), lambda: lowered)
     return {**figures, "compile_seconds": time.perf_counter() - began}
 
   def export_for(self, target: Target) -> bytes:
@@ -280,7 +286,7 @@ def _memory_here() -> int | None:
 
 def _row(name: str, figures: Mapping[str, Any]) -> CostRow:
   stated: dict[str, Any] = {key: figures.get(key) for key in CostRow._fields[1:]}
-  return CostRow(name, **stated)
+  return CostRow(name, **{**stated, "flops_lowered": bool(figures.get("flops_lowered"))})
 
 
 def _number(value: float | None, unit: float) -> str:

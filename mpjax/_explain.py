@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mpjax import _flow
-from mpjax._flow import Flow, Widening
+from mpjax._flow_data import Flow, Widening
 from mpjax._flow_report import (
   TOP,
   CastFlow,
@@ -27,6 +27,7 @@ def explain(
   policy: PolicyLike | None,
   *args: Any,
   argnums: int | Sequence[int] = 0,
+  grad: bool = False,
   **kwargs: Any,
 ) -> FlowReport:
   """Report what a policy does to a function or model, without running anything.
@@ -41,13 +42,17 @@ def explain(
       then its own.
     *args: What the function or the model takes; for a Linen module, its variables first.
     argnums: Which arguments of a function hold its parameters, as for `mpjax.autocast`.
+    grad: Whether to follow the backward pass too: the gradients of the parameters, from the sum of
+      the results. What stands in it is marked as ``backward``; rules of ``custom_vjp`` are part
+      of it.
     **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
 
   Returns:
     The report. ``report.leaks`` is empty if the policy does what it promises.
 
   Raises:
-    ValueError: A rule of the policy map matches nothing; a module without a policy came with None.
+    ValueError: A rule of the policy map matches nothing; a module without a policy came with None;
+      ``grad`` and no parameter is a float.
     TypeError: ``fn`` is none of these.
 
   Example:
@@ -62,6 +67,7 @@ def explain(
     (1.0, [('the constant f32[2,8]',)])
   """
   subject = subject_of(fn, policy, args, kwargs, argnums)
+  subject = subject.backward() if grad else subject
   decided = subject.decide_abstractly()
   names = subject.operand_names()
   return _report(subject, _flow.follow(decided.planner, decided.plan, names))

@@ -7,9 +7,7 @@ multiplied wide although no operation of the primitive table asked for float32.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -18,129 +16,24 @@ import numpy as np
 from mpjax import _versions
 from mpjax._dtypes import FLOAT32, describe
 from mpjax._flow_costs import MATMULS, bytes_of, flops, has_floats, returns, runs_in, shards
+from mpjax._flow_data import (
+  MEANT,
+  NOTHING,
+  Birth,
+  Flow,
+  Island,
+  OpCount,
+  OpKey,
+  Value,
+  Widening,
+)
 from mpjax._jaxpr import JaxprEqn, Literal
 from mpjax._plan import Plan, Read, Step
 from mpjax._planner import Planner
 from mpjax._precision import Form, Kind, Rule
-from mpjax._scopes import Path
 from mpjax._source import UNKNOWN, Line, line_of
 
 _KEEP = "name"
-
-
-class Birth(NamedTuple):
-  """Where float32 comes from.
-
-  Attributes:
-    kind: "argument", "constant", "number", "integers", "operation", "unknown" or "formats"; or
-      "meant", if the table, a rule or a marker asks for it.
-    what: Its name and shape.
-    line: The line that made it, where one did.
-  """
-
-  kind: str
-  what: str
-  line: Line = UNKNOWN
-
-  def __str__(self) -> str:
-    where = f" at {self.line}" if self.line.line else ""
-    return f"{_WORDS[self.kind]} {self.what}{where}"
-
-
-_WORDS = {
-  "argument": "the argument",
-  "constant": "the constant",
-  "number": "the number",
-  "integers": "integers made float:",
-  "operation": "the result of",
-  "unknown": "the unknown operation",
-  "formats": "two 16-bit formats:",
-  "meant": "",
-}
-MEANT = Birth("meant", "")
-
-
-class Value(NamedTuple):
-  """What is known of a float value beside its form."""
-
-  narrow: bool = False
-  """Whether it is 16-bit in meaning, in whatever dtype a body of a jit takes it."""
-  origins: frozenset[Any] = frozenset()
-  """If not: its births, and the numbers of the widenings that it came out of."""
-  history: frozenset[int] = frozenset()
-  """The widenings that led to it, sensitive operations between them or not."""
-  touched: bool = False
-  """Whether it comes from a narrow value."""
-
-
-_NOTHING = Value()
-
-
-@dataclass
-class Widening:
-  """A place where a narrow value met float32 and became float32."""
-
-  path: Path
-  backward: bool
-  op: str
-  line: Line
-  result: str
-  births: set[Birth]
-  bytes: int = 0
-  """How much more the values take that are float32 for no other reason."""
-  again: int = 0
-  """How many more narrow values it widened."""
-  reader: tuple[str, Line] | None = None
-  """The first matmul or convolution that had to cast it."""
-  before_matmul: bool = False
-
-  @property
-  def leaks(self) -> bool:
-    """Whether float32 goes on: into a matmul, or along a stream of values that meets others."""
-    return self.reader is not None or (self.again > 0 and self.before_matmul)
-
-
-class OpKey(NamedTuple):
-  """Operations that a report counts together."""
-
-  path: Path
-  backward: bool
-  op: str
-  rule: str
-  dtype: str
-  returns: str
-  won: int | None
-
-
-@dataclass
-class OpCount:
-  """How many operations, and what they cost."""
-
-  count: int = 0
-  flops: float = 0.0
-  bytes: float = 0.0
-
-
-class Island(NamedTuple):
-  """Connected operations that run in float32 within a 16-bit scope."""
-
-  path: Path
-  line: Line
-  ops: tuple[str, ...]
-  cause: str
-
-
-@dataclass
-class Flow:
-  """Everything that was counted along a plan."""
-
-  ops: dict[OpKey, OpCount] = field(default_factory=dict)
-  casts: Counter[tuple[Path, str, str]] = field(default_factory=Counter)
-  widenings: list[Widening] = field(default_factory=list)
-  islands: list[Island] = field(default_factory=list)
-  foreign: list[tuple[Path, str, Line]] = field(default_factory=list)
-  unknown: dict[tuple[str, Line], Path] = field(default_factory=dict)
-  loops: int = 0
 
 
 class Spot(NamedTuple):
@@ -167,7 +60,7 @@ def follow(planner: Planner, plan: Plan, names: Sequence[str]) -> Flow:
   walker = _Walker(planner)
   invars: Any = _versions.open_jaxpr(plan.jaxpr).invars
   operands = [
-    _born(Birth("argument", f"{name} {describe(v.aval)}")) if _is_data(form) else _NOTHING
+    _born(Birth("argument", f"{name} {describe(v.aval)}")) if _is_data(form) else NOTHING
     for name, v, form in zip(names, invars, plan.in_forms, strict=True)
   ]
   walker.walk(plan, operands, Spot())
@@ -179,9 +72,20 @@ class _Walker:
     self.planner = planner
     self.flow = Flow()
     self._widenings: dict[tuple[int, ...], int] = {}
+    self._walked: dict[Any, list[Value]] = {}
 
   def walk(self, plan: Plan, operands: Sequence[Value], spot: Spot) -> list[Value]:
     """Follow the values of a plan from its operands to its results."""
+    if spot.record:
+      return self.walk_anew(plan, operands, spot)
+    # Each of several nested loops walks its body until nothing changes; once for equal operands.
+    known = id(plan), spot.key, tuple(operands)
+    if known not in self._walked:
+      self._walked[known] = self.walk_anew(plan, operands, spot)
+    return self._walked[known]
+
+  def walk_anew(self, plan: Plan, operands: Sequence[Value], spot: Spot) -> list[Value]:
+    """The same, and count on the way what is to be recorded."""
     inner = _versions.open_jaxpr(plan.jaxpr)
     env: dict[Any, Value] = dict(zip(inner.invars, operands, strict=True))
     for var in inner.constvars:
@@ -218,7 +122,7 @@ class _Walker:
     self, step: Step, form: Form | None, values: list[Value], spot: Spot, line: Line
   ) -> Value:
     if form is None:
-      return _NOTHING
+      return NOTHING
     history = frozenset().union(*(v.history for v in values))
     touched = any(v.narrow or v.touched for v in values)
     if step.eqn.primitive.name in MATMULS:
@@ -427,7 +331,7 @@ _SENSITIVE = frozenset({Rule.FULL, Rule.ALWAYS, Rule.NAMED})
 def _read(env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line: Line) -> Value:
   """A value where it is used: after it left its module."""
   if form is None or form.kind < Kind.NARROW:
-    return _NOTHING
+    return NOTHING
   if isinstance(atom, Literal):
     return _born(Birth("number", f"{float(atom.val):g}", line))
   value = env[atom]
@@ -438,7 +342,7 @@ def _read(env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line:
 
 def _as_held(value: Value, form: Form | None) -> Value:
   if form is None or form.kind < Kind.NARROW:
-    return _NOTHING
+    return NOTHING
   if _is_data(form):
     return value
   return Value(True, frozenset(), value.history, True)
@@ -458,9 +362,9 @@ def _born(birth: Birth) -> Value:
 
 
 def _join(values: Iterable[Value]) -> Value:
-  values = [v for v in values if v != _NOTHING]
+  values = [v for v in values if v != NOTHING]
   if not values:
-    return _NOTHING
+    return NOTHING
   return Value(
     all(v.narrow for v in values),
     frozenset().union(*(v.origins for v in values)),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpjax._dtypes import FLOAT32, short_name
-from mpjax._flow import MATMULS
+from mpjax._flow_costs import MATMULS
 from mpjax._policy import spec
 from mpjax._policy_map import PolicyMap
 from mpjax._report import Report, Table, in_bytes, in_units

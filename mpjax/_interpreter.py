@@ -119,7 +119,7 @@ class Call:
     self.fn = fn
     self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
     names = sorted(kwargs)
-    is_param = _spread(
+    is_param = spread_flags(
       [*flags[0], *(flags[1][name] for name in names)],
       [*args, *(kwargs[name] for name in names)],
     )
@@ -146,11 +146,13 @@ class Call:
     return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
 
 
-def _spread(flag: Flag, value: Any) -> list[bool]:
+def spread_flags(flag: Flag, value: Any) -> list[bool]:
   """One flag for each leaf of a value; a sequence of flags goes with a sequence of values."""
   if isinstance(flag, bool):
     return [flag] * len(jax.tree.leaves(value))
-  return [leaf for part, entry in zip(flag, value, strict=True) for leaf in _spread(part, entry)]
+  return [
+    leaf for part, entry in zip(flag, value, strict=True) for leaf in spread_flags(part, entry)
+  ]
 
 
 def is_traced(x: Any) -> bool:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from mpjax import _jaxpr
 from mpjax._flow_report import TOP
 from mpjax._interpreter import Decided, Interpreter, is_traced
-from mpjax._nonfinite import Birth, Hunt, Spot, State, custom_rules, state_of
+from mpjax._nonfinite import PATIENCE, Birth, Hunt, Spot, State, custom_rules, state_of
 from mpjax._paths import leaf_paths
 from mpjax._planner import Planner
 from mpjax._policy_map import as_policy_map
 from mpjax._precision import Kind
 from mpjax._report import Report, Table
+from mpjax._source import Line
 from mpjax._subject import PolicyLike, Subject, concrete, is_float, subject_of
 
 _FLOAT32 = "float32"
@@ -34,12 +35,15 @@ class NonFiniteReport(Report):
     arrived: The results that are not.
     rows: Every operation that made inf out of finite numbers, or NaN out of others, in the order
       of the program; ``row.arrives`` says whether a result is not finite because of it.
+    unended: The lines of while loops that were left after 10,000 iterations with numbers that are
+      not finite, which may keep them from ending; what follows saw their values at that point.
   """
 
   name: str
   finite: bool
   arrived: tuple[str, ...]
   rows: tuple[Birth, ...]
+  unended: tuple[Line, ...] = ()
 
   @property
   def first(self) -> Birth | None:
@@ -49,6 +53,14 @@ class NonFiniteReport(Report):
   @property
   def summary(self) -> str:
     """What happened first, and where."""
+    return self._found + "".join(
+      f"\nThe while loop at {line} had not ended after {PATIENCE:,} iterations with numbers that "
+      "are not finite, and was left."
+      for line in self.unended
+    )
+
+  @property
+  def _found(self) -> str:
     if self.finite:
       inside = f" {len(self.rows)} made on the way did not reach it." if self.rows else ""
       return f"{self.name}: nothing that is not finite arrives in the result.{inside}"
@@ -103,8 +115,9 @@ def locate_nonfinite(
 
   The function runs once, one operation at a time, on the values given: inside ``jit``,
   ``checkpoint``, ``cond`` and custom derivatives, and in the iteration of a ``scan`` or ``while``
-  that goes wrong. What is inf by intent, such as the ``-inf`` of a mask, is no finding; a number
-  that is not finite but never reaches the result, as behind ``jnp.where``, is listed apart.
+  that goes wrong. A ``while`` that NaN keeps from ending is left after some time, and named. What
+  is inf by intent, such as the ``-inf`` of a mask, is no finding; a number that is not finite but
+  never reaches the result, as behind ``jnp.where``, is listed apart.
 
   Args:
     fn: A function of pytrees or NNX models (``jax.grad`` of a loss, say), a Linen module, or an
@@ -151,7 +164,9 @@ def locate_nonfinite(
     for n, b in enumerate(hunt.births)
   ]
   arrived = [name for name, x in zip(names, outs, strict=True) if state_of(x) is not State.FINITE]
-  return NonFiniteReport(subject.name, not arrived, tuple(arrived), tuple(births))
+  return NonFiniteReport(
+    subject.name, not arrived, tuple(arrived), tuple(births), tuple(dict.fromkeys(hunt.unended))
+  )
 
 
 def _namer(subject: Subject) -> Callable[[tuple[str, ...]], str]:

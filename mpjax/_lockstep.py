@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,37 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mpjax import _jaxpr, _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._flow_costs import MATMULS
 from mpjax._interpreter import Interpreter
 from mpjax._jaxpr import Literal
+from mpjax._lockstep_stats import Stats, compare, nothing, worse_of
 from mpjax._plan import Plan, Read, Step
 from mpjax._precision import Form, Kind, Rule
 from mpjax._scopes import Path
 from mpjax._source import UNKNOWN, Line, line_of
 from mpjax._values import Key, Values
-
-
-class Stats(NamedTuple):
-  """How a value differs from its reference; norms leave out what is not finite in either.
-
-  Attributes:
-    error: The norm of the difference.
-    norm: The norm of the reference.
-    cosine: Of the angle between the two; 1 if either is zero.
-    overflow: How many numbers are not finite although the reference is.
-    underflow: How many are zero although the reference is not.
-    largest: The largest magnitude in the reference.
-  """
-
-  error: Any
-  norm: Any
-  cosine: Any
-  overflow: Any
-  underflow: Any
-  largest: Any
 
 
 class Border(NamedTuple):
@@ -83,6 +66,16 @@ class Pair(NamedTuple):
   narrow: Any
 
 
+Results = tuple[list[Pair], list[Crossing]]
+
+
+class Traced(NamedTuple):
+  """The borders in a body, and the shapes of their statistics."""
+
+  borders: list[Border]
+  stats: Any
+
+
 class Lockstep:
   """Runs two plans of one jaxpr.
 
@@ -96,7 +89,7 @@ class Lockstep:
 
   def run(
     self, plans: Pair, operands: Sequence[Pair], base: Path = (), line: Line = UNKNOWN
-  ) -> tuple[list[Pair], list[Crossing]]:
+  ) -> Results:
     """Execute both plans; returns the results and what crossed a border on the way."""
     inner = _versions.open_jaxpr(plans.narrow.jaxpr)
     consts = _versions.constants(plans.narrow.jaxpr)
@@ -127,24 +120,115 @@ class Lockstep:
   def _step(self, steps: Pair, values: Pair, line: Line) -> list[Crossing]:
     step: Step = steps.narrow
     bodies = [Pair(*bodies) for bodies in zip(steps.reference.bodies, step.bodies, strict=True)]
-    if step.rule is Rule.CALL and step.eqn.primitive.name != "shard_map":
-      outs, crossings = self.run(bodies[0], _read(steps, values), step.place.path, line)
+    if step.rule in _ENTERED:
+      outs, crossings = _ENTERED[step.rule](self, steps, bodies, _read(steps, values), line)
       _write(steps, values, outs)
       return crossings
-    if step.rule is Rule.SCAN:
-      outs, crossings = self._scan(steps, bodies[0], _read(steps, values), line)
-      _write(steps, values, outs)
-      return crossings
-    if step.bodies and (step.rule in _LOOPS or any(map(_has_matmul, step.bodies))):
+    if any(map(_has_matmul, step.bodies)):
       self.opaque[Opaque(step.eqn.primitive.name, step.place.path, line)] = None
     for interpreter, side, values_of_side in zip(self._run, steps, values, strict=True):
       with _jaxpr.located(side.eqn):
         interpreter.run_step(side, values_of_side)
     return []
 
-  def _scan(
-    self, steps: Pair, body: Pair, operands: list[Pair], line: Line
-  ) -> tuple[list[Pair], list[Crossing]]:
+  def call(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
+    """Run what a call calls; what crosses borders in a shard_map is stacked over the devices."""
+    base, eqn = steps.narrow.place.path, steps.narrow.eqn
+    if eqn.primitive.name != "shard_map":
+      return self.run(bodies[0], operands, base, line)
+    params, borders = steps.narrow.params, list[Border]()
+    axes = tuple(params["newly_manual_axes"])
+
+    def shard(*operands: Pair) -> Any:
+      outs, crossings = self.run(bodies[0], operands, base, line)
+      borders[:] = [crossing.border for crossing in crossings]
+      return outs, jax.tree.map(lambda x: x[None], [crossing.stats for crossing in crossings])
+
+    mapped = jax.shard_map(
+      shard,
+      mesh=params["mesh"],
+      in_specs=tuple(params["in_specs"]),
+      out_specs=(list(params["out_specs"]), PartitionSpec(axes)),
+      axis_names=params["newly_manual_axes"],
+      check_vma=params["check_vma"],
+    )
+    with _jaxpr.located(eqn):
+      outs, stats = jax.jit(mapped)(*operands)
+    last = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), stats)  # after the axes of loops
+    return outs, _crossings(borders, last)
+
+  def cond(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
+    """Run the branch that both take; where they take two, only the results are compared."""
+    index, *rest = operands
+    base, eqn = steps.narrow.place.path, steps.narrow.eqn
+    taken = [self._traced(body, base, line, rest) for body in bodies]
+
+    def together(k: int, rest: list[Pair]) -> Any:
+      outs, crossings = self.run(bodies[k], rest, base, line)
+      own = [crossing.stats for crossing in crossings]
+      return _strong(outs), [own if n == k else nothing(t.stats) for n, t in enumerate(taken)]
+
+    def apart(rest: list[Pair]) -> Any:
+      columns = [
+        lax.switch(chosen, [functools.partial(run.run, body) for body in plans], column)
+        for run, chosen, plans, column in zip(
+          self._run, index, _columns(bodies), _columns(rest), strict=True
+        )
+      ]
+      return _strong([Pair(*pair) for pair in zip(*columns, strict=True)]), nothing(
+        [t.stats for t in taken]
+      )
+
+    last = len(bodies) - 1
+    first, second = (jnp.clip(i.astype(jnp.int32), 0, last) for i in index)
+    branches = [functools.partial(together, k) for k in range(len(bodies))]
+    with _jaxpr.located(eqn):
+      chosen = jnp.where(first == second, first, jnp.full_like(first, len(bodies)))
+      outs, stats = lax.switch(chosen, [*branches, apart], rest)
+    return outs, [
+      c for t, own in zip(taken, stats, strict=True) for c in _crossings(t.borders, own)
+    ]
+
+  def loop(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
+    """Run a while loop until both sides have ended; kept is the worst iteration."""
+    eqn, base = steps.narrow.eqn, steps.narrow.place.path
+    of_cond = eqn.params["cond_nconsts"]
+    of_body = of_cond + eqn.params["body_nconsts"]
+    consts, start = operands[of_cond:of_body], operands[of_body:]
+    traced = self._traced(bodies[1], base, line, [*consts, *start])
+
+    def goes_on(carry: list[Pair]) -> Pair:
+      (more,), _ = self.run(bodies[0], [*operands[:of_cond], *carry], base, line)
+      return more
+
+    def advance(state: Any) -> Any:
+      n, carry, active, worst = state
+      outs, crossings = self.run(bodies[1], [*consts, *carry], base, line)
+      both = active.reference & active.narrow
+      worse = [worse_of(old, c.stats, n) for old, c in zip(worst, crossings, strict=True)]
+      worst = jax.tree.map(functools.partial(jnp.where, both), worse, worst)
+      carry = [Pair(*map(_select, active, *pairs)) for pairs in zip(outs, carry, strict=True)]
+      return n + 1, _strong(carry), Pair(*map(jnp.logical_and, active, goes_on(carry))), worst
+
+    with _jaxpr.located(eqn):
+      state = jnp.int32(0), _strong(start), goes_on(start), nothing(traced.stats)
+      _, carry, _, worst = lax.while_loop(lambda s: s[2].reference | s[2].narrow, advance, state)
+    return carry, _crossings(traced.borders, worst)
+
+  def _traced(self, body: Pair, base: Path, line: Line, operands: list[Pair]) -> Traced:
+    """The borders in a body, and the shapes of what is known of them."""
+    borders: list[Border] = []
+
+    def trace(operands: list[Pair]) -> list[Stats]:
+      _, crossings = self.run(body, operands, base, line)
+      borders[:] = [crossing.border for crossing in crossings]
+      return [crossing.stats for crossing in crossings]
+
+    return Traced(borders, jax.eval_shape(trace, operands))
+
+  def scan(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
+    """Run a scan; what crosses borders in it is stacked over the iterations."""
+    (body,) = bodies
     eqn, base = steps.narrow.eqn, steps.narrow.place.path
     consts, held = _versions.scan_shape(eqn)
     borders: list[Border] = []
@@ -161,10 +245,33 @@ class Lockstep:
         iteration, start, stacked, length=length, reverse=eqn.params["reverse"]
       )
     looped = [border._replace(loop=(length, *border.loop)) for border in borders]
-    return [*last, *ys], [Crossing(*entry) for entry in zip(looped, stats, strict=True)]
+    return [*last, *ys], _crossings(looped, stats)
 
 
-_LOOPS = frozenset({Rule.WHILE, Rule.COND, Rule.CALL})
+_ENTERED = {
+  Rule.CALL: Lockstep.call,
+  Rule.SCAN: Lockstep.scan,
+  Rule.WHILE: Lockstep.loop,
+  Rule.COND: Lockstep.cond,
+}
+
+
+def _crossings(borders: Sequence[Border], stats: Sequence[Stats]) -> list[Crossing]:
+  return [Crossing(*entry) for entry in zip(borders, stats, strict=True)]
+
+
+def _select(active: Any, new: Any, old: Any) -> Any:
+  return jax.tree.map(functools.partial(lax.select, active), new, old)
+
+
+def _strong(pairs: Sequence[Pair]) -> list[Pair]:
+  """Values without weak types, so that those of all branches and iterations are of one type."""
+
+  def strong(x: Any) -> Any:
+    known = jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    return x if known else lax.convert_element_type(x, x.dtype)
+
+  return [Pair(*map(strong, pair)) for pair in pairs]
 
 
 def _read(steps: Pair, values: Pair) -> list[Pair]:
@@ -234,43 +341,6 @@ def _cross(
       leaves.setdefault(atom, {})[home[:n]] = None
     for n in range(depth + 1, len(path) + 1):
       enters.setdefault(atom, {})[path[:n]] = None
-
-
-def compare(reference: Any, narrow: Any) -> Stats:
-  """The statistics of a value against its reference, in the dtype of the reference."""
-  return _stats(lax.stop_gradient(reference), lax.stop_gradient(narrow))
-
-
-@jax.jit
-def _stats(reference: Any, narrow: Any) -> Stats:
-  dtype = reference.dtype if reference.dtype.itemsize == 8 else FLOAT32
-  exact, value = (x.astype(dtype) for x in (reference, _rounded(narrow)))
-  known, finite = jnp.isfinite(exact), jnp.isfinite(value)
-  both = known & finite
-  a, b = (jnp.where(both, x, jnp.zeros_like(x)) for x in (exact, value))
-  largest = jnp.max(jnp.abs(jnp.where(known, exact, jnp.zeros_like(exact))), initial=0)
-  unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-  a, b = a / unit, b / unit
-  norm, other = jnp.linalg.norm(a.ravel()), jnp.linalg.norm(b.ravel())
-  product = norm * other
-  one = jnp.ones_like(product)
-  cosine = jnp.where(product > 0, jnp.sum(a * b) / jnp.where(product > 0, product, one), one)
-  return Stats(
-    jnp.linalg.norm((a - b).ravel()) * unit,
-    norm * unit,
-    cosine,
-    jnp.sum(known & ~finite),
-    jnp.sum(known & (exact != 0) & (value == 0)),
-    largest,
-  )
-
-
-def _rounded(x: Any) -> Any:
-  """A value as its format holds it: compilers may carry it in more bits than that."""
-  info = jnp.finfo(x.dtype)
-  if x.dtype.itemsize != 2:
-    return x
-  return lax.reduce_precision(x.astype(FLOAT32), info.nexp, info.nmant)
 
 
 # The same plan in float64 ------------------------------------------------------------------------

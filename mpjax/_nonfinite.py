@@ -7,6 +7,7 @@ a loop runs compiled until its result is no longer finite, and then again, itera
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -105,11 +106,13 @@ class Hunt:
 
   Attributes:
     births: What was found, in the order of the program.
+    unended: While loops that were left, for what is not finite may keep them from ending.
     name: Prints a module's path.
   """
 
   def __init__(self, planner: Planner, name: Callable[[Path], str]) -> None:
     self.births: list[Birth] = []
+    self.unended: list[Line] = []
     self.name = name
     self._planner = planner
     self._compiled: dict[int, Any] = {}
@@ -225,17 +228,20 @@ class Hunt:
     of_cond = eqn.params["cond_nconsts"]
     of_body = of_cond + eqn.params["body_nconsts"]
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    carry, known, n = values[of_body:], len(self.births), 0
-    while bool(self._jitted(cond)(*values[:of_cond], *carry)[0]):
+    carry, known, n, bad = values[of_body:], len(self.births), 0, 0
+    goes_on = lambda carry: self._jitted(cond)(*values[:of_cond], *carry)[0]  # noqa: E731
+    while bad < PATIENCE and bool(goes_on(carry)):
       operands = [*values[of_cond:of_body], *carry]
       carry = self._jitted(body)(*operands)
       if _is_worse(carry, operands):
         within = (*spot.within, f"iteration {n} of while")
         self.run(body, operands, [_CLEAN] * len(operands), spot._replace(within=within))
-        with _jaxpr.located(eqn):
-          carry = _jaxpr.run_as_traced(eqn, [*values[:of_body], *carry])
+        advance = functools.partial(self._jitted(body), *operands[: of_body - of_cond])
+        carry = _followed(goes_on, advance, carry)
         break
-      n += 1
+      n, bad = n + 1, bad + 1 if any(map(state_of, carry)) else 0
+    if any(map(state_of, carry)) and bool(goes_on(carry)):
+      self.unended.append(spot.line)
     return carry, self._marks_of_loop(eqn, values, taints, carry, spot, known)
 
   def _marks_of_loop(
@@ -259,6 +265,20 @@ class Hunt:
       inner, consts = _versions.open_jaxpr(jaxpr), _versions.constants(jaxpr)
       self._compiled[id(jaxpr)] = jax.jit(lambda *xs: jax.core.eval_jaxpr(inner, consts, *xs))
     return self._compiled[id(jaxpr)]
+
+
+PATIENCE = 10_000
+"""How many iterations a while loop is followed whose carry is not finite."""
+
+
+def _followed(goes_on: Callable[..., Any], advance: Callable[..., Any], carry: list[Any]) -> Any:
+  """The carry when a loop ends, or after some iterations."""
+  _, carry = jax.lax.while_loop(
+    lambda state: (state[0] < PATIENCE) & goes_on(state[1]),
+    lambda state: (state[0] + 1, advance(*state[1])),
+    (0, carry),
+  )
+  return carry
 
 
 _BODY = ("jaxpr", "call_jaxpr", "call")

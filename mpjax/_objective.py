@@ -85,12 +85,12 @@ class Objective:
 
     def scaled(*operands: Any) -> tuple[Any, Any]:
       loss = run(*operands)
-      return loss * scale, loss
+      return (loss if scale == 1 else loss * scale), loss
 
     def both(*operands: Any) -> tuple[Any, Any]:
       wrt = self._wrt[0] if len(self._wrt) == 1 else self._wrt
       grads, loss = jax.grad(scaled, wrt, has_aux=True)(*operands)
-      return loss, jax.tree.map(lambda g: g / scale, grads)
+      return loss, grads if scale == 1 else jax.tree.map(lambda g: g / scale, grads)
 
     return both
 

@@ -11,7 +11,7 @@ from mpjax._axes import BLUE, GREEN, GREY, ORANGE, RED, new_axes
 from mpjax._cost import CostReport
 from mpjax._formats import Format, read_format
 from mpjax._ranges import RangeReport, UpdateReport
-from mpjax._tune import TuneReport
+from mpjax._tune_report import TuneReport
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

@@ -57,8 +57,9 @@ def record(
     argnums: Which positional arguments hold the parameters.
 
   Returns:
-    A function of the same positional arguments that returns what ``fn`` returns, and `Values`. It
-    can be compiled.
+    A function of the same positional arguments that returns what ``fn`` returns, and `Values`.
+    Called as it is, it is traced and compiled at every call; to call it more than once, wrap it:
+    ``jax.jit(record(...))`` compiles once, ``nnx.jit`` with models among the arguments.
 
   Raises:
     ValueError: A policy cannot be parsed or holds nothing in 16 bits.

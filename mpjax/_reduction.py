@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import primitives
 
-from mpjax import _versions
+from mpjax import _jaxpr, _versions
 from mpjax._dtypes import BFLOAT16, FLOAT16, FLOAT32, parse_dtype
 from mpjax._jaxpr import JaxprEqn, Literal, Var, is_float32, with_dtype
 
@@ -91,7 +91,8 @@ def widen(fn: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
 
   A matmul or convolution is rewritten if its 16-bit result does nothing but move and be converted
   to float32 on its way to a gradient. Its operands stay 16-bit, so it is as fast, and its result
-  is what it was before it was rounded. Every other operation is left as it is.
+  is what it was before it was rounded. Convolutions on GPUs and every other operation are left as
+  they are.
 
   Args:
     fn: A function of pytrees of arrays that returns a pair, its second entry the gradients.
@@ -116,7 +117,7 @@ def widen(fn: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
 # Which results only add up to gradients -----------------------------------------------------------
 
 _CONTRACTIONS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general"})
-"""Convolutions are not among them: XLA for GPU would run the whole of them in float32."""
+_CONVOLUTION = "conv_general_dilated"
 
 _MOVES = frozenset(
   {"copy", "copy_p", "expand_dims", "reshape", "rev", "squeeze", "transpose"}
@@ -150,14 +151,16 @@ def _rewrite(jaxpr: Any, flags: Sequence[bool]) -> Any:
 
 def _starts(eqn: JaxprEqn, sums: set[Any]) -> bool:
   """Whether an equation computes 16 bits that it can compute in float32 instead."""
-  kind = eqn.primitive.name in _CONTRACTIONS or eqn.primitive is primitives.reduce_sum_p
-  return kind and eqn.outvars[0] in sums and _is_narrow(eqn.outvars[0])
+  kinds = _CONTRACTIONS | {_CONVOLUTION, "reduce_sum"}
+  return eqn.primitive.name in kinds and eqn.outvars[0] in sums and _is_narrow(eqn.outvars[0])
 
 
 def _started(eqn: JaxprEqn) -> list[JaxprEqn]:
-  """The equations of a matmul or sum that returns float32."""
+  """The equations of a matmul, convolution or sum that returns float32."""
+  if eqn.primitive.name == _CONVOLUTION:
+    return _started_convolution(eqn)
   if eqn.primitive is not primitives.reduce_sum_p:
-    return [eqn.replace(params=eqn.params | {"preferred_element_type": FLOAT32})]
+    return [eqn.replace(params=eqn.params | _RETURNS_FLOAT32)]
   (operand,) = eqn.invars
   wide = Var(with_dtype(operand.aval, FLOAT32))
   params = {"new_dtype": FLOAT32, "weak_type": False, "sharding": None}
@@ -165,6 +168,38 @@ def _started(eqn: JaxprEqn) -> list[JaxprEqn]:
   return [
     eqn.replace(primitive=convert, outvars=[wide], params=params),
     eqn.replace(invars=[wide]),
+  ]
+
+
+_RETURNS_FLOAT32 = {"preferred_element_type": FLOAT32}
+
+
+def _started_convolution(eqn: JaxprEqn) -> list[JaxprEqn]:
+  """The equations of a convolution that returns float32.
+
+  Not on GPUs: there XLA would run the whole of it in float32, since cuDNN returns what it takes.
+  """
+
+  def wide(*operands: Any) -> Any:
+    return eqn.primitive.bind(*operands, **eqn.params | _RETURNS_FLOAT32)
+
+  def narrow(*operands: Any) -> Any:
+    return eqn.primitive.bind(*operands, **eqn.params).astype(FLOAT32)
+
+  def chosen(*operands: Any) -> Any:
+    return lax.platform_dependent(*operands, cuda=narrow, rocm=narrow, default=wide)
+
+  with _jaxpr.located(eqn):
+    traced = _versions.open_jaxpr(_jaxpr.trace(chosen, [atom.aval for atom in eqn.invars]))
+  renamed: dict[Any, Any] = dict(zip(traced.invars, eqn.invars, strict=True))
+  renamed |= dict(zip(traced.outvars, eqn.outvars, strict=True))
+
+  def rename(atom: Any) -> Any:
+    return atom if isinstance(atom, Literal) else renamed.get(atom, atom)
+
+  return [
+    inner.replace(invars=[*map(rename, inner.invars)], outvars=[*map(rename, inner.outvars)])
+    for inner in traced.eqns
   ]
 
 

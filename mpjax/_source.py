@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import linecache
+import os
 import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def _is_library(file: str) -> bool:
 def _library_folders() -> tuple[str, ...]:
   specs = [importlib.util.find_spec(name) for name in _LIBRARIES]
   return tuple(
-    f"{location}/"
+    os.path.join(location, "")  # ends with the separator
     for s in specs
     if s is not None
     for location in s.submodule_search_locations or ()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._autocast import names_of, parameter_flags
-from mpjax._interpreter import Decided, Flags, decide, is_traced
+from mpjax._interpreter import Decided, Flags, decide, is_traced, spread_flags
 from mpjax._nnx_autocast import module_paths, pure_call
 from mpjax._paths import path_str
 from mpjax._policy import Policy
@@ -51,6 +53,34 @@ class Subject(NamedTuple):
   root: int = 0
   absolute: bool = False
   known: tuple[Path, ...] = ()
+
+  def backward(self) -> Subject:
+    """The gradients of its parameters; results that are no scalars are summed."""
+
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+      leaves, tree = jax.tree.flatten((args, kwargs))
+      names = sorted(kwargs)
+      flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
+      is_param = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
+      places = [n for n, x in enumerate(leaves) if is_param[n] and _has_shape(x) and is_float(x)]
+      if not places:
+        raise ValueError(
+          "grad=True differentiates with respect to the parameters, and no float is one. Set "
+          "argnums to the arguments that hold them."
+        )
+
+      def total(params: list[Any]) -> Any:
+        own = dict(zip(places, params, strict=True))
+        merged = [own.get(n, x) for n, x in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(tree, merged)
+        out = self.fn(*args, **kwargs)
+        results = jax.tree.leaves(out[0] if self.absolute else out)
+        sums = [x if x.ndim == 0 else x.sum() for x in results if is_float(x)]
+        return functools.reduce(operator.add, sums)
+
+      return jax.grad(total)([leaves[n] for n in places])
+
+    return self._replace(name=f"gradient of {self.name}", fn=gradients)
 
   def decide(self, policies: PolicyMap | None = None, *, strict: bool = True) -> Decided:
     """Trace and plan it, under its own policies or others."""

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +57,14 @@ def compile_program(path: Path, device: Any, job: dict[str, Any]) -> dict[str, A
   def call(*arrays: Any) -> Any:
     return exported.call(*arrays)
 
+  def lower(shapes: Sequence[Any]) -> Any:
+    jitted = jax.jit(call, donate_argnums=tuple(job["donated"]))
+    return jitted.trace(*shapes).lower(lowering_platforms=(job["platform"],))
+
   began = time.perf_counter()
-  lowered = (
-    jax.jit(call, donate_argnums=tuple(job["donated"]))
-    .trace(*shapes)
-    .lower(lowering_platforms=(job["platform"],))
-  )
   try:
-    figures = read_figures(lowered.compile())
+    # What is lowered for a device that is not there has no cost analysis; for no device, it has.
+    figures = read_figures(lower(shapes).compile(), lambda: lower(exported.in_avals))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -71,17 +72,27 @@ def compile_program(path: Path, device: Any, job: dict[str, Any]) -> dict[str, A
   return {**figures, "compile_seconds": time.perf_counter() - began}
 
 
-def read_figures(compiled: Any) -> dict[str, Any]:
-  """What a compiler states of a compiled program; None for what it does not state."""
-  memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  costs = costs[0] if isinstance(costs, list) else costs
+def read_figures(compiled: Any, lowered: Callable[[], Any]) -> dict[str, Any]:
+  """What a compiler states of a program; None for what it does not state.
+
+  That for GPUs states no FLOPs; then they are those of the program as it was lowered.
+  """
+  memory, costs = compiled.memory_analysis(), costs_of(compiled)
   sizes = ("argument", "temp", "output", "alias")
+  states_flops = "flops" in costs
   return {
     **{f"{size}_bytes": getattr(memory, f"{size}_size_in_bytes", None) for size in sizes},
-    "flops": costs.get("flops"),
+    "flops": costs["flops"] if states_flops else costs_of(lowered()).get("flops"),
+    "flops_lowered": not states_flops,
     "bytes_moved": costs.get("bytes accessed"),
     "error": None,
   }
+
+
+def costs_of(program: Any) -> dict[str, float]:
+  """XLA's cost analysis of a lowered or a compiled program; empty where it has none."""
+  costs = program.cost_analysis() or {}
+  return costs[0] if isinstance(costs, list) else costs
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def read_target(name: str) -> Target:
   kind = name.partition(":")[2]
   config = (_FOLDER / f"{kind}.txtpb").read_text()
   memory = re.search(r"device_memory_size: (\d+)", config)
-  assert memory is not None
+  assert memory is not None, f"{kind}.txtpb is a file of mpjax's own, and states it"
   # Without a device there is nothing to time kernels on.
   return Target(name, "cuda", kind, {"XLA_FLAGS": _NO_AUTOTUNE}, int(memory[1]), config)
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._assignment import (
-  OUTSIDE,
   WIDE,
   Assignment,
   Names,
   as_text,
+  default_of,
   module_path,
   policy_map,
   rules_of,
@@ -28,139 +27,11 @@ from mpjax._objective import Objective
 from mpjax._paths import leaf_paths
 from mpjax._policy import Policy, as_policy
 from mpjax._policy_map import PolicyMap
-from mpjax._report import Report, Table
 from mpjax._scopes import Path
+from mpjax._target_compiler import costs_of
+from mpjax._tune_report import Sensitivity, Trial, TuneReport
 
 _SMALL = 1e-3
-
-
-class Trial(NamedTuple):
-  """One policy map that was tried.
-
-  Attributes:
-    tried: What was tried, in words.
-    loss_error: The loss, relative to that in float32.
-    gradient_error: The largest error of a parameter's gradient, relative to its norm; norms below
-      a thousandth of the largest one count as that.
-    worst: The parameter that it belongs to.
-    float32_flops: The FLOPs of matmuls and convolutions of the forward pass in float32.
-    float32_bytes: The bytes that the forward pass writes in float32.
-    within: Whether both errors are within the tolerance.
-    best: Whether no cheaper map has errors as small: the frontier of cost against error.
-  """
-
-  tried: str
-  loss_error: float
-  gradient_error: float
-  worst: str
-  float32_flops: float
-  float32_bytes: float
-  within: bool
-  best: bool = False
-
-  @property
-  def error(self) -> float:
-    """The larger of both errors."""
-    return max(self.loss_error, self.gradient_error)
-
-  @property
-  def cost(self) -> tuple[float, float]:
-    """FLOPs first, then bytes."""
-    return self.float32_flops, self.float32_bytes
-
-
-class Sensitivity(NamedTuple):
-  """What one module, or several beneath one path, does to the loss alone in low precision.
-
-  Attributes:
-    module: The path.
-    policy: The candidate that it ran under, everything else in float32.
-    loss_error: See `Trial`.
-    gradient_error: See `Trial`.
-    within: Whether both are within the tolerance.
-  """
-
-  module: str
-  policy: str
-  loss_error: float
-  gradient_error: float
-  within: bool
-
-
-@dataclass(frozen=True, repr=False)
-class TuneReport(Report):
-  """The cheapest policy map that was found, and how.
-
-  Attributes:
-    policy_map: The policy map.
-    text: The same as Python to paste.
-    modules: The modules that do not run under the default, with their policies.
-    rows: The maps that were tried, the cheapest first.
-    sensitivity: What each module does alone.
-    tolerance: The largest error allowed.
-    flops: The FLOPs of all matmuls and convolutions of the forward pass.
-    compilations: How often loss and gradient were compiled.
-    note: What to know before pasting.
-  """
-
-  policy_map: PolicyMap
-  text: str
-  modules: tuple[tuple[str, str], ...]
-  rows: tuple[Trial, ...]
-  sensitivity: tuple[Sensitivity, ...]
-  tolerance: float
-  flops: float
-  compilations: int
-  note: str = ""
-
-  @property
-  def chosen(self) -> Trial:
-    """The row of the map that was chosen."""
-    return min((row for row in self.rows if row.within), key=lambda row: (row.cost, row.error))
-
-  @property
-  def summary(self) -> str:
-    """What is in float32 now, what that costs, and the map to paste."""
-    share = self.chosen.float32_flops / self.flops if self.flops else 0.0
-    named = ", ".join(f"{module} in {policy}" for module, policy in self.modules) or "nothing"
-    return (
-      f"Apart from the default: {named}. {share:.1%} of the FLOPs are in float32; loss error "
-      f"{self.chosen.loss_error:.2g}, gradient error {self.chosen.gradient_error:.2g} (tolerance "
-      f"{self.tolerance:g}; {self.compilations} compilations).\n{self.text}"
-      + (f"\n{self.note}" if self.note else "")
-    )
-
-  def tables(self) -> list[Table]:
-    """What was tried, and what each module does alone."""
-    return [self._tried(), self._alone()] if self.sensitivity else [self._tried()]
-
-  def _tried(self) -> Table:
-    header = ["tried", "float32 GFLOP", "float32 MiB", "loss error", "gradient error", "within"]
-    rows = [
-      [
-        row.tried,
-        f"{row.float32_flops / 1e9:.4g}",
-        f"{row.float32_bytes / 2**20:.4g}",
-        f"{row.loss_error:.2g}",
-        f"{row.gradient_error:.2g}" + (f" ({row.worst})" if row.worst else ""),
-        _yes(row.within) + " *" * row.best,
-      ]
-      for row in self.rows
-    ]
-    note = "FLOPs and bytes of the forward pass, as planned; *: no cheaper one has less error."
-    return Table(header, rows, notes=[note])
-
-  def _alone(self) -> Table:
-    header = ["alone in low precision", "policy", "loss error", "gradient error", "within"]
-    rows = [
-      [s.module, s.policy, f"{s.loss_error:.2g}", f"{s.gradient_error:.2g}", _yes(s.within)]
-      for s in self.sensitivity
-    ]
-    return Table(header, rows, "<<>")
-
-
-def _yes(true: bool) -> str:
-  return "yes" if true else "no"
 
 
 def tune(
@@ -180,8 +51,12 @@ def tune(
   the next candidate that does not, or float32; if the rest together is still too far off, the
   modules with the largest errors go to float32 as well, as few as possible.
 
-  Cheap is what computes few FLOPs, and then writes few bytes, in float32. Both are counted on the
-  planned program, since a CPU's compiler computes 16 bits in float32 and cannot tell.
+  Cheap is what has few FLOPs in float32, and then moves few bytes. XLA's cost analysis does not
+  tell FLOPs of one dtype from those of another, so they are counted on the plan, in the forward
+  pass. The bytes that loss and gradients read and write are XLA's figure for the lowered program:
+  each operation's by itself, in its own dtypes, the body of a loop once. The compiled one would
+  mislead on a CPU, which computes 16 bits in float32; for that of a device give the maps in
+  ``report.rows`` to `cost`. Among equals the map with fewer rules wins, then that with less error.
 
   Args:
     loss_fn: Returns a scalar loss. NNX models may be among its arguments.
@@ -247,28 +122,26 @@ class _Lab:
     flow = explain(loss_fn, WIDE, *args, argnums=argnums)
     self.flops = float(flow.flops)
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
-    self.loss, self.grads = self._run(objective.value_and_grad(PolicyMap({}, WIDE)))
     self.leaves = [path for path, _ in leaf_paths(objective.params)]
-    finite = [bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((self.loss, self.grads))]
-    if not all(finite):
+    wide = PolicyMap({}, WIDE)
+    self.exact, moved = self._run(objective.value_and_grad(wide))
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(self.exact)):
       raise ValueError(
         "Loss and gradients must be finite in float32, or nothing can be compared with them. Got "
         "inf or NaN. See mpjax.inspect.locate_nonfinite."
       )
+    self.reference = Trial(_label({(): WIDE}), 0.0, 0.0, "", self.flops, moved, wide, within=True)
 
-  def _run(self, fn: Callable[..., Any]) -> Any:
+  def _run(self, fn: Callable[..., Any]) -> tuple[Any, float | None]:
+    """Loss and gradients, and the bytes that XLA says it takes to compute them."""
     self.compilations += 1
-    return jax.jit(fn)(*self.objective.operands)
+    lowered = jax.jit(fn).lower(*self.objective.operands)
+    return lowered.compile()(*self.objective.operands), costs_of(lowered).get("bytes accessed")
 
   def measure(self, policies: PolicyMap, tried: str) -> Trial:
     """The errors and the cost of a policy map."""
-    both = self.objective.value_and_grad(policies, self.scale)
-
-    def errors(*operands: Any) -> Any:
-      loss, grads = both(*operands)
-      return _relative(loss, self.loss), _relative_each(grads, self.grads)
-
-    loss_error, gradient_errors = jax.device_get(self._run(errors))
+    found, moved = self._run(self.objective.value_and_grad(policies, self.scale))
+    loss_error, gradient_errors = jax.device_get(_errors(found, self.exact))
     gradient_errors = np.nan_to_num(gradient_errors, nan=math.inf)
     loss_error = float(np.nan_to_num(loss_error, nan=math.inf))
     worst = int(np.argmax(gradient_errors)) if gradient_errors.size else -1
@@ -280,9 +153,17 @@ class _Lab:
       gradient_error=gradient_error,
       worst=self.leaves[worst] if worst >= 0 else "",
       float32_flops=float(sum(op.flops for op in flow.ops if op.dtype == "float32")),
-      float32_bytes=float(sum(op.bytes for op in flow.ops if op.returns == "float32")),
+      bytes_moved=moved,
+      policy_map=policies,
       within=max(loss_error, gradient_error) <= self.tolerance,
     )
+
+
+@jax.jit
+def _errors(found: Any, exact: Any) -> tuple[jax.Array, jax.Array]:
+  """The relative errors of a loss and of the leaves of its gradients."""
+  (loss, grads), (wanted_loss, wanted_grads) = found, exact
+  return _relative(loss, wanted_loss), _relative_each(grads, wanted_grads)
 
 
 def _relative(x: jax.Array, reference: jax.Array) -> jax.Array:
@@ -304,28 +185,27 @@ def _relative_each(tree: Any, reference: Any) -> jax.Array:
 
 
 def _search(lab: _Lab, names: Names) -> TuneReport:
-  first = names.low[0]
-  trials: dict[tuple[Any, ...], Trial] = {}
+  wide = dict.fromkeys(lab.units, WIDE)
+  tried: dict[Any, tuple[Trial, Assignment]] = {_key(wide): (lab.reference, wide)}
 
-  def attempt(assignment: Assignment, tried: str) -> Trial:
-    key = tuple(sorted(assignment.items()))
-    if key not in trials:
-      trials[key] = lab.measure(policy_map(assignment, names), tried)
-    return trials[key]
+  def attempt(assignment: Assignment) -> Trial:
+    key = _key(assignment)
+    if key not in tried:
+      trial = lab.measure(policy_map(assignment, names), _label(assignment))
+      tried[key] = trial, assignment
+    return tried[key][0]
 
-  assignment = dict.fromkeys(lab.units, first)
   alone: list[_Alone] = []
-  if not attempt(assignment, f"all in {first}").within:
+  if not attempt(dict.fromkeys(lab.units, names.low[0])).within:
     assignment, alone = _one_by_one(lab, names)
-    assignment = _add_largest(assignment, alone, attempt)
-  wide = Trial("all in float32", 0.0, 0.0, "", *_wide_cost(lab), within=True)
-  rows = _with_frontier([*trials.values(), wide])
-  policies = policy_map(assignment, names)
+    _add_largest(assignment, alone, attempt)
+  trials = [trial for trial, _ in tried.values()]
+  _, chosen = min((p for p in tried.values() if p[0].within), key=lambda pair: pair[0].rank)
   return TuneReport(
-    policy_map=policies,
-    text=as_text(assignment),
-    modules=tuple((spelled(path), name) for path, name in rules_of(assignment)),
-    rows=rows,
+    policy_map=policy_map(chosen, names),
+    text=as_text(chosen),
+    modules=tuple((spelled(path), name) for path, name in rules_of(chosen)),
+    rows=_with_frontier(trials),
     sensitivity=tuple(s for _, s in sorted(alone, key=lambda pair: -_error(pair[1]))),
     tolerance=lab.tolerance,
     flops=lab.flops,
@@ -334,9 +214,19 @@ def _search(lab: _Lab, names: Names) -> TuneReport:
   )
 
 
-def _wide_cost(lab: _Lab) -> tuple[float, float]:
-  flow = explain(lab.loss_fn, WIDE, *lab.args, argnums=lab.argnums)
-  return lab.flops, float(sum(op.bytes for op in flow.ops if op.returns == "float32"))
+def _key(assignment: Assignment) -> tuple[tuple[Path, str], ...]:
+  return tuple(sorted(assignment.items()))
+
+
+def _label(assignment: Assignment) -> str:
+  """What a policy map says, in words: the modules of each policy that is not the default."""
+  named: dict[str, list[str]] = {}
+  for path, name in rules_of(assignment):
+    named.setdefault(name, []).append(spelled(path))
+  if not named:
+    return f"all in {default_of(assignment)}"
+  rules = "; ".join(f"{name}: {', '.join(paths)}" for name, paths in named.items())
+  return f"{rules}; else {default_of(assignment)}"
 
 
 def _error(found: Sensitivity) -> float:
@@ -389,34 +279,26 @@ def _alone(
 
 
 def _add_largest(
-  assignment: Assignment,
-  alone: Sequence[_Alone],
-  attempt: Callable[[Assignment, str], Trial],
-) -> Assignment:
-  """Move the fewest of the modules with the largest errors to float32 that bring it within."""
+  assignment: Assignment, alone: Sequence[_Alone], attempt: Callable[[Assignment], Trial]
+) -> None:
+  """Try to move the fewest of the modules with the largest errors to float32."""
   passing = [(units, s) for units, s in alone if s.within]
   passing.sort(key=lambda pair: -_error(pair[1]))
 
-  def widened(count: int) -> Assignment:
-    return assignment | {u: WIDE for units, _ in passing[:count] for u in units}
-
   def within(count: int) -> bool:
-    chosen = widened(count)
-    wide = [path for path, name in rules_of(chosen) if name == WIDE]
-    tried = "float32: " + (", ".join(map(spelled, wide)) or OUTSIDE)
-    return attempt(chosen, tried).within
+    wider = {unit: WIDE for units, _ in passing[:count] for unit in units}
+    return attempt(assignment | wider).within
 
   if within(0):
-    return assignment
+    return
   low, high = 0, len(passing)  # `high` is all that is left in float32
   while high - low > 1:
     middle = (low + high) // 2
     low, high = (low, middle) if within(middle) else (middle, high)
-  return widened(high)
 
 
 def _with_frontier(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-  ordered, least, rows = sorted(trials, key=lambda t: (t.cost, t.error)), math.inf, []
+  ordered, least, rows = sorted(trials, key=lambda t: t.rank), math.inf, []
   for trial in ordered:
     rows.append(trial._replace(best=trial.error < least))
     least = min(least, trial.error)

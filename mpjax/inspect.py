@@ -15,7 +15,8 @@ from mpjax._ranges import RangeReport, UpdateReport, range_report, update_report
 from mpjax._record import Values, record
 from mpjax._report import Report
 from mpjax._statistics import Statistics, StatisticsState, collect_statistics, statistics
-from mpjax._tune import TuneReport, tune
+from mpjax._tune import tune
+from mpjax._tune_report import TuneReport
 
 __all__ = [
   "CheckReport",

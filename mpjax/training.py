@@ -205,12 +205,13 @@ def make_train_step(
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
     donate: Whether the step reuses the buffers of the state that it is given.
-    reduce_dtype: In which dtype the compiler sums the gradients of matmul weights over devices
-      where batch or parameters are spread over several: ``"float32"``, or ``"compute"`` for
-      what the policy's matmuls return, which halves the traffic. Gradients that the policy
-      computes in float32 (of norms and embeddings) are sent so in either case, those of
-      convolutions in what they return. A step inside another ``jax.jit`` or
-      scan counts as spread; one on a single device is not.
+    reduce_dtype: In which dtype the compiler sums the gradients of matmul weights and convolution
+      kernels over devices where batch or parameters are spread over several: ``"float32"``, or
+      ``"compute"`` for what the policy's matmuls return, which halves the traffic. Gradients
+      that the policy computes in float32 (of norms and embeddings) are sent so in either case;
+      on GPUs those of convolutions in what they return, for XLA would run the whole of them in
+      float32 otherwise. A step inside another ``jax.jit`` or scan counts as spread; one on a
+      single device is not.
 
   Returns:
     ``step(state, batch) -> (state, metrics)``.

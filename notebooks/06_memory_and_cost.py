@@ -88,8 +88,8 @@ _ = plot.plot_cost(report)
 # The step is lowered here and compiled by the device's own compiler in another process. The compilers are large, so they are an extra:
 #
 # ```bash
-# pip install "mpjax[gpu]"   # NVIDIA: 5 GB
-# pip install "mpjax[tpu]"   # TPU: 0.2 GB
+# pip install ".[gpu]"   # NVIDIA: 5 GB, from a checkout of the repository
+# pip install ".[tpu]"   # TPU: 0.2 GB
 # ```
 #
 # or install them into an environment of their own and pass its interpreter: `python="/envs/gpu/bin/python"`. Where a
@@ -105,7 +105,8 @@ for target in ("gpu:h100", "tpu:v5e"):
 # %% [markdown]
 # What came out where they were installed, for the same model with a width of 512, a depth of 3 and a batch of 4,096, and
 # JAX 0.10.2. `python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100`, from the top of the
-# repository, prints a column again. FLOPs and bytes moved are stated by the compilers for CPU and TPU, not by that for GPUs.
+# repository, prints a column again. The compiler for GPUs states neither FLOPs nor bytes
+# moved: `~` marks FLOPs of the program before it is compiled.
 #
 # | peak MiB | `gpu:h100` | `gpu:a100` | `gpu:v100` |
 # |---|---|---|---|

@@ -45,22 +45,22 @@ def make_mesh(devices=8):
   )
 
 
-def create(mesh):
-  w = jnp.zeros((WIDTH, 1024)).at[:, 0].set(jnp.linspace(-1, 1, WIDTH))
+def create(mesh, width=WIDTH):
+  w = jnp.zeros((width, width)).at[:, 0].set(jnp.linspace(-1, 1, width))
   params = jax.device_put({"w": w}, NamedSharding(mesh, P("data")))
   return mpjax.TrainState.create(params, make_tx(), rng=jax.random.key(1))
 
 
-def batch_of(index, mesh):
+def batch_of(index, mesh, width=WIDTH):
   """The batch of a step: random, and every fifth one with a NaN, which is skipped."""
-  x = np.random.default_rng(index).normal(size=(16, WIDTH)).astype(np.float32)
+  x = np.random.default_rng(index).normal(size=(16, width)).astype(np.float32)
   if index % 5 == 4:
     x[3, 5] = np.nan
   return jax.device_put(x, NamedSharding(mesh, P("data")))
 
 
-def manager_of(directory):
-  options = ocp.CheckpointManagerOptions(max_to_keep=2)
+def manager_of(directory, keep=2):
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep)
   handler = ocp.StandardCheckpointHandler()
   return ocp.CheckpointManager(Path(directory).resolve(), options=options, item_handlers=handler)
 

@@ -49,23 +49,42 @@ def restored(directory, like, **options):
 # The same bits ------------------------------------------------------------------------------------
 
 
-def test_a_sharded_run_resumes_with_the_same_bits_at_any_step_and_on_another_mesh(tmp_path):
-  mesh, step = job.make_mesh(), job.make_step()
-  states = [job.create(mesh)]
-  with job.manager_of(tmp_path) as manager:
-    for index in range(3):
+SHORT, NARROW = 6, 8  # steps, of which that of batch 4 is skipped, and the width of the job
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+  """A sharded run that never stopped: where it saved before every step, and the states there."""
+  directory, mesh, step = tmp_path_factory.mktemp("run"), job.make_mesh(), job.make_step()
+  states = [job.create(mesh, NARROW)]
+  with job.manager_of(directory, keep=None) as manager:
+    for index in range(SHORT):
       manager.save(index, args=ocp.args.StandardSave(states[-1]))
       manager.wait_until_finished()
-      state, _ = step(jax.tree.map(jnp.copy, states[-1]), job.batch_of(index + 3, mesh))
-      states.append(state)
-    for index in (1, 2):  # max_to_keep is 2; batch 4 has a NaN
-      state = checkpoint.restore(manager, job.create(mesh), step=index)
-      assert bits(state) == bits(states[index])
-      assert state.params["w"].sharding == states[index].params["w"].sharding
-      state, _ = step(state, job.batch_of(index + 3, mesh))
-      assert bits(state) == bits(states[index + 1])
-    smaller = job.create(job.make_mesh(4))
-    moved = checkpoint.restore(manager, smaller)
+      copied = jax.tree.map(jnp.copy, states[-1])
+      states.append(step(copied, job.batch_of(index, mesh, NARROW))[0])
+  return directory, step, states
+
+
+@pytest.mark.parametrize("stopped", range(SHORT))
+def test_a_sharded_run_resumes_with_the_same_bits_at_any_step(whole_run, stopped):
+  directory, step, states = whole_run
+  mesh = job.make_mesh()
+  with job.manager_of(directory, keep=None) as manager:
+    state = checkpoint.restore(manager, job.create(mesh, NARROW), step=stopped)
+  assert bits(state) == bits(states[stopped])
+  assert state.params["w"].sharding == states[stopped].params["w"].sharding
+  for index in range(stopped, SHORT):
+    state, _ = step(state, job.batch_of(index, mesh, NARROW))
+  assert bits(state) == bits(states[SHORT])
+  assert int(state.step) == SHORT - 1
+
+
+def test_a_checkpoint_goes_onto_another_mesh(whole_run):
+  directory, _, states = whole_run
+  smaller = job.create(job.make_mesh(4), NARROW)
+  with job.manager_of(directory, keep=None) as manager:
+    moved = checkpoint.restore(manager, smaller, step=2)
   assert bits(moved) == bits(states[2])
   assert moved.params["w"].sharding == smaller.params["w"].sharding
   assert len(moved.params["w"].sharding.device_set) == 4

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 
 import mpjax
 from mpjax import inspect
+from mpjax._target_compiler import read_figures
 from mpjax._targets import TARGETS, Target, check_installed, compile_for, read_target
 from mpjax.cli import main
 
@@ -49,6 +51,18 @@ def test_a_step_with_a_parameter_policy_applies_it_by_itself_and_donated_memory_
   assert set(seen) == {"mixed_bfloat16"}
   assert row.alias_bytes == row.output_bytes == 4 * 16 * 16
   assert row.peak_bytes == row.argument_bytes + row.temp_bytes
+
+
+def test_a_compiler_that_states_no_flops_leaves_those_of_the_lowered_program_marked():
+  lowered = jax.jit(lambda w, x: x @ w).lower(jnp.ones((16, 16)), jnp.ones((4, 16)))
+  silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)
+  figures = read_figures(silent, lambda: lowered)
+  assert figures["flops"] == 2 * 4 * 16 * 16 and figures["flops_lowered"]
+  assert figures["bytes_moved"] is None
+  (row,) = inspect.cost(loss, *shapes(), policies="float32").rows
+  assert not row.flops_lowered
+  report = inspect.CostReport("gpu:h100", None, (row._replace(flops=2e9, flops_lowered=True),))
+  assert "2.00~" in str(report) and "~: of the program before it is compiled" in str(report)
 
 
 def test_what_an_nnx_train_step_changes_in_its_arguments_is_part_of_the_cost():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import _planted as planted
 import mpjax
@@ -87,21 +88,115 @@ def test_gradients_that_underflow_come_back_with_a_loss_scale():
   assert scaled.agrees and scaled.gradients[0].gradient.error < 1e-3
 
 
-def test_a_scan_is_looked_into_and_a_while_loop_is_named_as_not():
+def test_a_scan_is_looked_into():
   def fn(w, x):
     def cell(carry, scale):
       with jax.named_scope("cell"):
         carry = jnp.tanh(carry @ w) * scale
       return carry, None
 
-    x, _ = jax.lax.scan(cell, x, jnp.ones(20).at[13].set(1e-9))
-    return jax.lax.while_loop(lambda x: jnp.sum(x) > 1e9, lambda x: x + 1, x)
+    return jax.lax.scan(cell, x, jnp.ones(20).at[13].set(1e-9))[0]
 
-  report = check(fn, "mixed_float16", SQUARE, X, gradients=False)
-  (row,) = report.rows
+  (row,) = check(fn, "mixed_float16", SQUARE, X, gradients=False).rows
   assert row.module == "cell" and row.output.size == 20 * 2 * W
-  assert [part.what for part in report.not_looked_into] == ["while"]
-  assert "Not looked into: while" in str(report)
+
+
+def overflowing(w, x):
+  with jax.named_scope("cell"):
+    return (x @ w) * 16.0  # planted: while and cond
+
+
+@pytest.mark.parametrize("reference", ["float32", "float64"])
+def test_the_iteration_of_a_while_loop_that_overflows_is_named(reference):
+  def fn(w, x):
+    step = lambda state: (state[0] + 1, overflowing(w, state[1]))
+    return jax.lax.while_loop(lambda state: state[0] < 6, step, (0, x))[1] * 1e-9
+
+  args = (jnp.eye(W), jnp.ones((2, W)))
+  report = check(fn, "mixed_float16", *args, reference=reference, gradients=False)
+  (row,) = report.rows
+  assert row.module == "cell" and row.worst_iteration == 3  # 16 ** 4 is beyond float16
+  assert row.output.overflow == row.output.size == 2 * W
+  assert row.line.file == __file__ and "planted" in row.line.text
+  assert not report.agrees and report.not_looked_into == ()
+
+
+def test_each_side_ends_its_while_loop_by_itself():
+  def fn(w, x):
+    step = lambda state: (state[0] + 1, jnp.tanh(state[1] @ w))
+    return jax.lax.while_loop(lambda state: jnp.sum(state[1]) > 1.0, step, (0, x))
+
+  w, x = 0.9 * jnp.eye(W), jnp.linspace(0.1, 1.0, W)[None]
+  report = check(fn, "mixed_bfloat16", w, x, gradients=False)
+  wide, narrow = fn(w, x), mpjax.autocast(fn, "mixed_bfloat16")(w, x)
+  assert wide[0] == narrow[0] > 1
+  error = jnp.linalg.norm(narrow[1] - wide[1]) / jnp.linalg.norm(wide[1])
+  np.testing.assert_allclose(report.result.error, float(error), rtol=1e-3)
+
+
+def branches(w, x, index):
+  def second(x):
+    with jax.named_scope("second"):
+      return overflowing(w, x)
+
+  def first(x):
+    with jax.named_scope("first"):
+      return x @ w
+
+  return jnp.mean(jax.lax.switch(index, [first, second], x))
+
+
+def test_the_branch_that_is_taken_is_looked_into_and_its_gradients_are_compared():
+  args = 1e3 * jnp.eye(W), 1e2 * jnp.ones((2, W))
+  report = check(branches, "mixed_float16", *args, jnp.int32(1))
+  assert {row.module for row in report.rows} == {"second", "second/cell"}
+  assert report.worst[0].module == "second/cell" and report.worst[0].output.overflow == 2 * W
+  other = check(branches, "mixed_float16", SQUARE, X, jnp.int32(0))
+  assert [row.module for row in other.rows] == ["first"] and other.agrees
+  exact, narrow = (
+    jax.grad(f)(SQUARE, X, jnp.int32(0)) for f in (branches, mpjax.autocast(branches, "float16"))
+  )
+  error = jnp.linalg.norm(narrow - exact) / jnp.linalg.norm(exact)
+  np.testing.assert_allclose(other.gradients[0].gradient.error, float(error), rtol=0.1)
+
+
+def test_a_branch_that_only_one_side_takes_shows_in_the_result():
+  def fn(w, x):
+    h = jnp.sum(x @ w) * 1.0
+    return jax.lax.cond(jnp.isfinite(h), lambda h: h * 0.0, lambda h: jnp.ones_like(h), h)
+
+  args = jnp.full((W, W), 200.0), jnp.full((2, W), 200.0)
+  report = check(fn, "mixed_float16", *args, gradients=False)
+  assert report.result.error == np.inf and not report.agrees
+
+
+def test_what_overflows_on_one_device_of_a_shard_map_is_counted_in_its_module():
+  mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+  def fn(w, x):
+    step = lambda w, x: jax.lax.psum(jnp.sum(loop(w, x)), "data")
+    return jax.shard_map(step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())(w, x)
+
+  def loop(w, x):
+    return jax.lax.scan(lambda x, _: (overflowing(w, x), None), x, None, length=2)[0]
+
+  x = jnp.ones((4, W)).at[2].set(1e3)
+  report = check(fn, "mixed_float16", jnp.eye(W), x)
+  (row,) = report.rows
+  assert row.module == "cell" and row.worst_iteration == 1
+  assert row.output.overflow == W and row.output.size == 2 * 4 * W
+  assert report.not_looked_into == ()
+
+
+def test_a_custom_derivative_is_named_as_not_looked_into():
+  @jax.custom_vjp
+  def square(x, w):
+    return x @ w
+
+  square.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+  report = check(lambda w, x: jnp.mean(square(x, w)), "mixed_float16", SQUARE, X)
+  assert [part.what for part in report.not_looked_into] == ["custom_vjp_call"]
+  assert "Not looked into: custom_vjp_call" in str(report)
 
 
 def test_a_float32_policy_agrees_to_the_bit():

@@ -1,5 +1,8 @@
 """explain: on faults that were planted it names the module, the line and the operand."""
 
+import ntpath
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from jax.interpreters import mlir
 
 import _planted as planted
 import mpjax
+from mpjax import _flow, _source
 from mpjax.inspect import explain
 
 W = planted.WIDTH
@@ -97,6 +101,35 @@ def test_flops_and_bytes_of_a_scan_count_every_iteration():
   assert sum(op.count for op in report.ops if op.op == "dot_general") == 2
 
 
+def nested(depth):
+  def fn(w, x):
+    body = lambda c: jnp.tanh(c @ w) * planted.TABLE
+    for _ in range(depth):
+      body = lambda c, inner=body: jax.lax.scan(lambda c, _: (inner(c), None), c, None, length=2)[0]
+    return body(x)
+
+  return fn
+
+
+def test_nested_scans_cost_no_more_than_their_number(monkeypatch):
+  visited = []
+  monkeypatch.setattr(_flow, "line_of", lambda eqn, outer: visited.append(eqn) or outer)
+  counts = []
+  for depth in (2, 4, 8):
+    visited.clear()
+    report = explain(nested(depth), "mixed_bfloat16", SQUARE, X)
+    counts.append(len(visited))
+    assert report.flops == 2**depth * 2 * 2 * W * W and len(report.leaks) == 1
+  assert counts[2] - counts[1] <= 2.5 * (counts[1] - counts[0])  # twice as many more scans
+
+
+def test_library_folders_end_with_the_separator_of_the_system(monkeypatch):
+  spec = SimpleNamespace(submodule_search_locations=["C:\\site\\jax"])
+  monkeypatch.setattr(_source.importlib.util, "find_spec", lambda name: spec)
+  monkeypatch.setattr(_source.os, "path", ntpath)
+  assert set(_source._library_folders.__wrapped__()) == {"C:\\site\\jax\\"}
+
+
 def test_what_widens_a_carry_is_named_in_the_body_of_the_loop():
   def fn(w, x):
     def body(c, t):
@@ -120,6 +153,59 @@ def test_float32_in_a_branch_and_in_a_jitted_function_is_found():
     return inner(h) @ w
 
   assert [leak.op for leak in explain(fn, "mixed_bfloat16", SQUARE, X).leaks] == ["mul", "mul"]
+
+
+@jax.custom_vjp
+def doubled(x):
+  return 2 * x
+
+
+def double_backward(_, g):
+  weighted = g * planted.TABLE
+  return (weighted @ jnp.eye(W),)
+
+
+doubled.defvjp(lambda x: (2 * x, None), double_backward)
+
+
+def custom_loss(params, x):
+  with jax.named_scope("body"):
+    h = doubled(x @ params["a"])
+  return jnp.mean((h @ params["b"]) ** 2)
+
+
+def test_a_leak_in_the_backward_pass_alone_is_seen_with_grad():
+  params = {"a": SQUARE, "b": SQUARE}
+  assert explain(custom_loss, "mixed_bfloat16", params, X).keeps_promise
+  report = explain(custom_loss, "mixed_bfloat16", params, X, grad=True)
+  (leak,) = report.leaks
+  assert leak.backward and leak.module == "body" and leak.op == "mul"
+  assert leak.widened_by == (f"the constant f32[1,{W}]",)
+  assert leak.read_by.startswith("dot_general")
+  assert report.name == "gradient of custom_loss" and "(backward)" in str(report)
+  # forward 2, backward: two of each layer but for x's own gradient, and the rule's
+  assert report.flops == 6 * 2 * 2 * W * W and report.narrow_share == 1.0
+
+
+@pytest.mark.parametrize("kind", STRAY)
+def test_grad_follows_models_and_results_that_are_no_scalars(kind):
+  fn, model, inputs = STRAY[kind]
+  args = {
+    "function": (fn, "mixed_bfloat16", {"a": SQUARE, "b": SQUARE}, inputs),
+    "linen": (model, "mixed_bfloat16", variables_of(model, inputs) if kind == "linen" else 0, X),
+    "nnx": (model, "mixed_bfloat16", inputs),
+  }[kind]
+  with jax.numpy_dtype_promotion("standard"):
+    report = explain(*args, grad=True)
+  backward = [op for op in report.ops if op.op == "dot_general" and op.backward]
+  assert {op.module.split("/")[0] for op in backward} == {"hidden", "head"}
+  assert report.leaks[0].module == "hidden" and not report.leaks[0].backward
+  assert report.narrow_share == 1.0
+
+
+def test_grad_without_a_parameter_says_what_to_set():
+  with pytest.raises(ValueError, match=r"grad=True differentiates .* Set argnums"):
+    explain(lambda n, x: n * x, "mixed_bfloat16", jnp.arange(3), jnp.ones(3), grad=True)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])

@@ -98,6 +98,30 @@ def test_a_branch_a_while_loop_and_a_checkpoint_are_named_and_entered():
   assert branch.first.within == ("branch 0 of cond",)
 
 
+@pytest.mark.parametrize("start", [4.0, jnp.nan], ids=["made in the loop", "given"])
+def test_a_while_loop_that_nan_keeps_from_ending_is_left_and_named(start):
+  def fn(x):
+    return jax.lax.while_loop(lambda c: ~(c > 5), lambda c: jnp.sqrt(c - 3), x) + 1
+
+  report = locate_nonfinite(fn, jnp.float32(start))
+  (line,) = report.unended
+  assert line.function == "fn" and "had not ended after 10,000 iterations" in report.summary
+  assert not report.finite
+  if start == 4.0:
+    assert (report.first.op, report.first.within) == ("sqrt", ("iteration 1 of while",))
+  else:
+    assert report.first.op == "argument x"
+
+
+def test_a_while_loop_that_ends_with_nan_is_followed_to_its_end():
+  def fn(x):
+    step = lambda state: (state[0] + 1, jnp.where(state[0] == 3, 0.0, jnp.log(state[1] - 2)))
+    return jax.lax.while_loop(lambda state: state[0] < 5, step, (0, x))[1]
+
+  report = locate_nonfinite(fn, jnp.float32(1.0))
+  assert report.unended == () and report.rows[0].within == ("iteration 0 of while",)
+
+
 def test_what_is_masked_does_not_arrive_until_its_gradient_does():
   def guarded(x):
     return jnp.sum(jnp.where(x > 0, jnp.log(x), 0.0))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import mpjax
 from mpjax import inspect
 from mpjax._cost import CostRow
-from mpjax._tune import Trial
+from mpjax._tune_report import Trial
 from mpjax.plot import plot_cost, plot_frontier, plot_range, plot_scale_choice, plot_updates
 
 
@@ -63,12 +63,13 @@ def test_updates_stand_beside_half_a_spacing_of_each_format(ax):
 
 
 def test_a_frontier_marks_what_was_chosen_and_draws_errors_that_are_not_finite(ax):
+  wide = mpjax.PolicyMap({}, "float32")
   rows = (
-    Trial("low", np.inf, np.inf, "w", 0.0, 0.0, within=False, best=True),
-    Trial("some", 0.001, 0.01, "w", 2.0, 0.0, within=True, best=True),
-    Trial("float32", 0.0, 0.0, "", 10.0, 0.0, within=True, best=True),
+    Trial("low", np.inf, np.inf, "w", 0.0, None, wide, within=False, best=True),
+    Trial("some", 0.001, 0.01, "w", 2.0, None, wide, within=True, best=True),
+    Trial("float32", 0.0, 0.0, "", 10.0, None, wide, within=True, best=True),
   )
-  report = inspect.TuneReport(mpjax.PolicyMap({}, "float32"), "", (), rows, (), 0.05, 10.0, 3)
+  report = inspect.TuneReport(wide, "", (), rows, (), 0.05, 10.0, 3)
   plot_frontier(report, ax=ax)
   assert labels(ax) == ["frontier", "within", "too far off", "chosen", "tolerance"]
   assert ax.get_lines()[3].get_xdata().tolist() == [20.0]

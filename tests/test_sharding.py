@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import chex
 import flax.linen as nn
@@ -154,10 +155,11 @@ def test_a_nan_in_one_shard_skips_the_step_on_every_device(strategy):
 # What the devices exchange ------------------------------------------------------------------------
 
 
-def collectives_of(strategy, reduce_dtype):
+def collectives_of(strategy, reduce_dtype, **settings):
   params, batch = placed(strategy)
   tx = optimizer("mixed_float16")
-  step = mpjax.make_train_step(loss_fn, tx, policy="mixed_float16", reduce_dtype=reduce_dtype)
+  settings |= {"policy": "mixed_float16", "reduce_dtype": reduce_dtype}
+  step = mpjax.make_train_step(loss_fn, tx, **settings)
   compiled = step.lower(mpjax.TrainState.create(params, tx), batch).compile()
   return collectives(compiled.as_text())
 
@@ -175,6 +177,40 @@ def test_the_compiler_sums_gradients_in_the_dtype_asked_for():
   assert not sizes(wide, "f16")
   assert sizes(narrow, "f16") >= {16 * 32, 32 * 8}
   assert sizes(narrow, "f32") <= {1}  # the loss and the norm
+
+
+@pytest.mark.parametrize(("reduce_dtype", "sent"), [("float32", "f32"), ("compute", "f16")])
+def test_the_gradients_of_micro_batches_are_summed_in_the_dtype_asked_for(reduce_dtype, sent):
+  found = collectives_of("data parallel", reduce_dtype, accumulate=4)
+  assert sizes(found, sent) >= {16 * 32, 32 * 8}
+  assert {c.dtype for c in found if c.shape} == {sent}
+
+
+def convolve(kernel, x):
+  return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def test_the_kernel_gradients_of_convolutions_are_summed_in_the_dtype_asked_for():
+  mesh, tx = make_mesh(), optax.sgd(0.1)
+  kernel = jax.device_put(jnp.ones((3, 4, 8)), NamedSharding(mesh, P()))
+  x = jax.device_put(jnp.ones((16, 6, 4)), NamedSharding(mesh, P("data")))
+  loss = lambda kernel, x: jnp.mean(convolve(kernel, x) ** 2)
+  for reduce_dtype, sent in (("float32", "f32"), ("compute", "f16")):
+    step = mpjax.make_train_step(loss, tx, policy="mixed_float16", reduce_dtype=reduce_dtype)
+    lowered = step.lower(mpjax.TrainState.create(kernel, tx), x)
+    assert {c.dtype for c in collectives(lowered.compile().as_text()) if c.shape} == {sent}
+
+
+@pytest.mark.parametrize(("platform", "returned"), [("cuda", "bf16"), ("tpu", "f32")])
+def test_a_convolution_takes_16_bits_everywhere_and_returns_float32_but_on_gpus(platform, returned):
+  grad = jax.value_and_grad(
+    mpjax.autocast(lambda w, x: jnp.mean(convolve(w, x) ** 2), "mixed_bfloat16")
+  )
+  traced = jax.jit(widen(grad)).trace(jnp.ones((3, 4, 8)), jnp.ones((16, 6, 4)))
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  types = re.findall(r"stablehlo\.convolution.* : \(.*x(\w+)>, .*x(\w+)>\) -> .*x(\w+)>", text)
+  assert ("bf16", "bf16", returned) in types and len(types) == 2
+  assert {dtype for pair in types for dtype in pair[:2]} == {"bf16"}
 
 
 def test_sharded_parameters_are_gathered_in_the_compute_dtype():

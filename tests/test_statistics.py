@@ -293,6 +293,25 @@ def test_values_of_a_while_loop_add_up_over_its_steps():
   assert values.gradients.names == ()
 
 
+@pytest.mark.parametrize("kind", ["function", "model"])
+def test_a_compiled_record_is_traced_once(kind):
+  traced = []
+
+  def loss(model, x):
+    traced.append(x.shape)
+    return jnp.mean(jnp.square(model(x) if kind == "model" else x @ model))
+
+  if kind == "model":
+    model, compiled = nnx.Linear(4, 2, rngs=nnx.Rngs(0)), nnx.jit
+  else:
+    model, compiled = jnp.ones((4, 2)), jax.jit
+  recorded = compiled(inspect.record(loss, "mixed_float16"))
+  for _ in range(3):
+    _, values = recorded(model, jnp.ones((3, 4)))
+  assert len(traced) == 1
+  assert values.activations.names
+
+
 def test_an_nnx_model_is_counted_under_its_attribute_paths():
   model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1)))
 

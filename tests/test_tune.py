@@ -10,6 +10,7 @@ import mpjax
 from mpjax import inspect
 from mpjax._assignment import Names, as_text, policy_map, rules_of
 from mpjax._policy import as_policy
+from mpjax._tune_report import Trial
 
 NAMES = Names({"mixed_bfloat16": as_policy("mixed_bfloat16")})
 LOW, WIDE = "mixed_bfloat16", "float32"
@@ -98,6 +99,8 @@ def test_the_planted_sensitive_module_is_found_and_nothing_else(problem, planted
   assert report.policy_map == mpjax.PolicyMap({planted: "float32"}, default="mixed_bfloat16")
   assert eval(report.text, {"mpjax": mpjax}) == report.policy_map
   assert report.chosen.within and report.chosen.error <= report.tolerance
+  assert report.chosen.policy_map == report.policy_map
+  assert report.chosen.tried == f"float32: {planted}; else mixed_bfloat16"
   assert 0 < report.chosen.float32_flops < report.flops
   assert [s.module for s in report.sensitivity if not s.within] == [planted]
   assert report.compilations <= 3 + len(report.sensitivity) + 1
@@ -126,6 +129,32 @@ def test_a_module_that_float16_overflows_gets_bfloat16_before_float32():
   report = inspect.tune(loss, args, candidates=["mixed_float16", "mixed_bfloat16"])
   assert report.modules == (("large", "mixed_bfloat16"),)
   assert report.policy_map.default == mpjax.Policy.parse("mixed_float16")
+
+
+def test_the_bytes_are_those_that_xla_states_for_the_lowered_loss_and_gradients():
+  def loss(params, x):
+    return jnp.mean(jnp.tanh(x @ params) @ params)
+
+  args = jnp.eye(4), jnp.ones((2, 4))
+  report = inspect.tune(loss, args)
+  under = {row.tried: mpjax.autocast(loss, row.policy_map) for row in report.rows}
+  moved = {
+    tried: jax.jit(jax.value_and_grad(fn)).lower(*args).cost_analysis()["bytes accessed"]
+    for tried, fn in under.items()
+  }
+  assert {row.tried: row.bytes_moved for row in report.rows} == moved
+  assert len(moved) == 2
+  assert "moved MiB" in str(report) and "cost analysis" in str(report)
+
+
+def test_equal_costs_go_to_fewer_rules_and_then_to_less_error():
+  few, many = mpjax.PolicyMap({}, LOW), mpjax.PolicyMap({"a": WIDE}, LOW)
+  cheap = Trial("", 0.0, 0.02, "", 1.0, 8.0, few, within=True)
+  exact, longer = cheap._replace(gradient_error=0.01), cheap._replace(policy_map=many)
+  wide = cheap._replace(float32_flops=2.0, gradient_error=0.0)
+  heavy = cheap._replace(bytes_moved=9.0, gradient_error=0.0)
+  order = sorted([wide, heavy, longer, cheap, exact], key=lambda trial: trial.rank)
+  assert order == [exact, cheap, longer, heavy, wide]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def compiled_text(target: str, strategy: str, policy: str, reduce_dtype: str) ->
   from jax.sharding import PartitionSpec as P
 
   import mpjax
-  from benchmarks import steps
+  from benchmarks import workloads
 
   layers = [nn.Embed(4096, 512), nn.Dense(2048), jnp.tanh, nn.Dense(512), nn.LayerNorm()]
   model = nn.Sequential([*layers, nn.Dense(4096)])
@@ -68,7 +68,7 @@ def compiled_text(target: str, strategy: str, policy: str, reduce_dtype: str) ->
   tx = mpjax.static_loss_scaling(optax.sgd(1e-3, momentum=0.9), 1)
 
   def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
-    return steps.cross_entropy(model.apply({"params": params}, batch), batch)  # pyright: ignore
+    return workloads.cross_entropy(model.apply({"params": params}, batch), batch)  # pyright: ignore
 
   def create() -> mpjax.TrainState:
     params = model.init(jax.random.key(0), jnp.zeros(tokens.shape, tokens.dtype))["params"]

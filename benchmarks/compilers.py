@@ -1,4 +1,4 @@
-"""XLA's compilers for CPU, H100 and TPU v5e, none of which needs its device.
+"""XLA's compilers for CPU, NVIDIA GPUs and TPUs, none of which needs its device.
 
 Each asks for an environment of its own; see README.md beside this file. JAX reads its settings
 when it is imported, so `prepare` comes first and imports nothing.
@@ -11,25 +11,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_QUICK = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+_GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is shared: there is no device
+}
+
 ENVIRONMENT = {
   "cpu": {},
-  "h100": {"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
-  "v5e": {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is shared: there is no device
-  },
+  "h100": _GPU,
+  "v100": _GPU,
+  "v5e": {**_TPU, "TPU_ACCELERATOR_TYPE": "v5litepod-4"},
+  "v6e": {**_TPU, "TPU_ACCELERATOR_TYPE": "v6e-4"},
 }
 TARGETS = tuple(ENVIRONMENT)
 
-PLATFORM = {"cpu": "cpu", "h100": "cuda", "v5e": "tpu"}
+PLATFORM = {"cpu": "cpu", "h100": "cuda", "v100": "cuda", "v5e": "tpu", "v6e": "tpu"}
 
 
-def prepare(target: str) -> None:
-  """Sets the environment variables of a target; call it before JAX is imported."""
-  os.environ.update(ENVIRONMENT[target], JAX_PLATFORMS="cpu")
+def prepare(target: str, *, quick: bool = False) -> None:
+  """Sets the environment variables of a target; call it before JAX is imported.
+
+  Flags of XLA that are set already stay.
+
+  Args:
+    target: one of `TARGETS`.
+    quick: whether to compile without optimizing, where what is computed matters and not how fast.
+  """
+  settings = dict(ENVIRONMENT[target])
+  flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    settings.pop("XLA_FLAGS", ""),
+    *(_QUICK if quick else ()),
+  ]
+  os.environ.update(settings, JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(filter(None, flags)))
 
 
 def target_device(target: str) -> Any:
@@ -38,7 +56,7 @@ def target_device(target: str) -> Any:
 
 
 def target_devices(target: str, count: int) -> list[Any]:
-  """Some devices of one machine of a target (of v5e four at most), present or only described."""
+  """Some devices of one machine of a target (of a TPU four at most), present or only described."""
   import jax
   from jax.experimental import topologies
 
@@ -47,8 +65,8 @@ def target_devices(target: str, count: int) -> list[Any]:
   host = jax.devices()  # registers the plugins
   if target == "cpu":
     return host[:count]
-  if target == "v5e":
-    described = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+  if PLATFORM[target] == "tpu":
+    described = topologies.get_topology_desc(platform="tpu", topology_name=f"{target}:2x2")
     return described.devices[:count]
   with contextlib.suppress(Exception):  # raises where JAX has registered the plugin by itself
     importlib.import_module("jax_plugins.xla_cuda12").initialize()
@@ -60,11 +78,11 @@ def target_devices(target: str, count: int) -> list[Any]:
 
 
 def compile_for(target: str, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-  """Compiles a train step for a target, its variables and optimizer state donated.
+  """Compiles a train step for a target, its state donated.
 
   Args:
     target: one of `TARGETS`.
-    step: a function whose first two arguments are donated.
+    step: a function whose first argument is donated.
     arguments: pytrees of `jax.ShapeDtypeStruct`.
 
   Returns:
@@ -76,5 +94,5 @@ def compile_for(target: str, step: Callable[..., Any], arguments: tuple[Any, ...
   placed = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), arguments
   )
-  traced = jax.jit(step, donate_argnums=(0, 1)).trace(*placed)
+  traced = jax.jit(step, donate_argnums=0).trace(*placed)
   return traced.lower(lowering_platforms=(PLATFORM[target],)).compile()

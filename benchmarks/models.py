@@ -1,8 +1,11 @@
 """The benchmarked models: plain Flax Linen that hands one `dtype` argument to every layer.
 
 `dtype=None` is the model as people write it, in float32; `dtype=jnp.bfloat16` is the same model in
-mixed precision by hand, which every figure of mpjax is compared with.
+mixed precision by hand, which every figure of mpjax is compared with. `haiku_models.py` and
+`torch_models.py` hold the same architectures.
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,26 +18,35 @@ class Block(nn.Module):
 
   Attributes:
     heads: attention heads.
+    causal: whether a place attends only to itself and what stands before it.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: whether attention's softmax is float32, which `dtype` alone does not make it.
   """
 
   heads: int
+  causal: bool = True
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Adds causal attention, then a perceptron four times as wide, to the stream."""
+    """Adds attention, then a perceptron four times as wide, to the stream."""
     width = x.shape[-1]
-    mask = nn.make_causal_mask(jnp.ones(x.shape[:2], jnp.int32))
+    mask = nn.make_causal_mask(jnp.ones(x.shape[:2], jnp.int32)) if self.causal else None
     y = nn.LayerNorm(dtype=self.dtype)(x)
-    x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, mask=mask)
+    attention = nn.MultiHeadDotProductAttention(
+      self.heads, dtype=self.dtype, force_fp32_for_softmax=self.wide_softmax
+    )
+    x = x + attention(y, mask=mask)
     y = nn.LayerNorm(dtype=self.dtype)(x)
     y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(y))
     return x + nn.Dense(width, dtype=self.dtype)(y)
 
 
 class Transformer(nn.Module):
-  """A causal language model: i32[batch, length] -> logits[batch, length, vocabulary].
+  """A causal language model like GPT-2: i32[batch, length] -> logits[batch, length, vocabulary].
+
+  The embedding is also the head, as there: 12 layers of 768 with GPT-2's vocabulary are its 124M.
 
   Attributes:
     layers: blocks.
@@ -42,32 +54,72 @@ class Transformer(nn.Module):
     heads: attention heads of a block.
     vocabulary: tokens.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: as in `Block`.
   """
 
-  layers: int = 4
+  layers: int = 12
   width: int = 768
   heads: int = 12
-  vocabulary: int = 8192
+  vocabulary: int = 50257
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps tokens to the logits of each next token."""
+    embed = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)
     positions = jnp.arange(tokens.shape[1])
-    x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+    x = embed(tokens)
     x = x + nn.Embed(tokens.shape[1], self.width, dtype=self.dtype)(positions)
     for _ in range(self.layers):
-      x = Block(self.heads, dtype=self.dtype)(x)
-    x = nn.LayerNorm(dtype=self.dtype)(x)
-    return nn.Dense(self.vocabulary, dtype=self.dtype)(x)
+      x = Block(self.heads, dtype=self.dtype, wide_softmax=self.wide_softmax)(x)
+    return embed.attend(nn.LayerNorm(dtype=self.dtype)(x))
 
 
-class ResidualBlock(nn.Module):
-  """Two 3x3 convolutions with BatchNorm and a shortcut: [batch, height, width, channels].
+class VisionTransformer(nn.Module):
+  """ViT (Dosovitskiy et al., 2021): [batch, height, width, 3] -> logits[batch, classes].
 
   Attributes:
-    features: channels that come out.
-    stride: of the first convolution and the shortcut.
+    layers: blocks.
+    width: features of the stream.
+    heads: attention heads of a block.
+    patch: the side of a patch, in pixels.
+    classes: the number of classes.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: as in `Block`.
+  """
+
+  layers: int = 12
+  width: int = 768
+  heads: int = 12
+  patch: int = 16
+  classes: int = 1000
+  dtype: DTypeLike | None = None
+  wide_softmax: bool = False
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps pictures to the logits of their classes."""
+    side = (self.patch, self.patch)
+    x = nn.Conv(self.width, side, side, dtype=self.dtype)(images)
+    x = x.reshape(x.shape[0], -1, self.width)
+    token = self.param("token", nn.initializers.zeros, (1, 1, self.width))
+    token = jnp.broadcast_to(token, (x.shape[0], 1, self.width))
+    x = jnp.concatenate([token.astype(x.dtype), x], axis=1)
+    place = self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
+    x = x + place.astype(x.dtype)
+    for _ in range(self.layers):
+      x = Block(self.heads, False, self.dtype, self.wide_softmax)(x)
+    x = nn.LayerNorm(dtype=self.dtype)(x)
+    return nn.Dense(self.classes, dtype=self.dtype)(x[:, 0])
+
+
+class Bottleneck(nn.Module):
+  """A bottleneck block with BatchNorm and a shortcut: [batch, height, width, channels].
+
+  Attributes:
+    features: channels of the 3x3 convolution; four times as many come out.
+    stride: of the 3x3 convolution and the shortcut.
     dtype: the compute dtype of every layer; None for the parameters' own.
   """
 
@@ -77,39 +129,108 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Adds the two convolutions to the (projected) input."""
-    strides = (self.stride, self.stride)
-    y = nn.Conv(self.features, (3, 3), strides, use_bias=False, dtype=self.dtype)(x)
-    y = nn.relu(nn.BatchNorm(use_running_average=False, dtype=self.dtype)(y))
-    y = nn.Conv(self.features, (3, 3), use_bias=False, dtype=self.dtype)(y)
-    y = nn.BatchNorm(use_running_average=False, dtype=self.dtype)(y)
+    """Adds the three convolutions to the (projected) input."""
+    y = nn.relu(self._normed(x, self.features, 1, 1))
+    y = nn.relu(self._normed(y, self.features, 3, self.stride))
+    y = self._normed(y, 4 * self.features, 1, 1)
     if x.shape != y.shape:
-      x = nn.Conv(self.features, (1, 1), strides, use_bias=False, dtype=self.dtype)(x)
-      x = nn.BatchNorm(use_running_average=False, dtype=self.dtype)(x)
+      x = self._normed(x, 4 * self.features, 1, self.stride)
     return nn.relu(x + y)
+
+  def _normed(self, x: jax.Array, features: int, side: int, stride: int) -> jax.Array:
+    x = nn.Conv(features, (side, side), (stride, stride), use_bias=False, dtype=self.dtype)(x)
+    return nn.BatchNorm(use_running_average=False, dtype=self.dtype)(x)
 
 
 class ResNet(nn.Module):
-  """ResNet-18 in training mode: [batch, height, width, 3] -> logits[batch, classes].
+  """ResNet-50 in training mode: [batch, height, width, 3] -> logits[batch, classes].
 
   Attributes:
-    stages: residual blocks of each stage; a stage doubles the channels and halves the picture.
+    stages: blocks of each stage; a stage doubles the channels and halves the picture.
+    width: channels after the first convolution.
     classes: the number of classes.
     dtype: the compute dtype of every layer; None for the parameters' own.
   """
 
-  stages: tuple[int, ...] = (2, 2, 2, 2)
+  stages: tuple[int, ...] = (3, 4, 6, 3)
+  width: int = 64
   classes: int = 1000
   dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     """Maps pictures to the logits of their classes; updates `batch_stats`."""
-    x = nn.Conv(64, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(images)
+    x = nn.Conv(self.width, (7, 7), (2, 2), use_bias=False, dtype=self.dtype)(images)
     x = nn.relu(nn.BatchNorm(use_running_average=False, dtype=self.dtype)(x))
     x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
     for stage, blocks in enumerate(self.stages):
       for block in range(blocks):
         stride = 2 if stage > 0 and block == 0 else 1
-        x = ResidualBlock(64 * 2**stage, stride, dtype=self.dtype)(x)
+        x = Bottleneck(self.width * 2**stage, stride, dtype=self.dtype)(x)
     return nn.Dense(self.classes, dtype=self.dtype)(jnp.mean(x, axis=(1, 2)))
+
+
+class RecurrentModel(nn.Module):
+  """An LSTM language model: i32[batch, length] -> logits[batch, length, vocabulary].
+
+  Attributes:
+    layers: LSTM layers.
+    width: features of embedding and cells.
+    vocabulary: tokens.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  layers: int = 2
+  width: int = 1024
+  vocabulary: int = 10000
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps tokens to the logits of each next token."""
+    x: Any = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+    for _ in range(self.layers):
+      x = nn.RNN(nn.OptimizedLSTMCell(self.width, dtype=self.dtype))(x)
+    return nn.Dense(self.vocabulary, dtype=self.dtype)(x)
+
+
+class Perceptron(nn.Module):
+  """Dense layers with sigmoids between them, whose gradients vanish with depth.
+
+  Attributes:
+    layers: hidden layers.
+    width: features of each.
+    classes: the number of classes.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  layers: int = 4
+  width: int = 64
+  classes: int = 10
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [batch, features] to the logits of each row's class."""
+    for _ in range(self.layers):
+      x = nn.sigmoid(nn.Dense(self.width, dtype=self.dtype)(x))
+    return nn.Dense(self.classes, dtype=self.dtype)(x)
+
+
+class Parameters(nn.Module):
+  """Nothing but parameters, each times an input: [leaves, size] -> f32[].
+
+  Its gradient is its input, so a train step of it is the optimizer's.
+
+  Attributes:
+    dtype: the compute dtype; None for the parameters' own.
+  """
+
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Sums the products of parameters and inputs."""
+    leaves = range(x.shape[0])
+    weights = [self.param(f"w{i}", nn.initializers.ones, x.shape[1:]) for i in leaves]
+    return sum((jnp.vdot(w, x[i]) for i, w in enumerate(weights)), start=jnp.zeros(()))

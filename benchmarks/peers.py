@@ -1,143 +1,403 @@
-"""What other mixed-precision tools do, observed: the facts of the README's table.
+"""The train step of every tool, as its own documentation writes it: one harness for all tables.
 
-Run `python benchmarks/peers.py`. Tools that are not installed are left out; for all of them:
-`pip install jmp mixed-precision-for-jax`.
+A peer turns a workload, a policy and an optimizer into the same two functions: `init` makes the
+state that a step needs, `step` takes it. Where a tool has dynamic loss scaling it is used for
+float16. The loss is float32 for all.
 """
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 from flax.training.dynamic_scale import DynamicScale
 
 import mpjax
+from benchmarks.workloads import Workload
 
-Observation = tuple[str, str, str, str]
-
-
-def matmul_dtype(fn: Callable[..., Any], *args: Any) -> str:
-  """The dtype of the last matmul of a function."""
-  eqns = jax.make_jaxpr(fn)(*args).jaxpr.eqns
-  return str([e.outvars[0].aval.dtype for e in eqns if e.primitive.name == "dot_general"][-1])
+POLICIES = ("mixed_bfloat16", "mixed_float16")
+PATIENCE = 5
 
 
-def embedding() -> Observation:
-  """A token seen 4096 times has the gradient 4096."""
-  tokens = jnp.zeros(4096, jnp.int32)
+class Scaling(NamedTuple):
+  """Settings of a dynamic loss scaler; those of torch.amp, but for the start.
 
-  def gradient(layer: nn.Module) -> str:
-    params = layer.init(jax.random.key(0), tokens)
-    grad = jax.grad(lambda p: jnp.asarray(layer.apply(p, tokens), jnp.float32).sum())(params)
-    return f"{float(grad['params']['embedding'][0, 0]):g}"
+  Attributes:
+    start: the first scale.
+    interval: good steps until it doubles.
+  """
 
-  by_hand = gradient(nn.Embed(2, 1, dtype=jnp.bfloat16))
-  ours = gradient(mpjax.apply_policy(nn.Embed(2, 1), "mixed_bfloat16"))
-  return "Flax Embed(dtype=bfloat16)", "gradient of a token seen 4096 times", by_hand, ours
+  start: float = 2.0**15
+  interval: int = 2000
 
 
-def dynamic_scale_start() -> Observation:
-  """A float16 loss above 1 overflows at the scale 65536."""
+class State(NamedTuple):
+  """All that a train step reads and writes.
 
-  def loss(w: jax.Array) -> jax.Array:
-    return (w * jnp.float16(2)).astype(jnp.float16)
+  Attributes:
+    params: the float32 parameters.
+    model_state: BatchNorm's running statistics, if the model has any.
+    opt_state: the optimizer's state.
+    scaler: the loss scaler's state where it stands beside the optimizer; None otherwise.
+  """
 
-  _, finite, _, _ = DynamicScale().value_and_grad(loss)(jnp.float16(1))
-  tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
-  params = {"w": jnp.float32(1)}
-  fn = mpjax.autocast(lambda p: p["w"] * 2, "mixed_float16")
-  state = tx.init(params)
-  _, grads = mpjax.value_and_grad(fn)(params, loss_scale=mpjax.loss_scale(state))
-  _, state = tx.update(grads, state, params)
-  applied = bool(mpjax.step_is_finite(state))
-  what = "first step of a float16 loss of 2 is applied"
-  return "flax DynamicScale", what, str(bool(finite)), str(applied)
+  params: Any
+  model_state: Any
+  opt_state: Any
+  scaler: Any = None
 
 
-def nan_storm() -> Observation:
-  """300 steps of NaN."""
-  scale = DynamicScale()
-  for _ in range(300):
-    scale, *_ = scale.value_and_grad(lambda w: w * jnp.nan)(1.0)
-  params = {"w": jnp.ones(1)}
-  tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
-  state = tx.init(params)
-  update = jax.jit(tx.update)
-  for _ in range(300):
-    _, state = update({"w": jnp.full(1, jnp.nan)}, state, params)
-  ours = f"{float(mpjax.loss_scale(state)):g}"
-  return "flax DynamicScale", "scale after 300 NaN steps", f"{float(scale.scale):.1e}", ours
+class Model(NamedTuple):
+  """A model as two pure functions.
+
+  Attributes:
+    init: `(key, inputs) -> (params, model_state)`.
+    apply: `(params, model_state, inputs) -> (outputs, model_state)`.
+  """
+
+  init: Callable[..., tuple[Any, Any]]
+  apply: Callable[..., tuple[jax.Array, Any]]
 
 
-def apply_if_finite() -> Observation:
-  """A storm that is longer than the patience."""
+class Training(NamedTuple):
+  """A train step.
 
-  def parameter(tx: optax.GradientTransformation) -> str:
-    params = {"w": jnp.ones(1)}
-    state = tx.init(params)
-    for _ in range(8):
-      updates, state = tx.update({"w": jnp.full(1, jnp.nan)}, state, params)
-      params = optax.apply_updates(params, updates)
-    return f"{float(jax.tree.leaves(params)[0][0]):g}"
+  Attributes:
+    model: what is trained.
+    begin: `(params, model_state) -> State`, the state before the first step.
+    step: `(state, inputs, labels) -> (state, loss)`.
+  """
 
-  theirs = parameter(optax.apply_if_finite(optax.sgd(0.1), 5))
-  ours = parameter(mpjax.static_loss_scaling(optax.sgd(0.1), 1))
-  return "optax apply_if_finite(5)", "parameter 1 after 8 NaN gradients", theirs, ours
+  model: Model
+  begin: Callable[..., State]
+  step: Callable[..., tuple[State, jax.Array]]
+
+  def init(self, key: jax.Array, inputs: Any) -> State:
+    """The state before the first step, with new parameters."""
+    return self.begin(*self.model.init(key, inputs))
 
 
-def jmp_leak() -> Observation:
-  """One float32 array on the way to a matmul."""
+def compute_dtype(policy: str) -> np.dtype:
+  """The dtype that a policy computes in."""
+  return mpjax.Policy.parse(policy).compute_dtype
+
+
+def scales(policy: str) -> bool:
+  """Whether a policy needs loss scaling."""
+  return compute_dtype(policy) == jnp.float16
+
+
+def linen(workload: Workload, dtype: Any = None, **options: Any) -> Model:
+  """The workload's Linen model, its layers given `dtype`; other options are the model's own."""
+  module: Any = workload.model(**workload.sizes, dtype=dtype, **options)  # pyright: ignore[reportCallIssue]
+
+  def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
+    model_state = dict(module.init(key, inputs))
+    return model_state.pop("params"), model_state
+
+  def apply(params: Any, model_state: Any, inputs: jax.Array) -> Any:
+    variables = {"params": params, **model_state}
+    return module.apply(variables, inputs, mutable=list(model_state))
+
+  return Model(init, apply)
+
+
+def loss_of(workload: Workload, model: Model) -> Callable[..., Any]:
+  """`(params, model_state, inputs, labels) -> (loss, model_state)`."""
+
+  def loss(params: Any, model_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
+    outputs, model_state = model.apply(params, model_state, inputs)
+    return workload.loss(outputs, labels), model_state
+
+  return loss
+
+
+def _training(model: Model, tx: Any, step: Callable[..., Any], scaler: Any = None) -> Training:
+  def begin(params: Any, model_state: Any) -> State:
+    return State(params, model_state, tx.init(params), scaler)
+
+  return Training(model, begin, step)
+
+
+def _apply(tx: optax.GradientTransformation, state: State, grads: Any) -> tuple[Any, Any]:
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  return optax.apply_updates(state.params, updates), opt_state
+
+
+def _plain(workload: Workload, model: Model, tx: Any) -> Training:
+  return unscaled(loss_of(workload, model), model, tx)
+
+
+def float32(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The plain model; the policy is not used."""
+  del policy, scaling
+  return _plain(workload, linen(workload), tx)
+
+
+def by_hand(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """Flax's `dtype=` on every layer."""
+  del scaling
+  return _plain(workload, linen(workload, compute_dtype(policy)), tx)
+
+
+def wide_softmax(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`by_hand` with the float32 softmax that mpjax has by itself and Flax's attention offers."""
+  del scaling
+  return _plain(workload, linen(workload, compute_dtype(policy), wide_softmax=True), tx)
+
+
+def apply_if_finite(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`by_hand` with optax's guard around the optimizer."""
+  del scaling
+  model = linen(workload, compute_dtype(policy))
+  return _plain(workload, model, optax.apply_if_finite(tx, PATIENCE))
+
+
+def dynamic_scale(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`by_hand` with Flax's scaler, used as Flax's ImageNet example does."""
+  model = linen(workload, compute_dtype(policy))
+  loss_fn = loss_of(workload, model)
+  scaler = DynamicScale(
+    growth_interval=scaling.interval,
+    fin_steps=jnp.int32(0),  # pyright: ignore[reportArgumentType]
+    scale=jnp.float32(scaling.start),  # pyright: ignore[reportArgumentType]
+  )
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    grad = state.scaler.value_and_grad(loss_fn, has_aux=True)
+    scaler, finite, (loss, model_state), grads = grad(
+      state.params, state.model_state, inputs, labels
+    )
+    new = _apply(tx, state, grads)
+    keep = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
+    return State(keep[0], model_state, keep[1], scaler), loss
+
+  return _training(model, tx, step, scaler)
+
+
+def _jmp_policy(policy: str) -> Any:
   import jmp  # pyright: ignore[reportMissingImports]
 
-  params, x, table = jnp.ones((4, 4)), jnp.ones((4, 4)), np.ones((4, 4), np.float32)
-
-  def fn(w: jax.Array, x: jax.Array) -> jax.Array:
-    return (x * table) @ w
-
-  policy = jmp.get_policy("params=float32,compute=bfloat16,output=float32")
-  theirs = matmul_dtype(lambda w, x: fn(*policy.cast_to_compute((w, x))), params, x)
-  ours = matmul_dtype(mpjax.autocast(fn, "mixed_bfloat16"), params, x)
-  return "jmp", "dtype of a matmul after a float32 table", theirs, ours
+  return jmp.get_policy(f"params=float32,compute={compute_dtype(policy)},output=float32")
 
 
-def mpx_growth() -> Observation:
-  """The gradient on the step on which the scale grows."""
+def _jmp_scaled(
+  loss_fn: Callable[..., Any], model: Model, policy: str, tx: Any, scaling: Scaling
+) -> Training:
+  """A step with jmp's scaler, as jmp's README and Haiku's ImageNet example have it.
+
+  The state holds its two fields: the object itself cannot be lowered ahead of time (jmp 0.0.4).
+  """
+  import jmp  # pyright: ignore[reportMissingImports]
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    scaler = jmp.DynamicLossScale(*state.scaler, scaling.interval)
+
+    def scaled(params: Any) -> Any:
+      loss, model_state = loss_fn(params, state.model_state, inputs, labels)
+      return scaler.scale(loss), (loss, model_state)
+
+    grads, (loss, model_state) = jax.grad(scaled, has_aux=True)(state.params)
+    grads = scaler.unscale(grads)
+    finite = jmp.all_finite(grads)
+    params, opt_state = _apply(tx, state, grads)
+    new = (params, model_state, opt_state)
+    params, model_state, opt_state = jmp.select_tree(finite, new, state[:3])
+    scaler = scaler.adjust(finite)
+    return State(params, model_state, opt_state, (scaler.loss_scale, scaler.counter)), loss
+
+  if scales(policy):
+    return _training(model, tx, step, (jnp.float32(scaling.start), jnp.int32(0)))
+  return unscaled(loss_fn, model, tx)
+
+
+def unscaled(loss_fn: Callable[..., Any], model: Model, tx: Any) -> Training:
+  """A step that differentiates a loss as it is."""
+  grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    (loss, model_state), grads = grad(state.params, state.model_state, inputs, labels)
+    params, opt_state = _apply(tx, state, grads)
+    return State(params, model_state, opt_state), loss
+
+  return _training(model, tx, step)
+
+
+def jmp_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The plain model, parameters and inputs cast by jmp's policy."""
+  model, cast = linen(workload), _jmp_policy(policy)
+
+  def loss(params: Any, model_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
+    params, inputs = cast.cast_to_compute((params, inputs))
+    outputs, model_state = model.apply(params, model_state, inputs)
+    return workload.loss(cast.cast_to_output(outputs), labels), model_state
+
+  return _jmp_scaled(loss, model, policy, tx, scaling)
+
+
+def mpx_scaling(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The plain model under `mpx.filter_value_and_grad`, which casts all arguments and scales."""
   import mpx  # pyright: ignore[reportMissingImports]
 
-  scaling = mpx.DynamicLossScaling(jnp.float32(8), jnp.float32(1), period=1, counter=jnp.int32(0))
-  w = jnp.ones(2)
-  theirs = mpx.filter_grad(lambda w: jnp.sum(3 * w), scaling)(w)[-1]
-  tx = mpjax.dynamic_loss_scaling(optax.identity(), init_scale=8, growth_interval=1)
-  state = tx.init(w)
-  _, grads = mpjax.value_and_grad(lambda w: jnp.sum(3 * w))(w, loss_scale=mpjax.loss_scale(state))
-  ours, _ = tx.update(grads, state, w)
-  theirs_0, ours_0 = (f"{float(jax.tree.leaves(g)[0][0]):g}" for g in (theirs, ours))
-  return "mpx", "gradient 3 on a growth step", theirs_0, ours_0
+  model = linen(workload)
+  scaler = mpx.DynamicLossScaling(
+    jnp.float32(scaling.start), jnp.float32(1), period=scaling.interval
+  )
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    # Its setter takes the scalar type; the name of bfloat16 changes nothing (mpx 0.1.8).
+    mpx.set_half_precision_datatype(jnp.dtype(compute_dtype(policy)).type)
+    grad = mpx.filter_value_and_grad(loss_of(workload, model), state.scaler, has_aux=True)
+    (loss, model_state), scaler, finite, grads = grad(
+      state.params, state.model_state, inputs, labels
+    )
+    params, opt_state = mpx.optimizer_update(state.params, tx, state.opt_state, grads, finite)
+    return State(params, mpx.cast_to_float32(model_state), opt_state, scaler), loss
+
+  return _training(model, tx, step, scaler)
 
 
-OBSERVATIONS = {
-  embedding: "flax",
-  dynamic_scale_start: "flax",
-  nan_storm: "flax",
-  apply_if_finite: "optax",
-  jmp_leak: "jmp",
-  mpx_growth: "mpx",
-}
+def haiku_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The Haiku model under `hk.mixed_precision`, BatchNorm in float32 as its example has it."""
+  model = haiku(workload, policy)
+  return _jmp_scaled(loss_of(workload, model), model, policy, tx, scaling)
 
 
-def main() -> None:
-  """Prints one row an observation, as a Markdown table."""
-  print("| tool | what | there | here |\n|---|---|---|---|")
-  for observe, package in OBSERVATIONS.items():
-    if importlib.util.find_spec(package) is None:
-      print(f"| {package} | {observe.__doc__} | not installed | |")
-    else:
-      print("| " + " | ".join(observe()) + " |")
+def haiku_float32(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The Haiku model in float32: what `haiku_policy` is compared with."""
+  del policy, scaling
+  model = haiku(workload, "float32")
+  return unscaled(loss_of(workload, model), model, tx)
 
 
-if __name__ == "__main__":
-  main()
+def haiku(workload: Workload, policy: str) -> Model:
+  """The workload's model in Haiku, under a policy."""
+  import haiku as hk  # pyright: ignore[reportMissingImports]
+  import jmp  # pyright: ignore[reportMissingImports]
+
+  from benchmarks import haiku_models
+
+  kind = getattr(haiku_models, workload.model.__name__)
+  half = compute_dtype(policy)
+  norms = jmp.get_policy(f"params=float32,compute=float32,output={half}")
+  transformed = hk.transform_with_state(lambda inputs: kind(**workload.sizes)(inputs))
+
+  def under(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+      mixed = hk.mixed_precision
+      with mixed.push_policy(kind, _jmp_policy(policy)), mixed.push_policy(hk.BatchNorm, norms):
+        return fn(*args)
+
+    return run
+
+  def apply(params: Any, model_state: Any, inputs: jax.Array) -> Any:
+    return transformed.apply(params, model_state, None, inputs)
+
+  return Model(under(transformed.init), under(apply))
+
+
+def _mpjax(loss: Any, model: Model, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The loop of mpjax's README."""
+  if not scales(policy):
+    return unscaled(loss, model, tx)
+  tx = mpjax.dynamic_loss_scaling(tx, init_scale=scaling.start, growth_interval=scaling.interval)
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    scale = mpjax.loss_scale(state.opt_state)
+    (value, model_state), grads = mpjax.value_and_grad(loss, has_aux=True)(
+      state.params, state.model_state, inputs, labels, loss_scale=scale
+    )
+    params, opt_state = _apply(tx, state, grads)
+    finite = mpjax.step_is_finite(opt_state)
+    return State(params, mpjax.select(finite, model_state, state.model_state), opt_state), value
+
+  return _training(model, tx, step)
+
+
+def mpjax_inside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The plain model, the whole loss under `mpjax.autocast`."""
+  model = linen(workload)
+  return _mpjax(mpjax.autocast(loss_of(workload, model), policy), model, policy, tx, scaling)
+
+
+def mpjax_outside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """The plain model under `mpjax.autocast`, the loss outside."""
+  plain = linen(workload)
+  model = Model(plain.init, mpjax.autocast(plain.apply, policy))
+  return _mpjax(loss_of(workload, model), model, policy, tx, scaling)
+
+
+def mpjax_statistics(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`mpjax_inside`, the statistics of every step collected."""
+  return mpjax_inside(workload, policy, mpjax.inspect.collect_statistics(tx), scaling)
+
+
+class Peer(NamedTuple):
+  """A tool.
+
+  Attributes:
+    name: how tables call it.
+    build: `(workload, policy, tx, scaling) -> Training`.
+    packages: what must be installed.
+    policies: the policies that it is used for.
+    models: the names of the models that it is for; all models where there are none.
+  """
+
+  name: str
+  build: Callable[[Workload, str, Any, Scaling], Training]
+  packages: tuple[str, ...] = ()
+  policies: tuple[str, ...] = POLICIES
+  models: tuple[str, ...] = ()
+
+
+FLOAT32 = "float32"
+BY_HAND = "Flax `dtype=` by hand"
+WIDE_SOFTMAX = "by hand, float32 softmax"
+INSIDE = "mpjax, loss inside"
+OUTSIDE = "mpjax, loss outside"
+STATISTICS = "mpjax, statistics collected"
+HAIKU = "Haiku policy"
+HAIKU_FLOAT32 = "Haiku, float32"
+
+ALL = (
+  Peer(FLOAT32, float32),
+  Peer(BY_HAND, by_hand),
+  Peer(WIDE_SOFTMAX, wide_softmax, models=("Transformer", "VisionTransformer")),
+  Peer("by hand + apply_if_finite", apply_if_finite),
+  Peer("by hand + DynamicScale", dynamic_scale, policies=("mixed_float16",)),
+  Peer("jmp", jmp_policy, ("jmp",)),
+  Peer("mpx", mpx_scaling, ("mpx",)),
+  Peer(HAIKU_FLOAT32, haiku_float32, ("haiku", "jmp")),
+  Peer(HAIKU, haiku_policy, ("haiku", "jmp")),
+  Peer(INSIDE, mpjax_inside),
+  Peer(OUTSIDE, mpjax_outside),
+  Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
+)
+PEERS = {peer.name: peer for peer in ALL}
+
+
+def installed(peer: Peer) -> bool:
+  """Whether a peer's packages can be imported."""
+  return all(importlib.util.find_spec(package) for package in peer.packages)
+
+
+def serves(peer: Peer, policy: str, workload: Workload) -> bool:
+  """Whether a peer is installed, and for this policy and this model."""
+  of_the_model = not peer.models or workload.model.__name__ in peer.models
+  return installed(peer) and policy in peer.policies and of_the_model
+
+
+def chosen(names: list[str] | None, policy: str, workload: Workload) -> list[Peer]:
+  """The installed peers that serve a policy and a workload; those named, if any are.
+
+  Raises:
+    ValueError: If a name is none of a peer's.
+  """
+  unknown = sorted(set(names or ()) - set(PEERS))
+  if unknown:
+    raise ValueError(f"Peers must be among {', '.join(PEERS)}. Got {', '.join(unknown)}.")
+  wanted = names or list(PEERS)
+  return [PEERS[name] for name in wanted if serves(PEERS[name], policy, workload)]

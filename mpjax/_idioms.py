@@ -57,6 +57,21 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   return fill if fill is not None and _jaxpr.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
+def is_grouped_scores(eqn: JaxprEqn) -> bool:
+  """Whether a matmul makes the scores of `jax.nn.dot_product_attention`, or others like them.
+
+  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head. It
+  makes float32 scores of 16-bit operands, so that none rounds before the softmax.
+  """
+  if eqn.primitive.name != "dot_general":
+    return False
+  contracted, batch = eqn.params["dimension_numbers"]
+  ranks = [len(atom.aval.shape) for atom in eqn.invars[:2]]
+  last = tuple((rank - 1,) for rank in ranks)
+  heads = (*range(ranks[1] - 3), ranks[1] - 2)
+  return ranks[0] == ranks[1] + 1 and contracted == last and batch == (heads, heads)
+
+
 def applies_a_function(eqn: JaxprEqn) -> bool:
   """Whether a scatter holds a function of the values that it meets, traced in float32."""
   return eqn.primitive.name == "scatter" and eqn.params.get("update_jaxpr") is not None

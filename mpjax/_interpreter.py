@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 
 from mpjax import _derivatives, _islands, _jaxpr, _segments, _versions
 from mpjax._dtypes import FLOAT32
@@ -293,6 +294,28 @@ def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   return _jaxpr.run_as_traced(step.eqn, operands)
 
 
+def _scores(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
+  del interpreter
+  narrow = step.params | {"preferred_element_type": operands[0].dtype}
+
+  @jax.custom_jvp
+  def matmul(*operands: Any) -> list[Any]:
+    return _jaxpr.run_with(step.eqn, operands, step.params)
+
+  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    pairs = ((tangents[0], primals[1]), (primals[0], tangents[1]))
+    moved = [
+      to_dtype(_jaxpr.run_with(step.eqn, pair, narrow)[0], FLOAT32)
+      for pair in pairs
+      if not any(isinstance(x, SymbolicZero) for x in pair)
+    ]
+    return matmul(*primals), [sum(moved[1:], moved[0])]
+
+  matmul.defjvp(rule, symbolic_zeros=True)
+  return matmul(*operands)
+
+
 def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   name, (body,) = step.eqn.primitive.name, step.bodies
   if name == "shard_map":
@@ -411,6 +434,7 @@ def _custom_vmap(interpreter: Interpreter, step: Step, operands: list[Any]) -> l
 
 
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.SCORES: _scores,
   Rule.TRACED: _traced,
   Rule.CALL: _call,
   Rule.SCAN: _scan,

@@ -197,6 +197,8 @@ class _Walk:
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
+    if rule is Rule.LOWER and _idioms.is_grouped_scores(eqn):
+      return Rule.SCORES
     if rule is Rule.RANGE:
       form = join(forms)
       held = compute if form and form.kind < Kind.NARROW else form and form.dtype
@@ -230,6 +232,11 @@ class _Walk:
   def lower(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     decision = self.uniform(eqn, forms, narrow(compute))
     return decision._replace(params=_jaxpr.without_algorithm(decision.params))
+
+  def scores(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    decision = self.lower(eqn, forms, compute, place)
+    params = decision.params | {"preferred_element_type": FLOAT32}
+    return decision._replace(outs=_for_float32(eqn.outvars, DATA), params=params)
 
   def full(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     return self.uniform(eqn, forms, DATA)
@@ -374,6 +381,7 @@ class _Walk:
 
 _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.LOWER: _Walk.lower,
+  Rule.SCORES: _Walk.scores,
   Rule.FULL: _Walk.full,
   Rule.ALWAYS: _Walk.full,
   Rule.FOLLOW: _Walk.follow,
@@ -393,7 +401,7 @@ _BODY = ("jaxpr", "call_jaxpr", "call")
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = frozenset({"jit", "pjit"})
 _FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
-_NAMEABLE = frozenset({Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
+_NAMEABLE = frozenset({Rule.LOWER, Rule.SCORES, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 _WITH_BODIES = frozenset(
   {
     Rule.CALL,

@@ -90,6 +90,7 @@ class Rule(enum.Enum):
   """What a primitive does with float32 operands under a 16-bit policy."""
 
   LOWER = "operands to the compute dtype; the result is narrow"
+  SCORES = "operands to the compute dtype; the result is data, its cotangent narrow"
   RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"
   FULL = "operands to float32; the result is data"
   ALWAYS = "as FULL, whatever a rule for operations says: it has no 16-bit kernel"

@@ -23,7 +23,16 @@ OFTEN = 4
 """How often a run must recur to be worth a function of its own."""
 
 _SIMPLE = frozenset(
-  {Rule.LOWER, Rule.FULL, Rule.ALWAYS, Rule.FOLLOW, Rule.NAMED, Rule.EACH, Rule.CONVERT}
+  {
+    Rule.LOWER,
+    Rule.SCORES,
+    Rule.FULL,
+    Rule.ALWAYS,
+    Rule.FOLLOW,
+    Rule.NAMED,
+    Rule.EACH,
+    Rule.CONVERT,
+  }
 )
 _CALLS = frozenset({"jit", "pjit"})
 

@@ -10,6 +10,12 @@ from hypothesis import settings
 
 from public.table import RECORD, table
 
+# What runs once is not worth optimizing: XLA reads this when it first compiles.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11):
+  QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later versions have no other way
+os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
+
 if not os.environ.get("JAX_PLATFORMS"):
   jax.config.update("jax_platforms", "cpu")
 # Eight devices stand in for a small mesh.

@@ -12,8 +12,6 @@ import mpjax
 
 EPS = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 # The bound is 8 units of the format, relative to the largest entry; these amplify what the matmul
 # before them rounds.
 ROUGH = {"numpy.sinc": 64}
@@ -74,7 +72,7 @@ def results(name):
   w, x = jax.random.normal(jax.random.key(0), (2, 8, 8)) * 0.5
   policies = {policy: under(policy, name) for policy in ("float32", *EPS)}
   run = lambda w, x: {policy: fn(w, x) for policy, fn in policies.items()}
-  return jax.device_get(jax.jit(run, compiler_options=QUICK_TO_COMPILE)(w, x[:2] + 0.1))
+  return jax.device_get(jax.jit(run)(w, x[:2] + 0.1))
 
 
 @pytest.mark.slow

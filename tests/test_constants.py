@@ -15,7 +15,6 @@ from jax import lax, nn
 import mpjax
 
 UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 every_policy = pytest.mark.parametrize("policy", UNIT)
 
 
@@ -104,7 +103,7 @@ def outcomes(writing, cast=lambda fn: fn):
     }
 
   dtype = jnp.result_type(float)
-  run = jax.jit(run, compiler_options=QUICK_TO_COMPILE)
+  run = jax.jit(run)
   return jax.device_get(run(QUERIES.astype(dtype), KEYS.astype(dtype), MASK))
 
 
@@ -183,7 +182,7 @@ def test_a_guard_still_guards(guard, policy):
   loss = lambda w, x: sum(y.sum() for y in jax.tree.leaves(fn(w, x)))
   cast = lambda f: mpjax.autocast(f, policy)
 
-  @functools.partial(jax.jit, compiler_options=QUICK_TO_COMPILE)
+  @jax.jit
   def run(w, x):
     return [fn(w, x), jax.grad(loss)(w, x)], [cast(fn)(w, x), jax.grad(cast(loss))(w, x)]
 

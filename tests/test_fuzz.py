@@ -88,10 +88,13 @@ def types(traced):
   return jax.tree.map(lambda out: (out.shape, out.dtype), traced.out_info)
 
 
-def own_dtypes(program):
-  """Whether the program chooses 16-bit, complex or 64-bit formats itself."""
+def own_dtypes(program, traced):
+  """Whether the program, traced in float32, chooses 16-bit, complex or 64-bit formats itself."""
   names = {"to_bfloat16", "to_float16", *COMPLEX} | set(LINALG)
-  return bool(program.ops() & names or set(program.inputs) & {"h", "f", "z", *WIDER})
+  if program.ops() & names or set(program.inputs) & {"h", "f", "z", *WIDER}:
+    return True
+  # NumPy's scalars are float64, so that `x / np.sqrt(n)` is where 64 bits are enabled.
+  return any("float64" in factors(e) for e in equations_of(traced) if is_contraction(e))
 
 
 def scoped_equations(jaxpr, wide=False) -> Iterator[tuple[bool, object]]:
@@ -125,7 +128,7 @@ def runs_and_keeps_its_types(program, policy, transform):
   want = plain(program, transform)
   got = lowered(transformed(program, policy, transform), *program.split(is_param))
   assert types(got) == types(want)
-  if own_dtypes(program):
+  if own_dtypes(program, want):
     return
   for eqn in equations_of(got):
     assert not is_contraction(eqn) or factors(eqn) == {COMPUTE[policy]}, eqn
@@ -164,11 +167,15 @@ def obeys_rules(program, policy, transform):
   rules = mpjax.PolicyMap({r"(.*/)?wide": "float32"}, default=policy)
   got = lowered(transformed(program, rules, transform), *program.split(is_param))
   assert types(got) == types(want)
+  # What no iteration changes JAX moves out of a loop that it differentiates, and out of its scope.
+  moves = transform == "grad_outside" and bool(program.ops() & SCANNED)
   for wide, eqn in scoped_equations(got.jaxpr):
     if is_contraction(eqn):
-      assert factors(eqn) == {"float32" if wide else COMPUTE[policy]}, eqn
+      held = {"float32"} if wide else {COMPUTE[policy]}
+      assert factors(eqn) == held or (moves and factors(eqn) == {"float32"}), eqn
 
 
+SCANNED = {"scan", "scan_rows", "fori_loop", "map"}
 SCOPED = [*CONTRACT, *TAME, *["scope"] * 12]
 
 
@@ -179,6 +186,7 @@ def test_rules_of_scopes_reach_into_every_construct(count):
 
 
 def is_the_identity(program):
+  plain(program, "forward")
   params, data = example(program)
   assert mpjax.autocast(program, "float32") == program
   policies, flags = as_policy_map("float32"), ([True, False], {})
@@ -264,7 +272,6 @@ def distance(a, b):
 
 SAMPLES = 2
 FACTOR = 4.0
-QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def bound(want, rounded, unit):
@@ -276,7 +283,7 @@ def bound(want, rounded, unit):
 
 def run_all(fns, *args):
   """The results of several functions by one compilation, as arrays of NumPy."""
-  run = jax.jit(lambda *args: [fn(*args) for fn in fns], compiler_options=QUICK_TO_COMPILE)
+  run = jax.jit(lambda *args: [fn(*args) for fn in fns])
   return jax.device_get(run(*args))
 
 

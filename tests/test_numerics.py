@@ -294,6 +294,31 @@ MASKS = {
 }
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_jax_attention_is_as_exact_as_with_16_bit_operands(masked):
+  """It keeps its scores in float32; float16 by hand does not run on a CPU."""
+  attend = functools.partial(jax.nn.dot_product_attention, is_causal=masked)
+  weights = np.cos(np.arange(16)).reshape(1, 1, 1, 16).astype(np.float32)
+  loss = lambda q, k, v: (attend(q, k, v) * weights).sum()
+  operands = [
+    x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (3, 2, 32, 4, 16))
+  ]
+  wide = [x.astype(jnp.float32) for x in operands]
+  for fn in (attend, jax.grad(loss, (0, 1, 2))):
+    with jax.enable_x64(True):
+      truth = fn(*(x.astype(jnp.float64) for x in operands))
+    found = mpjax.autocast(fn, "mixed_bfloat16", argnums=(0, 1, 2))(*wide)
+    assert error(found, truth) <= 1.05 * error(fn(*operands), truth)
+
+
+@every_policy
+def test_the_scores_of_jax_attention_have_16_bit_derivatives(policy):
+  loss = mpjax.autocast(lambda q, k: jax.nn.dot_product_attention(q, k, k).sum(), policy)
+  operands = jax.random.normal(jax.random.key(0), (2, 2, 8, 4, 16))
+  for fn in (jax.grad(loss), jax.grad(loss, 1), lambda *qk: jax.jvp(loss, qk, qk)):
+    assert wide_contractions(jax.make_jaxpr(fn)(*operands), COMPUTE[policy].name) == []
+
+
 @every_policy
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("order", ["value", "gradient"])

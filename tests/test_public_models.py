@@ -14,7 +14,16 @@ import pytest
 import mpjax
 from _jaxprs import Contraction, contractions, wide_contractions
 from public import flax_packages, functional, hugging_face
-from public.model import Built, Public, Ran, Traced, description, relative_error, traced
+from public.model import (
+  Built,
+  Public,
+  Ran,
+  Traced,
+  description,
+  relative_error,
+  traced,
+  with_offset,
+)
 from public.table import RECORD, row
 
 # Published code mixes dtypes and ranks, and warns.
@@ -40,7 +49,8 @@ def _as_published(model):
 
 @functools.cache
 def built(model: Public) -> Built:
-  return model.build()
+  made = model.build()
+  return made._replace(params=with_offset(made.params, model.offset)) if model.offset else made
 
 
 @functools.cache

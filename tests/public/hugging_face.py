@@ -173,7 +173,7 @@ MODELS: tuple[Public, ...] = (
   _of_transformers("GPT-2", "text", _GPT2, "transformer/h/0/mlp"),
   _of_transformers("Mistral", "text", _MISTRAL, "model/layers/0/mlp"),
   _of_transformers("ViT", "vision", _VIT, "classifier"),
-  _of_transformers("ResNet", "vision", _RESNET, "classifier"),
+  _of_transformers("ResNet", "vision", _RESNET, "classifier", offset=2.0),
   _of_transformers("CLIP", "vision and text", _CLIP, "text_model", loss_scale=2.0**4),
   _of_transformers("Wav2Vec2", "audio", _WAV2VEC2, "lm_head"),
   _of_transformers("Whisper", "audio", _WHISPER, "model/encoder"),

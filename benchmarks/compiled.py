@@ -1,0 +1,181 @@
+"""The compiled train step of every peer: memory, converts, operations and bytes moved.
+
+    python -m benchmarks.compiled --target h100 --workload gpt-small
+
+The figures are the compiler's own (`memory_analysis()`, `cost_analysis()`, the program's text),
+exact and the same every time. Rows are added to results/compiled.json, one for each target,
+workload, policy and peer, and results/compiled.md is written anew from all of them.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks import compilers, hlo, report
+
+MIB = 2**20
+KEY = ("target", "workload", "policy", "peer")
+COLUMNS = {
+  "peer": "peer",
+  "temp_mib": "temp MiB",
+  "temp_ratio": "to by hand",
+  "argument_mib": "arguments MiB",
+  "converts": "converts",
+  "gflops": "matmul GFLOP",
+  "gbytes": "GB moved",
+  "bytes_ratio": "to by hand",
+  "low_share": "matmuls in 16 bits",
+}
+COMPILER = {"cpu": "jaxlib", "cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
+
+
+def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
+  """Compiles one peer's step; returns its row."""
+  import jax
+  import optax
+
+  from benchmarks import flops, peers
+
+  training = peer.build(workload, policy, optax.adamw(1e-3), peers.Scaling())
+  state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
+  arguments = (state, workload.inputs, workload.labels)
+  began = time.perf_counter()
+  compiled = compilers.compile_for(target, training.step, arguments)
+  operations = flops.contractions(training.step, *arguments)
+  row = {
+    "target": target,
+    "workload": workload.name,
+    "batch": workload.inputs.shape[0],
+    "policy": policy,
+    "peer": peer.name,
+    "jax": jax.__version__,
+    "compiler": compiler(target),
+    "flags": os.environ["XLA_FLAGS"],
+    "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    "low_share": flops.low_share(operations),
+    "flops": operations.total(),
+  }
+  return {**row, **figures(compiled), "seconds": round(time.perf_counter() - began, 1)}
+
+
+def compiler(target: str) -> str:
+  """The package that holds a target's compiler, with its version."""
+  package = COMPILER[compilers.PLATFORM[target]]
+  return f"{package} {metadata.version(package)}"
+
+
+def figures(compiled: Any) -> report.Row:
+  """What a compiler says of its program; bytes that it does not state are read off the text."""
+  memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+  text = compiled.as_text()
+  return {
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "converts": len(re.findall(r" convert\(", text)),
+    "bytes_moved": int(costs["bytes accessed"]) if costs else hlo.moved(text),
+  }
+
+
+def shown(rows: list[report.Row]) -> list[report.Row]:
+  """The rows of one cell in readable units, with ratios to the model written by hand."""
+  from benchmarks import peers
+
+  hand = next((row for row in rows if row["peer"] == peers.BY_HAND), None)
+  return [_shown(row, hand) for row in rows]
+
+
+def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
+  def ratio(key: str) -> str | None:
+    return f"{row[key] / hand[key]:.3f}" if hand else None
+
+  return {
+    "peer": row["peer"],
+    "temp_mib": f"{row['temp_bytes'] / MIB:.0f}",
+    "temp_ratio": ratio("temp_bytes"),
+    "argument_mib": f"{row['argument_bytes'] / MIB:.0f}",
+    "converts": row["converts"],
+    "gflops": f"{row['flops'] / 1e9:.0f}",
+    "gbytes": f"{row['bytes_moved'] / 1e9:.2f}",
+    "bytes_ratio": ratio("bytes_moved"),
+    "low_share": f"{row['low_share']:.1%}",
+  }
+
+
+def markdown(rows: list[report.Row]) -> str:
+  """A table for every target, workload and policy."""
+  cells: dict[tuple[str, ...], list[report.Row]] = {}
+  for row in rows:
+    cells.setdefault(tuple(row[key] for key in KEY[:3]), []).append(row)
+  parts = []
+  for (target, workload, policy), found in cells.items():
+    parts.append(f"## {target}, {workload} (batch {found[0]['batch']}), {policy}\n")
+    parts.append("; ".join(sorted({_made(row) for row in found})) + "\n")
+    parts.append(report.table(shown(found), COLUMNS) + "\n")
+  return "\n".join(parts)
+
+
+def _made(row: report.Row) -> str:
+  how = f"{row['date']}, JAX {row['jax']}, {row['compiler']}"
+  return f"{how}, `{row['flags']}`" if row.get("flags") else how
+
+
+def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
+  """Old rows, those that were measured again replaced, in the order of the peers' table."""
+  from benchmarks import peers
+
+  found = {tuple(row[key] for key in KEY): row for row in [*old, *new]}
+  names = list(peers.PEERS)
+  ordered = sorted(found, key=lambda key: (*map(str, key[:3]), names.index(key[3])))
+  return [found[key] for key in ordered]
+
+
+def parse() -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(description="What compilers say of every peer's train step.")
+  parser.add_argument("--target", choices=compilers.TARGETS, default="cpu")
+  parser.add_argument("--workload", nargs="+", default=["gpt-small"], help="full or tiny ones")
+  parser.add_argument(
+    "--policy", nargs="+", choices=("mixed_bfloat16", "mixed_float16"), default=["mixed_bfloat16"]
+  )
+  parser.add_argument("--peers", nargs="+", help="names; all that are installed otherwise")
+  parser.add_argument("--batch", type=int, help="another batch size than the workload's own")
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
+  return parser.parse_args()
+
+
+def main() -> None:
+  """Measures peers on workloads; adds their rows to the results."""
+  arguments = parse()
+  compilers.prepare(arguments.target)
+
+  from benchmarks import peers, workloads
+
+  sizes = {} if arguments.batch is None else {"batch": arguments.batch}
+  path = arguments.out / "compiled.json"
+  for name in arguments.workload:
+    workload = {**workloads.FULL, **workloads.TINY}[name](**sizes)
+    for policy in arguments.policy:
+      for peer in peers.chosen(arguments.peers, policy, workload):
+        print(f"{arguments.target} {name} {policy} {peer.name} ...", file=sys.stderr, flush=True)
+        row = measure(arguments.target, workload, policy, peer)
+        old = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = merge(old, [row])
+        report.write(
+          "compiled",
+          "Compiled train steps",
+          "python -m benchmarks.compiled --target TARGET --workload WORKLOAD --policy POLICY",
+          "compilers of the targets named in each heading",
+          rows,
+          markdown(rows),
+          arguments.out,
+        )
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,132 @@
+"""One cell of the GPU table, measured in a process of its own; `gpu.py` gives it as JSON."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import meters, peers, workloads
+
+_ALIGN = 8
+
+
+def workload_of(cell: dict[str, Any], batch: int | None = None) -> workloads.Workload:
+  """The workload of a cell, at its own batch size or another."""
+  makers = {**workloads.FULL, **workloads.TINY}
+  batch = batch or cell.get("batch")
+  return makers[cell["workload"]](**({"batch": batch} if batch else {}))
+
+
+def compiled_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[Any, Any]:
+  """A peer's training on a workload and its compiled step, the state donated."""
+  peer = peers.PEERS[cell["peer"]]
+  training = peer.build(workload, cell["policy"], optax.adamw(1e-3), peers.Scaling())
+  state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
+  step = jax.jit(training.step, donate_argnums=0)
+  return training, step.lower(state, workload.inputs, workload.labels).compile()
+
+
+def needed(compiled: Any) -> int:
+  """Bytes that a compiled step needs, its arguments included."""
+  memory = compiled.memory_analysis()
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
+
+
+def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
+  """Step time, energy and memory of a peer on a workload."""
+  training, compiled = compiled_step(cell, workload)
+  inputs, labels = (jnp.asarray(array) for array in workloads.batch_of(workload))
+  state = jax.jit(training.init)(jax.random.key(0), inputs)
+  current = [state, jnp.zeros(())]
+
+  def step() -> None:
+    current[:] = compiled(current[0], inputs, labels)
+
+  def wait() -> None:
+    jax.block_until_ready(current[1])
+
+  found = meters.measure(step, wait, cell["seconds"])
+  stats = jax.devices()[0].memory_stats() or {}
+  return {
+    **found,
+    "batch": workload.inputs.shape[0],
+    "peak_bytes": stats.get("peak_bytes_in_use"),
+    "compiler_bytes": needed(compiled),
+    "loss": float(current[1]),
+  }
+
+
+def largest(cell: dict[str, Any]) -> dict[str, Any]:
+  """The largest batch that fits, from the line through two compiled sizes, then run."""
+  limit = cell.get("limit") or (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+  if limit is None:
+    raise ValueError("The cell must have a limit in bytes where the device states none. Add it.")
+  first = workload_of(cell).inputs.shape[0]
+  sizes = [needed(compiled_step(cell, workload_of(cell, n))[1]) for n in (first, 2 * first)]
+  slope = (sizes[1] - sizes[0]) / first
+  batch = math.floor((limit - sizes[0]) / slope + first)
+  for share in (1.0, 0.95, 0.9, 0.8):
+    size = max(_ALIGN, int(batch * share) // _ALIGN * _ALIGN)
+    try:
+      return timed(cell, workload_of(cell, size))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+  raise RuntimeError(f"No batch below {batch} fits in {limit} bytes. Give a smaller limit.")
+
+
+def scatter(cell: dict[str, Any]) -> dict[str, Any]:
+  """The gradient of an embedding alone: random tokens, one token, and as a matmul (xla#46225)."""
+  workload = workload_of(cell)
+  vocabulary, width = workload.sizes["vocabulary"], workload.sizes.get("width", 768)
+  tokens = jnp.asarray(workloads.batch_of(workload)[0])
+  cotangent = jax.random.normal(jax.random.key(1), (*tokens.shape, width))
+
+  def scattered(tokens: jax.Array) -> jax.Array:
+    return jnp.zeros((vocabulary, width)).at[tokens].add(cotangent)
+
+  def multiplied(tokens: jax.Array) -> jax.Array:
+    hot = jax.nn.one_hot(tokens.ravel(), vocabulary)
+    return hot.T @ cotangent.reshape(-1, width)
+
+  cases: dict[str, tuple[Callable[..., Any], jax.Array]] = {
+    "random_ms": (scattered, tokens),
+    "one_token_ms": (scattered, jnp.zeros_like(tokens)),
+    "matmul_ms": (multiplied, tokens),
+  }
+  return {name: _time_of(fn, arg, cell["seconds"]) for name, (fn, arg) in cases.items()}
+
+
+def _time_of(fn: Callable[..., Any], argument: jax.Array, seconds: float) -> float:
+  jitted = jax.jit(fn)
+  last = [jitted(argument)]
+
+  def step() -> None:
+    last[0] = jitted(argument)
+
+  return meters.measure(step, lambda: jax.block_until_ready(last[0]), seconds / 3)["step_ms"]
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+  "fixed": lambda cell: timed(cell, workload_of(cell)),
+  "largest": largest,
+  "scatter": scatter,
+}
+
+
+def main() -> None:
+  """Measures the cell on the command line; prints its figures as JSON, in the last line."""
+  cell = json.loads(sys.argv[1])
+  jax.config.update("jax_default_matmul_precision", cell["precision"])
+  figures = KINDS[cell["kind"]](cell)
+  print(json.dumps({"framework": f"jax {jax.__version__}", **figures}))
+
+
+if __name__ == "__main__":
+  main()

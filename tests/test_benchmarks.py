@@ -1,0 +1,143 @@
+"""Every benchmark's smallest case runs, and its rows have the columns that its table shows.
+
+Nothing is timed, and no figure is asserted but those that follow from counting.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import flops, gpu, gpu_cell, hlo, meters, models, peers, report, workloads
+
+pytestmark = pytest.mark.usefixtures("loose")
+
+
+@pytest.fixture
+def loose():
+  """The benchmarked models mix ranks and dtypes, as models do."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+def traced(peer: str, workload: workloads.Workload, policy: str):
+  training = peers.PEERS[peer].build(workload, policy, optax.adamw(1e-3), peers.Scaling())
+  state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
+  return training.step, (state, workload.inputs, workload.labels)
+
+
+INSTALLED = [peer.name for peer in peers.ALL if peers.installed(peer)]
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_peer_hands_back_the_state_that_it_was_given(name):
+  policy = peers.PEERS[name].policies[-1]
+  step, arguments = traced(name, workloads.TINY["gpt"](), policy)
+  state, loss = jax.eval_shape(step, *arguments)
+  before, after = (
+    [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)] for one in (arguments[0], state)
+  )
+  assert before == after
+  assert loss.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", [n for n in workloads.TINY if n != "gpt"])
+def test_every_model_runs_its_matmuls_in_16_bits_under_the_policy(name):
+  step, arguments = traced(peers.INSIDE, workloads.TINY[name](), "mixed_bfloat16")
+  assert flops.low_share(flops.contractions(step, *arguments)) == 1
+
+
+def test_every_workload_goes_by_one_name():
+  named = [*workloads.FULL.items(), *workloads.TINY.items()]
+  assert [name for name, make in named] == [make().name for name, make in named]
+  assert len(dict(named)) == len(named)
+
+
+def test_operations_are_counted_as_in_the_textbook():
+  def fn(x, kernel, w):
+    y = jax.lax.conv_general_dilated(
+      x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jax.lax.scan(lambda c, _: (c @ w, None), y.reshape(2, 4), None, length=3)[0]
+
+  shapes = [(2, 3, 3, 5), (2, 2, 5, 1), (4, 4)]
+  found = flops.contractions(fn, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+  assert found == {"float32": 2 * (2 * 2 * 2) * (2 * 2 * 5) + 3 * 2 * (2 * 4 * 4)}
+
+
+def test_a_compiled_programs_bytes_are_those_of_its_kernels():
+  x = jnp.ones((8, 8))
+  text = jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
+  assert hlo.moved(text) == 3 * 8 * 8 * 4
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+  def program(times):
+    fn = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, c: jnp.sin(c) @ c, x))
+    return hlo.moved(fn.lower(jnp.ones((64, 64))).compile().as_text())
+
+  sine_and_matmul = (2 + 3) * 64 * 64 * 4
+  carry_copied_and_counted = 2 * 64 * 64 * 4 + 64
+  one_turn = (program(14) - program(7)) / 7
+  assert sine_and_matmul <= one_turn <= sine_and_matmul + carry_copied_and_counted
+
+
+def test_a_conditional_counts_as_its_costliest_branch():
+  branches = [lambda x: x, lambda x: x @ x @ x]
+  fn = jax.jit(lambda which, x: jax.lax.switch(which, branches, x))
+  text = fn.lower(jnp.int32(0), jnp.ones((64, 64))).compile().as_text()
+  square_and_product, copied_in_and_out = (2 + 3) * 64 * 64 * 4, 4 * 64 * 64 * 4 + 64
+  assert square_and_product <= hlo.moved(text) <= square_and_product + copied_in_and_out
+
+
+def test_a_poisoned_batch_makes_a_loss_that_is_not_finite():
+  workload = workloads.PROBES["embedding"]
+  inputs, labels = workloads.batch_of(workload)
+  training = peers.float32(workload, "float32", optax.sgd(0.1), peers.Scaling())
+  state = jax.jit(training.init)(jax.random.key(0), inputs)
+  _, loss = jax.jit(training.step)(state, workloads.poisoned(inputs), labels)
+  assert not jnp.isfinite(loss)
+
+
+def test_the_parameters_workload_has_its_input_as_gradient():
+  workload = workloads.FULL["optimizer-1m"]()._replace(
+    inputs=jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  )
+  assert workload.model is models.Parameters
+  model = peers.linen(workload)
+  x = jnp.arange(6.0).reshape(2, 3)
+  params, model_state = model.init(jax.random.key(0), x)
+  grads, _ = jax.grad(peers.loss_of(workload, model), has_aux=True)(
+    params, model_state, x, jnp.zeros(1)
+  )
+  np.testing.assert_array_equal(jnp.stack([grads["w0"], grads["w1"]]), x)
+
+
+def test_the_cells_of_the_gpu_table_are_distinct_and_lead_with_the_main_peers():
+  cells = gpu.cells(["gpt", "resnet"], 1)
+  keys = [tuple(cell[name] for name in gpu.KEY) for cell in cells]
+  assert len(set(keys)) == len(keys)
+  assert {cell["peer"] for cell in cells[:6]} >= {peers.FLOAT32, peers.BY_HAND, peers.INSIDE}
+
+
+def test_a_cell_of_the_gpu_table_has_its_columns():
+  cell = {"kind": "fixed", "workload": "gpt", "batch": 1, "peer": peers.INSIDE}
+  cell |= {"policy": "mixed_bfloat16", "precision": "default", "seconds": 0}
+  row = gpu.shown({**cell, "error": None, **gpu_cell.KINDS["fixed"](cell)})
+  assert set(gpu.COLUMNS) <= set(row)
+  assert row["steps"] == meters.GROUPS
+  assert np.isfinite(row["loss"])
+
+
+def test_a_report_holds_its_rows_and_where_they_were_measured(tmp_path):
+  rows = [{"peer": "a", "ms": 1.5}, {"peer": "b", "ms": None}]
+  table = report.table(rows, {"peer": "peer", "ms": "ms"})
+  report.write("x", "Title", "python x", "this CPU", rows, table, tmp_path)
+  assert "| a | 1.5 |" in (tmp_path / "x.md").read_text()
+  assert '"device": "this CPU"' in (tmp_path / "x.json").read_text()
+
+
+def test_an_unknown_peer_is_refused_with_the_names_that_are_known():
+  with pytest.raises(ValueError, match=r"Peers must be among float32, .* Got nobody\."):
+    peers.chosen(["nobody"], "mixed_bfloat16", workloads.TINY["gpt"]())

@@ -66,7 +66,8 @@ def is_grouped_scores(eqn: JaxprEqn) -> bool:
   if eqn.primitive.name != "dot_general":
     return False
   contracted, batch = eqn.params["dimension_numbers"]
-  ranks = [len(atom.aval.shape) for atom in eqn.invars[:2]]
+  factors: Any = eqn.invars[:2]
+  ranks = [len(atom.aval.shape) for atom in factors]
   last = tuple((rank - 1,) for rank in ranks)
   heads = (*range(ranks[1] - 3), ranks[1] - 2)
   return ranks[0] == ranks[1] + 1 and contracted == last and batch == (heads, heads)

@@ -247,7 +247,7 @@ class Interpreter:
     inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
     compute = self._function(steps, inputs, outputs, _jaxpr.located)
     operands = [values.get(key) for key in inputs]
-    with _jaxpr.located(steps[-1].eqn):
+    with _jaxpr.written(steps[-1].eqn):  # its steps bring their scopes, perhaps several
       values.fill(outputs, jax.checkpoint(compute)(*operands))
 
   def _function(

@@ -7,8 +7,9 @@ import pytest
 from jax import nn
 
 import mpjax
-from _jaxprs import primitives
+from _jaxprs import equations, primitives
 from mpjax import _interpreter
+from mpjax._scopes import module_path
 
 ACTIVATIONS = {
   "gelu": nn.gelu,
@@ -62,3 +63,19 @@ def test_gelu_is_computed_again_in_float16_only(operands):
   for policy, again in (("mixed_float16", 1), ("mixed_bfloat16", 0)):
     jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(*operands)
     assert primitives(jaxpr)["remat2"] == again
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_the_scopes_of_an_island_are_those_of_its_operations_once(wrap):
+  def attend(w, x):
+    with jax.named_scope("attn"):
+      return jax.nn.gelu(x @ w) @ w
+
+  def loss(w, x):
+    with jax.named_scope("block"):
+      return jnp.sum(wrap(attend)(w, x) ** 2)
+
+  grad = jax.grad(mpjax.autocast(loss, "mixed_float16"))
+  jaxpr = jax.make_jaxpr(grad)(jnp.eye(4), jnp.ones((2, 4)))
+  paths = {module_path(eqn.source_info.name_stack) for eqn in equations(jaxpr)}
+  assert paths <= {(), ("block",), ("attn",), ("block", "attn")}

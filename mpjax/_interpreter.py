@@ -15,7 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
-from mpjax import _derivatives, _islands, _jaxpr, _segments, _versions
+from mpjax import _derivatives, _islands, _jaxpr, _segments, _softmax, _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._islands import Island
 from mpjax._jaxpr import JaxprEqn
@@ -25,9 +25,10 @@ from mpjax._policy_map import PolicyMap
 from mpjax._precision import DATA, PARAM, Form, Rule
 from mpjax._scopes import Path
 from mpjax._segments import Segment
+from mpjax._softmax import Softmax
 from mpjax._values import Key, Values, to_dtype
 
-Unit = Step | Island | Segment
+Unit = Step | Island | Softmax | Segment
 Flag = Any  # bool, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]
 
@@ -196,7 +197,7 @@ class Interpreter:
       if isinstance(unit, Step):
         with _jaxpr.located(unit.eqn):
           self.run_step(unit, values)
-      elif isinstance(unit, Island):
+      elif isinstance(unit, Island | Softmax):
         self._run_island(plan, unit, values)
       else:
         self._run_segment(plan, unit, values)
@@ -241,14 +242,16 @@ class Interpreter:
     with _jaxpr.located(steps[0].eqn):
       values.fill(segment.outputs, function(*operands))
 
-  def _run_island(self, plan: Plan, island: Island, values: Values) -> None:
-    """Run the steps of an island so that the backward pass computes them again."""
+  def _run_island(self, plan: Plan, island: Island | Softmax, values: Values) -> None:
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
     steps = [plan.steps[index] for index in island.steps]
     inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
     compute = self._function(steps, inputs, outputs, _jaxpr.located)
     operands = [values.get(key) for key in inputs]
+    softmax = isinstance(island, Softmax)
+    run = _softmax.storing_weights(compute, island) if softmax else jax.checkpoint(compute)
     with _jaxpr.written(steps[-1].eqn):  # its steps bring their scopes, perhaps several
-      values.fill(outputs, jax.checkpoint(compute)(*operands))
+      values.fill(outputs, run(*operands))
 
   def _function(
     self,

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpjax import _softmax
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
 from mpjax._plan import Plan, Readers, Step, readers_of
 from mpjax._precision import ARITHMETIC, TRANSCENDENTAL, Kind
+from mpjax._softmax import Softmax
 
 _FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
 
@@ -31,18 +33,22 @@ class Island(NamedTuple):
   """What they read that none of them computes."""
 
 
-def find(plan: Plan) -> Mapping[int, Island]:
-  """The islands of a plan that are worth computing again, by the index of their last step."""
+def find(plan: Plan) -> Mapping[int, Island | Softmax]:
+  """The islands of a plan that need not store float32, by the index of their last step."""
   steps = plan.steps
   wide = [_is_wide_elementwise(step) for step in steps]
   if not any(wide):
     return {}
   readers = readers_of(plan)
   makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
-  found: dict[int, Island] = {}
+  found: dict[int, Island | Softmax] = {}
   taken: set[int] = set()
   for last in reversed(range(len(steps))):
-    if wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
+    softmax = _softmax.match(steps, readers, makers, last)
+    if softmax is not None:
+      found[last] = softmax
+      taken |= set(softmax.steps)
+    elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
       members = _reach_back(steps, wide, readers, makers, last)
       taken |= members
       island = _island(steps, sorted(members))

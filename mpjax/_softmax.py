@@ -1,0 +1,176 @@
+"""Softmaxes of a plan whose backward pass needs their 16-bit result alone.
+
+The derivative of a softmax is a function of its weights (as in `jax.nn.softmax`, or FlashAttention,
+Dao et al. 2022). Weights that are only ever read in 16 bits, as by the matmul with an attention's
+values, are stored so for that matmul; the float32 exponentials and sums need not be stored at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._dtypes import FLOAT32
+from mpjax._jaxpr import JaxprEqn, Literal, Var
+from mpjax._plan import Readers, Step
+from mpjax._precision import Kind
+from mpjax._values import to_dtype
+
+_RESHAPES = frozenset({"broadcast_in_dim", "reshape", "expand_dims"})
+
+
+class Softmax(NamedTuple):
+  """Steps of a plan, by index, that make ``exp(x - m) / sum(exp(x - m), axes)``.
+
+  Attributes:
+    steps: The indices in order, the division last.
+    inputs: x, and m, which is one number along the axes.
+    axes: The axes of the sum.
+    dtype: The 16-bit format in which the result is read.
+  """
+
+  steps: tuple[int, ...]
+  inputs: tuple[Var, Var]
+  axes: tuple[int, ...]
+  dtype: np.dtype
+
+
+def match(
+  steps: Sequence[Step], readers: Readers, makers: Mapping[Any, int], last: int
+) -> Softmax | None:
+  """The softmax that ends with a step, if one does whose result is read in 16 bits."""
+  if steps[last].eqn.primitive.name != "div":
+    return None
+  exp, chain = _maker(steps, makers, last, "exp"), _sum_behind(steps, makers, last)
+  shifted = None if exp is None else _maker(steps, makers, exp, "sub")
+  if exp is None or shifted is None or not chain:
+    return None
+  x, m = steps[shifted].eqn.invars
+  if isinstance(x, Literal) or isinstance(m, Literal):
+    return None
+  members = sorted({last, exp, shifted, *chain})
+  total, result = steps[chain[-1]].eqn, steps[last].eqn.outvars[0]
+  axes = tuple(total.params["axes"])
+  formats = {read.via or read.to or FLOAT32 for _, read in readers.get(result, ())}
+  fits = (
+    total.invars[0] is steps[exp].eqn.outvars[0]
+    and _keeps_axes(steps, chain, axes)
+    and _shape(x) == _shape(result)
+    and _is_one_number(m, axes, steps, makers)
+    and len(formats) == 1
+    and FLOAT32 not in formats
+    and all(_is_inside(steps, readers, n, members) for n in members[:-1])
+    and all(_is_data(steps[n]) for n in members)
+  )
+  return Softmax(tuple(members), (x, m), axes, *formats) if fits else None
+
+
+def _is_data(step: Step) -> bool:
+  (form,) = step.outs
+  return form is not None and form.kind is Kind.DATA
+
+
+def _maker(steps: Sequence[Step], makers: Mapping[Any, int], index: int, name: str) -> int | None:
+  """The step that made the first operand of a step, if it is of a primitive."""
+  atom = steps[index].eqn.invars[0]
+  made = None if isinstance(atom, Literal) else makers.get(atom)
+  return made if made is not None and steps[made].eqn.primitive.name == name else None
+
+
+def _sum_behind(steps: Sequence[Step], makers: Mapping[Any, int], last: int) -> list[int]:
+  """The steps from a denominator back to the sum that it is, the sum last; none if it is not."""
+  chain: list[int] = []
+  atom = steps[last].eqn.invars[-1]
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+    chain.append(made)
+    name = steps[made].eqn.primitive.name
+    if name == "reduce_sum":
+      return chain
+    if name not in _RESHAPES:
+      return []
+    atom = steps[made].eqn.invars[0]
+  return []
+
+
+def _keeps_axes(steps: Sequence[Step], chain: Sequence[int], axes: tuple[int, ...]) -> bool:
+  """Whether a sum over some axes stands along them again, where it came from."""
+  shape = _shape(steps[chain[-1]].eqn.invars[0])
+  kept = [axis for axis in range(len(shape)) if axis not in axes]
+  for index in reversed(chain[:-1]):
+    eqn = steps[index].eqn
+    place = [*range(len(shape))] if len(_shape(eqn.invars[0])) == len(shape) else kept
+    if eqn.primitive.name == "broadcast_in_dim":
+      if [*map(int, eqn.params["broadcast_dimensions"])] != place:
+        return False
+    elif _shape(eqn.outvars[0]) != _narrowed(shape, axes):
+      return False
+  return len(_shape(steps[chain[0]].eqn.outvars[0])) == len(shape)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+  return atom.aval.shape
+
+
+def _narrowed(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+  return tuple(1 if axis in axes else size for axis, size in enumerate(shape))
+
+
+def _is_one_number(
+  atom: Any, axes: tuple[int, ...], steps: Sequence[Step], makers: Mapping[Any, int]
+) -> bool:
+  """Whether a value is the same all along some axes, so that a softmax does not depend on it."""
+  shape = _shape(atom)
+  if all(axis < len(shape) and shape[axis] == 1 for axis in axes):
+    return True
+  made = makers.get(atom)
+  eqn: JaxprEqn | None = None if made is None else steps[made].eqn
+  if eqn is None or eqn.primitive.name not in ("broadcast_in_dim", "stop_gradient"):
+    return False
+  if eqn.primitive.name == "stop_gradient":
+    return _is_one_number(eqn.invars[0], axes, steps, makers)
+  sizes = dict(zip(eqn.params["broadcast_dimensions"], _shape(eqn.invars[0]), strict=True))
+  return all(sizes.get(axis, 1) == 1 for axis in axes)
+
+
+def _is_inside(steps: Sequence[Step], readers: Readers, index: int, members: list[int]) -> bool:
+  """Whether only members read what a step makes, in float32."""
+  reads = readers.get(steps[index].eqn.outvars[0], ())
+  return all(n in members and read.via is None and read.to in (None, FLOAT32) for n, read in reads)
+
+
+def storing_weights(
+  compute: Callable[..., list[Any]], softmax: Softmax
+) -> Callable[..., list[Any]]:
+  """A softmax whose derivative stores the weights, in 16 bits.
+
+  They no longer sum to one. Divided by their sum they are the weights of scores that differ by
+  what each was rounded, so that the derivative is as exact as they are, near one too.
+
+  Args:
+    compute: The softmax, from its two inputs to a list of its result in float32.
+    softmax: What it computes.
+  """
+
+  @jax.custom_jvp
+  def run(*inputs: Any) -> list[Any]:
+    return compute(*inputs)
+
+  over_axes = functools.partial(jnp.sum, axis=softmax.axes, keepdims=True)
+
+  def moved(kept: Any, tangent: Any) -> Any:
+    weights, tangent = to_dtype(kept, FLOAT32), to_dtype(tangent, FLOAT32)
+    total = jnp.maximum(over_axes(weights), jnp.finfo(FLOAT32).tiny)
+    return weights * (tangent - over_axes(weights * tangent) / total)
+
+  @run.defjvp
+  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    (weights,) = run(*primals)
+    stores_kept = jax.checkpoint(moved, prevent_cse=False)
+    return [weights], [stores_kept(to_dtype(weights, softmax.dtype), tangents[0])]
+
+  return run

@@ -17,7 +17,13 @@ from benchmarks import compilers
 
 DEVICES = 4
 STRATEGIES = ("data parallel", "fully sharded")
-ROWS = (("float32", "float32"), ("mixed_bfloat16", "float32"), ("mixed_bfloat16", "compute"))
+LOOKUPS_TOO = "mixed_bfloat16, lookups too"
+ROWS = (
+  ("float32", "float32"),
+  ("mixed_bfloat16", "float32"),
+  ("mixed_bfloat16", "compute"),
+  (LOOKUPS_TOO, "compute"),
+)
 KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all")
 MIB = 2**20
 
@@ -85,7 +91,9 @@ def compiled_text(target: str, strategy: str, policy: str, reduce_dtype: str) ->
   state = jax.tree.map(placed, jax.eval_shape(create))
   rows = NamedSharding(mesh, P("data"))
   batch = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype, sharding=rows)
-  step = mpjax.make_train_step(loss_fn, tx, policy=policy, reduce_dtype=reduce_dtype)
+  lookups = mpjax.PolicyMap({}, default="mixed_bfloat16", ops={"gather": "lower"})
+  used = lookups if policy == LOOKUPS_TOO else policy
+  step = mpjax.make_train_step(loss_fn, tx, policy=used, reduce_dtype=reduce_dtype)
   lowered = step.lower(state, batch, lowering_platforms=(compilers.PLATFORM[target],))
   return lowered.compile().as_text()
 

@@ -57,20 +57,20 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   return fill if fill is not None and _jaxpr.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
-def is_grouped_scores(eqn: JaxprEqn) -> bool:
-  """Whether a matmul makes the scores of `jax.nn.dot_product_attention`, or others like them.
+def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a float32 matmul is the one that makes scores in `jax.nn.dot_product_attention`.
 
-  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head. It
-  makes float32 scores of 16-bit operands, so that none rounds before the softmax.
+  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head.
   """
-  if eqn.primitive.name != "dot_general":
+  if eqn.primitive.name != "dot_general" or None in forms or not _jaxpr.is_float32(eqn.outvars[0]):
     return False
   contracted, batch = eqn.params["dimension_numbers"]
   factors: Any = eqn.invars[:2]
   ranks = [len(atom.aval.shape) for atom in factors]
   last = tuple((rank - 1,) for rank in ranks)
   heads = (*range(ranks[1] - 3), ranks[1] - 2)
-  return ranks[0] == ranks[1] + 1 and contracted == last and batch == (heads, heads)
+  grouped = ranks[0] == ranks[1] + 1 and ranks[1] >= 3
+  return grouped and contracted == last and batch == (heads, heads)
 
 
 def applies_a_function(eqn: JaxprEqn) -> bool:

@@ -199,7 +199,7 @@ class Lockstep:
 
     def goes_on(carry: list[Pair]) -> Pair:
       (more,), _ = self.run(bodies[0], [*operands[:of_cond], *carry], base, line)
-      return more
+      return Pair(*map(jnp.any, more))  # a batched loop goes on while one of the batch does
 
     def advance(state: Any) -> Any:
       n, carry, active, worst = state

@@ -25,6 +25,9 @@ from mpjax._planner import Planner
 from mpjax._scopes import Path
 from mpjax._source import UNKNOWN, Line, line_of
 
+PATIENCE = 10_000
+"""How many iterations a while loop is followed whose carry is not finite."""
+
 
 class State(enum.IntEnum):
   """The worst number in an array."""
@@ -229,7 +232,10 @@ class Hunt:
     of_body = of_cond + eqn.params["body_nconsts"]
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     carry, known, n, bad = values[of_body:], len(self.births), 0, 0
-    goes_on = lambda carry: self._jitted(cond)(*values[:of_cond], *carry)[0]  # noqa: E731
+
+    def goes_on(carry: Sequence[Any]) -> jax.Array:
+      return jnp.any(self._jitted(cond)(*values[:of_cond], *carry)[0])  # of a batched loop
+
     while bad < PATIENCE and bool(goes_on(carry)):
       operands = [*values[of_cond:of_body], *carry]
       carry = self._jitted(body)(*operands)
@@ -265,10 +271,6 @@ class Hunt:
       inner, consts = _versions.open_jaxpr(jaxpr), _versions.constants(jaxpr)
       self._compiled[id(jaxpr)] = jax.jit(lambda *xs: jax.core.eval_jaxpr(inner, consts, *xs))
     return self._compiled[id(jaxpr)]
-
-
-PATIENCE = 10_000
-"""How many iterations a while loop is followed whose carry is not finite."""
 
 
 def _followed(goes_on: Callable[..., Any], advance: Callable[..., Any], carry: list[Any]) -> Any:

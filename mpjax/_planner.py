@@ -197,7 +197,7 @@ class _Walk:
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
-    if rule is Rule.LOWER and _idioms.is_grouped_scores(eqn):
+    if rule is Rule.LOWER and _idioms.is_grouped_scores(eqn, forms):
       return Rule.SCORES
     if rule is Rule.RANGE:
       form = join(forms)
@@ -234,6 +234,7 @@ class _Walk:
     return decision._replace(params=_jaxpr.without_algorithm(decision.params))
 
   def scores(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """Scores are float32, as JAX has them for 16-bit operands: none rounds before its softmax."""
     decision = self.lower(eqn, forms, compute, place)
     params = decision.params | {"preferred_element_type": FLOAT32}
     return decision._replace(outs=_for_float32(eqn.outvars, DATA), params=params)

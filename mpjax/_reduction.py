@@ -163,12 +163,14 @@ def _started(eqn: JaxprEqn) -> list[JaxprEqn]:
     return [eqn.replace(params=eqn.params | _RETURNS_FLOAT32)]
   (operand,) = eqn.invars
   wide = Var(with_dtype(operand.aval, FLOAT32))
+  return [_converted(eqn, operand, wide), eqn.replace(invars=[wide])]
+
+
+def _converted(eqn: JaxprEqn, operand: Any, wide: Any) -> JaxprEqn:
+  """An equation beside another that converts to float32."""
   params = {"new_dtype": FLOAT32, "weak_type": False, "sharding": None}
   convert = primitives.convert_element_type_p
-  return [
-    eqn.replace(primitive=convert, outvars=[wide], params=params),
-    eqn.replace(invars=[wide]),
-  ]
+  return eqn.replace(primitive=convert, invars=[operand], outvars=[wide], params=params)
 
 
 _RETURNS_FLOAT32 = {"preferred_element_type": FLOAT32}
@@ -191,6 +193,12 @@ def _started_convolution(eqn: JaxprEqn) -> list[JaxprEqn]:
 
   with _jaxpr.located(eqn):
     traced = _versions.open_jaxpr(_jaxpr.trace(chosen, [atom.aval for atom in eqn.invars]))
+  (result,) = eqn.outvars
+  if traced.outvars[0].aval != result.aval:  # a shard_map's types are not known out of it
+    operand: Any = eqn.invars[0]
+    dtype = eqn.params["preferred_element_type"] or operand.aval.dtype
+    rounded = Var(with_dtype(result.aval, dtype))
+    return [eqn.replace(outvars=[rounded]), _converted(eqn, rounded, result)]
   renamed: dict[Any, Any] = dict(zip(traced.invars, eqn.invars, strict=True))
   renamed |= dict(zip(traced.outvars, eqn.outvars, strict=True))
 

@@ -21,7 +21,7 @@ from mpjax._plan import Readers, Step
 from mpjax._precision import Kind
 from mpjax._values import to_dtype
 
-_RESHAPES = frozenset({"broadcast_in_dim", "reshape", "expand_dims"})
+_RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
 
 
 class Softmax(NamedTuple):
@@ -55,7 +55,7 @@ def match(
     return None
   members = sorted({last, exp, shifted, *chain})
   total, result = steps[chain[-1]].eqn, steps[last].eqn.outvars[0]
-  axes = tuple(total.params["axes"])
+  axes = tuple(map(int, total.params["axes"]))
   formats = {read.via or read.to or FLOAT32 for _, read in readers.get(result, ())}
   fits = (
     total.invars[0] is steps[exp].eqn.outvars[0]

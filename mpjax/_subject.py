@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._autocast import names_of, parameter_flags
+from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import Decided, Flags, decide, is_traced, spread_flags
 from mpjax._nnx_autocast import module_paths, pure_call
 from mpjax._paths import path_str
@@ -76,7 +75,12 @@ class Subject(NamedTuple):
         out = self.fn(*args, **kwargs)
         results = jax.tree.leaves(out[0] if self.absolute else out)
         sums = [x if x.ndim == 0 else x.sum() for x in results if is_float(x)]
-        return functools.reduce(operator.add, sums)
+        if not sums:
+          raise ValueError(
+            "grad=True differentiates the sum of the float results, and there is none. Return "
+            "what the gradient is of, as a loss is."
+          )
+        return sums[0] if len(sums) == 1 else sum(x.astype(FLOAT32) for x in sums)
 
       return jax.grad(total)([leaves[n] for n in places])
 

@@ -237,3 +237,15 @@ def test_a_gradient_that_is_zero_but_for_rounding_does_not_count():
   counts = {g.parameter: g.counts for g in report.gradients}
   assert counts == {"params/w": True, "params/shift": False}
   assert report.agrees, report.faults
+
+
+def test_a_batched_while_loop_goes_on_while_one_of_the_batch_does():
+  def grown(w, x):
+    return jax.lax.while_loop(
+      lambda s: (s * s).sum() < 2, lambda s: s * 1.5 + jnp.tanh(s @ w) / 8, x
+    )
+
+  w, x = jnp.eye(3) / 2, jnp.array([[0.5, 0.1, 0.2], [0.1, 0.2, 0.1]])
+  batched = lambda w, x: jax.vmap(lambda row: grown(w, row))(x)
+  assert check(batched, "mixed_bfloat16", w, x, gradients=False).agrees
+  assert mpjax.inspect.locate_nonfinite(batched, w, x, policy="mixed_bfloat16").first is None

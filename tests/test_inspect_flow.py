@@ -292,3 +292,13 @@ def test_what_cannot_be_explained_is_refused_with_what_to_do():
     explain(planted.LinenStray(), "mixed_bfloat16", X)
   with pytest.raises(ValueError, match=r"matched no module\. Closest: head"):
     explained(STRAY["linen"], mpjax.PolicyMap({"heda": "float32"}, default="mixed_bfloat16"))
+
+
+def test_gradients_of_results_without_a_float_are_refused():
+  with pytest.raises(ValueError, match="sum of the float results, and there is none"):
+    explain(lambda w: (w > 0).sum(), "mixed_bfloat16", jnp.ones(3), grad=True)
+
+
+def test_results_of_several_dtypes_have_a_backward_pass():
+  fn = lambda w: (w.astype(jnp.bfloat16), w)
+  explain(fn, "mixed_bfloat16", jnp.ones(3), grad=True)

@@ -500,3 +500,20 @@ def test_positions_beyond_256_stay_apart(policy):
     f(jnp.ones((2, 2)), jnp.ones((2, 2))) for f in (mpjax.autocast(rotate, policy), rotate)
   )
   assert error(ours, truth) < 1e-6
+
+
+def test_only_float32_scores_are_scores():
+  """Grouped matmuls of integers and of a caller's own bfloat16 run as they were traced."""
+  whole = lambda i, j: jnp.einsum("btkgh,bskh->bkgts", i, j)
+  ints = jnp.full((1, 1, 1, 1, 1), 4097), jnp.full((1, 1, 1, 1), 4097)
+  halves = jnp.ones((1, 2, 1, 1, 4), jnp.bfloat16), jnp.ones((1, 2, 1, 4), jnp.bfloat16)
+  for operands in (ints, halves):
+    plain = whole(*operands)
+    found = mpjax.autocast(lambda w, i, j: whole(i, j), "mixed_bfloat16")(jnp.ones(1), *operands)
+    assert found.dtype == plain.dtype and (found == plain).all()
+
+
+def test_a_batched_matrix_times_a_vector_is_narrow():
+  fn = lambda w, x: jnp.einsum("bth,bh->bt", x @ w, x[:, 0])
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_bfloat16"))(jnp.eye(4), jnp.ones((2, 3, 4)))
+  assert result_dtypes(jaxpr, "dot_general") == {"bfloat16"}

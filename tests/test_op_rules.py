@@ -151,6 +151,16 @@ def test_a_changed_table_can_let_an_operation_go_narrow():
   assert (dtypes(narrow, "log1p"), dtypes(wide, "log1p")) == (["bfloat16"], ["float32"])
 
 
+def test_embeddings_are_looked_up_in_a_16_bit_table_when_asked():
+  """So that sharded tables are gathered in 16 bits; then their gradients add up in them too."""
+  lookup = lambda table: table[jnp.arange(8)].sum()
+  policies = mpjax.PolicyMap({}, default="mixed_bfloat16", ops={"gather": "lower"})
+  for policy, dtype in (("mixed_bfloat16", jnp.float32), (policies, jnp.bfloat16)):
+    jaxpr = jax.make_jaxpr(mpjax.autocast(lookup, policy))(jnp.ones((16, 4)))
+    (gather,) = (eqn for eqn in equations(jaxpr) if eqn.primitive.name == "gather")
+    assert gather.invars[0].aval.dtype == dtype
+
+
 def test_an_operation_without_16_bit_kernels_stays_float32_whatever_a_rule_says():
   fn = lambda w, x: jnp.linalg.cholesky(w @ w.T + 9.0 * jnp.eye(4)) @ x.T
   policies = mpjax.PolicyMap({".*@": "bfloat16"}, default="mixed_bfloat16")

@@ -450,3 +450,24 @@ def test_on_an_explicit_mesh_types_keep_their_shardings_and_gradients_theirs():
     state, _ = train(step, tx, params, [batch] * 4)
   assert_same_shardings(state.params, params)
   assert_close(state.params, unsharded("mixed_float16")[0].params, "mixed_float16")
+
+
+def test_a_convolution_inside_a_users_shard_map_trains():
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec
+
+  def loss_fn(params, images):
+    def local(kernel, images):
+      out = jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME")
+      return jax.lax.psum(jnp.sum(jnp.sin(out)), "d")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec())
+    return mapped(params["kernel"], images)
+
+  tx = mpjax.static_loss_scaling(optax.sgd(0.1), 1)
+  everywhere = jax.sharding.NamedSharding(mesh, spec())
+  params = jax.device_put({"kernel": jnp.ones((2, 1, 3, 3)) / 9}, everywhere)
+  images = jax.device_put(jnp.ones((2, 1, 4, 4)), jax.sharding.NamedSharding(mesh, spec("d")))
+  step = mpjax.make_train_step(loss_fn, tx, policy="mixed_bfloat16")
+  _, metrics = step(mpjax.TrainState.create(params, tx), images)
+  assert bool(metrics.applied)

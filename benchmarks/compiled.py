@@ -8,7 +8,6 @@ workload, policy and peer, and results/compiled.md is written anew from all of t
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -164,7 +163,7 @@ def main() -> None:
       for peer in peers.chosen(arguments.peers, policy, workload):
         print(f"{arguments.target} {name} {policy} {peer.name} ...", file=sys.stderr, flush=True)
         row = measure(arguments.target, workload, policy, peer)
-        old = json.loads(path.read_text())["rows"] if path.exists() else []
+        old = report.rows_in(path)
         rows = merge(old, [row])
         report.write(
           "compiled",

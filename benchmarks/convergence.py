@@ -8,7 +8,6 @@ computed in float32 on held-out data, with its spread over seeds.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import sysconfig
@@ -257,7 +256,7 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
   path = arguments.out / "convergence.json"
-  rows = json.loads(path.read_text())["rows"] if path.exists() else []
+  rows = report.rows_in(path)
   rows = [row for row in rows if row["task"] not in arguments.task]
   for task in arguments.task:
     for precision in PRECISIONS:

@@ -7,7 +7,6 @@ counts as passed. Tools that are not installed are left out.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -400,7 +399,7 @@ def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
 def write(rows: list[report.Row], folder: Path) -> None:
   """Adds rows to the results."""
   path = folder / "correctness.json"
-  old = json.loads(path.read_text())["rows"] if path.exists() else []
+  old = report.rows_in(path)
   rows = merge(old, rows)
   report.write(
     "correctness",

@@ -149,7 +149,7 @@ def main() -> None:
     ["gpt", "resnet"] if arguments.tiny else ["gpt-124m", "resnet-50", "vit-base", "lstm-2x1024"]
   )
   path = arguments.out / "gpu.json"
-  rows = json.loads(path.read_text())["rows"] if path.exists() else []
+  rows = report.rows_in(path)
   rows = [row for row in rows if not (row["error"] or "").startswith(_LATE)]
   done = {_key(row) for row in rows}
   for cell in cells(names, arguments.seconds):

@@ -9,7 +9,6 @@ time grows is the slope of its logarithm over that of the model's depth: 1 is in
 
 import argparse
 import gc
-import json
 import math
 import statistics
 import sys
@@ -178,7 +177,7 @@ def main() -> None:
   names = arguments.peers and list(dict.fromkeys([peers.FLOAT32, *arguments.peers]))
   wanted = peers.chosen(names, arguments.policy, workloads.TINY["gpt"]())
   path = arguments.out / "overheads.json"
-  rows = json.loads(path.read_text())["rows"] if path.exists() else []
+  rows = report.rows_in(path)
   for name in arguments.measure:
     # Compiling takes too long for many depths; Python's share does not depend on it much.
     depths = arguments.layers if name == "trace" else arguments.layers[:1]

@@ -63,6 +63,11 @@ def _show(value: Any) -> str:
   return str(value)
 
 
+def rows_in(path: Path) -> list[Row]:
+  """The rows of a file that `write` wrote; none if there is no file yet."""
+  return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def write(
   name: str,
   title: str,

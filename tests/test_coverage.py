@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -207,30 +208,44 @@ def operands():
   return numbers()
 
 
+TRANSFORMS = {
+  "forward": lambda fn, policy: mpjax.autocast(fn, policy),
+  "gradient": lambda fn, policy: jax.grad(mpjax.autocast(fn, policy)),
+  "gradient_inside": lambda fn, policy: mpjax.autocast(jax.grad(fn), policy),
+}
+
+
+def transforms_of(construct):
+  return ("forward",) if construct in NO_REVERSE else tuple(TRANSFORMS)
+
+
 @functools.cache
-def truth(construct, op, transform):
-  """The value or gradient in float64, with the same rules of the user's own."""
+def truth(construct, op):
+  """The value and the gradient in float64, with the same rules of the user's own."""
   with jax.enable_x64(True):
     fn = make(op, construct)
     exact = [jnp.asarray(np.asarray(x), jnp.float64) for x in numbers()]
-    return np.asarray(jax.jit(fn if transform == "forward" else jax.grad(fn))(*exact))
+    found = jax.jit(fn if construct in NO_REVERSE else jax.value_and_grad(fn))(*exact)
+    value, gradient = found if isinstance(found, tuple) else (found, None)
+  return {"forward": value, "gradient": gradient, "gradient_inside": gradient}
 
 
-def transforms(name, fn, policy):
-  return {
-    "forward": lambda: mpjax.autocast(fn, policy),
-    "gradient": lambda: jax.grad(mpjax.autocast(fn, policy)),
-    "gradient_inside": lambda: mpjax.autocast(jax.grad(fn), policy),
-  }[name]()
+@functools.cache
+def narrow(construct, op, policy):
+  """The jaxpr of every transform under a policy, and what they yield, by one compilation."""
+  fn = make(op, construct)
+  cast = {name: TRANSFORMS[name](fn, policy) for name in transforms_of(construct)}
+  jaxprs = {name: jax.make_jaxpr(cast[name])(*numbers()) for name in cast}
+  run = jax.jit(lambda *args: {name: jaxpr_as_fun(jaxprs[name])(*args)[0] for name in cast})
+  return jaxprs, run(*numbers())
 
 
 CASES = [
-  pytest.param(construct, op, transform, policy, id=f"{construct}-{op}-{transform}-{policy}")
+  pytest.param(construct, op, transform, policy, id=f"{construct}-{op}-{policy}-{transform}")
   for construct in CONSTRUCTS
   for op in OPS
-  for transform in ("forward", "gradient", "gradient_inside")
   for policy in POLICIES
-  if transform == "forward" or construct not in NO_REVERSE
+  for transform in transforms_of(construct)
 ]
 
 
@@ -239,14 +254,12 @@ def test_no_contraction_stays_float32_and_values_are_those_of_float64(
   construct, op, transform, policy
 ):
   compute = POLICIES[policy]
-  cast = transforms(transform, make(op, construct), policy)
-  jaxpr = jax.make_jaxpr(cast)(*numbers())
+  jaxprs, results = narrow(construct, op, policy)
+  jaxpr = jaxprs[transform]
   assert contractions(jaxpr)
   assert not wide_contractions(jaxpr, compute)
   assert {aval.dtype for aval in jaxpr.out_avals} == {np.dtype(np.float32)}
-  if transform == "gradient_inside":
-    return  # the equations of "gradient": one compilation says what their values are
-  got, want = np.asarray(jax.jit(cast)(*numbers())), truth(construct, op, transform)
+  got, want = np.asarray(results[transform]), np.asarray(truth(construct, op)[transform])
   scale = np.max(np.abs(want)) + 1e-3
   np.testing.assert_allclose(got / scale, want / scale, atol=3 * float(jnp.finfo(compute).eps))
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from mpjax import _jaxpr
+from mpjax._call import is_traced
 from mpjax._flow_report import TOP
-from mpjax._interpreter import Decided, Interpreter, is_traced
+from mpjax._interpreter import Decided, Interpreter
 from mpjax._nonfinite import PATIENCE, Birth, Hunt, Spot, State, custom_rules, state_of
 from mpjax._paths import leaf_paths
 from mpjax._planner import Planner

@@ -13,8 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._autocast import names_of, parameter_flags
+from mpjax._call import Flags, is_traced, spread_flags
 from mpjax._dtypes import FLOAT32
-from mpjax._interpreter import Decided, Flags, decide, is_traced, spread_flags
+from mpjax._interpreter import Decided, decide
 from mpjax._nnx_autocast import module_paths, pure_call
 from mpjax._paths import path_str
 from mpjax._policy import Policy

@@ -14,7 +14,7 @@ SECONDS = 600  # an example that hangs is killed; none takes a tenth of it
 
 
 def start(name, *arguments):
-  inherited = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+  inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
   return subprocess.Popen(
     [sys.executable, str(ROOT / "examples" / name), *arguments],
     env=inherited | {"PYTHONPATH": str(ROOT)},

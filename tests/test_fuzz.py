@@ -48,7 +48,7 @@ def hold(check, count, *strategies):
   """Draw ``count`` times and check. The quick search is the same in every run."""
   quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
   profile = settings(
-    max_examples=count, derandomize=count < 1000, deadline=None, suppress_health_check=quiet
+    max_examples=count, derandomize=count < 200, deadline=None, suppress_health_check=quiet
   )
   profile(given(*strategies)(check))()
 
@@ -148,12 +148,12 @@ def check_sensitive(traced, compute):
       assert not {"bfloat16", "float16"} & {a.aval.dtype.name for a in eqn.invars}, eqn
 
 
-@search(100, 4000)
+@search(100, 2000)
 def test_whatever_runs_in_float32_runs_narrow_with_the_same_types(count):
   hold(runs_and_keeps_its_types, count, programs(), policies, transforms)
 
 
-@search(12, 500)
+@search(12, 300)
 def test_so_it_does_where_64_bits_are_enabled(count):
   with jax.enable_x64(True):
     hold(runs_and_keeps_its_types, count, programs(extras=WIDER, depth=1), policies, transforms)
@@ -179,7 +179,7 @@ SCANNED = {"scan", "scan_rows", "fori_loop", "map"}
 SCOPED = [*CONTRACT, *TAME, *["scope"] * 12]
 
 
-@search(20, 1000)
+@search(20, 500)
 def test_rules_of_scopes_reach_into_every_construct(count):
   drawn = programs(SCOPED, extras={}, depth=3)
   hold(obeys_rules, count, drawn, policies, transforms)
@@ -217,7 +217,7 @@ def example(program, seed=0):
   return {k: one(a) for k, a in params.items()}, {k: one(a) for k, a in data.items()}
 
 
-@search(12, 500)
+@search(12, 300)
 def test_the_float32_policy_is_the_identity_bit_for_bit(count):
   hold(is_the_identity, count, programs(depth=1, size=4))
 
@@ -236,7 +236,7 @@ MATMULS = {*CONTRACT, *LINALG, "to_bfloat16", "to_float16", "complex_matmul", "c
 WITHOUT_MATMULS = [op for op in OPS if op not in MATMULS]
 
 
-@search(40, 1000)
+@search(40, 600)
 def test_without_matmuls_and_parameters_nothing_is_narrow(count):
   extras = {k: EXTRAS[k] for k in ("i", "m", "k", "z", "n")}
   hold(nothing_narrow, count, programs(WITHOUT_MATMULS, extras), policies)
@@ -319,7 +319,7 @@ def is_close(program, policy):
   check_bounds(found[0], found[1 : 1 + SAMPLES], found[1 + SAMPLES :], UNIT[policy])
 
 
-@search(20, 1000)
+@search(20, 600)
 def test_values_and_gradients_are_those_of_float32_within_the_format(count):
   hold(is_close, count, programs(TAME, {}, size=5), policies)
 
@@ -336,7 +336,7 @@ def batches(program, policy):
   check_bounds(found[0], found[1 : 1 + SAMPLES], found[1 + SAMPLES :], UNIT[policy])
 
 
-@search(12, 500)
+@search(12, 300)
 def test_vmap_commutes_with_autocast(count):
   hold(batches, count, programs(TAME, {}, size=4, depth=1), policies)
 

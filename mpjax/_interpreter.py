@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.custom_batching
+import numpy as np
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
@@ -152,13 +153,19 @@ class Interpreter:
       values.fill(segment.outputs, function(*operands))
 
   def _run_island(self, plan: Plan, island: Island | Softmax, values: Values) -> None:
-    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass.
+
+    A checkpoint is a border that nothing crosses but in memory, so that its result, and with it the
+    cotangent, rounds inside.
+    """
     steps = [plan.steps[index] for index in island.steps]
     inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
     compute = self._function(steps, inputs, outputs, _jaxpr.located)
     operands = [values.get(key) for key in inputs]
-    softmax = isinstance(island, Softmax)
-    run = _softmax.storing_weights(compute, island) if softmax else jax.checkpoint(compute)
+    if isinstance(island, Softmax):
+      run = _softmax.storing_weights(compute, island)
+    else:
+      run = jax.checkpoint(_rounding(compute, island.dtype, steps[-1].eqn))
     with _jaxpr.written(steps[-1].eqn):  # its steps bring their scopes, perhaps several
       values.fill(outputs, run(*operands))
 
@@ -191,6 +198,19 @@ class Interpreter:
       ]
       self._rebuilt[id(plan)] = _jaxpr.trace(lambda *xs: self.run(plan, xs), avals)
     return self._rebuilt[id(plan)]
+
+
+def _rounding(
+  compute: Callable[..., list[Any]], dtype: np.dtype | None, last: JaxprEqn
+) -> Callable[..., list[Any]]:
+  """A function whose one result is cast to a format, if there is one, in its last step's scope."""
+
+  def run(*operands: Any) -> list[Any]:
+    (result,) = compute(*operands)
+    with _jaxpr.located(last):
+      return [result if dtype is None else to_dtype(result, dtype)]
+
+  return run
 
 
 # How each rule runs ------------------------------------------------------------------------------

@@ -26,11 +26,18 @@ _FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_c
 
 
 class Island(NamedTuple):
-  """Some steps of a plan, by index, that run as one when the last of them is due."""
+  """Some steps of a plan that run as one when the last of them is due.
+
+  Attributes:
+    steps: Their indices in order.
+    inputs: What they read that none of them computes.
+    dtype: The 16-bit format in which their result may leave, for nobody reads it otherwise; None
+      if it leaves in float32.
+  """
 
   steps: tuple[int, ...]
   inputs: tuple[Var, ...]
-  """What they read that none of them computes."""
+  dtype: np.dtype | None
 
 
 def find(plan: Plan) -> Mapping[int, Island | Softmax]:
@@ -51,7 +58,7 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
     elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
       members = _reach_back(steps, wide, readers, makers, last)
       taken |= members
-      island = _island(steps, sorted(members))
+      island = _island(steps, sorted(members), _format_of(readers, steps[last]))
       if _pays(steps, island):
         found[last] = island
   return found
@@ -104,11 +111,21 @@ def _reach_back(
   return members
 
 
-def _island(steps: Any, members: list[int]) -> Island:
+def _format_of(readers: Readers, step: Step) -> np.dtype | None:
+  """The one format of a value that is read once, or by all as it left its module.
+
+  Other readers cast to 16 bits each for itself, so that their cotangents meet in float32.
+  """
+  reads = [read for _, read in readers[step.eqn.outvars[0]]]
+  formats = {read.via or (read.to if len(reads) == 1 else None) for read in reads}
+  return formats.pop() if len(formats) == 1 else None
+
+
+def _island(steps: Any, members: list[int], dtype: np.dtype | None) -> Island:
   made = {steps[n].eqn.outvars[0] for n in members}
   read = (atom for n in members for atom in steps[n].eqn.invars)
   inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
-  return Island(tuple(members), tuple(inputs))
+  return Island(tuple(members), tuple(inputs), dtype)
 
 
 def _pays(steps: Any, island: Island) -> bool:

@@ -58,6 +58,31 @@ def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
   np.testing.assert_allclose(grads, storing, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "exact_gelu"])
+def test_nothing_wide_crosses_the_border_of_an_island(name, operands):
+  """Compilers put in memory whatever enters or leaves a checkpoint, cotangents too.
+
+  The error function of the exact gelu runs in float16 and makes no island.
+  """
+  grad = jax.grad(mpjax.autocast(make(ACTIVATIONS[name]), "mixed_float16"))
+  islands = [e for e in equations(jax.make_jaxpr(grad)(*operands)) if e.primitive.name == "remat2"]
+  crossing = [a.aval for e in islands for a in (*e.invars, *e.outvars) if a.aval.shape == SIZE]
+  assert crossing and {aval.dtype.name for aval in crossing} <= {"float16", "bool"}
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_cotangents_of_several_readers_meet_in_float32(readers, operands):
+  """Only a result that is read once leaves its island in 16 bits."""
+
+  def fn(w, x):
+    hidden = nn.gelu(x @ w[0])
+    return sum((hidden @ w[1]).sum() for _ in range(readers))
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(*operands)
+  (island,) = [e for e in equations(jaxpr) if e.primitive.name == "remat2"]
+  assert island.outvars[0].aval.dtype.name == {1: "float16", 2: "float32"}[readers]
+
+
 def test_gelu_is_computed_again_in_float16_only(operands):
   fn = make(nn.gelu)
   for policy, again in (("mixed_float16", 1), ("mixed_bfloat16", 0)):

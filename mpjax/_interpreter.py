@@ -302,6 +302,10 @@ def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
     held = (*step.outs, *outs.keep(step.outs))
     return interpreter.planner.plan(_derivatives.trace_jvp(eqn), forms, step.place, held)
 
+  if _mentions(step.bodies[0], "custom_vjp_call") and _mentions(rule_plan(), "custom_lin"):
+    # Its rule differentiates a custom_vjp, of which JAX knows the backward pass alone.
+    return _custom_vjp(interpreter, step, operands)
+
   @jax.custom_jvp
   def call(*primals: Any) -> list[Any]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
@@ -312,6 +316,14 @@ def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
     return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
 
   return call(*operands[known:])
+
+
+def _mentions(plan: Plan, primitive: str) -> bool:
+  """Whether a plan or a body in it has an equation of a primitive."""
+  return any(
+    step.eqn.primitive.name == primitive or any(_mentions(body, primitive) for body in step.bodies)
+    for step in plan.steps
+  )
 
 
 def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:

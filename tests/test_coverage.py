@@ -167,6 +167,7 @@ CONSTRUCTS = {
   )(x, w),
   "custom_vjp": lambda op, w, x: custom_vjp_of(op)(x, w),
   "custom_jvp": lambda op, w, x: custom_jvp_of(op)(x, w),
+  "custom_jvp_of_custom_vjp": lambda op, w, x: custom_jvp_of(custom_vjp_of(op))(x, w),
   "scan_of_custom_vjp": lambda op, w, x: scan(custom_vjp_of(op), w, x),
   "remat_of_custom_jvp": lambda op, w, x: jax.checkpoint(custom_jvp_of(op))(x, w),
   "shard_map": shard_map,

@@ -28,7 +28,9 @@ def autocast(
 
   Args:
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
-      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. For
+      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. A
+      derivative rule inside must not close over values that ``fn`` computes: JAX then refuses
+      ``grad(jit(fn))`` and ``grad(autocast(fn))`` alike, and ``autocast(grad(fn))`` works. For
       NNX models among the arguments see `mpjax.nnx.autocast`.
     policy: A `Policy`, a `PolicyMap`, or a spec string.
     argnums: Which positional arguments hold the parameters. Their float leaves adapt to what

@@ -8,22 +8,31 @@ that ``jax.vjp`` returns is the backward pass; ``jax.vmap`` of it is the rule fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from mpjax import _jaxpr, _versions
 from mpjax._jaxpr import JaxprEqn
 
 
-class Slots(NamedTuple):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Slots:
   """Which values of a list can be differentiated; the others have float0 tangents."""
 
   differentiable: tuple[bool, ...]
   shapes: tuple[tuple[int, ...], ...]
+
+  def only(self, asked: Sequence[bool]) -> Slots:
+    """The slots, as if those not asked for could not be differentiated."""
+    pairs = zip(self.differentiable, asked, strict=True)
+    return dataclasses.replace(self, differentiable=tuple(d and a for d, a in pairs))
 
   def keep(self, values: Sequence[Any]) -> list[Any]:
     """The entries that can be differentiated."""
@@ -46,6 +55,14 @@ def slots(atoms: Sequence[Any]) -> Slots:
   )
 
 
+def instantiated(x: Any) -> Any:
+  """A tangent or cotangent, an array of zeros in place of one known to be zero."""
+  if not isinstance(x, SymbolicZero):
+    return x
+  aval: Any = x.aval
+  return jnp.zeros(aval.shape, aval.dtype)
+
+
 def closed_over(eqn: JaxprEqn) -> int:
   """How many leading operands are values that the function with a rule of its own closed over.
 
@@ -54,12 +71,14 @@ def closed_over(eqn: JaxprEqn) -> int:
   return eqn.params.get("num_consts", 0)
 
 
-def trace_jvp(eqn: JaxprEqn) -> Any:
+def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
   """The jaxpr of an equation's derivative: (primals, tangents) -> (outputs, output tangents).
 
-  Tangents are there only for values that can be differentiated.
+  Args:
+    eqn: The equation.
+    ins: The operands that have a tangent; those of the others are zero, and its rule may know.
   """
-  ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
+  outs = slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
 
   def rule(*flat: Any) -> list[Any]:
@@ -93,12 +112,17 @@ class Vjp(NamedTuple):
   forward: Any
   """operands -> (outputs, residuals)"""
   backward: Callable[[], Any]
-  """(residuals, cotangents) -> cotangents of the operands but those closed over; floats only"""
+  """(residuals, cotangents) -> cotangents of the operands that were asked for"""
 
 
-def trace_vjp(eqn: JaxprEqn) -> Vjp:
-  """The jaxprs of an equation's forward and backward pass."""
-  ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
+def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
+  """The jaxprs of an equation's forward and backward pass.
+
+  Args:
+    eqn: The equation.
+    ins: The operands whose cotangents are asked for, which its forward pass may know.
+  """
+  outs = slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
   residual_tree = None
 
@@ -120,6 +144,20 @@ def trace_vjp(eqn: JaxprEqn) -> Vjp:
   residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
   cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
   return Vjp(closed, lambda: _jaxpr.trace(backward, [*residual_avals, *cotangent_avals]))
+
+
+def trace_transpose(eqn: JaxprEqn) -> Any:
+  """The jaxpr of the transpose of a ``custom_lin``: (residuals, cotangents) -> cotangents."""
+  count, outs = eqn.params["num_res"], slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+
+  def transpose(*flat: Any) -> list[Any]:
+    def linear(*tangents: Any) -> list[Any]:
+      return outs.keep(_jaxpr.run_as_traced(eqn, [*flat[:count], *tangents]))
+
+    return list(jax.linear_transpose(linear, *avals[count:])(list(flat[count:])))
+
+  return _jaxpr.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
 
 
 def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:

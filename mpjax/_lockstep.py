@@ -350,7 +350,7 @@ _DOUBLE = Form(Kind.DATA, FLOAT64)
 _AS_TRACED = frozenset(
   {
     *(Rule.TRACED, Rule.ALWAYS, Rule.MARKER, Rule.WHILE, Rule.COND),
-    *(Rule.CUSTOM_JVP, Rule.CUSTOM_VJP, Rule.CUSTOM_VMAP),
+    *(Rule.CUSTOM_JVP, Rule.CUSTOM_VJP, Rule.CUSTOM_LIN, Rule.CUSTOM_VMAP),
   }
 )
 

@@ -285,6 +285,9 @@ class _Walk:
     wanted = [FLOAT32 if f is not None else None for f in forms]
     return _Decision(wanted, _for_float32(eqn.outvars, DATA), eqn.params)
 
+  def custom_lin(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    return _Decision([None] * len(forms), _for_float32(eqn.outvars, DATA), eqn.params)
+
   def each(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     return _Decision([None] * len(forms), forms, eqn.params)
 
@@ -394,6 +397,7 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.COND: _Walk.cond,
   Rule.CUSTOM_JVP: _Walk.call,
   Rule.CUSTOM_VJP: _Walk.call,
+  Rule.CUSTOM_LIN: _Walk.custom_lin,
   Rule.CUSTOM_VMAP: _Walk.call,
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,

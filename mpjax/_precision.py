@@ -104,6 +104,7 @@ class Rule(enum.Enum):
   COND = "branches whose results are joined"
   CUSTOM_JVP = "a body with the user's own derivative"
   CUSTOM_VJP = "a body with the user's own forward and backward pass"
+  CUSTOM_LIN = "what is left of a custom_vjp where only its tangents are wanted: its transpose"
   CUSTOM_VMAP = "a body with the user's own batching"
   MARKER = "hands the compute dtype to the marked function"
   TRACED = "exactly as traced, in float32"
@@ -168,12 +169,13 @@ RULES = _table(
     Rule.COND: "cond",
     Rule.CUSTOM_JVP: "custom_jvp_call",
     Rule.CUSTOM_VJP: "custom_vjp_call",
+    Rule.CUSTOM_LIN: "custom_lin",
     Rule.CUSTOM_VMAP: "custom_vmap_call",
     Rule.MARKER: "mpjax_cast_inputs",
     # Decided, not forgotten: these hold Python functions, references or no floats at all.
     Rule.TRACED: " ".join(
       [
-        "reduce reduce_window select_and_scatter custom_linear_solve custom_lin get swap addupdate",
+        "reduce reduce_window select_and_scatter custom_linear_solve get swap addupdate",
         "empty empty2 after_all create_token axis_index iota rng_uniform rng_bit_generator",
         "random_bits random_fold_in random_seed random_split random_wrap random_unwrap",
         "random_clone threefry2x32 real imag conj and or not xor clz population_count",

@@ -9,11 +9,13 @@ devices; the compiler's own program is read, so the figures are exact and the sa
 import argparse
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from benchmarks import compilers
+from benchmarks import compilers, report
 
 DEVICES = 4
 STRATEGIES = ("data parallel", "fully sharded")
@@ -107,10 +109,28 @@ def cell(found: list[tuple[str, str, int]], kind: str) -> str:
   return ", ".join(shown) or "-"
 
 
+def measure(target: str, strategy: str, policy: str, reduce_dtype: str) -> report.Row:
+  """Compiles one row for a target."""
+  found = list(exchanged(compiled_text(target, strategy, policy, reduce_dtype)))
+  row = {"target": target, "strategy": strategy, "policy": policy, "reduce_dtype": reduce_dtype}
+  return {**row, **{kind: cell(found, kind) for kind in KINDS}}
+
+
+def markdown(rows: list[report.Row]) -> str:
+  """A table for every target: MiB a step."""
+  columns = {name: name for name in ("strategy", "policy", "reduce_dtype", *KINDS)}
+  parts = []
+  for target in dict.fromkeys(row["target"] for row in rows):
+    parts.append(f"## {target}, {DEVICES} devices, MiB a step\n")
+    parts.append(report.table([row for row in rows if row["target"] == target], columns) + "\n")
+  return "\n".join(parts)
+
+
 def main() -> None:
-  """Compiles every row for a target and prints the table."""
+  """Compiles every row for a target; adds them to the results."""
   parser = argparse.ArgumentParser(description="What devices exchange in a train step.")
   parser.add_argument("--target", choices=compilers.TARGETS, default="h100")
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
   compilers.prepare(arguments.target)
   if arguments.target == "cpu":
@@ -118,14 +138,23 @@ def main() -> None:
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
 
-  print(f"{arguments.target}, {DEVICES} devices, MiB a step\n")
-  print(f"| strategy | policy | reduce_dtype | {' | '.join(KINDS)} |")
-  print(f"|---|---|---|{'---|' * len(KINDS)}")
+  new = []
   for strategy in STRATEGIES:
     for policy, reduce_dtype in ROWS:
-      found = list(exchanged(compiled_text(arguments.target, strategy, policy, reduce_dtype)))
-      cells = " | ".join(cell(found, kind) for kind in KINDS)
-      print(f"| {strategy} | {policy} | {reduce_dtype} | {cells} |", flush=True)
+      print(strategy, policy, reduce_dtype, "...", file=sys.stderr, flush=True)
+      new.append(measure(arguments.target, strategy, policy, reduce_dtype))
+  print(markdown(new))
+  old = report.rows_in(arguments.out / "collectives.json")
+  rows = [row for row in old if row["target"] != arguments.target] + new
+  report.write(
+    "collectives",
+    "What devices exchange",
+    "python -m benchmarks.collectives --target TARGET",
+    "compilers of the targets named in each heading",
+    rows,
+    markdown(rows),
+    arguments.out,
+  )
 
 
 if __name__ == "__main__":

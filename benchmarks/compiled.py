@@ -107,16 +107,41 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
 
 
 def markdown(rows: list[report.Row]) -> str:
-  """A table for every target, workload and policy."""
+  """A summary, and a table for every target, workload and policy."""
   cells: dict[tuple[str, ...], list[report.Row]] = {}
   for row in rows:
     cells.setdefault(tuple(row[key] for key in KEY[:3]), []).append(row)
-  parts = []
+  parts = [summary(cells) + "\n"]
   for (target, workload, policy), found in cells.items():
     parts.append(f"## {target}, {workload} (batch {found[0]['batch']}), {policy}\n")
     parts.append("; ".join(sorted({_made(row) for row in found})) + "\n")
     parts.append(report.table(shown(found), COLUMNS) + "\n")
   return "\n".join(parts)
+
+
+def summary(cells: dict[tuple[str, ...], list[report.Row]]) -> str:
+  """One line for each target, workload and policy, one column for each peer."""
+  found = {row["peer"] for rows in cells.values() for row in rows}
+  names = [name for name in _summarized() if name in found]
+  lines = [
+    {"cell": ", ".join(cell), **{row["peer"]: _short(row) for row in rows}}
+    for cell, rows in cells.items()
+  ]
+  return report.table(
+    lines, {"cell": "MiB beyond the arguments / GB moved"} | dict(zip(names, names, strict=True))
+  )
+
+
+def _summarized() -> list[str]:
+  """The peers of the summary: one way of using each tool."""
+  from benchmarks import peers
+
+  twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.STATISTICS}
+  return [name for name in peers.PEERS if name not in twice]
+
+
+def _short(row: report.Row) -> str:
+  return f"{row['temp_bytes'] / MIB:.0f} / {row['bytes_moved'] / 1e9:.3g}"
 
 
 def _made(row: report.Row) -> str:

@@ -8,7 +8,6 @@ makes of 16-bit input.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,17 @@ import optax
 from flax import nnx
 
 import mpjax
+from benchmarks import report
 
 FORMATS = {"mixed_bfloat16": jnp.dtype(jnp.bfloat16), "mixed_float16": jnp.dtype(jnp.float16)}
 ROWS, WIDTH = 64, 16
+COLUMNS = {
+  "operation": "operation",
+  "format": "format",
+  "policy_error": "error under the policy",
+  "hand_error": "by hand",
+  "ratio": "ratio",
+}
 Runner = Callable[[Any, str, jax.Array], jax.Array]
 """Takes a dtype for the layers or None, a policy, and the input."""
 
@@ -207,20 +214,30 @@ def measure(operation: str, policy: str) -> Row:
   return Row(operation, dtype.name, distance(ours, truth), hand_error)
 
 
+def shown(row: Row) -> report.Row:
+  """A row with the ratio of its errors; nothing by hand where that does not run on a CPU."""
+  hand = row.hand_error
+  ratio = None if hand is None else f"{row.policy_error / hand:.2f}"
+  return {**row._asdict(), "ratio": ratio}
+
+
 def main() -> None:
-  """Prints the table, and writes JSON if asked for."""
+  """Prints the table and writes it into the results."""
   parser = argparse.ArgumentParser(description="Errors of sensitive operations against float64.")
-  parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
-  rows = [measure(operation, policy) for operation in CASES for policy in FORMATS]
-  print("| operation | format | error under the policy | by hand | ratio |\n|---|---|---|---|---|")
-  for row in rows:
-    by_hand = "does not run | -"
-    if row.hand_error is not None:
-      by_hand = f"{row.hand_error:.2e} | {row.policy_error / row.hand_error:.2f}"
-    print(f"| {row.operation} | {row.format} | {row.policy_error:.2e} | {by_hand} |")
-  if arguments.json:
-    arguments.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+  rows = [shown(measure(operation, policy)) for operation in CASES for policy in FORMATS]
+  table = report.table(rows, COLUMNS)
+  print(table)
+  report.write(
+    "numerics",
+    "Errors of sensitive operations against float64",
+    "python -m benchmarks.numerics",
+    "CPU",
+    rows,
+    table,
+    arguments.out,
+  )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from those of one device, relative to the distance that training has moved them.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from benchmarks import report
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 FEATURES, ROWS, LENGTH = 32, 32, 8
@@ -138,22 +141,34 @@ RUNS = (
 
 
 def main() -> None:
-  """Trains every run and prints the table."""
+  """Trains every run; prints the table and writes it into the results."""
   parser = argparse.ArgumentParser(description="Several devices beside one.")
   parser.add_argument("--steps", type=int, default=20)
-  steps = parser.parse_args().steps
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
+  arguments = parser.parse_args()
+  steps = arguments.steps
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 8)
   jax.config.update("jax_cpu_enable_async_dispatch", False)
   alone = {policy: jax.device_get(by_compiler(1, whole, policy, steps)) for policy in POLICIES}
-  print(f"| strategy | devices | {' | '.join(POLICIES)} |")
-  print(f"|---|---|{'---|' * len(POLICIES)}")
+  rows = []
   for name, devices, run in RUNS:
-    cells = [f"{difference(jax.device_get(run(p, steps)), alone[p]):.1e}" for p in POLICIES]
-    print(f"| {name} | {devices} | {' | '.join(cells)} |", flush=True)
-  eps = [float(jnp.finfo(mpjax.Policy.parse(policy).compute_dtype).eps) for policy in POLICIES]
-  print(
-    f"| for comparison: epsilon of the compute dtype | | {' | '.join(f'{e:.1e}' for e in eps)} |"
+    apart = {p: difference(jax.device_get(run(p, steps)), alone[p]) for p in POLICIES}
+    rows.append({"strategy": name, "devices": devices, **apart})
+    print(name, devices, file=sys.stderr, flush=True)
+  eps = {p: float(jnp.finfo(mpjax.Policy.parse(p).compute_dtype).eps) for p in POLICIES}
+  rows.append({"strategy": "for comparison: epsilon of the compute dtype", **eps})
+  columns = {name: name for name in ("strategy", "devices", *POLICIES)}
+  table = report.table(rows, columns)
+  print(table)
+  report.write(
+    "sharding",
+    "Several devices beside one",
+    f"python -m benchmarks.sharding --steps {steps}",
+    "CPU",
+    rows,
+    table,
+    arguments.out,
   )
 
 

@@ -8,6 +8,7 @@ same run comes to without faults.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 import mpjax
+from benchmarks import report
 from mpjax._finite import nonfinite_leaves
 from mpjax.testing import FAULTS, FaultSchedule, inject, inject_faults
 
@@ -213,38 +215,49 @@ def run_case(case: Case) -> Result:
   )
 
 
-HEADER = (
-  "| optimizer | wrapper | policy | steps | faults | skipped | non-finite leaves | scale "
-  "| final loss | without faults |\n|" + "---|" * 10
-)
+COLUMNS = {
+  "optimizer": "optimizer",
+  "wrapper": "wrapper",
+  "policy": "policy",
+  "steps": "steps",
+  "faults": "faults",
+  "skipped": "skipped",
+  "nonfinite": "non-finite leaves",
+  "scales": "scale",
+  "loss": "final loss",
+  "reference": "without faults",
+}
 
 
-def row(case: Case, result: Result) -> str:
-  scale = f"2^{np.log2(result.lowest):.0f} to 2^{np.log2(result.highest):.0f}"
-  numbers = (result.steps, result.faults, result.skipped, result.nonfinite, scale)
-  cells = [case.optimizer, case.wrapper, case.policy, *map(str, numbers)]
-  return "| " + " | ".join([*cells, f"{result.loss:.4f}", f"{result.reference:.4f}"]) + " |"
+def row(case: Case, result: Result) -> report.Row:
+  """A case and what came of it."""
+  scales = f"2^{np.log2(result.lowest):.0f} to 2^{np.log2(result.highest):.0f}"
+  drawn = {name: getattr(case, name) for name in ("optimizer", "wrapper", "policy")}
+  return {**drawn, **result._asdict(), "scales": scales, "failures": result.failures}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Prints the table; returns the number of cases that failed."""
+  """Prints the table and writes it into the results; returns the number of cases that failed."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--steps", type=int, default=10_000, help="of all cases together")
   parser.add_argument("--cases", type=int, default=len(OPTIMIZERS))
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   options = parser.parse_args(arguments)
-  print(HEADER)
-  failed, results = 0, []
+  rows = []
   for case in draw_cases(options.steps, options.cases, options.seed):
-    results.append(run_case(case))
-    failed += bool(results[-1].failures)
-    print(row(case, results[-1]), *results[-1].failures, flush=True)
-  totals = [sum(getattr(result, name) for result in results) for name in Result._fields[:4]]
-  print(
-    "\n{} steps, {} faults, {} skipped steps, {} non-finite leaves; {} of {} cases failed".format(
-      *totals, failed, len(results)
+    rows.append(row(case, run_case(case)))
+    print(case.optimizer, *rows[-1]["failures"] or ["as it must be"], file=sys.stderr, flush=True)
+  failed = sum(bool(found["failures"]) for found in rows)
+  totals = [sum(found[name] for found in rows) for name in Result._fields[:4]]
+  text = report.table(rows, COLUMNS) + (
+    "\n\n{} steps, {} faults, {} skipped steps, {} non-finite leaves; {} of {} cases failed".format(
+      *totals, failed, len(rows)
     )
   )
+  print(text)
+  command = f"python -m benchmarks.soak --steps {options.steps} --seed {options.seed}"
+  report.write("soak", "Training with faults", command, "CPU", rows, text, options.out)
   return failed
 
 

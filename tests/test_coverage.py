@@ -67,6 +67,24 @@ def custom_jvp_of(op):
   return fn
 
 
+def custom_vmap(op, w, x):
+  @jax.custom_batching.custom_vmap
+  def fn(x):
+    return op(x, w)
+
+  @fn.def_vmap
+  def batched(size, is_batched, x):
+    del size, is_batched
+    return 2.0 * jax.vmap(op, (0, None))(x, w), True  # a rule of the user's own
+
+  return jax.vmap(fn)(jnp.stack([x, x]))[0] + fn(x)
+
+
+def closure_over_an_array(op, w, x):
+  offset = jnp.eye(*x.shape)  # an array of JAX's, not of the call
+  return jax.jit(lambda w, x: op(x + offset, w) + offset)(w, x)
+
+
 def scan(op, w, x):
   return lax.scan(lambda c, _: (op(c, w), c.sum()), x, None, length=3)[0]
 
@@ -149,8 +167,11 @@ CONSTRUCTS = {
   "nested_jit": lambda op, w, x: jax.jit(lambda x: jax.jit(op)(x, w))(x),
   "jit_inline": lambda op, w, x: jax.jit(op, inline=True)(x, w),
   "jit_static": lambda op, w, x: jax.jit(lambda n, x, w: n * op(x, w), static_argnums=0)(2, x, w),
-  "jit_donate": lambda op, w, x: jax.jit(op, keep_unused=True)(x, w=w),
+  "jit_donate": lambda op, w, x: jax.jit(op, donate_argnums=0)(2.0 * x, w),
+  "jit_keywords": lambda op, w, x: jax.jit(op, keep_unused=True)(x, w=w),
+  "einsum": lambda op, w, x: jnp.einsum("ij,jk,ki->ki", op(x, w), w, x.T),
   "scan": scan,
+  "grad_of_scan": lambda op, w, x: jax.grad(lambda x: scan(op, w, x).sum())(x),
   "scan_over_weights": scan_over_weights,
   "scan_with_stray_float32": scan_with_stray_float32,
   "while": while_loop,
@@ -170,6 +191,7 @@ CONSTRUCTS = {
   "custom_jvp_of_custom_vjp": lambda op, w, x: custom_jvp_of(custom_vjp_of(op))(x, w),
   "scan_of_custom_vjp": lambda op, w, x: scan(custom_vjp_of(op), w, x),
   "remat_of_custom_jvp": lambda op, w, x: jax.checkpoint(custom_jvp_of(op))(x, w),
+  "custom_vmap": custom_vmap,
   "shard_map": shard_map,
   "vmap": lambda op, w, x: jax.vmap(lambda r: op(jnp.stack([r, r]), w)[0])(x),
   "grad_inside": lambda op, w, x: jax.grad(lambda x: op(x, w).sum())(x),
@@ -180,8 +202,9 @@ CONSTRUCTS = {
   "named_scope": named,
   "associative_scan": associative_scan,
   "closure": closure_over_a_tracer,
+  "closure_over_an_array": closure_over_an_array,
 }
-NO_REVERSE = {"while", "pallas"}
+NO_REVERSE = {"while", "pallas", "custom_vmap"}  # in plain JAX
 
 
 def make(op, construct):
@@ -367,6 +390,18 @@ def test_scopes_survive(transform, policy):
     return {str(e.source_info.name_stack) for e in jax.make_jaxpr(fn)(*numbers()).eqns}
 
   assert scopes(transform(mpjax.autocast(plain, policy))) == scopes(transform(plain))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.grad], ids=["forward", "gradient"])
+def test_arguments_may_come_by_keyword(transform, policy, operands):
+  w, x = operands
+  plain = lambda w, *, x, power: jnp.sum(dot(x, w) ** power)
+  cast = transform(mpjax.autocast(plain, policy))
+  jaxpr = jax.make_jaxpr(lambda w, x: cast(w, x=x, power=2))(w, x)
+  assert contractions(jaxpr) and not wide_contractions(jaxpr, POLICIES[policy])
+  want, got = transform(plain)(w, x=x, power=2), cast(w, x=x, power=2)
+  assert jnp.linalg.norm(got - want) < 0.02 * jnp.linalg.norm(want)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

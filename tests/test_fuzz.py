@@ -27,6 +27,9 @@ COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
 policies = st.sampled_from(sorted(COMPUTE))
 transforms = st.sampled_from(["forward", "grad_outside", "grad_inside"])
+every_transform = st.sampled_from(
+  ["forward", "grad_outside", "grad_inside", "forward_mode", "batched", "batched_grad"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,33 @@ def transformed(program, policy, transform):
     return mpjax.autocast(program, policy)
   if transform == "grad_inside":
     return mpjax.autocast(jax.grad(program.loss, allow_int=True), policy)
-  return jax.grad(mpjax.autocast(program.loss, policy), allow_int=True)
+  if transform == "batched":
+    return over_two(mpjax.autocast(program, policy))
+  loss = mpjax.autocast(program.loss, policy)
+  if transform == "forward_mode":
+    return along_params(loss)
+  grad = jax.grad(loss, allow_int=True)
+  return over_two(grad) if transform == "batched_grad" else grad
+
+
+def over_two(fn):
+  """A function batched over two copies of its data."""
+
+  def batched(params, data):
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]), data)
+    return jax.vmap(fn, (None, 0))(params, twice)
+
+  return batched
+
+
+def along_params(fn):
+  """The derivative of a function along its float parameters."""
+
+  def derivative(params, data):
+    floats = {k: x for k, x in params.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return jax.jvp(lambda some: fn({**params, **some}, data), (floats,), (floats,))
+
+  return derivative
 
 
 def lowered(fn, *avals):
@@ -132,7 +161,7 @@ def runs_and_keeps_its_types(program, policy, transform):
     return
   for eqn in equations_of(got):
     assert not is_contraction(eqn) or factors(eqn) == {COMPUTE[policy]}, eqn
-  if transform != "grad_outside":
+  if transform in ("forward", "grad_inside"):
     check_sensitive(got, COMPUTE[policy])
 
 
@@ -150,7 +179,7 @@ def check_sensitive(traced, compute):
 
 @search(100, 2000)
 def test_whatever_runs_in_float32_runs_narrow_with_the_same_types(count):
-  hold(runs_and_keeps_its_types, count, programs(), policies, transforms)
+  hold(runs_and_keeps_its_types, count, programs(), policies, every_transform)
 
 
 @search(12, 300)

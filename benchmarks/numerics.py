@@ -3,8 +3,9 @@
     python -m benchmarks.numerics
 
 Every operation gets the output of a matmul with the identity, so that its 16-bit input is exact
-and all error is its own. By hand means what Flax does with `dtype=` or, for a function, what it
-makes of 16-bit input.
+and all error is its own; the gradient is that of the matmul's input, for a cotangent drawn at
+random. By hand means what Flax does with `dtype=` or, for a function, what it makes of 16-bit
+input: its results are stored in 16 bits, those of a policy in float32.
 """
 
 import argparse
@@ -30,6 +31,9 @@ COLUMNS = {
   "policy_error": "error under the policy",
   "hand_error": "by hand",
   "ratio": "ratio",
+  "policy_gradient": "error of the gradient",
+  "hand_gradient": "by hand",
+  "gradient_ratio": "ratio",
 }
 Runner = Callable[[Any, str, jax.Array], jax.Array]
 """Takes a dtype for the layers or None, a policy, and the input."""
@@ -48,12 +52,14 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """The relative distance to float64 of an operation's results, in the 2-norm."""
+  """The relative distances to float64 of an operation's results and gradient, in the 2-norm."""
 
   operation: str
   format: str
   policy_error: float
   hand_error: float | None
+  policy_gradient: float
+  hand_gradient: float | None
 
 
 def identity(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -133,6 +139,22 @@ def self_attention(x: jax.Array) -> jax.Array:
   return jax.nn.dot_product_attention(heads, heads, heads)
 
 
+def pictures(x: jax.Array) -> jax.Array:
+  """Rows as pictures, over whose places an InstanceNorm averages."""
+  return x.reshape(4, -1, WIDTH)
+
+
+class Spectral(nn.Module):
+  """A layer divided by its spectral norm."""
+
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    layer = nn.Dense(WIDTH, dtype=self.dtype)
+    return nn.SpectralNorm(layer, dtype=self.dtype)(x, update_stats=False)
+
+
 def linen_attention(rate: float) -> Callable[..., nn.Module]:
   """Linen's attention with a dropout rate."""
 
@@ -148,6 +170,15 @@ def nnx_attention(rate: float) -> Callable[..., nnx.Module]:
   def make(**options: Any) -> nnx.Module:
     options |= {"deterministic": rate == 0.0, "decode": False, "dropout_rate": rate}
     return nnx.MultiHeadAttention(2, WIDTH, **options)
+
+  return make
+
+
+def around_linear(norm: Callable[..., nnx.Module], **own: Any) -> Callable[..., nnx.Module]:
+  """A norm of a linear layer's weights."""
+
+  def make(**options: Any) -> nnx.Module:
+    return norm(nnx.Linear(WIDTH, WIDTH, **options), **options, **own)
 
   return make
 
@@ -182,15 +213,38 @@ CASES: dict[str, Case] = {
   "Linen BatchNorm": Case(
     linen(lambda **o: nn.BatchNorm(use_running_average=False, **o)), mean=8.0
   ),
+  "Linen InstanceNorm": Case(
+    linen(lambda name, **o: nn.Sequential([pictures, nn.InstanceNorm(**o)], name=name)), mean=8.0
+  ),
+  "Linen SpectralNorm": Case(linen(Spectral)),
+  "Linen WeightNorm": Case(
+    linen(lambda name, **o: nn.WeightNorm(nn.Dense(WIDTH, **o), name=name, **o))
+  ),
   "Linen attention": Case(linen(linen_attention(0.0))),
   "Linen attention, dropout": Case(linen(linen_attention(0.3)), repeatable=False),
   "NNX LayerNorm": Case(of_nnx(lambda **o: nnx.LayerNorm(WIDTH, **o)), mean=8.0),
   "NNX RMSNorm": Case(of_nnx(lambda **o: nnx.RMSNorm(WIDTH, **o)), mean=8.0),
   "NNX GroupNorm": Case(of_nnx(lambda **o: nnx.GroupNorm(WIDTH, 4, **o)), mean=8.0),
   "NNX BatchNorm": Case(of_nnx(lambda **o: nnx.BatchNorm(WIDTH, **o)), mean=8.0),
+  "NNX InstanceNorm": Case(
+    of_nnx(lambda **o: nnx.Sequential(pictures, nnx.InstanceNorm(WIDTH, **o))), mean=8.0
+  ),
+  "NNX WeightNorm": Case(of_nnx(around_linear(nnx.WeightNorm))),
+  "NNX SpectralNorm": Case(of_nnx(around_linear(nnx.SpectralNorm, update_stats=False))),
   "NNX attention": Case(of_nnx(nnx_attention(0.0)), by_hand=("bfloat16",)),
   "NNX attention, dropout": Case(of_nnx(nnx_attention(0.3)), repeatable=False),
 }
+
+
+def both(
+  case: Case, dtype: Any, policy: str, x: jax.Array, cotangent: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+  """An operation's results, and the gradient of their product with a cotangent."""
+  out, pullback = jax.vjp(lambda x: case.run(dtype, policy, x), x)
+  (gradient,) = pullback(
+    jnp.asarray(cotangent.reshape(-1)[: out.size].reshape(out.shape), out.dtype)
+  )
+  return out, gradient
 
 
 def distance(found: jax.Array, truth: np.ndarray) -> float:
@@ -203,22 +257,36 @@ def measure(operation: str, policy: str) -> Row:
   case, dtype = CASES[operation], FORMATS[policy]
   draw = np.random.default_rng(0).normal(case.mean, case.spread, (ROWS, WIDTH))
   x = jnp.asarray(draw, dtype).astype(jnp.float32)
+  cotangent = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=draw.shape), dtype))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    ours = case.run(None, policy, x)
-    by_hand = case.run(dtype, "float32", x) if dtype.name in case.by_hand else None
+    ours = both(case, None, policy, x, cotangent)
+    runs = dtype.name in case.by_hand
+    by_hand = both(case, dtype, "float32", x, cotangent) if runs else None
     with jax.enable_x64(case.repeatable):
       wide = jnp.float64 if case.repeatable else jnp.float32
-      exact = case.run(wide, "float32", jnp.asarray(np.asarray(x), wide))
-      truth = np.asarray(exact, np.float64)
-  hand_error = None if by_hand is None else distance(by_hand, truth)
-  return Row(operation, dtype.name, distance(ours, truth), hand_error)
+      exact = both(case, wide, "float32", jnp.asarray(np.asarray(x), wide), cotangent)
+      truth = [np.asarray(one, np.float64) for one in exact]
+  errors = [distance(*pair) for pair in zip(ours, truth, strict=True)]
+  by_hand_errors = [distance(*pair) for pair in zip(by_hand or (), truth, strict=False)] or [
+    None,
+    None,
+  ]
+  return Row(operation, dtype.name, errors[0], by_hand_errors[0], errors[1], by_hand_errors[1])
 
 
 def shown(row: Row) -> report.Row:
-  """A row with the ratio of its errors; nothing by hand where that does not run on a CPU."""
-  hand = row.hand_error
-  ratio = None if hand is None else f"{row.policy_error / hand:.2f}"
-  return {**row._asdict(), "ratio": ratio}
+  """A row with the ratios of its errors; nothing by hand where that does not run on a CPU."""
+  return {
+    **row._asdict(),
+    "ratio": _ratio(row.policy_error, row.hand_error),
+    "gradient_ratio": _ratio(row.policy_gradient, row.hand_gradient),
+  }
+
+
+def _ratio(error: float, hand: float | None) -> str | None:
+  if hand is None:
+    return None
+  return "1.00" if error == hand else f"{error / hand:.2f}" if hand else "inf"
 
 
 def main() -> None:

@@ -1,0 +1,100 @@
+"""What it saves to compute float32 between 16-bit values again instead of storing it.
+
+    python -m benchmarks.islands --target v100 --policy mixed_float16
+
+The train step of a workload, compiled as it is and with every island and softmax of `_islands`
+stored as JAX stores by itself. Rows are added to results/islands.json.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks import compiled, compilers, report
+
+COLUMNS = {
+  "target": "target",
+  "workload": "workload",
+  "policy": "policy",
+  "stored_mib": "MiB, all stored",
+  "mib": "MiB, computed again",
+  "ratio": "ratio",
+  "stored_gb": "GB moved, all stored",
+  "gb": "GB moved, computed again",
+  "bytes_ratio": "ratio",
+}
+
+
+@contextmanager
+def everything_stored() -> Iterator[None]:
+  """Without islands: the interpreter executes every step by itself."""
+  from mpjax import _islands
+
+  find = _islands.find
+  _islands.find = lambda plan: {}
+  try:
+    yield
+  finally:
+    _islands.find = find
+
+
+def measure(target: str, name: str, policy: str) -> report.Row:
+  """Compiles a workload's train step twice."""
+  from benchmarks import peers, workloads
+
+  workload = {**workloads.FULL, **workloads.TINY}[name]()
+  peer = peers.PEERS[peers.INSIDE]
+  again = compiled.measure(target, workload, policy, peer)
+  with everything_stored():
+    stored = compiled.measure(target, workload, policy, peer)
+  return {
+    "target": target,
+    "workload": name,
+    "policy": policy,
+    "stored_mib": f"{stored['temp_bytes'] / compiled.MIB:.0f}",
+    "mib": f"{again['temp_bytes'] / compiled.MIB:.0f}",
+    "ratio": f"{again['temp_bytes'] / stored['temp_bytes']:.3f}",
+    "stored_gb": f"{stored['bytes_moved'] / 1e9:.2f}",
+    "gb": f"{again['bytes_moved'] / 1e9:.2f}",
+    "bytes_ratio": f"{again['bytes_moved'] / stored['bytes_moved']:.3f}",
+  }
+
+
+def main() -> None:
+  """Measures workloads; adds their rows to the results."""
+  parser = argparse.ArgumentParser(description="What it saves to compute islands again.")
+  parser.add_argument("--target", choices=compilers.TARGETS, default="cpu")
+  parser.add_argument("--workload", nargs="+", default=["gpt-small"], help="full or tiny ones")
+  parser.add_argument(
+    "--policy", choices=("mixed_bfloat16", "mixed_float16"), default="mixed_bfloat16"
+  )
+  parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
+  arguments = parser.parse_args()
+  compilers.prepare(arguments.target)
+
+  rows = {_key(row): row for row in report.rows_in(arguments.out / "islands.json")}
+  for name in arguments.workload:
+    print(f"{arguments.target} {name} {arguments.policy} ...", file=sys.stderr, flush=True)
+    row = measure(arguments.target, name, arguments.policy)
+    rows[_key(row)] = row
+    table = report.table(list(rows.values()), COLUMNS)
+    report.write(
+      "islands",
+      "Float32 computed again instead of stored",
+      "python -m benchmarks.islands --target TARGET --workload WORKLOAD --policy POLICY",
+      "compilers of the targets named in each row",
+      list(rows.values()),
+      table,
+      arguments.out,
+    )
+    print(table)
+
+
+def _key(row: report.Row) -> tuple[str, ...]:
+  return row["target"], row["workload"], row["policy"]
+
+
+if __name__ == "__main__":
+  main()

@@ -18,7 +18,7 @@ import numpy as np
 from mpjax import _softmax
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Plan, Readers, Step, readers_of
+from mpjax._plan import Plan, Readers, Step, readers_of, shared_format
 from mpjax._precision import ARITHMETIC, TRANSCENDENTAL, Kind
 from mpjax._softmax import Softmax
 
@@ -58,7 +58,7 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
     elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
       members = _reach_back(steps, wide, readers, makers, last)
       taken |= members
-      island = _island(steps, sorted(members), _format_of(readers, steps[last]))
+      island = _island(steps, sorted(members), shared_format(readers, steps[last]))
       if _pays(steps, island):
         found[last] = island
   return found
@@ -109,16 +109,6 @@ def _reach_back(
       if maker is not None:
         heapq.heappush(queue, -maker)
   return members
-
-
-def _format_of(readers: Readers, step: Step) -> np.dtype | None:
-  """The one format of a value that is read once, or by all as it left its module.
-
-  Other readers cast to 16 bits each for itself, so that their cotangents meet in float32.
-  """
-  reads = [read for _, read in readers[step.eqn.outvars[0]]]
-  formats = {read.via or (read.to if len(reads) == 1 else None) for read in reads}
-  return formats.pop() if len(formats) == 1 else None
 
 
 def _island(steps: Any, members: list[int], dtype: np.dtype | None) -> Island:

@@ -63,6 +63,16 @@ class Plan:
 Readers = dict[Var, list[tuple[int, Read]]]
 
 
+def shared_format(readers: Readers, step: Step) -> np.dtype | None:
+  """The format of a step's one result if it is read once, or by all as it left its module.
+
+  Other readers cast to 16 bits each for itself, so that their cotangents meet in float32.
+  """
+  reads = [read for _, read in readers[step.eqn.outvars[0]]]
+  formats = {read.via or (read.to if len(reads) == 1 else None) for read in reads}
+  return formats.pop() if len(formats) == 1 else None
+
+
 def readers_of(plan: Plan) -> Readers:
   """Which steps read each variable, by index, and how; the plan's results are read by step -1."""
   readers: Readers = {}

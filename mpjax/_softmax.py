@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
-from mpjax._plan import Readers, Step
+from mpjax._plan import Readers, Step, shared_format
 from mpjax._precision import Kind
 from mpjax._values import to_dtype
 
@@ -32,12 +33,14 @@ class Softmax(NamedTuple):
     inputs: x, and m, which is one number along the axes.
     axes: The axes of the sum.
     dtype: The 16-bit format in which the result is read.
+    held: The format in which it leaves: that one, or float32 where cotangents meet there.
   """
 
   steps: tuple[int, ...]
   inputs: tuple[Var, Var]
   axes: tuple[int, ...]
   dtype: np.dtype
+  held: np.dtype
 
 
 def match(
@@ -67,7 +70,10 @@ def match(
     and all(_is_inside(steps, readers, n, members) for n in members[:-1])
     and all(_is_data(steps[n]) for n in members)
   )
-  return Softmax(tuple(members), (x, m), axes, *formats) if fits else None
+  if not fits:
+    return None
+  held = shared_format(readers, steps[last]) or FLOAT32
+  return Softmax(tuple(members), (x, m), axes, formats.pop(), held)
 
 
 def _is_data(step: Step) -> bool:
@@ -151,6 +157,9 @@ def storing_weights(
   They no longer sum to one. Divided by their sum they are the weights of scores that differ by
   what each was rounded, so that the derivative is as exact as they are, near one too.
 
+  On GPUs a barrier makes XLA store just these: it computes what is cheap again, and would do so
+  from the float32 exponentials, or from the scores, which it then stores beside the weights.
+
   Args:
     compute: The softmax, from its two inputs to a list of its result in float32.
     softmax: What it computes.
@@ -158,19 +167,24 @@ def storing_weights(
 
   @jax.custom_jvp
   def run(*inputs: Any) -> list[Any]:
-    return compute(*inputs)
+    (weights,) = compute(*inputs)
+    return [to_dtype(weights, softmax.held)]
 
   over_axes = functools.partial(jnp.sum, axis=softmax.axes, keepdims=True)
 
   def moved(kept: Any, tangent: Any) -> Any:
     weights, tangent = to_dtype(kept, FLOAT32), to_dtype(tangent, FLOAT32)
     total = jnp.maximum(over_axes(weights), jnp.finfo(FLOAT32).tiny)
-    return weights * (tangent - over_axes(weights * tangent) / total)
+    return to_dtype(weights * (tangent - over_axes(weights * tangent) / total), softmax.held)
 
   @run.defjvp
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     (weights,) = run(*primals)
+    kept = to_dtype(weights, softmax.dtype)
+    kept = lax.platform_dependent(
+      kept, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda x: x
+    )
     stores_kept = jax.checkpoint(moved, prevent_cse=False)
-    return [weights], [stores_kept(to_dtype(weights, softmax.dtype), tangents[0])]
+    return [to_dtype(kept, softmax.held)], [stores_kept(kept, tangents[0])]
 
   return run

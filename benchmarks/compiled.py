@@ -153,7 +153,7 @@ def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
   """Old rows, those that were measured again replaced, in the order of the peers' table."""
   from benchmarks import peers
 
-  found = {tuple(row[key] for key in KEY): row for row in [*old, *new]}
+  found = report.merged(old, new, KEY)
   names = list(peers.PEERS)
   ordered = sorted(found, key=lambda key: (*map(str, key[:3]), names.index(key[3])))
   return [found[key] for key in ordered]

@@ -390,7 +390,7 @@ SUBJECTS = {"gpt": "gpt-small", "vit": "vit-base", "resnet": "resnet-50", "lstm"
 
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
   """Old rows, those that were checked again replaced, in the order of workloads and peers."""
-  found = {(row["workload"], row["peer"], row["check"]): row for row in [*old, *new]}
+  found = report.merged(old, new, ("workload", "peer", "check"))
   names, groups = list(peers.PEERS), ["probes", *SUBJECTS]
   ordered = sorted(found, key=lambda key: (groups.index(key[0]), names.index(key[1])))
   return [found[key] for key in ordered]

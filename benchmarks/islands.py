@@ -74,26 +74,22 @@ def main() -> None:
   arguments = parser.parse_args()
   compilers.prepare(arguments.target)
 
-  rows = {_key(row): row for row in report.rows_in(arguments.out / "islands.json")}
+  rows = report.rows_in(arguments.out / "islands.json")
   for name in arguments.workload:
     print(f"{arguments.target} {name} {arguments.policy} ...", file=sys.stderr, flush=True)
     row = measure(arguments.target, name, arguments.policy)
-    rows[_key(row)] = row
-    table = report.table(list(rows.values()), COLUMNS)
+    rows = [*report.merged(rows, [row], ("target", "workload", "policy")).values()]
+    table = report.table(rows, COLUMNS)
     report.write(
       "islands",
       "Float32 computed again instead of stored",
       "python -m benchmarks.islands --target TARGET --workload WORKLOAD --policy POLICY",
       "compilers of the targets named in each row",
-      list(rows.values()),
+      rows,
       table,
       arguments.out,
     )
     print(table)
-
-
-def _key(row: report.Row) -> tuple[str, ...]:
-  return row["target"], row["workload"], row["policy"]
 
 
 if __name__ == "__main__":

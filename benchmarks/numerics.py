@@ -266,12 +266,9 @@ def measure(operation: str, policy: str) -> Row:
       wide = jnp.float64 if case.repeatable else jnp.float32
       exact = both(case, wide, "float32", jnp.asarray(np.asarray(x), wide), cotangent)
       truth = [np.asarray(one, np.float64) for one in exact]
-  errors = [distance(*pair) for pair in zip(ours, truth, strict=True)]
-  by_hand_errors = [distance(*pair) for pair in zip(by_hand or (), truth, strict=False)] or [
-    None,
-    None,
-  ]
-  return Row(operation, dtype.name, errors[0], by_hand_errors[0], errors[1], by_hand_errors[1])
+  error, gradient_error = map(distance, ours, truth)
+  hand, hand_gradient = (None, None) if by_hand is None else map(distance, by_hand, truth)
+  return Row(operation, dtype.name, error, hand, gradient_error, hand_gradient)
 
 
 def shown(row: Row) -> report.Row:

@@ -156,7 +156,7 @@ def with_slopes(rows: list[report.Row]) -> list[report.Row]:
 
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
   """Old rows, those that were measured again replaced, with their slopes."""
-  found = {(row["measure"], row["layers"], row["peer"]): row for row in [*old, *new]}
+  found = report.merged(old, new, ("measure", "layers", "peer"))
   names = list(MEASURES)
   return with_slopes(sorted(found.values(), key=lambda r: (names.index(r["measure"]), r["layers"])))
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def _show(value: Any) -> str:
 def rows_in(path: Path) -> list[Row]:
   """The rows of a file that `write` wrote; none if there is no file yet."""
   return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def merged(old: list[Row], new: list[Row], key: Sequence[str]) -> dict[tuple[Any, ...], Row]:
+  """Rows by the values of their key, old ones that were measured again replaced."""
+  return {tuple(row[name] for name in key): row for row in [*old, *new]}
 
 
 def write(

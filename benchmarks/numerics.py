@@ -35,8 +35,9 @@ COLUMNS = {
   "hand_gradient": "by hand",
   "gradient_ratio": "ratio",
 }
-Runner = Callable[[Any, str, jax.Array], jax.Array]
-"""Takes a dtype for the layers or None, a policy, and the input."""
+DRAWS = 8
+Runner = Callable[[Any, str, jax.Array, int], jax.Array]
+"""Takes a dtype for the layers or None, a policy, the input, and a seed for the parameters."""
 
 
 class Case(NamedTuple):
@@ -52,7 +53,10 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-  """The relative distances to float64 of an operation's results and gradient, in the 2-norm."""
+  """The relative distances to float64 of an operation's results and gradient, in the 2-norm.
+
+  Each is the root of the mean square over draws of input, cotangent and parameters.
+  """
 
   operation: str
   format: str
@@ -83,8 +87,8 @@ class Linen(nn.Module):
 class Nnx(nnx.Module):
   """The same in NNX."""
 
-  def __init__(self, layer: Callable[..., nnx.Module], dtype: Any) -> None:
-    rngs = nnx.Rngs(0)
+  def __init__(self, layer: Callable[..., nnx.Module], dtype: Any, seed: int) -> None:
+    rngs = nnx.Rngs(seed)
     self.project = nnx.Linear(
       WIDTH, WIDTH, use_bias=False, kernel_init=identity, dtype=dtype, rngs=rngs
     )
@@ -98,7 +102,8 @@ class Nnx(nnx.Module):
 def function(fn: Callable[[jax.Array], jax.Array]) -> Runner:
   """Runs a function; by hand means 16-bit input."""
 
-  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+  def run(dtype: Any, policy: str, x: jax.Array, seed: int) -> jax.Array:
+    del seed
     weights = jnp.eye(WIDTH, dtype=x.dtype)
     return jax.jit(mpjax.autocast(lambda w, x: fn(x @ w), policy))(
       weights if dtype is None else weights.astype(dtype), x if dtype is None else x.astype(dtype)
@@ -110,9 +115,9 @@ def function(fn: Callable[[jax.Array], jax.Array]) -> Runner:
 def linen(layer: Callable[..., nn.Module]) -> Runner:
   """Runs a Linen layer."""
 
-  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+  def run(dtype: Any, policy: str, x: jax.Array, seed: int) -> jax.Array:
     model = mpjax.apply_policy(Linen(layer, dtype), policy)
-    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    rngs = {"params": jax.random.key(seed), "dropout": jax.random.key(seed + 1)}
     with jax.enable_x64(False):
       variables = jax.jit(Linen(layer).init)(rngs, jnp.zeros(x.shape, jnp.float32))
     apply = jax.jit(lambda v, x: model.apply(v, x, rngs=rngs, mutable=["batch_stats"])[0])
@@ -124,9 +129,9 @@ def linen(layer: Callable[..., nn.Module]) -> Runner:
 def of_nnx(layer: Callable[..., nnx.Module]) -> Runner:
   """Runs an NNX layer."""
 
-  def run(dtype: Any, policy: str, x: jax.Array) -> jax.Array:
+  def run(dtype: Any, policy: str, x: jax.Array, seed: int) -> jax.Array:
     with jax.enable_x64(False):
-      model = mpjax.apply_policy(Nnx(layer, dtype), policy)
+      model = mpjax.apply_policy(Nnx(layer, dtype, seed), policy)
     graph, state = nnx.split(model)
     return jax.jit(lambda state, x: nnx.merge(graph, state, copy=True)(x))(state, x)
 
@@ -237,10 +242,10 @@ CASES: dict[str, Case] = {
 
 
 def both(
-  case: Case, dtype: Any, policy: str, x: jax.Array, cotangent: np.ndarray
+  case: Case, dtype: Any, policy: str, x: jax.Array, cotangent: np.ndarray, seed: int
 ) -> tuple[jax.Array, jax.Array]:
   """An operation's results, and the gradient of their product with a cotangent."""
-  out, pullback = jax.vjp(lambda x: case.run(dtype, policy, x), x)
+  out, pullback = jax.vjp(lambda x: case.run(dtype, policy, x, seed), x)
   (gradient,) = pullback(
     jnp.asarray(cotangent.reshape(-1)[: out.size].reshape(out.shape), out.dtype)
   )
@@ -252,23 +257,35 @@ def distance(found: jax.Array, truth: np.ndarray) -> float:
   return float(np.linalg.norm(np.asarray(found, np.float64) - truth) / np.linalg.norm(truth))
 
 
-def measure(operation: str, policy: str) -> Row:
+def measure(operation: str, policy: str, draws: int = DRAWS) -> Row:
   """Runs one operation under a policy, by hand and in float64."""
   case, dtype = CASES[operation], FORMATS[policy]
-  draw = np.random.default_rng(0).normal(case.mean, case.spread, (ROWS, WIDTH))
-  x = jnp.asarray(draw, dtype).astype(jnp.float32)
-  cotangent = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=draw.shape), dtype))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    ours = both(case, None, policy, x, cotangent)
-    runs = dtype.name in case.by_hand
-    by_hand = both(case, dtype, "float32", x, cotangent) if runs else None
-    with jax.enable_x64(case.repeatable):
-      wide = jnp.float64 if case.repeatable else jnp.float32
-      exact = both(case, wide, "float32", jnp.asarray(np.asarray(x), wide), cotangent)
-      truth = [np.asarray(one, np.float64) for one in exact]
-  error, gradient_error = map(distance, ours, truth)
-  hand, hand_gradient = (None, None) if by_hand is None else map(distance, by_hand, truth)
-  return Row(operation, dtype.name, error, hand, gradient_error, hand_gradient)
+    errors = np.asarray([errors_of(case, dtype, policy, seed) for seed in range(draws)])
+  error, gradient, hand, hand_gradient = map(float, np.sqrt(np.mean(errors**2, axis=0)))
+  if dtype.name not in case.by_hand:
+    return Row(operation, dtype.name, error, None, gradient, None)
+  return Row(operation, dtype.name, error, hand, gradient, hand_gradient)
+
+
+def errors_of(case: Case, dtype: Any, policy: str, seed: int) -> tuple[float, ...]:
+  """The errors of results and gradient under a policy, then by hand where that runs, or NaN."""
+  rng = np.random.default_rng(seed)
+  draw, cotangent = (
+    rng.normal(case.mean, case.spread, (ROWS, WIDTH)),
+    rng.normal(size=(ROWS, WIDTH)),
+  )
+  x = jnp.asarray(draw, dtype).astype(jnp.float32)
+  cotangent = np.asarray(jnp.asarray(cotangent, dtype))
+  runs = [both(case, None, policy, x, cotangent, seed)]
+  if dtype.name in case.by_hand:
+    runs.append(both(case, dtype, "float32", x, cotangent, seed))
+  with jax.enable_x64(case.repeatable):
+    wide = jnp.float64 if case.repeatable else jnp.float32
+    truth = both(case, wide, "float32", jnp.asarray(np.asarray(x), wide), cotangent, seed)
+  exact = [np.asarray(one, np.float64) for one in truth]
+  found = [distance(*pair) for run in runs for pair in zip(run, exact, strict=True)]
+  return (*found, np.nan, np.nan)[:4]
 
 
 def shown(row: Row) -> report.Row:

@@ -15,7 +15,10 @@ from mpjax._plan import Forms
 from mpjax._precision import DATA, PARAM, Form
 from mpjax._values import to_dtype
 
-Flag = Any  # bool, or a sequence of flags
+STATE = None
+"""The flag of what a model holds beside its parameters; True is that of parameters."""
+
+Flag = Any  # True, STATE or False, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]
 
 
@@ -47,7 +50,13 @@ class Result(NamedTuple):
 
 
 class Call:
-  """A call of a function, its arrays apart from what is static."""
+  """A call of a function, its arrays apart from what is static.
+
+  Attributes:
+    operands: The arrays.
+    forms: How each is held.
+    own: Which of them a model holds, by index.
+  """
 
   def __init__(
     self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], flags: Flags
@@ -55,12 +64,13 @@ class Call:
     self.fn = fn
     self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
     names = sorted(kwargs)
-    is_param = spread_flags(
+    spread = spread_flags(
       [*flags[0], *(flags[1][name] for name in names)],
       [*args, *(kwargs[name] for name in names)],
     )
-    entries = zip(self.leaves, is_param, strict=True)
-    pairs = [_enter(jnp.asarray(x), param) for x, param in entries if is_traced(x)]
+    entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
+    pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
+    self.own = tuple(n for n, (_, flag) in enumerate(entries) if flag is not False)
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
@@ -82,9 +92,9 @@ class Call:
     return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
 
 
-def spread_flags(flag: Flag, value: Any) -> list[bool]:
+def spread_flags(flag: Flag, value: Any) -> list[bool | None]:
   """One flag for each leaf of a value; a sequence of flags goes with a sequence of values."""
-  if isinstance(flag, bool):
+  if flag is STATE or isinstance(flag, bool):
     return [flag] * len(jax.tree.leaves(value))
   return [
     leaf for part, entry in zip(flag, value, strict=True) for leaf in spread_flags(part, entry)

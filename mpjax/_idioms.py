@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -71,6 +71,41 @@ def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
   heads = (*range(ranks[1] - 3), ranks[1] - 2)
   grouped = ranks[0] == ranks[1] + 1 and ranks[1] >= 3
   return grouped and contracted == last and batch == (heads, heads)
+
+
+def of_model(inner: Any, own: tuple[int, ...]) -> set[Any]:
+  """The variables that are computed from a model's own operands and numbers, from nothing else."""
+  found = {inner.invars[n] for n in own}
+  for eqn in inner.eqns if found else ():
+    if are_in(found, eqn.invars):
+      found.update(eqn.outvars)
+  return found
+
+
+def are_in(found: set[Any], atoms: Sequence[Any]) -> bool:
+  """Whether there is a variable among atoms, and each that there is was found."""
+  variables = [atom for atom in atoms if not isinstance(atom, Literal)]
+  return bool(variables) and found.issuperset(variables)
+
+
+def iterates_on(own: set[Any], eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a matmul takes float32 data that is a model's own, one vector, to its parameters.
+
+  So does the power iteration of a spectral norm, whose error every weight would have. With a
+  single vector a matmul reads its matrix once, in float32 as in 16 bits.
+  """
+  if eqn.primitive.name != "dot_general" or not are_in(own, eqn.invars):
+    return False
+  pairs = zip(eqn.invars, forms, *eqn.params["dimension_numbers"], strict=True)
+  return any(
+    form is not None and form.kind is Kind.DATA and _is_one_vector(atom, contracted, batch)
+    for atom, form, contracted, batch in pairs
+  )
+
+
+def _is_one_vector(atom: Any, contracted: Sequence[int], batch: Sequence[int]) -> bool:
+  shared = (*contracted, *batch)
+  return all(size == 1 for d, size in enumerate(atom.aval.shape) if d not in shared)
 
 
 def applies_a_function(eqn: JaxprEqn) -> bool:

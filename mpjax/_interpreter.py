@@ -28,6 +28,7 @@ from mpjax._scopes import Path
 from mpjax._segments import Segment
 from mpjax._softmax import Softmax
 from mpjax._values import Key, Values, to_dtype
+from mpjax._wide_cotangents import Contraction, contract
 
 Unit = Step | Island | Softmax | Segment
 
@@ -65,7 +66,8 @@ def decide(
     policies: The policies by module path.
     args: Positional arguments.
     kwargs: Keyword arguments.
-    flags: For each of them whether it holds parameters; for a tuple, flags of its entries.
+    flags: For each of them whether it holds parameters (True), a model's other state (`STATE`) or
+      neither (False); for a tuple, flags of its entries.
     root: How many leading components of every scope are not part of a rule's path.
     absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
     strict: Whether a rule that matches no scope is an error.
@@ -77,7 +79,7 @@ def decide(
   """
   call = Call(fn, args, kwargs, flags)
   planner = Planner(policies, root, absolute, located)
-  plan = planner.plan(_jaxpr.trace(call.flat, call.operands), call.forms)
+  plan = planner.plan(_jaxpr.trace(call.flat, call.operands), call.forms, own=call.own)
   if strict:
     policies.check_used((*planner.ops, *known), planner.ops)
   return Decided(call, planner, plan)
@@ -121,7 +123,7 @@ class Interpreter:
       return list(plan.steps)
     if id(plan) not in self._units:
       islands = _islands.find(plan)
-      later = {index for island in islands.values() for index in island.steps}
+      later = {index for island in islands.values() for index in island.steps} | {*islands}
       segments = _segments.find(plan, later)
       inside = {n for s in segments.values() for n in range(s.start + 1, s.stop)}
       self._units[id(plan)] = [
@@ -170,6 +172,17 @@ class Interpreter:
       run = jax.checkpoint(_rounding(compute, island.dtype, steps[-1].eqn))
     with _jaxpr.written(steps[-1].eqn):  # its steps bring their scopes, perhaps several
       values.fill(outputs, run(*operands))
+    if isinstance(island, Softmax) and island.matmul is not None:
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values)
+
+  def _run_weighting(self, step: Step, weights: Key, values: Values) -> None:
+    """Run a matmul so that the cotangent of its weights does not round."""
+    eqn = step.eqn
+    wide = 0 if eqn.invars[0] is weights.var else 1
+    with _jaxpr.located(eqn):
+      other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
+      contraction = Contraction.of(step.params, wide, other.dtype)
+      values.write(eqn.outvars, [contract(contraction)(values.get(weights), other)])
 
   def _function(
     self,

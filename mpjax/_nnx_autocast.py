@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.extend import source_info_util
 
+from mpjax._call import STATE
 from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import decide
 from mpjax._policy import Policy
@@ -114,7 +115,7 @@ def pure_call(
     _check_attributes(attributes, _attributes(merged))
     return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
 
-  return PureCall(pure, (params, rest, *blanks), [True, False, list(flags), False], nodes)
+  return PureCall(pure, (params, rest, *blanks), [True, STATE, list(flags), False], nodes)
 
 
 def module_paths(model: nnx.Module) -> list[Path]:

@@ -81,6 +81,7 @@ class Planner:
     place: Place = ROOT,
     out_forms: Forms | None = None,
     exact: tuple[int, ...] = (),
+    own: tuple[int, ...] = (),
   ) -> Plan:
     """Plan a closed or open jaxpr.
 
@@ -90,11 +91,12 @@ class Planner:
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
       exact: Which results go into a logarithm.
+      own: Which operands are a model's own, and what was made of nothing else.
     """
     known = place if self._located else place._replace(path=())
-    key = (id(jaxpr), in_forms, known, out_forms, exact)
+    key = (id(jaxpr), in_forms, known, out_forms, exact, own)
     if key not in self._plans:
-      self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact).plan(out_forms)
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact, own).plan(out_forms)
     return self._plans[key]
 
   def rule_at(self, path: Path, op: str | None = None) -> int | None:
@@ -135,12 +137,19 @@ class _Walk:
   """One pass over the equations of one jaxpr."""
 
   def __init__(
-    self, planner: Planner, jaxpr: Any, in_forms: Forms, place: Place, exact: tuple[int, ...]
+    self,
+    planner: Planner,
+    jaxpr: Any,
+    in_forms: Forms,
+    place: Place,
+    exact: tuple[int, ...],
+    own: tuple[int, ...],
   ) -> None:
     inner = _versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
+    self.own = _idioms.of_model(inner, own)
     self.numbers: dict[Var, Values] = {}
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
@@ -197,6 +206,8 @@ class _Walk:
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
+    if rule is Rule.LOWER and _idioms.iterates_on(self.own, eqn, forms):
+      return Rule.FULL
     if rule is Rule.LOWER and _idioms.is_grouped_scores(eqn, forms):
       return Rule.SCORES
     if rule is Rule.RANGE:
@@ -313,9 +324,10 @@ class _Walk:
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
     exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
-    body = self.body(jaxpr, forms, place, exact=exact)
+    own = tuple(n for n, atom in enumerate(eqn.invars) if _idioms.are_in(self.own, [atom]))
+    body = self.body(jaxpr, forms, place, exact=exact, own=own)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.body(jaxpr, _widened(body), place, exact=exact)
+      body = self.body(jaxpr, _widened(body), place, exact=exact, own=own)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
@@ -379,8 +391,9 @@ class _Walk:
     place: Place,
     outs: Forms | None = None,
     exact: tuple[int, ...] = (),
+    own: tuple[int, ...] = (),
   ) -> Plan:
-    return self.planner.plan(jaxpr, forms, place, outs, exact)
+    return self.planner.plan(jaxpr, forms, place, outs, exact, own)
 
 
 _DECIDE: dict[Rule, Callable[..., _Decision]] = {

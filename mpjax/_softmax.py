@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType
 
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._plan import Readers, Step, shared_format
-from mpjax._precision import Kind
+from mpjax._precision import Form, Kind, Rule
 from mpjax._values import to_dtype
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
@@ -34,6 +35,8 @@ class Softmax(NamedTuple):
     axes: The axes of the sum.
     dtype: The 16-bit format in which the result is read.
     held: The format in which it leaves: that one, or float32 where cotangents meet there.
+    matmul: The index of the matmul that is run with it, so that the weights' cotangent does not
+      round: the only one that reads a softmax of float32 scores. None if there is none.
   """
 
   steps: tuple[int, ...]
@@ -41,6 +44,12 @@ class Softmax(NamedTuple):
   axes: tuple[int, ...]
   dtype: np.dtype
   held: np.dtype
+  matmul: int | None
+
+  @property
+  def due(self) -> int:
+    """The index of the step for which it is run."""
+    return self.steps[-1] if self.matmul is None else self.matmul
 
 
 def match(
@@ -68,17 +77,32 @@ def match(
     and len(formats) == 1
     and FLOAT32 not in formats
     and all(_is_inside(steps, readers, n, members) for n in members[:-1])
-    and all(_is_data(steps[n]) for n in members)
+    and all(_is_data(steps[n].outs[0]) for n in members)
   )
   if not fits:
     return None
-  held = shared_format(readers, steps[last]) or FLOAT32
-  return Softmax(tuple(members), (x, m), axes, formats.pop(), held)
+  matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
+  held = None if matmul is not None else shared_format(readers, steps[last])
+  return Softmax(tuple(members), (x, m), axes, formats.pop(), held or FLOAT32, matmul)
 
 
-def _is_data(step: Step) -> bool:
-  (form,) = step.outs
+def _is_data(form: Form | None) -> bool:
   return form is not None and form.kind is Kind.DATA
+
+
+def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | None:
+  """The matmul that alone reads a softmax, as it is, if one does."""
+  (result,) = steps[last].eqn.outvars
+  (index, read), *others = readers[result]
+  step = steps[index]
+  plain = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
+  fits = not others and index >= 0 and read.via is None and plain
+  return index if fits and not _is_sharded_explicitly(result.aval) else None
+
+
+def _is_sharded_explicitly(aval: Any) -> bool:
+  """Whether an array's type says how it is sharded, so that every matmul's result must say it."""
+  return AxisType.Explicit in aval.sharding.mesh.axis_types
 
 
 def _maker(steps: Sequence[Step], makers: Mapping[Any, int], index: int, name: str) -> int | None:

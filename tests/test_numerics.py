@@ -4,6 +4,7 @@ Where Flax has a `dtype=` of its own, its error is the limit.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 import mpjax
-from _jaxprs import equations, result_dtypes, wide_contractions
+from _jaxprs import contractions, equations, result_dtypes, wide_contractions
 from zoo import linen_models, nnx_models
 from zoo.cases import Batch, Case
 
@@ -191,6 +192,53 @@ def test_statistics_are_float32_and_as_good_as_flaxs(norm, run, policy):
   if norm == "BatchNorm":
     assert {leaf.dtype.name for leaf in jax.tree.leaves(stats)} == {"float32"}
     assert error(stats, true_stats) <= max(1e-6, error(hand_stats, true_stats))
+
+
+class Spectral(nn.Module):
+  """A layer divided by its spectral norm."""
+
+  dtype: Any = None
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.SpectralNorm(nn.Dense(16, dtype=self.dtype), dtype=self.dtype)(x, update_stats=False)
+
+
+def linen_spectral(x, seed, policy="float32", dtype=None):
+  variables = Spectral().init(jax.random.key(seed), x)
+  apply = mpjax.apply_policy(Spectral(dtype), policy).apply
+  return jax.make_jaxpr(apply)(variables, x), jax.jit(apply)(variables, x)
+
+
+def nnx_spectral(x, seed, policy="float32", dtype=None):
+  rngs = nnx.Rngs(seed)
+  layer = nnx.Linear(16, 16, dtype=dtype, rngs=rngs)
+  norm = nnx.SpectralNorm(layer, dtype=dtype, update_stats=False, rngs=rngs)
+  graph, state = nnx.split(mpjax.apply_policy(norm, policy))
+  call = lambda state, x: nnx.merge(graph, state, copy=True)(x)
+  return jax.make_jaxpr(call)(state, x), jax.jit(call)(state, x)
+
+
+@every_policy
+@pytest.mark.parametrize("run", [linen_spectral, nnx_spectral], ids=["linen", "nnx"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_power_iteration_is_float32_as_flaxs_is(run, seed, policy):
+  dtype = COMPUTE[policy]
+  draw = np.random.default_rng(seed).standard_normal((1, 16))  # one example is not a model's own
+  x = jnp.asarray(draw, dtype).astype(jnp.float32)
+  jaxpr, ours = run(x, seed, policy=policy)
+  (_, truth), (_, by_hand) = run(x, seed), run(x, seed, dtype=dtype)
+  assert len(wide_contractions(jaxpr, dtype.name)) == 4
+  assert len(contractions(jaxpr)) == 5
+  assert error(ours, truth) <= 1.001 * error(by_hand, truth)
+
+
+@every_policy
+def test_a_vector_of_parameters_is_multiplied_in_16_bits(policy):
+  probe = lambda w, x: jnp.sum(w["probe"] @ w["query"] * x)
+  w = {"probe": jnp.ones((1, 16)), "query": jnp.ones((16, 16))}
+  jaxpr = jax.make_jaxpr(mpjax.autocast(probe, policy))(w, jnp.ones((1, 16)))
+  assert contractions(jaxpr) and wide_contractions(jaxpr, COMPUTE[policy].name) == []
 
 
 @every_policy

@@ -33,6 +33,7 @@ class Composition:
       inputs: The shapes of what it is called with.
       options: Static keyword arguments of the call.
       rngs: The names of the random keys that a Linen module draws from.
+      power_iteration: How many matmuls are a spectral norm's, and those of its gradient.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Composition:
   inputs: tuple[Any, ...]
   options: dict[str, Any] = field(default_factory=dict)
   rngs: tuple[str, ...] = ()
+  power_iteration: int = 0
 
   def __str__(self) -> str:
     return self.name
@@ -187,7 +189,9 @@ class Mixture(nn.Module):
 LINEN: tuple[Composition, ...] = (
   Composition("bidirectional recurrence", Recurrent, (SERIES, LENGTHS)),
   Composition("convolutional LSTM", Film, (VIDEO,)),
-  Composition("weight and spectral norm", Normalized, (PICTURES,), {"train": True}),
+  Composition(
+    "weight and spectral norm", Normalized, (PICTURES,), {"train": True}, power_iteration=6
+  ),
   Composition("scan, remat and vmap", Stack, (SERIES,)),
   Composition("einsum layers", Projected, (SERIES,)),
   Composition("methods and lists of layers", Autoencoder, (SERIES,)),
@@ -289,7 +293,7 @@ class Sequential(nnx.Module):
 NNX: tuple[Composition, ...] = (
   Composition("scan of remat of vmap", Scanned, (SERIES,)),
   Composition("a jitted method", Jitted, (SERIES,)),
-  Composition("LoRA, weight and spectral norm", LowRank, (SERIES,)),
+  Composition("LoRA, weight and spectral norm", LowRank, (SERIES,), power_iteration=6),
   Composition("decoding with a cache", Cached, (TOKEN,)),
   Composition("bidirectional recurrence and a counter", Sequential, (SERIES,)),
 )

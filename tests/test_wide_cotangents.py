@@ -1,0 +1,173 @@
+"""Matmuls of 16-bit operands that give one operand a float32 cotangent."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import mpjax
+from _jaxprs import equations
+from mpjax._wide_cotangents import Contraction, contract
+
+# The dimensions of both operands and of the result, whose batch stands first, by letters.
+CASES = {
+  "rows": ("ij", "jk", "ik"),
+  "transposed": ("ji", "jk", "ik"),
+  "from_the_right": ("ij", "kj", "ik"),
+  "batched": ("bij", "jbk", "bik"),
+  "two_batches": ("ibjc", "cjbk", "bcik"),
+  "two_contracted": ("ijk", "kjm", "im"),
+  "two_contracted_turned": ("ikj", "kmj", "im"),
+  "all_contracted": ("ij", "ij", ""),
+  "batch_turned": ("icb", "bci", "cb"),
+  "attention": ("bskh", "gbkts", "bkhgt"),
+}
+SIZES = dict(zip("bcghijkmst", (2, 3, 2, 4, 5, 3, 4, 2, 6, 3), strict=True))
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SOME = ("rows", "two_batches", "two_contracted_turned", "attention")
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in SOME], ids=SOME)
+every_side = pytest.mark.parametrize("wide", [0, 1], ids=["left", "right"])
+every_format = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+
+
+def contraction_of(case, wide, dtype):
+  left, right, out = case
+  summed = [d for d in left if d in right and d not in out]
+  batch = [d for d in out if d in left and d in right]
+  places = [
+    tuple(tuple(map(operand.index, dims)) for operand in (left, right)) for dims in (summed, batch)
+  ]
+  params = {"dimension_numbers": tuple(places), "precision": None}
+  return Contraction.of(params, wide, jnp.dtype(dtype))
+
+
+def draw(case, wide, dtype):
+  """The wide operand in float32, with 16-bit values, the other, and a cotangent."""
+  rng = np.random.default_rng(0)
+  arrays = [jnp.asarray(rng.normal(size=[SIZES[d] for d in dims]), dtype) for dims in case]
+  return arrays[wide].astype(jnp.float32), arrays[1 - wide], arrays[2]
+
+
+def float64(x):
+  return np.asarray(x).astype(np.float64)
+
+
+def assert_close(found, want):
+  found, want = float64(found), float64(want)
+  assert np.linalg.norm(found - want) <= 0.02 * np.linalg.norm(want)
+
+
+@every_case
+@every_side
+@every_format
+def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wide, dtype):
+  x, y, ct = draw(case, wide, dtype)
+  fn = contract(contraction_of(case, wide, dtype))
+  out, pullback = jax.vjp(fn, x, y)
+  x_bar, y_bar = pullback(ct)
+  assert [a.dtype for a in (out, x_bar, y_bar)] == [dtype, jnp.float32, dtype]
+
+  wides, others, results = case[wide], case[1 - wide], case[2]
+  x64, y64, ct64 = map(float64, (x, y, ct))
+  close = functools.partial(np.testing.assert_allclose, atol=8 * float(jnp.finfo(dtype).eps))
+  close(float64(out), np.einsum(f"{wides},{others}->{results}", x64, y64))
+  close(float64(y_bar), np.einsum(f"{results},{wides}->{others}", ct64, x64))
+  exact = np.einsum(f"{results},{others}->{wides}", ct64, y64)
+  np.testing.assert_allclose(x_bar, exact, atol=1e-5)
+
+
+@some_cases
+@every_side
+def test_its_derivatives_are_those_of_the_matmul(case, wide):
+  x, y, ct = draw(case, wide, jnp.bfloat16)
+  contraction = contraction_of(case, wide, jnp.bfloat16)
+  fn, plain = contract(contraction), contraction.run
+
+  def product(fn, x, y):
+    return jnp.sum((fn(x, y) * ct).astype(jnp.float32) ** 2)
+
+  for transform in (
+    lambda fn: jax.jvp(fn, (x, y), (x, y)),
+    lambda fn: jax.linearize(fn, x, y)[1](x, y),
+    lambda fn: jax.grad(functools.partial(product, fn), (0, 1))(x, y),
+    lambda fn: jax.jvp(jax.grad(functools.partial(product, fn), (0, 1)), (x, y), (x, y)),
+    lambda fn: jax.grad(lambda x: jnp.sum(jax.grad(functools.partial(product, fn))(x, y) ** 2))(x),
+    lambda fn: jax.vjp(lambda t: jax.jvp(fn, (x, y), (x, t))[1], y)[1](ct),
+    lambda fn: jax.jit(jax.checkpoint(fn))(x, y),
+  ):
+    found, want = (jax.tree.leaves(transform(f)) for f in (fn, plain))
+    for a, b in zip(found, want, strict=True):
+      assert_close(a, b)
+
+
+@some_cases
+@every_side
+@pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, -1)], ids=["both", "first", "second"])
+def test_it_maps_over_examples(case, wide, axes):
+  x, y, ct = draw(case, wide, jnp.bfloat16)
+  fn = contract(contraction_of(case, wide, jnp.bfloat16))
+  if axes[0] is not None:
+    x = jnp.stack([x, 2 * x, -x], axes[0])
+  if axes[1] is not None:
+    y = jnp.stack([y, y + 1, -y], axes[1])
+  gradient = lambda x, y: jax.vjp(fn, x, y)[1](ct)
+  mapped = jax.vmap(gradient, axes)(x, y)
+  for n in range(3):
+    one = [v if a is None else jnp.take(v, n, a) for v, a in zip((x, y), axes, strict=True)]
+    for found, want in zip(mapped, gradient(*one), strict=True):
+      assert_close(found[n], want)
+
+
+def attention(w, x):
+  heads = (x @ w).reshape(1, 16, 2, 4)
+  return jax.nn.dot_product_attention(heads, heads, heads, is_causal=True)
+
+
+@every_format
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "mapped"])
+def test_the_weights_of_float32_scores_get_their_cotangent_in_float32(mapped, dtype):
+  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
+  x = jax.random.normal(jax.random.key(0), (3, 16, 8))
+  gradient = jax.grad(lambda w, x: mpjax.autocast(attention, policy)(w, x).sum())
+  fn = jax.vmap(gradient, (None, 0)) if mapped else lambda w, x: gradient(w, x[0])
+  jaxpr = jax.make_jaxpr(fn)(jnp.eye(8), x)
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert {v.aval.dtype for e in dots for v in e.invars} == {jnp.dtype(dtype)}
+  wide = [e.outvars[0].aval for e in dots if e.outvars[0].aval.dtype == jnp.float32]
+  weights = 2 * 16 * 16 * (3 if mapped else 1)
+  assert [aval.size for aval in wide] == [weights, weights]  # the scores, and the cotangent
+
+
+def test_it_runs_in_a_shard_map():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  cast = mpjax.autocast(attention, "mixed_bfloat16")
+  x = jax.random.normal(jax.random.key(0), (2, 16, 8))
+
+  def loss(w, x):
+    return lax.psum(sum(cast(w, one).sum() for one in x), "data")
+
+  sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+  plain = lambda w, x: sum(cast(w, one).sum() for one in x)
+  w = jax.random.normal(jax.random.key(1), (8, 8))
+  found, want = (jax.jit(jax.grad(fn))(w, x) for fn in (sharded, plain))
+  np.testing.assert_allclose(found, want, rtol=2**-6, atol=2**-6)
+
+
+def test_where_types_say_how_arrays_are_sharded_it_stays_an_ordinary_matmul():
+  mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    heads = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+    heads = jax.device_put(heads, P(None, None, None, "model"))
+    scores = jax.random.normal(jax.random.key(1), (1, 2, 8, 8))
+
+    def loss(x, values):
+      weights = jax.nn.softmax(jnp.log1p(jnp.abs(scores * x)))
+      mixed = jnp.einsum("bhts,bshd->bthd", weights, values)
+      return jnp.sum(mixed**2, axis=(0, 1, 2, 3))
+
+    cast = mpjax.autocast(loss, "mixed_bfloat16", argnums=())
+    assert_close(*(jax.jit(jax.grad(fn))(jnp.float32(1), heads) for fn in (cast, loss)))

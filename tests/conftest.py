@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 
-from public.table import RECORD, table
+import _coverage_table
+from public import table as models_table
 
 # What runs once is not worth optimizing: XLA reads this when it first compiles.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -47,10 +48,21 @@ def params():
   return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.full((3,), 0.5)}}
 
 
-def pytest_terminal_summary(terminalreporter):
-  """Ends a run of the `models` group with its table."""
+def pytest_addoption(parser):
+  parser.addoption(
+    "--tables", action="store_true", help="end with the table of the coverage matrix"
+  )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  """Ends a run of the `models` group, or one with ``--tables``, with its table."""
   reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
-  rows = [value for report in reports for name, value in report.user_properties if name == RECORD]
-  if rows:
-    terminalreporter.write_sep("=", "public models, errors relative to float32")
-    terminalreporter.write_line(table(rows))
+  kept = [entry for report in reports for entry in report.user_properties]
+  tables = {"public models, errors relative to float32": models_table}
+  if config.getoption("tables"):
+    tables["coverage, errors in bfloat16 / float16 in units of the format"] = _coverage_table
+  for title, module in tables.items():
+    rows = [value for name, value in kept if name == module.RECORD]
+    if rows:
+      terminalreporter.write_sep("=", title)
+      terminalreporter.write_line(module.table(rows))

@@ -15,10 +15,10 @@ from mpjax._plan import Forms
 from mpjax._precision import DATA, PARAM, Form
 from mpjax._values import to_dtype
 
-STATE = None
-"""The flag of what a model holds beside its parameters; True is that of parameters."""
+STATE = "state"
+"""The flag of what a model holds beside its parameters."""
 
-Flag = Any  # True, STATE or False, or a sequence of flags
+Flag = Any  # whether these are parameters (True or False), STATE, or a sequence of flags
 Flags = tuple[Sequence[Flag], dict[str, bool]]
 
 
@@ -70,7 +70,7 @@ class Call:
     )
     entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
     pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
-    self.own = tuple(n for n, (_, flag) in enumerate(entries) if flag is not False)
+    self.own = tuple(n for n, (_, flag) in enumerate(entries) if flag)
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
@@ -92,9 +92,9 @@ class Call:
     return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
 
 
-def spread_flags(flag: Flag, value: Any) -> list[bool | None]:
+def spread_flags(flag: Flag, value: Any) -> list[bool | str]:
   """One flag for each leaf of a value; a sequence of flags goes with a sequence of values."""
-  if flag is STATE or isinstance(flag, bool):
+  if isinstance(flag, bool | str):
     return [flag] * len(jax.tree.leaves(value))
   return [
     leaf for part, entry in zip(flag, value, strict=True) for leaf in spread_flags(part, entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -73,8 +73,8 @@ def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
   return grouped and contracted == last and batch == (heads, heads)
 
 
-def of_model(inner: Any, own: tuple[int, ...]) -> set[Any]:
-  """The variables that are computed from a model's own operands and numbers, from nothing else."""
+def own_variables(inner: Any, own: Iterable[int]) -> set[Any]:
+  """The variables that are computed from a model's own operands, and literals, alone."""
   found = {inner.invars[n] for n in own}
   for eqn in inner.eqns if found else ():
     if are_in(found, eqn.invars):
@@ -88,24 +88,40 @@ def are_in(found: set[Any], atoms: Sequence[Any]) -> bool:
   return bool(variables) and found.issuperset(variables)
 
 
-def iterates_on(own: set[Any], eqn: JaxprEqn, forms: Forms) -> bool:
-  """Whether a matmul takes float32 data that is a model's own, one vector, to its parameters.
+def power_iteration(inner: Any, own: set[Any]) -> set[Any]:
+  """The results of matmuls that take a model's own vectors to one matrix of its own repeatedly.
 
-  So does the power iteration of a spectral norm, whose error every weight would have. With a
-  single vector a matmul reads its matrix once, in float32 as in 16 bits.
+  And of the inner products with them. So the norm of a spectral norm is found, by which every
+  weight is divided (Miyato et al. 2018, "Spectral normalization for generative adversarial
+  networks"). Such a matmul reads its matrix once, whatever it multiplies in.
   """
-  if eqn.primitive.name != "dot_general" or not are_in(own, eqn.invars):
-    return False
-  pairs = zip(eqn.invars, forms, *eqn.params["dimension_numbers"], strict=True)
-  return any(
-    form is not None and form.kind is Kind.DATA and _is_one_vector(atom, contracted, batch)
-    for atom, form, contracted, batch in pairs
-  )
+  sources: dict[Any, Any] = {}
+  found: dict[Any, list[Any]] = {}
+  products = []
+  for eqn in inner.eqns if own else ():
+    if not are_in(own, eqn.invars):
+      continue
+    if eqn.primitive.name in _MOVES:
+      sources[eqn.outvars[0]] = sources.get(eqn.invars[0], eqn.invars[0])
+    elif eqn.primitive.name == "dot_general":
+      matrices = [a for a, is_vector in _factors(eqn) if not is_vector]
+      if not matrices:
+        products.append(eqn.outvars[0])
+      elif len(matrices) == 1:
+        found.setdefault(sources.get(matrices[0], matrices[0]), []).append(eqn.outvars[0])
+  repeated = [var for results in found.values() if len(results) > 1 for var in results]
+  return {*repeated, *products} if repeated else set()
 
 
-def _is_one_vector(atom: Any, contracted: Sequence[int], batch: Sequence[int]) -> bool:
-  shared = (*contracted, *batch)
-  return all(size == 1 for d, size in enumerate(atom.aval.shape) if d not in shared)
+_MOVES = frozenset({"transpose", "reshape", "squeeze", "copy", "stop_gradient"})
+
+
+def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, bool]]:
+  """The factors of a matmul, and whether each is a single vector."""
+  for atom, contracted, batch in zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True):
+    shape: Any = atom.aval.shape
+    free = (size for d, size in enumerate(shape) if d not in contracted and d not in batch)
+    yield atom, all(size == 1 for size in free)
 
 
 def applies_a_function(eqn: JaxprEqn) -> bool:

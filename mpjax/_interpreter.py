@@ -20,6 +20,7 @@ from mpjax._derivatives import Slots, Vjp
 from mpjax._dtypes import FLOAT32
 from mpjax._islands import Island
 from mpjax._jaxpr import JaxprEqn
+from mpjax._matmuls import Contraction, with_derivative, with_wide_cotangent
 from mpjax._plan import Plan, Step
 from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
@@ -28,7 +29,6 @@ from mpjax._scopes import Path
 from mpjax._segments import Segment
 from mpjax._softmax import Softmax
 from mpjax._values import Key, Values, to_dtype
-from mpjax._wide_cotangents import Contraction, contract
 
 Unit = Step | Island | Softmax | Segment
 
@@ -157,11 +157,7 @@ class Interpreter:
       values.fill(segment.outputs, function(*operands))
 
   def _run_island(self, plan: Plan, island: Island | Softmax, values: Values) -> None:
-    """Run the steps of an island so that nothing in float32 is stored for the backward pass.
-
-    A checkpoint is a border that nothing crosses but in memory, so that its result, and with it the
-    cotangent, rounds inside.
-    """
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
     steps = [plan.steps[index] for index in island.steps]
     inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
     compute = self._function(steps, inputs, outputs, _jaxpr.located)
@@ -182,7 +178,8 @@ class Interpreter:
     with _jaxpr.located(eqn):
       other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
       contraction = Contraction.of(step.params, wide, other.dtype)
-      values.write(eqn.outvars, [contract(contraction)(values.get(weights), other)])
+      weigh = with_wide_cotangent(contraction)
+      values.write(eqn.outvars, [weigh(values.get(weights), other)])
 
   def _function(
     self,
@@ -218,7 +215,11 @@ class Interpreter:
 def _rounding(
   compute: Callable[..., list[Any]], dtype: np.dtype | None, last: JaxprEqn
 ) -> Callable[..., list[Any]]:
-  """A function whose one result is cast to a format, if there is one, in its last step's scope."""
+  """A function whose one result is cast to a format, if there is one, in its last step's scope.
+
+  What crosses the border of a checkpoint lies in memory: so the result rounds inside, and with it
+  the cotangent that comes in.
+  """
 
   def run(*operands: Any) -> list[Any]:
     (result,) = compute(*operands)
@@ -246,21 +247,13 @@ def _scores(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   del interpreter
   narrow = step.params | {"preferred_element_type": operands[0].dtype}
 
-  @jax.custom_jvp
-  def matmul(*operands: Any) -> list[Any]:
-    return _jaxpr.run_with(step.eqn, operands, step.params)
+  def matmul(*pair: Any) -> Any:
+    return _jaxpr.run_with(step.eqn, pair, step.params)[0]
 
-  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    pairs = ((tangents[0], primals[1]), (primals[0], tangents[1]))
-    moved = [
-      to_dtype(_jaxpr.run_with(step.eqn, pair, narrow)[0], FLOAT32)
-      for pair in pairs
-      if not any(isinstance(x, SymbolicZero) for x in pair)
-    ]
-    return matmul(*primals), [sum(moved[1:], moved[0])]
+  def moved(*pair: Any) -> Any:
+    return to_dtype(_jaxpr.run_with(step.eqn, pair, narrow)[0], FLOAT32)
 
-  matmul.defjvp(rule, symbolic_zeros=True)
-  return matmul(*operands)
+  return [with_derivative(matmul, moved, moved)(*operands)]
 
 
 def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:

@@ -91,7 +91,7 @@ class Planner:
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
       exact: Which results go into a logarithm.
-      own: Which operands are a model's own, and what was made of nothing else.
+      own: Which operands are a model's own: its parameters and state, what was made of them alone.
     """
     known = place if self._located else place._replace(path=())
     key = (id(jaxpr), in_forms, known, out_forms, exact, own)
@@ -149,7 +149,8 @@ class _Walk:
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
-    self.own = _idioms.of_model(inner, own)
+    self.own = _idioms.own_variables(inner, own)
+    self.iterated = _idioms.power_iteration(inner, self.own)
     self.numbers: dict[Var, Values] = {}
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
@@ -206,7 +207,7 @@ class _Walk:
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
-    if rule is Rule.LOWER and _idioms.iterates_on(self.own, eqn, forms):
+    if rule is Rule.LOWER and eqn.outvars[0] in self.iterated:
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.is_grouped_scores(eqn, forms):
       return Rule.SCORES
@@ -324,21 +325,27 @@ class _Walk:
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
     exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
-    own = tuple(n for n, atom in enumerate(eqn.invars) if _idioms.are_in(self.own, [atom]))
+    is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
+    own = self.own_among(eqn.invars) if is_call else ()
     body = self.body(jaxpr, forms, place, exact=exact, own=own)
     if eqn.primitive.name in _SHARES_READS:
       body = self.body(jaxpr, _widened(body), place, exact=exact, own=own)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
+  def own_among(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+    """Which operands of an equation are the model's own."""
+    return tuple(n for n, atom in enumerate(atoms) if _idioms.are_in(self.own, [atom]))
+
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     consts, carry = _versions.scan_shape(eqn)
     before, after = forms[:consts], forms[consts + carry :]
     jaxpr = eqn.params["jaxpr"]
-    held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place)
+    own = tuple(n for n in self.own_among(eqn.invars) if not consts <= n < consts + carry)
+    held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place, own)
     operands = (*before, *held, *after)
-    stacked = self.body(jaxpr, operands, place).out_forms[carry:]
-    body = self.body(jaxpr, operands, place, (*held, *stacked))
+    stacked = self.body(jaxpr, operands, place, own=own).out_forms[carry:]
+    body = self.body(jaxpr, operands, place, (*held, *stacked), own=own)
     return _Decision([f and f.dtype for f in operands], body.out_forms, eqn.params, (body,))
 
   def loop(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
@@ -352,7 +359,13 @@ class _Walk:
     return _Decision(wanted, held, eqn.params, (cond, body))
 
   def fixed_point(
-    self, jaxpr: Any, before: Forms, carry: Forms, after: Forms, place: Place
+    self,
+    jaxpr: Any,
+    before: Forms,
+    carry: Forms,
+    after: Forms,
+    place: Place,
+    own: tuple[int, ...] = (),
   ) -> Forms:
     """The least forms of a carry that the loop's body keeps.
 
@@ -361,7 +374,7 @@ class _Walk:
     """
     held = tuple(DATA if f is not None and f.kind is Kind.CONSTANT else f for f in carry)
     while True:
-      outs = self.body(jaxpr, (*before, *held, *after), place).out_forms
+      outs = self.body(jaxpr, (*before, *held, *after), place, own=own).out_forms
       grown = tuple(join(pair) for pair in zip(held, outs[: len(held)], strict=True))
       if grown == held:
         return held
@@ -369,9 +382,10 @@ class _Walk:
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     branches = eqn.params["branches"]
-    free = [self.body(branch, forms[1:], place).out_forms for branch in branches]
+    own = self.own_among(eqn.invars[1:])
+    free = [self.body(branch, forms[1:], place, own=own).out_forms for branch in branches]
     outs = tuple(join(column) for column in zip(*free, strict=True))
-    bodies = tuple(self.body(branch, forms[1:], place, outs) for branch in branches)
+    bodies = tuple(self.body(branch, forms[1:], place, outs, own=own) for branch in branches)
     return _Decision([None] * len(forms), outs, eqn.params, bodies)
 
   def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:

@@ -34,9 +34,9 @@ class Softmax(NamedTuple):
     inputs: x, and m, which is one number along the axes.
     axes: The axes of the sum.
     dtype: The 16-bit format in which the result is read.
-    held: The format in which it leaves: that one, or float32 where cotangents meet there.
-    matmul: The index of the matmul that is run with it, so that the weights' cotangent does not
-      round: the only one that reads a softmax of float32 scores. None if there is none.
+    held: The dtype in which it leaves: float32 where its cotangent is to come in that, be it that
+      those of several readers add up, or that a matmul hands out one that did not round.
+    matmul: The index of that matmul, which alone reads a softmax of float32 scores, or None.
   """
 
   steps: tuple[int, ...]
@@ -68,7 +68,7 @@ def match(
   members = sorted({last, exp, shifted, *chain})
   total, result = steps[chain[-1]].eqn, steps[last].eqn.outvars[0]
   axes = tuple(map(int, total.params["axes"]))
-  formats = {read.via or read.to or FLOAT32 for _, read in readers.get(result, ())}
+  formats = [*{read.via or read.to or FLOAT32 for _, read in readers.get(result, ())}]
   fits = (
     total.invars[0] is steps[exp].eqn.outvars[0]
     and _keeps_axes(steps, chain, axes)
@@ -83,7 +83,7 @@ def match(
     return None
   matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
   held = None if matmul is not None else shared_format(readers, steps[last])
-  return Softmax(tuple(members), (x, m), axes, formats.pop(), held or FLOAT32, matmul)
+  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul)
 
 
 def _is_data(form: Form | None) -> bool:
@@ -91,13 +91,15 @@ def _is_data(form: Form | None) -> bool:
 
 
 def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | None:
-  """The matmul that alone reads a softmax, as it is, if one does."""
+  """The matmul that alone reads a softmax, as it is, if one does, in one format throughout."""
   (result,) = steps[last].eqn.outvars
   (index, read), *others = readers[result]
   step = steps[index]
-  plain = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
-  fits = not others and index >= 0 and read.via is None and plain
-  return index if fits and not _is_sharded_explicitly(result.aval) else None
+  matmul = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
+  alone = not others and index >= 0 and read.via is None
+  if not (matmul and alone) or None in (*step.operands, *step.outs):
+    return None
+  return None if _is_sharded_explicitly(result.aval) else index
 
 
 def _is_sharded_explicitly(aval: Any) -> bool:

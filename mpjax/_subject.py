@@ -61,8 +61,10 @@ class Subject(NamedTuple):
       leaves, tree = jax.tree.flatten((args, kwargs))
       names = sorted(kwargs)
       flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
-      is_param = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
-      places = [n for n, x in enumerate(leaves) if is_param[n] and _has_shape(x) and is_float(x)]
+      spread = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
+      places = [
+        n for n, x in enumerate(leaves) if spread[n] is True and _has_shape(x) and is_float(x)
+      ]
       if not places:
         raise ValueError(
           "grad=True differentiates with respect to the parameters, and no float is one. Set "

@@ -186,3 +186,30 @@ def test_what_only_looks_like_a_softmax_is_differentiated_as_written(softmax, po
     assert "name=run" not in str(jax.make_jaxpr(cast)(*operands))
     found, want = (jax.vjp(f, *operands)[1](jnp.ones(SIZE))[0] for f in (cast, fn))
   assert jnp.linalg.norm(found - want) < 0.1 * jnp.linalg.norm(want)
+
+
+def made_by_rules(fn, operands):
+  """The dtypes of what functions with a derivative of their own return, as softmaxes are here."""
+  calls = [e for e in equations(jax.make_jaxpr(fn)(*operands)) if "jvp_jaxpr_fun" in e.params]
+  return [var.aval.dtype for eqn in calls for var in eqn.outvars]
+
+
+@every_policy
+def test_weights_are_float32_only_where_their_cotangents_add_up(policy, operands):
+  once = lambda w, x: nn.softmax(x @ w[0] @ x.T) @ x
+  twice = lambda w, x: (lambda weights: (weights @ x, weights @ (x @ w[1])))(
+    nn.softmax(x @ w[0] @ x.T)
+  )
+  narrow = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}[policy]
+  assert made_by_rules(mpjax.autocast(once, policy), operands) == [narrow]
+  assert made_by_rules(mpjax.autocast(twice, policy), operands) == [jnp.float32]
+
+
+@every_policy
+@pytest.mark.parametrize(
+  ("platform", "barriers"), [("cuda", 1), ("rocm", 1), ("tpu", 0), ("cpu", 0)]
+)
+def test_gpus_store_the_weights_behind_a_barrier(platform, barriers, policy, operands):
+  fn = mpjax.autocast(lambda w, x: jnp.sum(attend(nn.softmax)(w, x)), policy)
+  lowered = jax.jit(jax.grad(fn)).trace(*operands).lower(lowering_platforms=(platform,))
+  assert lowered.as_text().count("optimization_barrier") == barriers

@@ -28,7 +28,7 @@ LAYERS = (
   (3, "_policy_map"),
   (3, "_plan"),
   (3, "_borders", "_idioms", "_values"),
-  (3, "_call", "_softmax", "_wide_cotangents"),
+  (3, "_call", "_matmuls", "_softmax"),
   (3, "_islands", "_planner", "_segments"),
   (3, "_interpreter", "_nonfinite"),
   (3, "_flow_costs", "_flow_data", "_lockstep_stats"),

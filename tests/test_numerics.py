@@ -234,11 +234,52 @@ def test_a_power_iteration_is_float32_as_flaxs_is(run, seed, policy):
 
 
 @every_policy
-def test_a_vector_of_parameters_is_multiplied_in_16_bits(policy):
-  probe = lambda w, x: jnp.sum(w["probe"] @ w["query"] * x)
-  w = {"probe": jnp.ones((1, 16)), "query": jnp.ones((16, 16))}
-  jaxpr = jax.make_jaxpr(mpjax.autocast(probe, policy))(w, jnp.ones((1, 16)))
-  assert contractions(jaxpr) and wide_contractions(jaxpr, COMPUTE[policy].name) == []
+def test_a_power_iteration_is_float32_in_a_scan_too(policy):
+  layer = lambda: nn.SpectralNorm(nn.Dense(16))
+  scanned = nn.scan(
+    lambda layer, x, _: (layer(x, update_stats=True), None),
+    variable_axes={"params": 0, "batch_stats": 0},
+    split_rngs={"params": True},
+    length=3,
+  )
+
+  class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return scanned(layer(), x, None)[0]
+
+  x = jnp.ones((2, 16))
+  variables = Stack().init(jax.random.key(0), x)
+
+  def statistics(model):
+    apply = jax.jit(lambda v: model.apply(v, x, mutable=["batch_stats"])[1])
+    return apply(variables)
+
+  found, want = map(statistics, (mpjax.apply_policy(Stack(), policy), Stack()))
+  assert error(found, want) < 1e-6
+
+
+class Memory(nnx.Module):
+  """Layers that multiply their own vectors once each."""
+
+  def __init__(self, rngs):
+    self.state = nnx.BatchStat(jnp.ones((1, 16)))
+    self.probe = nnx.Param(jnp.ones((1, 16)))
+    self.recurrent, self.query = (nnx.Linear(16, 16, rngs=rngs) for _ in range(2))
+    self.norm = nnx.LayerNorm(16, rngs=rngs)
+    self.rngs = rngs.fork()
+
+  def __call__(self, x):
+    noise = jax.random.normal(self.rngs.noise(), (1, 16))
+    return x + self.recurrent(self.state[...]) + self.query(self.norm(self.probe[...]) + noise)
+
+
+@every_policy
+def test_a_vector_of_its_own_that_a_model_multiplies_once_is_16_bit(policy):
+  graph, state = nnx.split(mpjax.apply_policy(Memory(nnx.Rngs(0)), policy))
+  call = lambda state, x: nnx.merge(graph, state, copy=True)(x)
+  jaxpr = jax.make_jaxpr(call)(state, jnp.ones((1, 16)))
+  assert len(contractions(jaxpr)) == 2 and wide_contractions(jaxpr, COMPUTE[policy].name) == []
 
 
 @every_policy

@@ -1,4 +1,4 @@
-"""Matmuls of 16-bit operands that give one operand a float32 cotangent."""
+"""Matmuls whose derivatives have other dtypes than JAX would give them."""
 
 import functools
 
@@ -10,8 +10,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-from _jaxprs import equations
-from mpjax._wide_cotangents import Contraction, contract
+from _jaxprs import contractions, equations, result_dtypes
+from mpjax._matmuls import Contraction, with_wide_cotangent
 
 # The dimensions of both operands and of the result, whose batch stands first, by letters.
 CASES = {
@@ -66,7 +66,7 @@ def assert_close(found, want):
 @every_format
 def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wide, dtype):
   x, y, ct = draw(case, wide, dtype)
-  fn = contract(contraction_of(case, wide, dtype))
+  fn = with_wide_cotangent(contraction_of(case, wide, dtype))
   out, pullback = jax.vjp(fn, x, y)
   x_bar, y_bar = pullback(ct)
   assert [a.dtype for a in (out, x_bar, y_bar)] == [dtype, jnp.float32, dtype]
@@ -85,7 +85,7 @@ def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wid
 def test_its_derivatives_are_those_of_the_matmul(case, wide):
   x, y, ct = draw(case, wide, jnp.bfloat16)
   contraction = contraction_of(case, wide, jnp.bfloat16)
-  fn, plain = contract(contraction), contraction.run
+  fn, plain = with_wide_cotangent(contraction), contraction.run
 
   def product(fn, x, y):
     return jnp.sum((fn(x, y) * ct).astype(jnp.float32) ** 2)
@@ -109,7 +109,7 @@ def test_its_derivatives_are_those_of_the_matmul(case, wide):
 @pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, -1)], ids=["both", "first", "second"])
 def test_it_maps_over_examples(case, wide, axes):
   x, y, ct = draw(case, wide, jnp.bfloat16)
-  fn = contract(contraction_of(case, wide, jnp.bfloat16))
+  fn = with_wide_cotangent(contraction_of(case, wide, jnp.bfloat16))
   if axes[0] is not None:
     x = jnp.stack([x, 2 * x, -x], axes[0])
   if axes[1] is not None:
@@ -170,4 +170,60 @@ def test_where_types_say_how_arrays_are_sharded_it_stays_an_ordinary_matmul():
       return jnp.sum(mixed**2, axis=(0, 1, 2, 3))
 
     cast = mpjax.autocast(loss, "mixed_bfloat16", argnums=())
+    jaxpr = jax.make_jaxpr(jax.grad(cast))(jnp.float32(1), heads)
+    assert result_dtypes(jaxpr, "dot_general") == {"bfloat16"}
     assert_close(*(jax.jit(jax.grad(fn))(jnp.float32(1), heads) for fn in (cast, loss)))
+
+
+OTHERS = {
+  "integers": lambda weights, x: weights @ (jnp.arange(16) % 5),
+  "a_mask": lambda weights, x: weights @ jnp.eye(16, 3, dtype=bool),
+  "another_format": lambda weights, x: jnp.dot(weights, x, preferred_element_type=jnp.bfloat16),
+  "bfloat16": lambda weights, x: weights.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16),
+  "a_vector": lambda weights, x: weights @ x[:, 0],
+  "weights": lambda weights, x: weights @ weights,
+  "on_the_right": lambda weights, x: x.T @ weights,
+}
+
+
+@every_format
+@pytest.mark.parametrize("mix", OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.usefixtures("standard_promotion")
+def test_weights_mix_whatever_they_mix_in_float32(mix, dtype):
+  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
+  x = jax.random.normal(jax.random.key(0), (16, 16))
+
+  def loss(x):
+    out = mix(jax.nn.softmax(jnp.log1p(x**2)), x)
+    return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+  cast = mpjax.autocast(loss, policy, argnums=())
+  assert cast(x)[1].dtype == loss(x)[1].dtype
+  for fn in (lambda f: f(x)[1], lambda f: jax.grad(f, has_aux=True)(x)[0]):
+    assert_close(fn(cast), fn(loss))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("saved", ["dots_saveable", "nothing_saveable"])
+def test_a_policy_of_a_checkpoint_sees_the_matmuls(saved, inside):
+  checkpointed = jax.checkpoint(attention, policy=getattr(jax.checkpoint_policies, saved))
+  cast = mpjax.autocast(checkpointed if inside else attention, "mixed_bfloat16")
+  if not inside:
+    cast = jax.checkpoint(cast, policy=getattr(jax.checkpoint_policies, saved))
+
+  def matmuls(fn):
+    gradient = jax.grad(lambda w, x: fn(w, x).sum())
+    return len(contractions(jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((16, 8)))))
+
+  assert matmuls(cast) == matmuls(checkpointed)
+
+
+def test_what_examples_share_is_not_copied_for_each():
+  def loss(scale, values, x):
+    return jnp.sum(jax.nn.softmax(jnp.log1p(x**2) * scale) @ values)
+
+  cast = jax.vmap(mpjax.autocast(loss, "mixed_bfloat16"), (None, None, 0))
+  gradient = jax.grad(lambda *args: jnp.sum(cast(*args)))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.float32(1), jnp.ones((16, 8)), jnp.ones((32, 4, 16)))
+  largest = max(v.aval.size for e in equations(jaxpr) for v in e.outvars)
+  assert largest == 32 * 4 * 16  # all examples' weights

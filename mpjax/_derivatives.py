@@ -24,18 +24,21 @@ from mpjax._jaxpr import JaxprEqn
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Slots:
-  """Which values of a list can be differentiated; the others have float0 tangents."""
+  """Which values of a list have tangents.
+
+  Those that are no floats never have; `only` leaves out more, whose tangents are known to be zero.
+  """
 
   differentiable: tuple[bool, ...]
   shapes: tuple[tuple[int, ...], ...]
 
   def only(self, asked: Sequence[bool]) -> Slots:
-    """The slots, as if those not asked for could not be differentiated."""
+    """The slots of those of them that are asked for."""
     pairs = zip(self.differentiable, asked, strict=True)
     return dataclasses.replace(self, differentiable=tuple(d and a for d, a in pairs))
 
   def keep(self, values: Sequence[Any]) -> list[Any]:
-    """The entries that can be differentiated."""
+    """The entries that have tangents."""
     return [v for v, d in zip(values, self.differentiable, strict=True) if d]
 
   def fill(self, values: Sequence[Any]) -> list[Any]:

@@ -88,29 +88,45 @@ def are_in(found: set[Any], atoms: Sequence[Any]) -> bool:
   return bool(variables) and found.issuperset(variables)
 
 
-def power_iteration(inner: Any, own: set[Any]) -> set[Any]:
-  """The results of matmuls that take a model's own vectors to one matrix of its own repeatedly.
+def power_iteration(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
+  """The results of matmuls that take a model's state, one vector, to the same matrix repeatedly.
 
   And of the inner products with them. So the norm of a spectral norm is found, by which every
   weight is divided (Miyato et al. 2018, "Spectral normalization for generative adversarial
   networks"). Such a matmul reads its matrix once, whatever it multiplies in.
+
+  Args:
+    inner: An open jaxpr.
+    own: Its variables that are a model's own, see `own_variables`.
+    in_forms: How its operands are held: those of its own that are no parameters are its state.
   """
+  state = _of_state(inner, own, in_forms)
   sources: dict[Any, Any] = {}
   found: dict[Any, list[Any]] = {}
   products = []
-  for eqn in inner.eqns if own else ():
-    if not are_in(own, eqn.invars):
-      continue
-    if eqn.primitive.name in _MOVES:
-      sources[eqn.outvars[0]] = sources.get(eqn.invars[0], eqn.invars[0])
-    elif eqn.primitive.name == "dot_general":
+  for eqn in inner.eqns if state else ():
+    out = eqn.outvars[0] if eqn.outvars else None
+    if eqn.primitive.name in _MOVES and out in own:
+      sources[out] = sources.get(eqn.invars[0], eqn.invars[0])
+    elif eqn.primitive.name == "dot_general" and out in state:
       matrices = [a for a, is_vector in _factors(eqn) if not is_vector]
       if not matrices:
-        products.append(eqn.outvars[0])
+        products.append(out)
       elif len(matrices) == 1:
-        found.setdefault(sources.get(matrices[0], matrices[0]), []).append(eqn.outvars[0])
+        found.setdefault(sources.get(matrices[0], matrices[0]), []).append(out)
   repeated = [var for results in found.values() if len(results) > 1 for var in results]
   return {*repeated, *products} if repeated else set()
+
+
+def _of_state(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
+  """Those of a model's own variables that its state has a part in."""
+  operands = zip(inner.invars, in_forms, strict=True)
+  state = {v for v, form in operands if v in own and (form is None or form.kind is not Kind.PARAM)}
+  for eqn in inner.eqns if state else ():
+    read = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+    if own.issuperset(eqn.outvars) and not state.isdisjoint(read):
+      state.update(eqn.outvars)
+  return state
 
 
 _MOVES = frozenset({"transpose", "reshape", "squeeze", "copy", "stop_gradient"})

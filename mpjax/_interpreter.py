@@ -326,7 +326,8 @@ def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> li
 def _custom_lin(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """What JAX leaves of a custom_vjp in a rule that differentiates it: tangents to be transposed.
 
-  Another custom_vjp, whose backward pass is the user's under the policy, leaves the same.
+  Its backward pass is to be the user's under the policy. So a custom_vjp of zeros is made that has
+  this one, and differentiated: what JAX leaves of it in the trace takes the place of the first.
   """
   eqn, count = step.eqn, step.eqn.params["num_res"]
   outs = _derivatives.slots(eqn.outvars)

@@ -150,7 +150,7 @@ class _Walk:
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
     self.own = _idioms.own_variables(inner, own)
-    self.iterated = _idioms.power_iteration(inner, self.own)
+    self.iterated = _idioms.power_iteration(inner, self.own, in_forms)
     self.numbers: dict[Var, Values] = {}
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
@@ -298,6 +298,7 @@ class _Walk:
     return _Decision(wanted, _for_float32(eqn.outvars, DATA), eqn.params)
 
   def custom_lin(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """Operands are read as they are held: the backward pass is planned when it is run."""
     return _Decision([None] * len(forms), _for_float32(eqn.outvars, DATA), eqn.params)
 
   def each(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:

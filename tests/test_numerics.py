@@ -275,6 +275,14 @@ class Memory(nnx.Module):
 
 
 @every_policy
+def test_parameters_that_are_multiplied_repeatedly_are_16_bit(policy):
+  fn = lambda w, x: jnp.sum(w["first"] @ w["hidden"] @ w["hidden"] * x)
+  w = {"first": jnp.ones((1, 16)), "hidden": jnp.ones((16, 16))}
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(w, jnp.ones((1, 16)))
+  assert contractions(jaxpr) and wide_contractions(jaxpr, COMPUTE[policy].name) == []
+
+
+@every_policy
 def test_a_vector_of_its_own_that_a_model_multiplies_once_is_16_bit(policy):
   graph, state = nnx.split(mpjax.apply_policy(Memory(nnx.Rngs(0)), policy))
   call = lambda state, x: nnx.merge(graph, state, copy=True)(x)

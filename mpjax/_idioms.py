@@ -89,7 +89,7 @@ def are_in(found: set[Any], atoms: Sequence[Any]) -> bool:
 
 
 def power_iteration(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
-  """The results of matmuls that take a model's state, one vector, to the same matrix repeatedly.
+  """The results of matmuls that take a model's state, one vector, through a matrix and back.
 
   And of the inner products with them. So the norm of a spectral norm is found, by which every
   weight is divided (Miyato et al. 2018, "Spectral normalization for generative adversarial
@@ -101,21 +101,24 @@ def power_iteration(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
     in_forms: How its operands are held: those of its own that are no parameters are its state.
   """
   state = _of_state(inner, own, in_forms)
-  sources: dict[Any, Any] = {}
-  found: dict[Any, list[Any]] = {}
+  turned: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+  found: dict[Any, dict[tuple[int, ...], list[Any]]] = {}
   products = []
   for eqn in inner.eqns if state else ():
-    out = eqn.outvars[0] if eqn.outvars else None
-    if eqn.primitive.name in _MOVES and out in own:
-      sources[out] = sources.get(eqn.invars[0], eqn.invars[0])
-    elif eqn.primitive.name == "dot_general" and out in state:
-      matrices = [a for a, is_vector in _factors(eqn) if not is_vector]
+    if eqn.primitive.name == "transpose":
+      turned[eqn.outvars[0]] = eqn.invars[0], eqn.params["permutation"]
+    elif eqn.primitive.name == "dot_general" and eqn.outvars[0] in state:
+      matrices = [(a, along) for a, along, is_vector in _factors(eqn) if not is_vector]
       if not matrices:
-        products.append(out)
+        products.append(eqn.outvars[0])
       elif len(matrices) == 1:
-        found.setdefault(sources.get(matrices[0], matrices[0]), []).append(out)
-  repeated = [var for results in found.values() if len(results) > 1 for var in results]
-  return {*repeated, *products} if repeated else set()
+        ((matrix, along),) = matrices
+        source, axes = turned.get(matrix, (matrix, range(len(matrix.aval.shape))))
+        ways = found.setdefault(source, {})
+        ways.setdefault(tuple(sorted(axes[d] for d in along)), []).append(eqn.outvars[0])
+  there_and_back = [ways for ways in found.values() if len(ways) > 1]
+  results = [var for ways in there_and_back for way in ways.values() for var in way]
+  return {*results, *products} if results else set()
 
 
 def _of_state(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
@@ -129,15 +132,12 @@ def _of_state(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
   return state
 
 
-_MOVES = frozenset({"transpose", "reshape", "squeeze", "copy", "stop_gradient"})
-
-
-def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, bool]]:
-  """The factors of a matmul, and whether each is a single vector."""
+def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, Sequence[int], bool]]:
+  """The factors of a matmul, each with its contracted dimensions, and whether it is one vector."""
   for atom, contracted, batch in zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True):
     shape: Any = atom.aval.shape
     free = (size for d, size in enumerate(shape) if d not in contracted and d not in batch)
-    yield atom, all(size == 1 for size in free)
+    yield atom, contracted, all(size == 1 for size in free)
 
 
 def applies_a_function(eqn: JaxprEqn) -> bool:

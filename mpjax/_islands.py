@@ -53,6 +53,7 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   for last in reversed(range(len(steps))):
     softmax = _softmax.match(steps, readers, makers, last)
     if softmax is not None:
+      softmax = softmax.alone() if softmax.due in found else softmax
       found[softmax.due] = softmax
       taken |= set(softmax.steps)
     elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):

@@ -50,10 +50,21 @@ def with_derivative(matmul: Matmul, along_first: Matmul, along_second: Matmul) -
   attach.defjvp(rule, symbolic_zeros=True)
 
   def run(first: Any, second: Any) -> Any:
-    result = matmul(lax.stop_gradient(first), lax.stop_gradient(second))
-    return attach(result, first, second)
+    return attach(matmul(_constant(first), _constant(second)), first, second)
 
   return run
+
+
+@jax.custom_jvp
+def _constant(x: Any) -> Any:
+  """`lax.stop_gradient` that can be transposed: linear functions are evaluated, too."""
+  return x
+
+
+@functools.partial(_constant.defjvp, symbolic_zeros=True)
+def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+  (x,), _ = primals, tangents
+  return x, SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
 def _bilinear(
@@ -139,7 +150,7 @@ class Contraction(NamedTuple):
     return labels
 
   def batched(self, *operands: int) -> Contraction:
-    """The same with one more dimension ahead of some operands: of batch, if it is both."""
+    """The same with one more dimension ahead of some operands: if of both, they are matched."""
     ahead = [n in operands for n in (0, 1)]
     contracted, batch = (
       tuple(_shifted(dims, by) for dims, by in zip(pair, ahead, strict=True))
@@ -205,17 +216,15 @@ def _transpose(cotangent: Any, wide: Any, other: Any, *, contraction: Contractio
 def _batch(args: Any, dims: Any, *, contraction: Contraction) -> Any:
   """An operand that has no examples is not copied for each: theirs is a free dimension."""
   moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
-  wide = contraction.wide
-  places = [(wide, 1 - wide)[n] for n, d in enumerate(dims) if d is not None]
-  out = _tangent_p.bind(*moved, contraction=contraction.batched(*places))
-  if len(places) == 2:
+  mapped = [
+    n for n, d in zip((contraction.wide, 1 - contraction.wide), dims, strict=True) if d is not None
+  ]
+  out = _tangent_p.bind(*moved, contraction=contraction.batched(*mapped))
+  if len(mapped) == 2:
     return out, 0
-  batch, first = (
-    len(contraction.batch[0]),
-    args[wide],
-  )  # the left operand's free dimensions come first
-  free = first.ndim - batch - len(contraction.contracted[0])
-  return out, batch + (0 if places == [0] else free)
+  batch = len(contraction.batch[0])
+  free_of_left = args[contraction.wide].ndim - batch - len(contraction.contracted[0])
+  return out, batch + (free_of_left if mapped == [1] else 0)
 
 
 ad.primitive_jvps[_tangent_p] = _jvp

@@ -180,7 +180,9 @@ RULES = _table(
         "random_bits random_fold_in random_seed random_split random_wrap random_unwrap",
         "random_clone threefry2x32 real imag conj and or not xor clz population_count",
         "shift_left shift_right_arithmetic shift_right_logical reduce_and reduce_or reduce_xor",
-        "debug_callback debug_print mpjax_wide_tangent",
+        "debug_callback debug_print",
+        # A matmul whose tangent is float32 by intent, in a derivative that autocast made.
+        "mpjax_wide_tangent",
       ]
     ),
   }
@@ -210,10 +212,10 @@ DEFAULT_OPS: Mapping[str, str] = MappingProxyType(
 )
 """What a 16-bit policy does with each primitive, by name.
 
-``lower``: runs in the compute dtype (matmuls, convolutions), but for the power iteration of a
-model's spectral norm, which is float32. ``full``: runs in float32 (logarithms,
-sums, statistics). ``range``: runs in float32 if the compute dtype is float16, whose range it leaves
-(exponentials, powers). ``follow``: runs in whatever its operands have. Changes go into
+``lower``: runs in the compute dtype (matmuls, convolutions), but for the power iteration of Flax's
+spectral norms, which is float32. ``full``: runs in float32 (logarithms, sums, statistics).
+``range``: runs in float32 if the compute dtype is float16, whose range it leaves (exponentials,
+powers). ``follow``: runs in whatever its operands have. Changes go into
 ``PolicyMap(..., ops={"exp": "follow"})``.
 """
 

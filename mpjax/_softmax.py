@@ -51,6 +51,10 @@ class Softmax(NamedTuple):
     """The index of the step for which it is run."""
     return self.steps[-1] if self.matmul is None else self.matmul
 
+  def alone(self) -> Softmax:
+    """The same without its matmul, that is run with another softmax."""
+    return self._replace(matmul=None, held=self.dtype)
+
 
 def match(
   steps: Sequence[Step], readers: Readers, makers: Mapping[Any, int], last: int

@@ -122,6 +122,9 @@ def test_it_maps_over_examples(case, wide, axes):
       assert_close(found[n], want)
 
 
+QUERY = np.asarray(np.random.default_rng(0).normal(size=(1, 8, 2, 4)), np.float32)
+
+
 def attention(w, x):
   heads = (x @ w).reshape(1, 16, 2, 4)
   return jax.nn.dot_product_attention(heads, heads, heads, is_causal=True)
@@ -227,3 +230,39 @@ def test_what_examples_share_is_not_copied_for_each():
   jaxpr = jax.make_jaxpr(gradient)(jnp.float32(1), jnp.ones((16, 8)), jnp.ones((32, 4, 16)))
   largest = max(v.aval.size for e in equations(jaxpr) for v in e.outvars)
   assert largest == 32 * 4 * 16  # all examples' weights
+
+
+LINEAR = {
+  "values": lambda q: jax.nn.dot_product_attention(QUERY, QUERY, q),
+  "weighted": lambda q: jax.nn.softmax(jnp.log1p(QUERY**2)) @ q.swapaxes(-1, -2),
+  "a_tangent": jax.linearize(lambda q: jax.nn.dot_product_attention(q, q, q), QUERY)[1],
+}
+
+
+@pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())
+def test_a_linear_function_is_transposed(linear):
+  def transposed(fn):
+    out = fn(QUERY)
+    return jax.linear_transpose(fn, QUERY)(out)[0]
+
+  assert_close(transposed(mpjax.autocast(linear, "mixed_bfloat16", argnums=())), transposed(linear))
+
+
+def test_a_rule_of_ones_own_may_hold_attention():
+  attend = lambda q: jax.nn.dot_product_attention(q, q, q)
+  fn = jax.custom_jvp(attend)
+  fn.defjvp(lambda primals, tangents: jax.jvp(attend, primals, tangents))
+  gradient = lambda fn: jax.grad(lambda q: jnp.sum(fn(q) ** 2))(QUERY)
+  assert_close(gradient(mpjax.autocast(fn, "mixed_bfloat16", argnums=())), gradient(fn))
+
+
+def test_two_softmaxes_that_one_matmul_reads_are_both_stored_in_16_bits():
+  mix = lambda a, b: jax.nn.softmax(jnp.sin(a)) @ jax.nn.softmax(jnp.sin(b))
+  a, b = jax.random.normal(jax.random.key(0), (2, 16, 16))
+  cast = mpjax.autocast(mix, "mixed_bfloat16", argnums=())
+  _, pullback = jax.vjp(cast, a, b)
+  wide = [x for x in jax.tree.leaves(pullback) if x.dtype == jnp.float32 and x.size == a.size]
+  assert len(wide) <= 2  # of the sines
+  for n in (0, 1):
+    loss = lambda fn, n=n: jax.grad(lambda *ab: jnp.sum(fn(*ab) * a), n)(a, b)
+    assert_close(loss(cast), loss(mix))

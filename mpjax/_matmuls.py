@@ -94,8 +94,8 @@ class Contraction(NamedTuple):
   """
 
   wide: int
-  contracted: tuple[Dims, Dims]
-  batch: tuple[Dims, Dims]
+  contracted: tuple[Dims, ...]
+  batch: tuple[Dims, ...]
   dtype: np.dtype
   precision: Any
 
@@ -107,10 +107,13 @@ class Contraction(NamedTuple):
 
   def run(self, wide: Any, other: Any) -> Any:
     """The matmul: the wide operand is rounded."""
-    pair = (to_dtype(wide, self.dtype), other)
+    narrow = to_dtype(wide, self.dtype)
+    left, right = (narrow, other) if self.wide == 0 else (other, narrow)
+    dims: Any = (self.contracted, self.batch)
     return lax.dot_general(
-      *(pair if self.wide == 0 else pair[::-1]),
-      (self.contracted, self.batch),
+      left,
+      right,
+      dims,
       precision=self.precision,
       preferred_element_type=self.dtype,
     )
@@ -138,7 +141,7 @@ class Contraction(NamedTuple):
     )
     return _turned(found, [*batch, *kept, *contracted], wide)
 
-  def _kinds(self) -> tuple[tuple[str, tuple[Dims, Dims]], ...]:
+  def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)
 
   def _labels(self, operand: int, rank: int) -> list[str]:

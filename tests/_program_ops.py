@@ -15,6 +15,11 @@ from _program_blocks import NESTED
 from _program_types import STRAY, Op
 
 
+def far(a):
+  """A number that masks: plain JAX warns of one beyond the format."""
+  return -1e9 if jnp.finfo(a.dtype).max > 1e9 else -1e4
+
+
 def axis_of(knob: int, a: Any) -> int | None:
   return (None, -1, 0)[knob % 3] if a.ndim else None
 
@@ -179,7 +184,7 @@ MOVE = {
 }
 INDEX = {
   "take": Op(("V", "I"), lambda knob, a, i: a[i % 3]),
-  "take_far": Op(("V", "I"), lambda knob, a, i: a.at[i + 2].get(mode="fill", fill_value=-1e9)),
+  "take_far": Op(("V", "I"), lambda knob, a, i: a.at[i + 2].get(mode="fill", fill_value=far(a))),
   "dynamic_slice": Op(("V", "N"), lambda knob, a, i: lax.dynamic_slice_in_dim(a, i, 2)),
   "update": Op(("V", "N"), lambda knob, a, i: lax.dynamic_update_slice_in_dim(a, a[:1], i, 0)),
   "into_cache": Op(

@@ -55,7 +55,7 @@ class Call:
   Attributes:
     operands: The arrays.
     forms: How each is held.
-    own: Which of them a model holds, by index.
+    own: Which of them a model holds, by index; none if it holds no state beside its parameters.
   """
 
   def __init__(
@@ -70,7 +70,8 @@ class Call:
     )
     entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
     pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
-    self.own = tuple(n for n, (_, flag) in enumerate(entries) if flag)
+    held = [n for n, (_, flag) in enumerate(entries) if flag]
+    self.own = tuple(held) if STATE in spread else ()
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax.core import Tracer
+
+from mpjax import _jaxpr
+from mpjax._jaxpr import JaxprEqn, Literal, Var
+from mpjax._plan import Forms
+from mpjax._precision import CONSTANT, DATA, Form, fits, join, saturated
 
 Values = frozenset[float] | None
 """The numbers that occur in a constant; None where they are not known."""
@@ -65,22 +71,22 @@ _KEEPS_NUMBERS = frozenset(
 """What moves, chooses or compares numbers makes no new ones."""
 
 
-def number(value: float) -> Values:
+def _number(value: float) -> Values:
   """The values of a number."""
   return frozenset({float(value)})
 
 
-def makes_numbers(primitive: str) -> bool:
+def _makes_numbers(primitive: str) -> bool:
   """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
   return primitive not in _KEEPS_NUMBERS
 
 
-def after(primitive: str, params: Mapping[str, Any], operands: Sequence[Values]) -> Values:
+def _after(primitive: str, params: Mapping[str, Any], operands: Sequence[Values]) -> Values:
   """The values of an equation's result, all of whose float operands are constants."""
   known = [values for values in operands if values is not None]
   if len(known) < len(operands):
     return None
-  if not makes_numbers(primitive):
+  if not _makes_numbers(primitive):
     return frozenset[float]().union(*known)
   if primitive == "integer_pow":
     primitive, known = "pow", [*known, frozenset({float(params["y"])})]
@@ -88,3 +94,63 @@ def after(primitive: str, params: Mapping[str, Any], operands: Sequence[Values])
     return None
   with np.errstate(all="ignore"):
     return frozenset(float(_FUNCTIONS[primitive](*numbers)) for numbers in product(*known))
+
+
+class Adapting(NamedTuple):
+  """What becomes of numbers under a policy: one that every format holds adapts, another is data.
+
+  Attributes:
+    formats: The 16-bit formats of the policy.
+  """
+
+  formats: frozenset[np.dtype]
+
+  def form(self, value: Any) -> Form:
+    """How a float32 number or array of the trace is held."""
+    if np.ndim(value) or isinstance(value, Tracer):
+      return DATA
+    return CONSTANT if all(fits(value, d) for d in self.formats) else DATA
+
+  def holds(self, value: float | None) -> bool:
+    """Whether every format holds a number as it is, if there is one."""
+    return value is None or (self.form(value) == CONSTANT and self.saturated(value) == value)
+
+  def saturated(self, value: Any) -> Any:
+    """A number, brought into the range of the formats that it fits."""
+    return saturated(value, self.formats)
+
+
+class Numbers:
+  """The values of one jaxpr's constants, followed from equation to equation.
+
+  Args:
+    adapting: Which numbers adapt.
+  """
+
+  def __init__(self, adapting: Adapting) -> None:
+    self._adapting = adapting
+    self._known: dict[Var, Values] = {}
+
+  def of(self, atom: Any) -> Values:
+    """The values of an operand."""
+    return _number(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
+
+  def define(self, var: Any, values: Values) -> None:
+    """Say what values a variable has."""
+    self._known[var] = values
+
+  def form_after(self, eqn: JaxprEqn, forms: Forms) -> Form:
+    """What is made of constants is one if its numbers fit the policy's formats, too."""
+    name = eqn.primitive.name
+    computed = _makes_numbers(name)  # else what is no float, as an index, tells nothing
+    pairs = zip(eqn.invars, forms, strict=True)
+    known = [self.of(atom) for atom, form in pairs if form is not None or computed]
+    values = _after(name, eqn.params, known)
+    self.define(eqn.outvars[0], values)
+    if values is None:
+      return DATA if computed else CONSTANT
+    return join(map(self._adapting.form, values)) or CONSTANT
+
+  def form_of(self, atom: Any) -> Form | None:
+    """How a literal is held, None for one that is not float32."""
+    return self._adapting.form(atom.val) if _jaxpr.is_float32(atom) else None

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
-import jax.custom_batching
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
 
-from mpjax import _derivatives, _islands, _jaxpr, _segments, _softmax, _versions
+from mpjax import _custom_rules, _islands, _jaxpr, _segments, _softmax, _versions
 from mpjax._call import Call, Flags, Result
-from mpjax._derivatives import Slots, Vjp
 from mpjax._dtypes import FLOAT32
 from mpjax._islands import Island
 from mpjax._jaxpr import JaxprEqn
@@ -104,7 +99,7 @@ class Interpreter:
   def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
     """Execute a plan on operands that are held as its forms say."""
     inner = _versions.open_jaxpr(plan.jaxpr)
-    values = Values(self.planner.number)
+    values = Values(self.planner.adapting.saturated)
     values.write(inner.invars, operands)
     values.write(inner.constvars, _versions.constants(plan.jaxpr))
     for unit in self._units_of(plan):
@@ -191,7 +186,7 @@ class Interpreter:
     """Some steps as a function from what they read to what others read of them."""
 
     def compute(*operands: Any) -> list[Any]:
-      inside = Values(self.planner.number)
+      inside = Values(self.planner.adapting.saturated)
       inside.fill(inputs, operands)
       for step in steps:
         with around(step.eqn):
@@ -298,120 +293,6 @@ def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
   return _jaxpr.run_with(step.eqn, operands, step.params | {"branches": branches})
 
 
-def _custom_jvp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  """The body under the policy, with the user's derivative under the policy."""
-  eqn, known = step.eqn, _derivatives.closed_over(step.eqn)
-  inputs, outs = _derivatives.slots(eqn.invars[known:]), _derivatives.slots(eqn.outvars)
-  captured = operands[:known]
-
-  @functools.cache
-  def rule_plan(ins: Slots) -> Plan:
-    forms = (*step.operands, *ins.keep(step.operands[known:]))
-    held = (*step.outs, *outs.keep(step.outs))
-    return interpreter.planner.plan(_derivatives.trace_jvp(eqn, ins), forms, step.place, held)
-
-  @jax.custom_jvp
-  def call(*primals: Any) -> list[Any]:
-    return interpreter.run(step.bodies[0], [*captured, *primals])
-
-  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    ins = inputs.only([not isinstance(t, SymbolicZero) for t in tangents])
-    flat = interpreter.run(rule_plan(ins), [*captured, *primals, *ins.keep(tangents)])
-    return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
-
-  call.defjvp(rule, symbolic_zeros=True)
-  return call(*operands[known:])
-
-
-def _custom_lin(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  """What JAX leaves of a custom_vjp in a rule that differentiates it: tangents to be transposed.
-
-  Its backward pass is to be the user's under the policy. So a custom_vjp of zeros is made that has
-  this one, and differentiated: what JAX leaves of it in the trace takes the place of the first.
-  """
-  eqn, count = step.eqn, step.eqn.params["num_res"]
-  outs = _derivatives.slots(eqn.outvars)
-  tangents = operands[count:]
-  out_avals: list[Any] = outs.keep([v.aval for v in eqn.outvars])
-
-  @functools.cache
-  def plan() -> Plan:
-    forms, held = (*step.operands[:count], *outs.keep(step.outs)), step.operands[count:]
-    return interpreter.planner.plan(_derivatives.trace_transpose(eqn), forms, step.place, held)
-
-  @jax.custom_vjp
-  def call(residuals: list[Any], values: list[Any]) -> list[Any]:
-    del residuals, values
-    return [jnp.zeros(aval.shape, aval.dtype) for aval in out_avals]
-
-  def forward(residuals: list[Any], values: list[Any]) -> tuple[list[Any], list[Any]]:
-    return call(residuals, values), residuals
-
-  def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[None, list[Any]]:
-    return None, interpreter.run(plan(), [*residuals, *cotangents])
-
-  call.defvjp(forward, backward)
-  along = functools.partial(call, operands[:count])
-  _, found = jax.jvp(along, ([jnp.zeros_like(t) for t in tangents],), (tangents,))
-  return outs.fill(found)
-
-
-def _custom_vjp(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  """The body under the policy, with the user's forward and backward pass under the policy."""
-  eqn, count, known = step.eqn, len(step.outs), _derivatives.closed_over(step.eqn)
-  inputs, outs = _derivatives.slots(eqn.invars[known:]), _derivatives.slots(eqn.outvars)
-  captured, plan = operands[:known], interpreter.planner.plan
-
-  @functools.cache
-  def traced(ins: Slots) -> Vjp:
-    return _derivatives.trace_vjp(eqn, ins)
-
-  @functools.cache
-  def forward_plan(ins: Slots) -> Plan:
-    residuals = plan(traced(ins).forward, step.operands, step.place).out_forms[count:]
-    return plan(traced(ins).forward, step.operands, step.place, (*step.outs, *residuals))
-
-  @functools.cache
-  def backward_plan(ins: Slots) -> Plan:
-    forms = (*forward_plan(ins).out_forms[count:], *outs.keep(step.outs))
-    held = tuple(ins.keep(step.operands[known:]))
-    return plan(traced(ins).backward(), forms, step.place, held)
-
-  @jax.custom_vjp
-  def call(*primals: Any) -> list[Any]:
-    return interpreter.run(step.bodies[0], [*captured, *primals])
-
-  def forward(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
-    ins = inputs.only([p.perturbed for p in primals])
-    flat = interpreter.run(forward_plan(ins), [*captured, *(p.value for p in primals)])
-    return flat[:count], (ins, flat[count:])
-
-  def backward(residuals: tuple[Slots, list[Any]], cotangents: list[Any]) -> tuple[Any, ...]:
-    ins, stored = residuals
-    given = [_derivatives.instantiated(ct) for ct in outs.keep(cotangents)]
-    flat = iter(interpreter.run(backward_plan(ins), [*stored, *given]))
-    return tuple(next(flat) if asked else None for asked in ins.differentiable)
-
-  call.defvjp(forward, backward, symbolic_zeros=True)
-  return call(*operands[known:])
-
-
-def _custom_vmap(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  """The body under the policy, with the user's own batching under the policy."""
-
-  @jax.custom_batching.custom_vmap
-  def call(*operands: Any) -> list[Any]:
-    return interpreter.run(step.bodies[0], operands)
-
-  @call.def_vmap
-  def rule(size: int, batched: list[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
-    jaxpr = _derivatives.trace_vmap(step.eqn, size, batched)
-    plan = interpreter.planner.plan(jaxpr, step.operands, step.place, step.outs)
-    return interpreter.run(plan, operands), [True] * len(step.outs)
-
-  return call(*operands)
-
-
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.SCORES: _scores,
   Rule.TRACED: _traced,
@@ -419,8 +300,8 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.SCAN: _scan,
   Rule.WHILE: _while,
   Rule.COND: _cond,
-  Rule.CUSTOM_JVP: _custom_jvp,
-  Rule.CUSTOM_VJP: _custom_vjp,
-  Rule.CUSTOM_LIN: _custom_lin,
-  Rule.CUSTOM_VMAP: _custom_vmap,
+  Rule.CUSTOM_JVP: _custom_rules.custom_jvp,
+  Rule.CUSTOM_VJP: _custom_rules.custom_vjp,
+  Rule.CUSTOM_LIN: _custom_rules.custom_lin,
+  Rule.CUSTOM_VMAP: _custom_rules.custom_vmap,
 }

@@ -93,7 +93,7 @@ class Lockstep:
     """Execute both plans; returns the results and what crossed a border on the way."""
     inner = _versions.open_jaxpr(plans.narrow.jaxpr)
     consts = _versions.constants(plans.narrow.jaxpr)
-    values = Pair(*(Values(interpreter.planner.number) for interpreter in self._run))
+    values = Pair(*(Values(interpreter.planner.adapting.saturated) for interpreter in self._run))
     for side, column in zip(values, _columns(operands), strict=True):
       side.write(inner.invars, column)
       side.write(inner.constvars, consts)

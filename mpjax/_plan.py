@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax import _versions
+from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
-from mpjax._precision import Form, Rule
+from mpjax._precision import DATA, Form, Kind, Rule
 from mpjax._scopes import Path
 
 Forms = tuple[Form | None, ...]
@@ -83,3 +84,13 @@ def readers_of(plan: Plan) -> Readers:
       if not isinstance(atom, Literal):
         readers.setdefault(atom, []).append((index, read))
   return readers
+
+
+def widened(body: Plan) -> Forms:
+  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
+  readers = readers_of(body)
+  wanted = {v: {None if n < 0 else read.to for n, read in reads} for v, reads in readers.items()}
+  return tuple(
+    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
+    for var, form in zip(_versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
+  )

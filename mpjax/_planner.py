@@ -12,28 +12,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.core import Tracer
 
 from mpjax import _constants, _idioms, _jaxpr, _scopes, _versions
 from mpjax._borders import Borders, held_as
-from mpjax._constants import Values
+from mpjax._constants import Adapting, Numbers
 from mpjax._dtypes import FLOAT16, FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._markers import KEEP_FLOAT32, marked_results
-from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step
+from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step, widened
 from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
-from mpjax._precision import (
-  CONSTANT,
-  DATA,
-  Form,
-  Kind,
-  Rule,
-  fits,
-  join,
-  narrow,
-  saturated,
-)
+from mpjax._precision import CONSTANT, DATA, Form, Kind, Rule, join, narrow
 from mpjax._scopes import Path
 
 
@@ -49,6 +38,7 @@ class Planner:
 
   Attributes:
     policies: The map that answers what governs a path.
+    adapting: Which numbers adapt to its formats.
     ops: The primitives that were planned in each module.
     unknown: How often each primitive that the table does not know was met.
 
@@ -69,7 +59,7 @@ class Planner:
     self.ops: dict[Path, set[str]] = {}
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
-    self._formats = policies.narrow_dtypes()
+    self.adapting = Adapting(policies.narrow_dtypes())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
@@ -108,20 +98,6 @@ class Planner:
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
 
-  def constant_form(self, value: Any) -> Form:
-    """A number adapts if every 16-bit format of the policy holds it; all else is data."""
-    if np.ndim(value) or isinstance(value, Tracer):
-      return DATA
-    return CONSTANT if all(fits(value, d) for d in self._formats) else DATA
-
-  def holds(self, value: float | None) -> bool:
-    """Whether every 16-bit format of the policy holds a number as it is, if there is one."""
-    return value is None or (self.constant_form(value) == CONSTANT and self.number(value) == value)
-
-  def number(self, value: Any) -> Any:
-    """A number, brought into the range of the formats that it fits."""
-    return saturated(value, self._formats)
-
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
@@ -151,10 +127,10 @@ class _Walk:
     self.into_log = _idioms.into_log(inner, exact, planner.table)
     self.own = _idioms.own_variables(inner, own)
     self.iterated = _idioms.power_iteration(inner, self.own, in_forms)
-    self.numbers: dict[Var, Values] = {}
+    self.numbers = Numbers(planner.adapting)
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
-      self.forms[var] = planner.constant_form(value) if _jaxpr.is_float32(var) else None
+      self.forms[var] = planner.adapting.form(value) if _jaxpr.is_float32(var) else None
 
   def plan(self, out_forms: Forms | None) -> Plan:
     inner = _versions.open_jaxpr(self.jaxpr)
@@ -203,7 +179,7 @@ class _Walk:
       return Rule.FULL
     if _idioms.is_square(eqn) or _idioms.picks_numbers(eqn, forms):
       return Rule.FULL
-    if not self.planner.holds(_idioms.fill_value(eqn)):
+    if not self.planner.adapting.holds(_idioms.fill_value(eqn)):
       return Rule.FULL
     if rule is Rule.LOWER and _idioms.has_foreign_float(eqn, forms, compute):
       return Rule.TRACED
@@ -230,9 +206,7 @@ class _Walk:
     return vias, tuple(forms)
 
   def held(self, atom: Any) -> Form | None:
-    if isinstance(atom, Literal):
-      return self.planner.constant_form(atom.val) if _jaxpr.is_float32(atom) else None
-    return self.forms[atom]
+    return self.numbers.form_of(atom) if isinstance(atom, Literal) else self.forms[atom]
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""
@@ -257,27 +231,11 @@ class _Walk:
   def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     form = join(forms) or DATA
     if form.kind is Kind.CONSTANT:
-      form = self.constant(eqn, forms)
+      form = self.numbers.form_after(eqn, forms)
     decision = self.uniform(eqn, forms, form)
     if _idioms.looks_up_rows(eqn, forms) and compute != FLOAT32:
       return decision._replace(outs=(narrow(compute),))
     return decision
-
-  def constant(self, eqn: JaxprEqn, forms: Forms) -> Form:
-    """What is made of constants is one if its numbers fit the policy's formats, too."""
-    name = eqn.primitive.name
-    computed = _constants.makes_numbers(name)  # else what is no float, as an index, tells nothing
-    pairs = zip(eqn.invars, forms, strict=True)
-    known = [self.numbers_of(atom) for atom, f in pairs if f is not None or computed]
-    self.numbers[eqn.outvars[0]] = numbers = _constants.after(name, eqn.params, known)
-    if numbers is None:
-      return DATA if computed else CONSTANT
-    return join(map(self.planner.constant_form, numbers)) or CONSTANT
-
-  def numbers_of(self, atom: Any) -> Values:
-    if isinstance(atom, Literal):
-      return _constants.number(atom.val)
-    return self.numbers.get(atom)
 
   def named(self, eqn: JaxprEqn, forms: Forms, policy: Policy) -> _Decision:
     """An operation that a rule speaks of runs as the rule says, and returns what it says."""
@@ -307,21 +265,20 @@ class _Walk:
   def convert(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     """float32 to float32 passes on; a mask or a number adapts; an integer becomes data."""
     operand: Any = eqn.invars[0]
-    (form,) = forms
-    if not _jaxpr.is_float32(eqn.outvars[0]):
+    (form,), (result,) = forms, eqn.outvars
+    if not _jaxpr.is_float32(result):
       return _Decision([None], (None,), eqn.params)
     if form is not None:
-      self.numbers[eqn.outvars[0]] = self.numbers_of(operand)
+      self.numbers.define(result, self.numbers.of(operand))
       held = DATA if compute == FLOAT32 else form
       return self.uniform(eqn, forms, held)
     if operand.aval.dtype == np.bool_:
-      self.numbers[eqn.outvars[0]] = _constants.MASK
+      self.numbers.define(result, _constants.MASK)
       return _Decision([None], (CONSTANT,), eqn.params)
-    known = isinstance(operand, Literal)
-    self.numbers[eqn.outvars[0]] = _constants.number(operand.val) if known else None
-    return _Decision(
-      [None], (self.planner.constant_form(operand.val) if known else DATA,), eqn.params
-    )
+    if not isinstance(operand, Literal):
+      return _Decision([None], (DATA,), eqn.params)
+    self.numbers.define(result, self.numbers.of(operand))
+    return _Decision([None], (self.planner.adapting.form(operand.val),), eqn.params)
 
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
@@ -330,7 +287,7 @@ class _Walk:
     own = self.own_among(eqn.invars) if is_call else ()
     body = self.body(jaxpr, forms, place, exact=exact, own=own)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.body(jaxpr, _widened(body), place, exact=exact, own=own)
+      body = self.body(jaxpr, widened(body), place, exact=exact, own=own)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
@@ -456,20 +413,3 @@ def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> R
 
 def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
   return tuple(form if _jaxpr.is_float32(var) else None for var in outvars)
-
-
-def _widened(body: Plan) -> Forms:
-  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
-  inner = _versions.open_jaxpr(body.jaxpr)
-  wanted: dict[Any, set[np.dtype | None]] = {}
-  for step in body.steps:
-    for atom, read in zip(step.eqn.invars, step.reads, strict=True):
-      if not isinstance(atom, Literal):
-        wanted.setdefault(atom, set()).add(read.to)
-  for atom in inner.outvars:
-    if not isinstance(atom, Literal):
-      wanted.setdefault(atom, set()).add(None)
-  return tuple(
-    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
-    for var, form in zip(inner.invars, body.in_forms, strict=True)
-  )

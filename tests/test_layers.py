@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mpjax"
 # the layer of the design that a row belongs to. A private helper has its place here too; a module
 # without one fails the test.
 LAYERS = (
-  (0, "_constants", "_dtypes", "_jaxpr", "_numbers", "_paths", "_report", "_scopes", "_versions"),
+  (0, "_dtypes", "_jaxpr", "_numbers", "_paths", "_report", "_scopes", "_versions"),
   (0, "_source"),
   (1, "_casting", "_derivatives", "_finite", "_formats", "_markers", "_placement", "_reduction"),
   (1, "_scaled_loss"),
@@ -27,10 +27,11 @@ LAYERS = (
   (2, "_ranges"),
   (3, "_policy_map"),
   (3, "_plan"),
-  (3, "_borders", "_idioms", "_values"),
+  (3, "_borders", "_constants", "_idioms", "_values"),
   (3, "_call", "_matmuls", "_softmax"),
   (3, "_islands", "_planner", "_segments"),
-  (3, "_interpreter", "_nonfinite"),
+  (3, "_custom_rules", "_nonfinite"),
+  (3, "_interpreter"),
   (3, "_flow_costs", "_flow_data", "_lockstep_stats"),
   (3, "_flow"),
   (3, "_autocast", "_lockstep"),

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from mpjax._dtypes import FLOAT32
+from mpjax._idioms import Own
 from mpjax._plan import Forms
 from mpjax._precision import DATA, PARAM, Form
 from mpjax._values import to_dtype
@@ -55,7 +56,7 @@ class Call:
   Attributes:
     operands: The arrays.
     forms: How each is held.
-    own: Which of them a model holds, by index; none if it holds no state beside its parameters.
+    own: Which of them a model holds, and which floats among them are its state, by index.
   """
 
   def __init__(
@@ -70,8 +71,8 @@ class Call:
     )
     entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
     pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
-    held = [n for n, (_, flag) in enumerate(entries) if flag]
-    self.own = tuple(held) if STATE in spread else ()
+    held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
+    self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
     self.operands = [x for x, _ in pairs]
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
@@ -106,6 +107,11 @@ def is_traced(x: Any) -> bool:
   """Whether a leaf is traced; flags, Python numbers, strings and arrays of objects are static."""
   numeric = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
   return numeric or isinstance(x, jax.Array | np.floating)
+
+
+def _is_state(x: Any, flag: bool | str) -> bool:
+  """Whether a leaf is a model's state, as far as that is of floats: not its random keys."""
+  return flag == STATE and bool(jnp.issubdtype(x.dtype, jnp.floating))
 
 
 def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:

@@ -26,7 +26,7 @@ MASK: Values = frozenset({0.0, 1.0})
 """What a boolean becomes."""
 
 MOST = 64
-"""Of more different numbers than these no account is kept."""
+"""Numbers computed from more combinations than these are not known."""
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
   "add": np.add,
@@ -146,7 +146,8 @@ class Numbers:
     pairs = zip(eqn.invars, forms, strict=True)
     known = [self.of(atom) for atom, form in pairs if form is not None or computed]
     values = _after(name, eqn.params, known)
-    self.define(eqn.outvars[0], values)
+    for var in filter(_jaxpr.is_float32, eqn.outvars):
+      self.define(var, values)
     if values is None:
       return DATA if computed else CONSTANT
     return join(map(self._adapting.form, values)) or CONSTANT

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,34 +73,60 @@ def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
   return grouped and contracted == last and batch == (heads, heads)
 
 
-def own_variables(inner: Any, own: Iterable[int]) -> set[Any]:
-  """The variables that are computed from a model's own operands, and literals, alone."""
-  found = {inner.invars[n] for n in own}
-  for eqn in inner.eqns if found else ():
-    if are_in(found, eqn.invars):
-      found.update(eqn.outvars)
-  return found
+class Own(NamedTuple):
+  """What depends on nothing but what a model holds: operands by index, or variables.
+
+  Attributes:
+    held: All of it.
+    state: That which its state, not its parameters alone, has a part in.
+  """
+
+  held: Collection[Any] = ()
+  state: Collection[Any] = ()
+
+  def among(self, atoms: Sequence[Any]) -> Own:
+    """Which of an equation's operands are the model's own; none if no state is among them."""
+    held, state = (
+      tuple(n for n, atom in enumerate(atoms) if not isinstance(atom, Literal) and atom in part)
+      for part in self
+    )
+    return Own(held, state) if state else Own()
+
+  def without(self, operands: range) -> Own:
+    """The same without some operands."""
+    held, state = (tuple(n for n in part if n not in operands) for part in self)
+    return Own(held, state) if state else Own()
 
 
-def are_in(found: set[Any], atoms: Sequence[Any]) -> bool:
-  """Whether there is a variable among atoms, and each that there is was found."""
-  variables = [atom for atom in atoms if not isinstance(atom, Literal)]
-  return bool(variables) and found.issuperset(variables)
+def own_variables(inner: Any, own: Own) -> Own:
+  """The variables that depend on nothing but a model's own operands; none without state.
+
+  What is made of literals alone is among them. A saturating function makes no more a state of what
+  it takes: it ends what is linear in it.
+  """
+  if not own.state:
+    return Own()
+  held, state = ({inner.invars[n] for n in part} for part in own)
+  for eqn in inner.eqns:
+    read = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+    if held.issuperset(read):
+      held.update(eqn.outvars)
+      if not state.isdisjoint(read) and eqn.primitive.name not in SATURATING:
+        state.update(eqn.outvars)
+  return Own(held, state)
 
 
-def power_iteration(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
+def power_iteration(inner: Any, state: Collection[Any]) -> set[Any]:
   """The results of matmuls that take a model's state, one vector, through a matrix and back.
 
-  And of the inner products with them. So the norm of a spectral norm is found, by which every
-  weight is divided (Miyato et al. 2018, "Spectral normalization for generative adversarial
+  And of its inner products, where there is one. So the norm of a spectral norm is found, by which
+  every weight is divided (Miyato et al. 2018, "Spectral normalization for generative adversarial
   networks"). Such a matmul reads its matrix once, whatever it multiplies in.
 
   Args:
     inner: An open jaxpr.
-    own: Its variables that are a model's own, see `own_variables`.
-    in_forms: How its operands are held: those of its own that are no parameters are its state.
+    state: Its variables that depend on a model's state, see `own_variables`.
   """
-  state = _of_state(inner, own, in_forms)
   turned: dict[Any, tuple[Any, tuple[int, ...]]] = {}
   found: dict[Any, dict[tuple[int, ...], list[Any]]] = {}
   products = []
@@ -119,17 +145,6 @@ def power_iteration(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
   there_and_back = [ways for ways in found.values() if len(ways) > 1]
   results = [var for ways in there_and_back for way in ways.values() for var in way]
   return {*results, *products} if results else set()
-
-
-def _of_state(inner: Any, own: set[Any], in_forms: Forms) -> set[Any]:
-  """Those of a model's own variables that its state has a part in."""
-  operands = zip(inner.invars, in_forms, strict=True)
-  state = {v for v, form in operands if v in own and (form is None or form.kind is not Kind.PARAM)}
-  for eqn in inner.eqns if state else ():
-    read = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
-    if own.issuperset(eqn.outvars) and not state.isdisjoint(read):
-      state.update(eqn.outvars)
-  return state
 
 
 def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, Sequence[int], bool]]:
@@ -160,7 +175,10 @@ def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
 
 
 def has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:
-  """Whether a matmul mixes float32 with a float of the caller's own choice of format."""
+  """Whether a matmul mixes float32 with a float of the caller's own choice, or makes a float64."""
+  result: Any = eqn.outvars[0].aval
   operands: Any = zip(eqn.invars, forms, strict=True)
   dtypes = {a.aval.dtype for a, f in operands if f is None}
+  if any(forms) and result.dtype == np.float64:
+    return True
   return any(jnp.issubdtype(d, np.inexact) and d != compute for d in dtypes)

@@ -17,6 +17,7 @@ from mpjax import _constants, _idioms, _jaxpr, _scopes, _versions
 from mpjax._borders import Borders, held_as
 from mpjax._constants import Adapting, Numbers
 from mpjax._dtypes import FLOAT16, FLOAT32
+from mpjax._idioms import Own
 from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._markers import KEEP_FLOAT32, marked_results
 from mpjax._plan import ROOT, Forms, Place, Plan, Read, Step, widened
@@ -24,6 +25,8 @@ from mpjax._policy import Policy
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import CONSTANT, DATA, Form, Kind, Rule, join, narrow
 from mpjax._scopes import Path
+
+_NONE = Own()
 
 
 class _Decision(NamedTuple):
@@ -71,7 +74,7 @@ class Planner:
     place: Place = ROOT,
     out_forms: Forms | None = None,
     exact: tuple[int, ...] = (),
-    own: tuple[int, ...] = (),
+    own: Own = _NONE,
   ) -> Plan:
     """Plan a closed or open jaxpr.
 
@@ -81,7 +84,7 @@ class Planner:
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
       exact: Which results go into a logarithm.
-      own: Which operands are a model's own: its parameters and state, what was made of them alone.
+      own: Which operands depend on nothing but a model's parameters and state.
     """
     known = place if self._located else place._replace(path=())
     key = (id(jaxpr), in_forms, known, out_forms, exact, own)
@@ -119,14 +122,14 @@ class _Walk:
     in_forms: Forms,
     place: Place,
     exact: tuple[int, ...],
-    own: tuple[int, ...],
+    own: Own,
   ) -> None:
     inner = _versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     self.into_log = _idioms.into_log(inner, exact, planner.table)
     self.own = _idioms.own_variables(inner, own)
-    self.iterated = _idioms.power_iteration(inner, self.own, in_forms)
+    self.iterated = _idioms.power_iteration(inner, self.own.state)
     self.numbers = Numbers(planner.adapting)
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, _versions.constants(jaxpr), strict=True):
@@ -217,6 +220,8 @@ class _Walk:
 
   def lower(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     decision = self.uniform(eqn, forms, narrow(compute))
+    if not any(forms):
+      return decision
     return decision._replace(params=_jaxpr.without_algorithm(decision.params))
 
   def scores(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
@@ -240,9 +245,10 @@ class _Walk:
   def named(self, eqn: JaxprEqn, forms: Forms, policy: Policy) -> _Decision:
     """An operation that a rule speaks of runs as the rule says, and returns what it says."""
     decision = self.uniform(eqn, forms, held_as(policy.compute_dtype))
+    if not any(forms):
+      return decision
     outs = tuple(held_as(policy.output_dtype) if f is not None else None for f in decision.outs)
-    params = _jaxpr.without_algorithm(decision.params)
-    return decision._replace(outs=outs if any(forms) else decision.outs, params=params)
+    return decision._replace(outs=outs, params=_jaxpr.without_algorithm(decision.params))
 
   def uniform(self, eqn: JaxprEqn, forms: Forms, form: Form) -> _Decision:
     """Every float32 operand and result of the equation in one form."""
@@ -284,22 +290,18 @@ class _Walk:
     (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
     exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
-    own = self.own_among(eqn.invars) if is_call else ()
+    own = self.own.among(eqn.invars) if is_call else _NONE
     body = self.body(jaxpr, forms, place, exact=exact, own=own)
     if eqn.primitive.name in _SHARES_READS:
       body = self.body(jaxpr, widened(body), place, exact=exact, own=own)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
-  def own_among(self, atoms: Sequence[Any]) -> tuple[int, ...]:
-    """Which operands of an equation are the model's own."""
-    return tuple(n for n, atom in enumerate(atoms) if _idioms.are_in(self.own, [atom]))
-
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     consts, carry = _versions.scan_shape(eqn)
     before, after = forms[:consts], forms[consts + carry :]
     jaxpr = eqn.params["jaxpr"]
-    own = tuple(n for n in self.own_among(eqn.invars) if not consts <= n < consts + carry)
+    own = self.own.among(eqn.invars).without(range(consts, consts + carry))
     held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place, own)
     operands = (*before, *held, *after)
     stacked = self.body(jaxpr, operands, place, own=own).out_forms[carry:]
@@ -323,7 +325,7 @@ class _Walk:
     carry: Forms,
     after: Forms,
     place: Place,
-    own: tuple[int, ...] = (),
+    own: Own = _NONE,
   ) -> Forms:
     """The least forms of a carry that the loop's body keeps.
 
@@ -340,7 +342,7 @@ class _Walk:
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     branches = eqn.params["branches"]
-    own = self.own_among(eqn.invars[1:])
+    own = self.own.among(eqn.invars[1:])
     free = [self.body(branch, forms[1:], place, own=own).out_forms for branch in branches]
     outs = tuple(join(column) for column in zip(*free, strict=True))
     bodies = tuple(self.body(branch, forms[1:], place, outs, own=own) for branch in branches)
@@ -363,7 +365,7 @@ class _Walk:
     place: Place,
     outs: Forms | None = None,
     exact: tuple[int, ...] = (),
-    own: tuple[int, ...] = (),
+    own: Own = _NONE,
   ) -> Plan:
     return self.planner.plan(jaxpr, forms, place, outs, exact, own)
 

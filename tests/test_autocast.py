@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import mpjax
-from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
+from _jaxprs import contractions, equations, primitives, result_dtypes, wide_contractions
 
 BF16 = "mixed_bfloat16"
 
@@ -255,6 +255,26 @@ def test_float64_stays_float64():
   with jax.enable_x64(True):
     fn = mpjax.autocast(lambda w, x: x @ w, BF16)
     assert fn(np.ones((2, 2)), np.ones((2, 2))).dtype == np.float64
+
+
+def test_a_matmul_of_the_callers_own_format_keeps_its_algorithm(operands):
+  w, x = operands[0]["w"], operands[1]
+  algorithm = lax.DotAlgorithmPreset.BF16_BF16_F32
+  own = lambda w, x: jnp.matmul(*(a.astype(jnp.bfloat16) for a in (x, w)), precision=algorithm)
+  for policy in ("mixed_bfloat16", "mixed_float16"):
+    jaxpr = jax.make_jaxpr(mpjax.autocast(own, policy))(w, x)
+    (dot,) = (eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general")
+    assert dot.params["precision"] == algorithm
+
+
+def test_a_matmul_asked_for_a_float64_result_is_not_rounded_before():
+  with jax.enable_x64(True):
+    draw = lambda seed: np.random.default_rng(seed).standard_normal((8, 8)).astype(np.float32)
+    w, x = draw(0), draw(1)
+    fn = lambda w, x: lax.dot(x, w, preferred_element_type=jnp.float64)
+    got = mpjax.autocast(fn, "mixed_bfloat16")(w, x)
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, x.astype(np.float64) @ w, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("policy", [BF16, "mixed_float16"])

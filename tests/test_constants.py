@@ -13,6 +13,7 @@ import pytest
 from jax import lax, nn
 
 import mpjax
+from _jaxprs import equations
 
 UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
 every_policy = pytest.mark.parametrize("policy", UNIT)
@@ -192,3 +193,15 @@ def test_a_guard_still_guards(guard, policy):
       plain, found = plain[:1], found[:1]
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
       assert (np.isfinite(got) >= np.isfinite(want)).all()
+
+
+@every_policy
+def test_every_part_of_a_constant_adapts(policy):
+  def fn(w, x):
+    first, second = jnp.split(0.5 + (jnp.arange(8) < x[0, 0]), 2)
+    return x @ w * (2 * first), x @ w * (2 * second)
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(KEYS, QUERIES)
+  products = [e.outvars[0].aval for e in equations(jaxpr) if e.primitive.name == "mul"]
+  narrow = [aval.dtype for aval in products if aval.shape == (4, 4)]
+  assert narrow == 2 * [policy.removeprefix("mixed_")]

@@ -259,20 +259,49 @@ def test_a_power_iteration_is_float32_in_a_scan_too(policy):
   assert error(found, want) < 1e-6
 
 
+class Quotient(nnx.Module):
+  """A weight by its norm, which an array guards from zero."""
+
+  def __init__(self):
+    self.kernel, self.u = nnx.Param(jnp.ones((4, 6))), nnx.BatchStat(jnp.ones((1, 6)))
+
+  def __call__(self, x):
+    kernel, guard = self.kernel[...], jnp.full((1, 1), 1e-12)
+    unit = lambda v: v / jnp.maximum(jnp.sqrt(jnp.sum(v * v, keepdims=True)), guard)
+    v = unit(self.u[...] @ kernel.T)
+    u = unit(v @ kernel)
+    return x @ (kernel / (v @ kernel @ u.T))
+
+
+@every_policy
+def test_a_power_iteration_may_meet_arrays_of_numbers(policy):
+  graph, state = nnx.split(mpjax.apply_policy(Quotient(), policy))
+  call = lambda state, x: nnx.merge(graph, state, copy=True)(x)
+  jaxpr = jax.make_jaxpr(call)(state, jnp.ones((2, 4)))
+  assert len(wide_contractions(jaxpr, COMPUTE[policy].name)) == 4
+  assert len(contractions(jaxpr)) == 5
+
+
 class Memory(nnx.Module):
-  """Layers that multiply a model's own vectors, but not back."""
+  """Layers that multiply a model's own vectors, but no state of it there and back."""
 
   def __init__(self, rngs):
     self.state = nnx.BatchStat(jnp.ones((1, 16)))
     self.probe = nnx.Param(jnp.ones((1, 16)))
     self.recurrent, self.query = (nnx.Linear(16, 16, rngs=rngs) for _ in range(2))
     self.norm = nnx.LayerNorm(16, rngs=rngs)
+    self.matrix = nnx.Param(jnp.ones((16, 16)))
     self.rngs = rngs.fork()
 
   def __call__(self, x):
     noise = jax.random.normal(self.rngs.noise(), (1, 16))
     state = self.recurrent(self.recurrent(self.state[...]))
-    return x + state + self.query(self.norm(self.probe[...]) + noise)
+    there_and_back = lambda vector, matrix: vector @ matrix @ matrix.T
+    probe, matrix = self.norm(self.probe[...]), self.matrix[...]
+    for wrap in (jax.jit, jax.checkpoint):
+      state += wrap(there_and_back)(probe, matrix)
+    cell = jnp.tanh(self.state[...] @ matrix) @ matrix.T
+    return x + state + cell + there_and_back(noise, matrix) + self.query(probe + noise)
 
 
 @every_policy
@@ -288,7 +317,7 @@ def test_vectors_that_a_model_does_not_multiply_back_are_16_bit(policy):
   graph, state = nnx.split(mpjax.apply_policy(Memory(nnx.Rngs(0)), policy))
   call = lambda state, x: nnx.merge(graph, state, copy=True)(x)
   jaxpr = jax.make_jaxpr(call)(state, jnp.ones((1, 16)))
-  assert len(contractions(jaxpr)) == 3 and wide_contractions(jaxpr, COMPUTE[policy].name) == []
+  assert len(contractions(jaxpr)) == 11 and wide_contractions(jaxpr, COMPUTE[policy].name) == []
 
 
 @every_policy

@@ -63,7 +63,8 @@ def _constant(x: Any) -> Any:
 
 @functools.partial(_constant.defjvp, symbolic_zeros=True)
 def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-  (x,), _ = primals, tangents
+  del tangents
+  (x,) = primals
   return x, SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
@@ -127,9 +128,8 @@ class Contraction(NamedTuple):
     others = self._labels(1 - self.wide, other.ndim)
     kept, summed = ([x for x in labels if x.startswith("free")] for labels in (wide, others))
     result = [*batch, *kept, *summed] if self.wide == 0 else [*batch, *summed, *kept]
-    # XLA has a kernel for CPUs for dimensions in this order, and not for every other.
-    left = _turned(cotangent, result, [*batch, *kept, *summed])
-    right = _turned(other, others, [*batch, *summed, *contracted])
+    left = _fixed(_turned(cotangent, result, [*batch, *kept, *summed]))
+    right = _fixed(_turned(other, others, [*batch, *summed, *contracted]))
     along = range(len(batch))
     in_left, in_right = (range(n, n + len(summed)) for n in (len(batch + kept), len(batch)))
     found = lax.dot_general(
@@ -139,7 +139,7 @@ class Contraction(NamedTuple):
       precision=self.precision,
       preferred_element_type=FLOAT32,
     )
-    return _turned(found, [*batch, *kept, *contracted], wide)
+    return _turned(_fixed(found), [*batch, *kept, *contracted], wide)
 
   def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)
@@ -177,11 +177,20 @@ def _turned(x: Any, labels: Sequence[str], order: Sequence[str]) -> Any:
   return jnp.transpose(x, [labels.index(label) for label in order])
 
 
+def _fixed(x: Any) -> Any:
+  """An array whose dimensions stay in this order on a CPU.
+
+  XLA has a kernel for CPUs that multiplies 16-bit factors into float32 for this order and not for
+  every other, and would take a transposition that stands beside the matmul into it.
+  """
+  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
 def with_wide_cotangent(contraction: Contraction) -> Matmul:
   """The matmul of a wide operand and another, whose wide cotangent does not round.
 
-  Where a softmax takes it, a rounded cotangent costs more than one that rounds behind: from each
-  its derivative takes a mean, and only the difference is left, with the error of the whole.
+  The derivative of a softmax takes a mean from the cotangent of its weights. If that was rounded
+  before, the small difference has the rounding error of the large cotangent.
   """
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
   return with_derivative(contraction.run, along_wide, contraction.run)

@@ -266,3 +266,26 @@ def test_two_softmaxes_that_one_matmul_reads_are_both_stored_in_16_bits():
   for n in (0, 1):
     loss = lambda fn, n=n: jax.grad(lambda *ab: jnp.sum(fn(*ab) * a), n)(a, b)
     assert_close(loss(cast), loss(mix))
+
+
+@pytest.mark.parametrize("sizes", [(5, 6, 4), (64, 64, 32)], ids=["small", "large"])
+@pytest.mark.parametrize("spec", ["bij,bjk->ki", "bij,bjk->bki", "bij,bjk->kbi"])
+@every_format
+def test_a_compiled_gradient_has_a_kernel_whatever_the_order(spec, sizes, dtype):
+  """XLA must not turn the matmul of a wide cotangent into one that it cannot run on a CPU."""
+  draw = np.random.default_rng(0).standard_normal
+  rows, columns, width = sizes
+  scores, values = (
+    draw(shape).astype(np.float32) for shape in ((3, rows, columns), (3, columns, width))
+  )
+
+  def loss(s, v):
+    return jnp.sum(jnp.sin(jnp.einsum(spec, jax.nn.softmax(jnp.sin(s)), v)))
+
+  policy = f"mixed_{jnp.dtype(dtype).name}"
+  found, want = (
+    jax.jit(jax.grad(fn, (0, 1)))(scores, values)
+    for fn in (mpjax.autocast(loss, policy, argnums=()), loss)
+  )
+  for got, exact in zip(found, want, strict=True):
+    assert_close(got, exact)

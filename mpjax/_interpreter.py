@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +20,9 @@ from mpjax._planner import Planner
 from mpjax._policy_map import PolicyMap
 from mpjax._precision import Rule
 from mpjax._scopes import Path
-from mpjax._segments import Segment
+from mpjax._segments import Segment, Unit
 from mpjax._softmax import Softmax
 from mpjax._values import Key, Values, to_dtype
-
-Unit = Step | Island | Softmax | Segment
 
 
 class Decided(NamedTuple):
@@ -93,7 +90,7 @@ class Interpreter:
     self.planner = planner
     self._stepwise = stepwise
     self._rebuilt: dict[int, Any] = {}
-    self._units: dict[int, list[Unit]] = {}
+    self._units: dict[int, list[Unit | Segment]] = {}
     self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
 
   def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
@@ -103,30 +100,29 @@ class Interpreter:
     values.write(inner.invars, operands)
     values.write(inner.constvars, _versions.constants(plan.jaxpr))
     for unit in self._units_of(plan):
-      if isinstance(unit, Step):
-        with _jaxpr.located(unit.eqn):
-          self.run_step(unit, values)
-      elif isinstance(unit, Island | Softmax):
-        self._run_island(plan, unit, values)
-      else:
-        self._run_segment(plan, unit, values)
+      self._run_unit(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
 
-  def _units_of(self, plan: Plan) -> list[Unit]:
+  def _units_of(self, plan: Plan) -> list[Unit | Segment]:
     """What a plan executes one after the other."""
     if self._stepwise:
       return list(plan.steps)
     if id(plan) not in self._units:
       islands = _islands.find(plan)
-      later = {index for island in islands.values() for index in island.steps} | {*islands}
-      segments = _segments.find(plan, later)
-      inside = {n for s in segments.values() for n in range(s.start + 1, s.stop)}
-      self._units[id(plan)] = [
-        islands.get(n) or segments.get(n) or step
-        for n, step in enumerate(plan.steps)
-        if n not in inside and (n in islands or n not in later)
-      ]
+      taken = {index for island in islands.values() for index in island.steps}
+      rest = {n: step for n, step in enumerate(plan.steps) if n not in taken}
+      self._units[id(plan)] = _segments.joined(plan, dict(sorted({**rest, **islands}.items())))
     return self._units[id(plan)]
+
+  def _run_unit(self, plan: Plan, unit: Unit | Segment, values: Values, scopes: int = 0) -> None:
+    """Run a unit where so many of its equations' scopes are current already."""
+    if isinstance(unit, Step):
+      with _jaxpr.located(unit.eqn, slice(scopes, None)):
+        self.run_step(unit, values)
+    elif isinstance(unit, Segment):
+      self._run_segment(plan, unit, values)
+    else:
+      self._run_island(plan, unit, values, scopes)
 
   def run_step(self, step: Step, values: Values) -> None:
     """Execute one step on the values that the steps before it wrote."""
@@ -136,41 +132,40 @@ class Interpreter:
     values.write(step.eqn.outvars, held)
 
   def _run_segment(self, plan: Plan, segment: Segment, values: Values) -> None:
-    """Run steps that recur: traced as one function that all their recurrences call."""
-    steps = plan.steps[segment.start : segment.stop]
-    with _jaxpr.located(steps[0].eqn):
+    """Run units that recur: traced as one function that all their recurrences call."""
+    with _jaxpr.located(segment.eqn, slice(segment.scopes)):
       operands = [values.get(key) for key in segment.inputs]
     if not any(isinstance(x, Tracer) for x in operands):
-      for step in steps:
-        with _jaxpr.located(step.eqn):
-          self.run_step(step, values)
+      for unit in segment.units:
+        self._run_unit(plan, unit, values)
       return
 
-    compute = self._function(steps, segment.inputs, segment.outputs, _jaxpr.written)
+    compute = self._function(plan, segment.units, segment.inputs, segment.outputs, segment.scopes)
     function = self._functions.setdefault(segment.code, jax.jit(compute, inline=True))
-    with _jaxpr.located(steps[0].eqn):
+    with _jaxpr.located(segment.eqn, slice(segment.scopes)):
       values.fill(segment.outputs, function(*operands))
 
-  def _run_island(self, plan: Plan, island: Island | Softmax, values: Values) -> None:
+  def _run_island(self, plan: Plan, island: Island | Softmax, values: Values, scopes: int) -> None:
     """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
     steps = [plan.steps[index] for index in island.steps]
-    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, steps[-1].eqn.outvars))
-    compute = self._function(steps, inputs, outputs, _jaxpr.located)
-    operands = [values.get(key) for key in inputs]
+    inner = _jaxpr.common_scopes([step.eqn for step in steps])
+    last = steps[-1].eqn
+    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, last.outvars))
+    compute = self._function(plan, steps, inputs, outputs, inner)
     if isinstance(island, Softmax):
       run = _softmax.storing_weights(compute, island)
     else:
-      run = jax.checkpoint(_rounding(compute, island.dtype, steps[-1].eqn))
-    with _jaxpr.written(steps[-1].eqn):  # its steps bring their scopes, perhaps several
-      values.fill(outputs, run(*operands))
+      run = jax.checkpoint(_rounding(compute, island.dtype, last, inner))
+    with _jaxpr.located(last, slice(scopes, inner)):
+      values.fill(outputs, run(*map(values.get, inputs)))
     if isinstance(island, Softmax) and island.matmul is not None:
-      self._run_weighting(plan.steps[island.matmul], outputs[0], values)
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
 
-  def _run_weighting(self, step: Step, weights: Key, values: Values) -> None:
+  def _run_weighting(self, step: Step, weights: Key, values: Values, scopes: int) -> None:
     """Run a matmul so that the cotangent of its weights does not round."""
     eqn = step.eqn
     wide = 0 if eqn.invars[0] is weights.var else 1
-    with _jaxpr.located(eqn):
+    with _jaxpr.located(eqn, slice(scopes, None)):
       other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
       contraction = Contraction.of(step.params, wide, other.dtype)
       weigh = with_wide_cotangent(contraction)
@@ -178,19 +173,19 @@ class Interpreter:
 
   def _function(
     self,
-    steps: Sequence[Step],
+    plan: Plan,
+    units: Sequence[Unit],
     inputs: Sequence[Key],
     outputs: Sequence[Key],
-    around: Callable[[JaxprEqn], AbstractContextManager[None]],
+    scopes: int,
   ) -> Callable[..., list[Any]]:
-    """Some steps as a function from what they read to what others read of them."""
+    """Some units as a function from what they read to what others read of them."""
 
     def compute(*operands: Any) -> list[Any]:
       inside = Values(self.planner.adapting.saturated)
       inside.fill(inputs, operands)
-      for step in steps:
-        with around(step.eqn):
-          self.run_step(step, inside)
+      for unit in units:
+        self._run_unit(plan, unit, inside, scopes)
       return [inside.get(key) for key in outputs]
 
     return compute
@@ -208,7 +203,10 @@ class Interpreter:
 
 
 def _rounding(
-  compute: Callable[..., list[Any]], dtype: np.dtype | None, last: JaxprEqn
+  compute: Callable[..., list[Any]],
+  dtype: np.dtype | None,
+  last: JaxprEqn,
+  scopes: int,
 ) -> Callable[..., list[Any]]:
   """A function whose one result is cast to a format, if there is one, in its last step's scope.
 
@@ -218,7 +216,7 @@ def _rounding(
 
   def run(*operands: Any) -> list[Any]:
     (result,) = compute(*operands)
-    with _jaxpr.located(last):
+    with _jaxpr.located(last, slice(scopes, None)):
       return [result if dtype is None else to_dtype(result, dtype)]
 
   return run

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import jax
@@ -48,19 +49,24 @@ _DTYPE_PARAMS = frozenset({"preferred_element_type", "out_dtype", "new_dtype", "
 
 
 @contextmanager
-def located(eqn: JaxprEqn) -> Iterator[None]:
-  """Run under the source line, the name stack and the settings that an equation was traced with."""
+def located(eqn: JaxprEqn, scopes: slice = slice(None)) -> Iterator[None]:
+  """Run under the source line, the name stack and the settings that an equation was traced with.
+
+  Args:
+    eqn: The equation.
+    scopes: Which part of its name stack is added to what is current.
+  """
   info = eqn.source_info
-  names = source_info_util.current_name_stack() + info.name_stack
+  names = source_info_util.current_name_stack() + info.name_stack[scopes]
   with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
     yield
 
 
-@contextmanager
-def written(eqn: JaxprEqn) -> Iterator[None]:
-  """As `located`, in whatever scope is current."""
-  with source_info_util.user_context(eqn.source_info.traceback), eqn.ctx.manager:
-    yield
+def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
+  """How many scopes lie around all of the equations, from the outermost in."""
+  stacks = [eqn.source_info.name_stack.stack for eqn in eqns]
+  column = takewhile(lambda scopes: len({*scopes}) == 1, zip(*stacks, strict=False))
+  return len([*column])
 
 
 def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:

@@ -1,7 +1,7 @@
-"""Runs of equations that recur in a plan, as those of a model's equal layers do.
+"""Runs of equations, and islands, that recur in a plan, as those of a model's equal layers do.
 
 Differentiating an equation costs JAX far more than planning it. What a jitted function computes
-JAX differentiates once, however often it is called, so a run that recurs is executed as one
+JAX differentiates once, however often it is called, so what recurs is executed as one
 jitted function. It is inlined where it is called: into the jaxpr by JAX 0.10, into the lowered
 module by later ones.
 """
@@ -9,14 +9,17 @@ module by later ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._jaxpr import Literal
+from mpjax import _jaxpr
+from mpjax._islands import Island
+from mpjax._jaxpr import JaxprEqn, Literal
 from mpjax._plan import Plan, Read, Readers, Step, readers_of
 from mpjax._precision import Rule
+from mpjax._softmax import Softmax
 from mpjax._values import Key, nearest, shared
 
 OFTEN = 4
@@ -36,52 +39,68 @@ _SIMPLE = frozenset(
 )
 _CALLS = frozenset({"jit", "pjit"})
 
+Unit = Step | Island | Softmax
+"""What is executed at once: a step, or several that store less for the backward pass together."""
+
 
 class Segment(NamedTuple):
-  """A run of steps, from one index up to another."""
+  """Units that run as one function."""
 
-  start: int
-  stop: int
+  units: tuple[Unit, ...]
+  eqn: JaxprEqn
+  """The first equation."""
+  scopes: int
+  """How many scopes lie around all of the equations: those of the call."""
   inputs: tuple[Key, ...]
-  """What the steps read that none of them computes."""
+  """What the units read that none of them computes."""
   outputs: tuple[Key, ...]
   """What others read of their results."""
   code: Hashable
   """Equal for runs that compute the same from their inputs."""
 
 
-def find(plan: Plan, apart: Collection[int]) -> Mapping[int, Segment]:
-  """The runs of a plan that recur often, by the index of their first step.
+def joined(plan: Plan, units: Mapping[int, Unit]) -> list[Unit | Segment]:
+  """What a plan executes, those runs of units that recur often as segments.
 
   Args:
     plan: The plan.
-    apart: The indices of steps that are in no run.
+    units: What it executes one after the other, by the index of the step for which it is run.
   """
-  runs = [run for run in _runs(plan.steps, apart) if len(run) > 1]
-  if len(runs) < OFTEN:
-    return {}
-  readers = readers_of(plan)
-  segments = [_segment(plan.steps, run, readers) for run in runs]
-  count = Counter(segment.code for segment in segments)
-  return {segment.start: segment for segment in segments if count[segment.code] >= OFTEN}
+  runs = _runs(units)
+  worthy = [run for run in runs if len(run) > 1 or not isinstance(units[run[0]], Step)]
+  segments: dict[int, Segment] = {}
+  if len(worthy) >= OFTEN:
+    readers = readers_of(plan)
+    segments = {run[0]: _segment(plan, {n: units[n] for n in run}, readers) for run in worthy}
+  count = Counter(segment.code for segment in segments.values())
+  found: list[Unit | Segment] = []
+  for run in runs:
+    segment = segments.get(run[0])
+    if segment is not None and count[segment.code] >= OFTEN:
+      found.append(segment)
+    else:
+      found += (units[n] for n in run)
+  return found
 
 
-def _runs(steps: tuple[Step, ...], apart: Collection[int]) -> list[range]:
-  """The longest runs of simple steps in one module and one context."""
-  runs, start = [], 0
-  for stop in range(1, len(steps) + 1):
-    ended = stop == len(steps) or stop in apart or not _continues(steps[stop - 1], steps[stop])
-    if not ended:
-      continue
-    if _is_simple(steps[start]) and start not in apart:
-      runs.append(range(start, stop))
-    start = stop
+def _runs(units: Mapping[int, Unit]) -> list[list[int]]:
+  """The units by index: the longest runs of simple steps in one module and one context together."""
+  runs: list[list[int]] = []
+  before = None
+  for index, unit in units.items():
+    if _continues(before, unit):
+      runs[-1].append(index)
+    else:
+      runs.append([index])
+    before = unit
   return runs
 
 
-def _continues(before: Step, step: Step) -> bool:
-  same = before.eqn.source_info.name_stack == step.eqn.source_info.name_stack
-  return same and before.eqn.ctx == step.eqn.ctx and _is_simple(before) and _is_simple(step)
+def _continues(before: Unit | None, unit: Unit) -> bool:
+  if not (isinstance(before, Step) and isinstance(unit, Step)):
+    return False
+  same = before.eqn.source_info.name_stack == unit.eqn.source_info.name_stack
+  return same and before.eqn.ctx == unit.eqn.ctx and _is_simple(before) and _is_simple(unit)
 
 
 def _is_simple(step: Step) -> bool:
@@ -89,36 +108,64 @@ def _is_simple(step: Step) -> bool:
   return not step.eqn.effects and (called or step.rule in _SIMPLE)
 
 
-def _segment(steps: tuple[Step, ...], run: range, readers: Readers) -> Segment:
-  made = {var: n for n, var in enumerate(v for i in run for v in steps[i].eqn.outvars)}
+def _segment(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Segment:
+  indices = [i for index, unit in units.items() for i in _steps_of(index, unit)]
+  steps = [plan.steps[i] for i in indices]
+  eqns = [step.eqn for step in steps]
+  made = {var: n for n, var in enumerate(v for eqn in eqns for v in eqn.outvars)}
+  scopes = _jaxpr.common_scopes(eqns)
+  inside_of_islands = {i for u in units.values() if not isinstance(u, Step) for i in u.steps}
   inputs: dict[Key, int] = {}
 
-  def operand(atom: Any, read: Read) -> Hashable:
+  def operand(index: int, atom: Any, read: Read) -> Hashable:
     if isinstance(atom, Literal):
       return atom.aval, np.asarray(atom.val).tobytes(), read
     if atom in made:
       return made[atom], read
-    return "input", inputs.setdefault(shared(atom, read), len(inputs)), read.to
+    key = Key(atom) if index in inside_of_islands else shared(atom, read)  # islands cast inside
+    return "input", inputs.setdefault(key, len(inputs)), read
 
   code = [
-    (_code(step), tuple(map(operand, step.eqn.invars, step.reads)))
-    for step in (steps[i] for i in run)
+    (
+      _code(step, scopes),
+      *(operand(i, *pair) for pair in zip(step.eqn.invars, step.reads, strict=True)),
+    )
+    for i, step in zip(indices, steps, strict=True)
   ]
-  read = [(shared(var, r), n in run) for var in made for n, r in readers.get(var, ())]
+  read = [(shared(var, r), n in indices) for var in made for n, r in readers.get(var, ())]
   inside = {key for key, is_inside in read if is_inside}
   outside = [key for key, is_inside in read if not is_inside]
   handed = [near for key in outside for near in (Key(key.var), nearest(key, inside))]
   outputs = tuple(dict.fromkeys(handed))
   exits = tuple((made[key.var], key.via, key.wide) for key in outputs)
-  return Segment(run.start, run.stop, tuple(inputs), outputs, _hashable((tuple(code), exits)))
+  kinds = tuple(map(_kind, units.values()))
+  whole = _hashable((kinds, tuple(code), exits))
+  return Segment(tuple(units.values()), eqns[0], scopes, tuple(inputs), outputs, whole)
 
 
-def _code(step: Step) -> tuple[Any, ...]:
+def _steps_of(index: int, unit: Unit) -> tuple[int, ...]:
+  """The indices of a unit's steps."""
+  if isinstance(unit, Step):
+    return (index,)
+  return unit.steps if index in unit.steps else (*unit.steps, index)
+
+
+def _kind(unit: Unit) -> Hashable:
+  """How a unit runs its steps."""
+  if isinstance(unit, Step):
+    return Step
+  if isinstance(unit, Island):
+    return Island, len(unit.steps), unit.dtype
+  return Softmax, len(unit.steps), unit.axes, unit.dtype, unit.held, unit.matmul is None
+
+
+def _code(step: Step, scopes: int) -> tuple[Any, ...]:
   """What a step does, but for its operands; where it was written is part of it."""
-  eqn = step.eqn
+  eqn, info = step.eqn, step.eqn.source_info
   params = tuple(sorted(step.params.items()))
-  written = eqn.source_info.traceback
-  return eqn.primitive, params, step.rule, step.outs, tuple(map(id, step.bodies)), written, eqn.ctx
+  bodies = tuple(map(id, step.bodies))
+  written = info.traceback, info.name_stack[scopes:], eqn.ctx
+  return eqn.primitive, params, step.rule, step.outs, bodies, written
 
 
 def _hashable(code: Hashable) -> Hashable:

@@ -64,16 +64,17 @@ def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monke
 
 def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
   found, jitted = [], []
-  find, jit = _segments.find, jax.jit
+  joined, jit = _segments.joined, jax.jit
 
-  def counting_find(plan, apart):
-    found.extend((segments := find(plan, apart)).values())
-    return segments
+  def counting_joined(plan, units):
+    parts = joined(plan, units)
+    found.extend(part for part in parts if isinstance(part, _segments.Segment))
+    return parts
 
   def counting_jit(fn, **options):
     return jit(lambda *xs: [jitted.append(fn), fn(*xs)][1], **options)
 
-  monkeypatch.setattr(_segments, "find", counting_find)
+  monkeypatch.setattr(_segments, "joined", counting_joined)
   monkeypatch.setattr(jax, "jit", counting_jit)
   jax.make_jaxpr(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
   codes = {segment.code for segment in found}

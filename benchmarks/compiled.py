@@ -2,8 +2,8 @@
 
     python -m benchmarks.compiled --target h100 --workload gpt-small
 
-The figures are the compiler's own (`memory_analysis()`, `cost_analysis()`, the program's text),
-exact and the same every time. Rows are added to results/compiled.json, one for each target,
+The figures are the compiler's own (`memory_analysis()`, the program's text), exact and the same
+every time. Rows are added to results/compiled.json, one for each target,
 workload, policy and peer, and results/compiled.md is written anew from all of them.
 """
 
@@ -70,14 +70,14 @@ def compiler(target: str) -> str:
 
 
 def figures(compiled: Any) -> report.Row:
-  """What a compiler says of its program; bytes that it does not state are read off the text."""
-  memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+  """What a compiler says of its program, and what stands in the program's text."""
+  memory = compiled.memory_analysis()
   text = compiled.as_text()
   return {
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "converts": len(re.findall(r" convert\(", text)),
-    "bytes_moved": int(costs["bytes accessed"]) if costs else hlo.moved(text),
+    "bytes_moved": hlo.moved(text),
   }
 
 

@@ -91,6 +91,21 @@ def test_a_conditional_counts_as_its_costliest_branch():
   assert square_and_product <= hlo.moved(text) <= square_and_product + copied_in_and_out
 
 
+def test_what_a_core_reads_in_its_fast_memory_does_not_move():
+  fetched = """ENTRY %main () -> f32[8] {
+  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
+  %y = f32[8]{0:T(1024)} parameter(1)
+  %copy-start = (f32[8]{0:T(1024)S(1)}, f32[8]{0:T(1024)}, u32[]{:S(2)}) copy-start(%y)
+  %copy-done = f32[8]{0:T(1024)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]) slice-start(%x)
+  %slice-done = f32[2,4]{1,0:T(8,128)S(1)} slice-done(%slice-start)
+  ROOT %fusion = f32[8]{0:T(1024)} fusion(%copy-done, %slice-done), kind=kLoop
+}
+"""
+  y, part_of_x, result = 8 * 4, 2 * 4 * 4, 8 * 4
+  assert hlo.moved(fetched) == y + part_of_x + result
+
+
 def test_a_poisoned_batch_makes_a_loss_that_is_not_finite():
   workload = workloads.PROBES["embedding"]
   inputs, labels = workloads.batch_of(workload)

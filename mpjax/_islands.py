@@ -18,11 +18,9 @@ import numpy as np
 from mpjax import _softmax
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
-from mpjax._plan import Plan, Readers, Step, readers_of, shared_format
-from mpjax._precision import ARITHMETIC, TRANSCENDENTAL, Kind
+from mpjax._plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
+from mpjax._precision import TRANSCENDENTAL, Kind
 from mpjax._softmax import Softmax
-
-_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
 
 
 class Island(NamedTuple):
@@ -71,14 +69,7 @@ def _is_wide_elementwise(step: Step) -> bool:
     return False
   if step.eqn.effects:
     return False
-  return _is_elementwise(step)
-
-
-def _is_elementwise(step: Step) -> bool:
-  name = step.eqn.primitive.name
-  if name in _FUNCTIONS and step.bodies:
-    return all(_is_elementwise(inner) for inner in step.bodies[0].steps)
-  return name in ARITHMETIC or name in TRANSCENDENTAL
+  return is_elementwise(step)
 
 
 def _is_read_narrow(readers: Readers, step: Step) -> bool:

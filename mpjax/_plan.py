@@ -10,7 +10,7 @@ import numpy as np
 from mpjax import _versions
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
-from mpjax._precision import DATA, Form, Kind, Rule
+from mpjax._precision import ARITHMETIC, DATA, TRANSCENDENTAL, Form, Kind, Rule
 from mpjax._scopes import Path
 
 Forms = tuple[Form | None, ...]
@@ -59,6 +59,17 @@ class Plan:
   steps: tuple[Step, ...]
   out_reads: tuple[Read, ...]
   out_forms: Forms
+
+
+_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+
+
+def is_elementwise(step: Step) -> bool:
+  """Whether a step computes element by element, be it that it calls a function that does."""
+  name = step.eqn.primitive.name
+  if name in _FUNCTIONS and step.bodies:
+    return all(is_elementwise(inner) for inner in step.bodies[0].steps)
+  return name in ARITHMETIC or name in TRANSCENDENTAL
 
 
 Readers = dict[Var, list[tuple[int, Read]]]

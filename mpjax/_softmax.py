@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
-from mpjax._plan import Readers, Step, shared_format
+from mpjax._plan import Readers, Step, is_elementwise, shared_format
 from mpjax._precision import Form, Kind, Rule
 from mpjax._values import to_dtype
 
@@ -36,7 +36,8 @@ class Softmax(NamedTuple):
     dtype: The 16-bit format in which the result is read.
     held: The dtype in which it leaves: float32 where its cotangent is to come in that, be it that
       those of several readers add up, or that a matmul hands out one that did not round.
-    matmul: The index of that matmul, which alone reads a softmax of float32 scores, or None.
+    matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
+      None.
   """
 
   steps: tuple[int, ...]
@@ -85,13 +86,30 @@ def match(
   )
   if not fits:
     return None
-  matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
+  exact = _is_data(steps[shifted].operands[0]) and not _was_narrow(x, steps, makers)
+  matmul = _matmul_behind(steps, readers, last) if exact else None
   held = None if matmul is not None else shared_format(readers, steps[last])
   return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul)
 
 
 def _is_data(form: Form | None) -> bool:
   return form is not None and form.kind is Kind.DATA
+
+
+def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> bool:
+  """Whether a float32 value is a 16-bit one, scaled, masked or biased by numbers beyond 16 bits."""
+  line = [var]
+  for var in line:  # it grows
+    step = steps[makers[var]] if var in makers else None
+    if step is None or not is_elementwise(step):
+      continue
+    for atom, form in zip(step.eqn.invars, step.operands, strict=True):
+      if form is None or isinstance(atom, Literal) or _shape(atom) != _shape(var):
+        continue
+      if form.kind is Kind.NARROW:
+        return True
+      line += [atom] if atom not in line else []
+  return False
 
 
 def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | None:

@@ -145,6 +145,28 @@ def test_the_weights_of_float32_scores_get_their_cotangent_in_float32(mapped, dt
   assert [aval.size for aval in wide] == [weights, weights]  # the scores, and the cotangent
 
 
+def masked(scores):
+  return jnp.where(np.tri(16, dtype=bool), scores, -1e30)
+
+
+def softcapped(scores):
+  return jnp.tanh(scores / 5) * 5
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("made", [masked, softcapped])
+def test_scores_that_were_rounded_leave_the_cotangent_of_their_weights_in_16_bits(made, policy):
+  def fn(w, x):
+    q = x @ w
+    return (jax.nn.softmax(made(q @ q.T)) @ q).sum()
+
+  gradient = jax.grad(mpjax.autocast(fn, policy))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((16, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert len(dots) > 3
+  assert all(v.aval.dtype.itemsize == 2 for e in dots for v in e.outvars)
+
+
 def test_it_runs_in_a_shard_map():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   cast = mpjax.autocast(attention, "mixed_bfloat16")

@@ -115,7 +115,7 @@ class Interpreter:
     return self._units[id(plan)]
 
   def _run_unit(self, plan: Plan, unit: Unit | Segment, values: Values, scopes: int = 0) -> None:
-    """Run a unit where so many of its equations' scopes are current already."""
+    """Run a unit; so many scopes of its equations, from the outermost in, are current already."""
     if isinstance(unit, Step):
       with _jaxpr.located(unit.eqn, slice(scopes, None)):
         self.run_step(unit, values)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax import _softmax
+from mpjax import _jaxpr, _softmax
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import Literal, Var
 from mpjax._plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
@@ -116,10 +116,10 @@ def _pays(steps: Any, island: Island) -> bool:
   No operand of its size may be float32, for it would be stored instead.
   """
   members = [steps[n] for n in island.steps]
-  size = _size(members[-1].eqn.outvars[0])
-  if not any(_is_costly(step) and _size(step.eqn.outvars[0]) == size for step in members):
+  size = _jaxpr.size(members[-1].eqn.outvars[0])
+  if not any(_is_costly(step) and _jaxpr.size(step.eqn.outvars[0]) == size for step in members):
     return False
-  kinds = {a: f.kind for a, f in _operands(members) if f is not None and _size(a) >= size}
+  kinds = {a: f.kind for a, f in _operands(members) if f is not None and _jaxpr.size(a) >= size}
   large = [kinds[a] for a in island.inputs if a in kinds]
   return Kind.NARROW in large and Kind.DATA not in large
 
@@ -134,7 +134,3 @@ def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:
     for atom, form in zip(step.eqn.invars, step.operands, strict=True):
       if not isinstance(atom, Literal):
         yield atom, form
-
-
-def _size(atom: Any) -> int:
-  return int(np.prod(atom.aval.shape, dtype=int))

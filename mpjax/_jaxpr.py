@@ -24,6 +24,11 @@ def is_float32(atom: Any) -> bool:
   return getattr(atom.aval, "dtype", None) == _FLOAT32
 
 
+def size(atom: Any) -> int:
+  """How many numbers a variable or literal of a jaxpr holds."""
+  return atom.aval.size
+
+
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:
   """An abstract value with another dtype; its shape, sharding and varying axes are kept."""
   return aval if aval.dtype == dtype else aval.update(dtype=dtype)
@@ -63,10 +68,16 @@ def located(eqn: JaxprEqn, scopes: slice = slice(None)) -> Iterator[None]:
 
 
 def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
-  """How many scopes lie around all of the equations, from the outermost in."""
-  stacks = [eqn.source_info.name_stack.stack for eqn in eqns]
-  column = takewhile(lambda scopes: len({*scopes}) == 1, zip(*stacks, strict=False))
-  return len([*column])
+  """How many scopes lie around all of the equations, from the outermost in.
+
+  None of them is a transformation whose name wraps the next: ``vmap(attend)`` stays whole.
+  """
+  stacks = [eqn.source_info.name_stack for eqn in eqns]
+  columns = zip(*(stack.stack for stack in stacks), strict=False)
+  depth = len([*takewhile(lambda column: len({*column}) == 1, columns)])
+  while depth and str(stacks[0][depth - 1 : depth]).endswith("()"):
+    depth -= 1
+  return depth
 
 
 def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:

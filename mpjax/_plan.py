@@ -61,17 +61,6 @@ class Plan:
   out_forms: Forms
 
 
-_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
-
-
-def is_elementwise(step: Step) -> bool:
-  """Whether a step computes element by element, be it that it calls a function that does."""
-  name = step.eqn.primitive.name
-  if name in _FUNCTIONS and step.bodies:
-    return all(is_elementwise(inner) for inner in step.bodies[0].steps)
-  return name in ARITHMETIC or name in TRANSCENDENTAL
-
-
 Readers = dict[Var, list[tuple[int, Read]]]
 
 
@@ -105,3 +94,14 @@ def widened(body: Plan) -> Forms:
     DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(_versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
   )
+
+
+_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+
+
+def is_elementwise(step: Step) -> bool:
+  """Whether a step computes element by element, itself or in the function that it calls."""
+  name = step.eqn.primitive.name
+  if name in _FUNCTIONS and step.bodies:
+    return all(is_elementwise(inner) for inner in step.bodies[0].steps)
+  return name in ARITHMETIC or name in TRANSCENDENTAL

@@ -84,7 +84,7 @@ def joined(plan: Plan, units: Mapping[int, Unit]) -> list[Unit | Segment]:
 
 
 def _runs(units: Mapping[int, Unit]) -> list[list[int]]:
-  """The units by index: the longest runs of simple steps in one module and one context together."""
+  """Lists of indices, one for each longest run of simple steps in one module and one context."""
   runs: list[list[int]] = []
   before = None
   for index, unit in units.items():

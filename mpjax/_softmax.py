@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
+from mpjax import _jaxpr
 from mpjax._dtypes import FLOAT32
 from mpjax._jaxpr import JaxprEqn, Literal, Var
 from mpjax._plan import Readers, Step, is_elementwise, shared_format
@@ -24,6 +25,7 @@ from mpjax._precision import Form, Kind, Rule
 from mpjax._values import to_dtype
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
+_MOVES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
 
 
 class Softmax(NamedTuple):
@@ -86,8 +88,9 @@ def match(
   )
   if not fits:
     return None
-  exact = _is_data(steps[shifted].operands[0]) and not _was_narrow(x, steps, makers)
-  matmul = _matmul_behind(steps, readers, last) if exact else None
+  matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
+  if matmul is not None and _was_narrow(x, steps, makers):
+    matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
   return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul)
 
@@ -97,19 +100,34 @@ def _is_data(form: Form | None) -> bool:
 
 
 def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> bool:
-  """Whether a float32 value is a 16-bit one, scaled, masked or biased by numbers beyond 16 bits."""
-  line = [var]
-  for var in line:  # it grows
-    step = steps[makers[var]] if var in makers else None
-    if step is None or not is_elementwise(step):
+  """Whether a float32 value is a 16-bit one, scaled, masked or biased by numbers beyond 16 bits.
+
+  It is not where the result of a matmul in float32 has a part in it.
+  """
+  found, queue, seen = False, [var], {var}
+  while queue:
+    made = makers.get(queue.pop())
+    if made is None:
+      continue
+    step = steps[made]
+    if step.eqn.primitive.name == "dot_general":
+      return False
+    if not (is_elementwise(step) or step.eqn.primitive.name in _MOVES):
       continue
     for atom, form in zip(step.eqn.invars, step.operands, strict=True):
-      if form is None or isinstance(atom, Literal) or _shape(atom) != _shape(var):
+      if (
+        form is None
+        or isinstance(atom, Literal)
+        or atom in seen
+        or _jaxpr.size(atom) != _jaxpr.size(var)
+      ):
         continue
+      seen.add(atom)
       if form.kind is Kind.NARROW:
-        return True
-      line += [atom] if atom not in line else []
-  return False
+        found = True
+      else:
+        queue.append(atom)
+  return found
 
 
 def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | None:

@@ -153,8 +153,12 @@ def softcapped(scores):
   return jnp.tanh(scores / 5) * 5
 
 
+def turned(scores):
+  return masked(scores).T
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("made", [masked, softcapped])
+@pytest.mark.parametrize("made", [masked, softcapped, turned])
 def test_scores_that_were_rounded_leave_the_cotangent_of_their_weights_in_16_bits(made, policy):
   def fn(w, x):
     q = x @ w
@@ -165,6 +169,19 @@ def test_scores_that_were_rounded_leave_the_cotangent_of_their_weights_in_16_bit
   dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
   assert len(dots) > 3
   assert all(v.aval.dtype.itemsize == 2 for e in dots for v in e.outvars)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_bias_of_16_bits_leaves_scores_that_were_not_rounded_as_exact(policy):
+  def fn(w, x):
+    q = (x @ w).reshape(2, 16, 2, 4)
+    bias = (x @ w).reshape(1, 1, 16, 16)
+    return jax.nn.dot_product_attention(q, q, q, bias=jnp.tile(bias, (2, 2, 1, 1))).sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(mpjax.autocast(fn, policy)))(jnp.eye(8), jnp.ones((32, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  wide = [v.aval.size for e in dots for v in e.outvars if v.aval.dtype == jnp.float32]
+  assert wide == [2 * 2 * 16 * 16] * 2  # the scores, and the cotangent of their weights
 
 
 def test_it_runs_in_a_shard_map():

@@ -11,6 +11,9 @@ import pytest
 import mpjax
 from _jaxprs import sub_jaxprs
 from mpjax import _segments
+from mpjax._islands import Island
+from mpjax._plan import Step
+from mpjax._softmax import Softmax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -21,6 +24,8 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x):
     x = x + nn.Dense(8)(nn.gelu(nn.Dense(8)(nn.LayerNorm()(x))))
+    q, k, v = (nn.Dense(8, name=name)(x).reshape(1, 3, 2, 4) for name in "qkv")
+    x = x + jax.nn.dot_product_attention(q, k, v).reshape(3, 8)
     return x * jax.nn.softmax(nn.Dense(8)(x)) + jnp.where(x > 0, x, 0.1)
 
 
@@ -76,8 +81,9 @@ def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
 
   monkeypatch.setattr(_segments, "joined", counting_joined)
   monkeypatch.setattr(jax, "jit", counting_jit)
-  jax.make_jaxpr(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
+  jax.make_jaxpr(jax.grad(mpjax.autocast(loss, "mixed_float16")))(*operands)
   codes = {segment.code for segment in found}
+  assert {type(unit) for segment in found for unit in segment.units} == {Step, Island, Softmax}
   assert len(found) >= LAYERS * len(codes) > 0
   assert len(jitted) == len(codes)
 

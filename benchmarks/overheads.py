@@ -165,7 +165,7 @@ def main() -> None:
   """Measures each depth; adds the tables to the results."""
   parser = argparse.ArgumentParser(description="What mixed precision costs beside computing.")
   parser.add_argument("--measure", nargs="+", choices=MEASURES, default=list(MEASURES))
-  parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
+  parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 24])
   parser.add_argument("--policy", default="mixed_float16")
   parser.add_argument("--peers", nargs="+", help="beside float32; all that are installed otherwise")
   parser.add_argument("--repetitions", type=int, default=5)

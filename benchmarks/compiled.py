@@ -2,8 +2,8 @@
 
     python -m benchmarks.compiled --target h100 --workload gpt-small
 
-The figures are the compiler's own (`memory_analysis()`, the program's text), exact and the same
-every time. Rows are added to results/compiled.json, one for each target,
+The figures are the compiler's own (`memory_analysis()`, `cost_analysis()`, the program's text),
+exact and the same every time. Rows are added to results/compiled.json, one for each target,
 workload, policy and peer, and results/compiled.md is written anew from all of them.
 """
 
@@ -29,6 +29,7 @@ COLUMNS = {
   "gflops": "matmul GFLOP",
   "gbytes": "GB moved",
   "bytes_ratio": "to by hand",
+  "device_gbytes": "of device memory",
   "low_share": "matmuls in 16 bits",
 }
 COMPILER = {"cpu": "jaxlib", "cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
@@ -71,13 +72,14 @@ def compiler(target: str) -> str:
 
 def figures(compiled: Any) -> report.Row:
   """What a compiler says of its program, and what stands in the program's text."""
-  memory = compiled.memory_analysis()
+  memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
   text = compiled.as_text()
   return {
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "converts": len(re.findall(r" convert\(", text)),
-    "bytes_moved": hlo.moved(text),
+    "bytes_moved": int(costs["bytes accessed"]) if costs else hlo.moved(text),
+    "device_bytes": hlo.moved(text),
   }
 
 
@@ -93,6 +95,7 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
   def ratio(key: str) -> str | None:
     return f"{row[key] / hand[key]:.3f}" if hand else None
 
+  device = row.get("device_bytes")  # results of before it was read off have none
   return {
     "peer": row["peer"],
     "temp_mib": f"{row['temp_bytes'] / MIB:.0f}",
@@ -102,6 +105,7 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
     "gflops": f"{row['flops'] / 1e9:.0f}",
     "gbytes": f"{row['bytes_moved'] / 1e9:.2f}",
     "bytes_ratio": ratio("bytes_moved"),
+    "device_gbytes": f"{device / 1e9:.2f}" if device else None,
     "low_share": f"{row['low_share']:.1%}",
   }
 

@@ -140,7 +140,7 @@ def _summarized() -> list[str]:
   """The peers of the summary: one way of using each tool."""
   from benchmarks import peers
 
-  twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.STATISTICS}
+  twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.SCALED, peers.STATISTICS}
   return [name for name in peers.PEERS if name not in twice]
 
 

@@ -303,6 +303,10 @@ def _mpjax(loss: Any, model: Model, policy: str, tx: Any, scaling: Scaling) -> T
   """The loop of mpjax's README."""
   if not scales(policy):
     return unscaled(loss, model, tx)
+  return _mpjax_scaled(loss, model, tx, scaling)
+
+
+def _mpjax_scaled(loss: Any, model: Model, tx: Any, scaling: Scaling) -> Training:
   tx = mpjax.dynamic_loss_scaling(tx, init_scale=scaling.start, growth_interval=scaling.interval)
 
   def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
@@ -321,6 +325,12 @@ def mpjax_inside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> 
   """The plain model, the whole loss under `mpjax.autocast`."""
   model = linen(workload)
   return _mpjax(mpjax.autocast(loss_of(workload, model), policy), model, policy, tx, scaling)
+
+
+def mpjax_scaled(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`mpjax_inside`, the loss scaled in bfloat16 too, as mpx does."""
+  model = linen(workload)
+  return _mpjax_scaled(mpjax.autocast(loss_of(workload, model), policy), model, tx, scaling)
 
 
 def mpjax_outside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -358,6 +368,7 @@ BY_HAND = "Flax `dtype=` by hand"
 WIDE_SOFTMAX = "by hand, float32 softmax"
 INSIDE = "mpjax, loss inside"
 OUTSIDE = "mpjax, loss outside"
+SCALED = "mpjax, loss scaled"
 STATISTICS = "mpjax, statistics collected"
 HAIKU = "Haiku policy"
 HAIKU_FLOAT32 = "Haiku, float32"
@@ -374,6 +385,7 @@ ALL = (
   Peer(HAIKU, haiku_policy, ("haiku", "jmp")),
   Peer(INSIDE, mpjax_inside),
   Peer(OUTSIDE, mpjax_outside),
+  Peer(SCALED, mpjax_scaled, policies=("mixed_bfloat16",), models=("VisionTransformer",)),
   Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
 )
 PEERS = {peer.name: peer for peer in ALL}

@@ -1,8 +1,8 @@
 """Bytes that a compiled program moves to and from a device's memory, read off its text.
 
 XLA's own figure, `cost_analysis()`, counts a copy into the fast memory of a TPU's core and what is
-read there like any other: of two programs that read the same, the one that fetches more of it ahead
-of time seems to move more. GPUs' programs have no such figure, and it counts a loop once.
+read there like any other, so that of two programs that read the same, the one that fetches more of
+it ahead of time seems to move more; and it counts a loop once. GPUs' programs have no such figure.
 """
 
 import math

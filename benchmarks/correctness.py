@@ -28,9 +28,10 @@ from flax.training.dynamic_scale import DynamicScale  # noqa: E402
 import mpjax  # noqa: E402
 from benchmarks import flops, peers, report, workloads  # noqa: E402
 
+BATCHES = 16
 CHECKS = {
   "low_share": "share of matmul FLOPs in 16 bits",
-  "gradient": "gradient, relative error to float32",
+  "gradient": f"gradient, relative error to float32 over {BATCHES} batches",
   "statistics": "running statistics after 300 steps, relative error to float32",
   "growth": "gradient around a growth of the scale, to the one before",
   "storm": "300 steps of NaN, then a good one",
@@ -172,15 +173,23 @@ def low_share(peer: peers.Peer, workload: workloads.Workload, policy: str) -> Ou
   return Outcome(f"{share:.1%}", share == 1)
 
 
-def gradient(run: Run, plain: Run, hand: Run, plain_hand: Run) -> Outcome:
-  """One gradient to that in float32: its error at most 1.25 times that of `dtype=` by hand."""
-  error = _error(grads_of(_step(run)), grads_of(_step(plain)))
-  allowed = 1.25 * _error(grads_of(_step(hand)), grads_of(_step(plain_hand)))
+def gradient(
+  run: Run, plain: Run, hand: Run, plain_hand: Run, workload: workloads.Workload
+) -> Outcome:
+  """Gradients to those in float32: their error at most 1.25 times that of `dtype=` by hand."""
+  error = _gradient_error(run, plain, workload)
+  allowed = 1.25 * _gradient_error(hand, plain_hand, workload)
   return Outcome(f"{error:.2g}", error <= allowed)
 
 
-def _step(run: Run) -> peers.State:
-  return run.step(run.start, *run.good)[0]
+def _gradient_error(run: Run, plain: Run, workload: workloads.Workload) -> float:
+  """The root of the mean square over some batches."""
+  errors = []
+  for seed in range(BATCHES):
+    batch = workloads.batch_of(workload, seed)
+    got, wanted = (grads_of(one.step(one.start, *batch)[0]) for one in (run, plain))
+    errors.append(_error(got, wanted))
+  return float(np.sqrt(np.mean(np.square(errors))))
 
 
 def statistics(run: Run, plain: Run) -> Outcome:
@@ -286,7 +295,7 @@ def rows_of(peer: peers.Peer, workload: workloads.Workload, full: Any) -> Iterat
   plain_hand = run_of(peers.PEERS[peers.FLOAT32], workload, policy)
   checks: dict[str, Callable[[], Outcome]] = {
     "low_share": partial(low_share, peer, full, policy),
-    "gradient": partial(gradient, run, plain, hand, plain_hand),
+    "gradient": partial(gradient, run, plain, hand, plain_hand, workload),
   }
   if jax.tree.leaves(run.start.model_state):
     checks["statistics"] = partial(statistics, run, plain)

@@ -74,12 +74,13 @@ def figures(compiled: Any) -> report.Row:
   """What a compiler says of its program, and what stands in the program's text."""
   memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
   text = compiled.as_text()
+  device_bytes = hlo.moved(text)
   return {
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "converts": len(re.findall(r" convert\(", text)),
-    "bytes_moved": int(costs["bytes accessed"]) if costs else hlo.moved(text),
-    "device_bytes": hlo.moved(text),
+    "bytes_moved": int(costs["bytes accessed"]) if costs else device_bytes,
+    "device_bytes": device_bytes,
   }
 
 

@@ -94,8 +94,9 @@ def _copied(shape: str) -> int:
 
 def _sliced(shape: str) -> int:
   """Bytes of a slice that is being copied; its result is the source, the slice and a number."""
-  source, slice_, *_ = _sizes(shape)
-  return (_sizes(shape, everywhere=True)[1] if source else 0) + slice_
+  source, written, _ = _sizes(shape)
+  read = _sizes(shape, everywhere=True)[1] if source else 0
+  return read + written
 
 
 _COPIED = {"copy-start": _copied, "slice-start": _sliced}

@@ -206,6 +206,7 @@ def test_multisteps_outside_recovers_if_it_skips_what_is_not_finite_itself():
     updates, state = tx.update(scaled(grads, state), state, params)
     params = optax.apply_updates(params, updates)
   close(params, jax.tree.map(lambda p, g: p - g, PARAMS, TRUE))
+  assert (int(state.gradient_step), int(state.mini_step)) == (1, 0)
 
 
 # Where the state may lie --------------------------------------------------------------------------

@@ -26,10 +26,10 @@ _DONE = frozenset({"copy-done", "slice-done"})
 def moved(text: str) -> int:
   """Bytes that the kernels of a compiled program read and write.
 
-  Each kernel counts with the whole of its operands and results that lie in the device's memory, a
-  copy that runs beside kernels with what it copies: a slice that is updated in place therefore
-  counts as its whole array. A loop counts as often as the compiler knows it to run, a conditional
-  as its costliest branch.
+  Each kernel counts with the whole of its operands and results that lie in the device's memory: a
+  slice that is updated in place therefore counts as its whole array. A copy that runs beside others
+  counts with what it copies, a loop as often as the compiler knows it to run, a conditional as its
+  costliest branch.
 
   Args:
     text: `compiled.as_text()`.

@@ -84,7 +84,10 @@ def joined(plan: Plan, units: Mapping[int, Unit]) -> list[Unit | Segment]:
 
 
 def _runs(units: Mapping[int, Unit]) -> list[list[int]]:
-  """Lists of indices, one for each longest run of simple steps in one module and one context."""
+  """The indices, cut into the longest runs of simple steps in one module and one context.
+
+  Every other unit stands alone.
+  """
   runs: list[list[int]] = []
   before = None
   for index, unit in units.items():
@@ -109,9 +112,8 @@ def _is_simple(step: Step) -> bool:
 
 
 def _segment(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Segment:
-  indices = [i for index, unit in units.items() for i in _steps_of(index, unit)]
-  steps = [plan.steps[i] for i in indices]
-  eqns = [step.eqn for step in steps]
+  steps = {i: plan.steps[i] for index, unit in units.items() for i in _steps_of(index, unit)}
+  eqns = [step.eqn for step in steps.values()]
   made = {var: n for n, var in enumerate(v for eqn in eqns for v in eqn.outvars)}
   scopes = _jaxpr.common_scopes(eqns)
   inside_of_islands = {i for u in units.values() if not isinstance(u, Step) for i in u.steps}
@@ -130,9 +132,9 @@ def _segment(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Segment
       _code(step, scopes),
       *(operand(i, *pair) for pair in zip(step.eqn.invars, step.reads, strict=True)),
     )
-    for i, step in zip(indices, steps, strict=True)
+    for i, step in steps.items()
   ]
-  read = [(shared(var, r), n in indices) for var in made for n, r in readers.get(var, ())]
+  read = [(shared(var, r), n in steps) for var in made for n, r in readers.get(var, ())]
   inside = {key for key, is_inside in read if is_inside}
   outside = [key for key, is_inside in read if not is_inside]
   handed = [near for key in outside for near in (Key(key.var), nearest(key, inside))]

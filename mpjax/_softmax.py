@@ -25,7 +25,7 @@ from mpjax._precision import Form, Kind, Rule
 from mpjax._values import to_dtype
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
-_MOVES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
+_REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
 
 
 class Softmax(NamedTuple):
@@ -100,9 +100,9 @@ def _is_data(form: Form | None) -> bool:
 
 
 def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> bool:
-  """Whether a float32 value is a 16-bit one, scaled, masked or biased by numbers beyond 16 bits.
+  """Whether a float32 value was made of a 16-bit one of its size: scaled, capped, masked, biased.
 
-  It is not where the result of a matmul in float32 has a part in it.
+  It was not where a matmul with a float32 result had a part in it.
   """
   found, queue, seen = False, [var], {var}
   while queue:
@@ -110,9 +110,9 @@ def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> b
     if made is None:
       continue
     step = steps[made]
-    if step.eqn.primitive.name == "dot_general":
+    if _makes_scores(step):
       return False
-    if not (is_elementwise(step) or step.eqn.primitive.name in _MOVES):
+    if not (is_elementwise(step) or step.eqn.primitive.name in _REARRANGES):
       continue
     for atom, form in zip(step.eqn.invars, step.operands, strict=True):
       if (
@@ -128,6 +128,12 @@ def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> b
       else:
         queue.append(atom)
   return found
+
+
+def _makes_scores(step: Step) -> bool:
+  """Whether a step, or one in a function that it calls, is a matmul with a float32 result."""
+  inside = any(_makes_scores(inner) for body in step.bodies for inner in body.steps)
+  return inside or (step.eqn.primitive.name == "dot_general" and _is_data(step.outs[0]))
 
 
 def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | None:

@@ -184,6 +184,24 @@ def test_a_bias_of_16_bits_leaves_scores_that_were_not_rounded_as_exact(policy):
   assert wide == [2 * 2 * 16 * 16] * 2  # the scores, and the cotangent of their weights
 
 
+@pytest.mark.parametrize("call", [lambda fn: fn, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_so_it_does_where_a_function_makes_the_scores(call):
+  heads = (((4,), (3,)), ((0, 2), (0, 2)))
+  scores = call(lambda q, k: lax.dot_general(q, k, heads, preferred_element_type=jnp.float32))
+
+  def fn(w, x):
+    k = (x @ w).reshape(2, 16, 2, 4)
+    bias = jnp.tile((x @ w).reshape(1, 1, 16, 1, 16), (2, 2, 1, 1, 1))
+    weights = jax.nn.softmax(jnp.where(True, scores(k[:, :, :, None], k) + bias, -1e30))
+    return jnp.einsum("bktgs,bskh->btkgh", weights, k).sum()
+
+  gradient = jax.grad(mpjax.autocast(fn, "mixed_float16"))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((32, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  wide = [v.aval.size for e in dots for v in e.outvars if v.aval.dtype == jnp.float32]
+  assert wide == [2 * 2 * 16 * 16] * 2
+
+
 def test_it_runs_in_a_shard_map():
   mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
   cast = mpjax.autocast(attention, "mixed_bfloat16")

@@ -30,14 +30,14 @@ COLUMNS = {
 @contextmanager
 def everything_stored() -> Iterator[None]:
   """Without islands: the interpreter executes every step by itself."""
-  from mpjax import _islands
+  from mpjax._engine import islands
 
-  find = _islands.find
-  _islands.find = lambda plan: {}
+  find = islands.find
+  islands.find = lambda plan: {}
   try:
     yield
   finally:
-    _islands.find = find
+    islands.find = find
 
 
 def measure(target: str, name: str, policy: str) -> report.Row:

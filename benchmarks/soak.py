@@ -18,7 +18,7 @@ import optax
 
 import mpjax
 from benchmarks import report
-from mpjax._finite import nonfinite_leaves
+from mpjax._scaling.finiteness import nonfinite_leaves
 from mpjax.testing import FAULTS, FaultSchedule, inject, inject_faults
 
 Transformation = optax.GradientTransformation

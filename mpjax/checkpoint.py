@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mpjax._dtypes import describe
-from mpjax._paths import leaf_paths
+from mpjax._core.dtypes import describe
+from mpjax._core.tree_paths import leaf_paths
 
 __all__ = ["restore"]
 

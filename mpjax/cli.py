@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpjax import Policy
-from mpjax._jobs import Job, UsageError
-from mpjax._targets import TARGETS
+from mpjax._demo.jobs import Job, UsageError
+from mpjax.inspect._targets import TARGETS
 from mpjax.plot import Curve, save_curves
 
 _USAGE, _INTERRUPTED = 2, 130
@@ -237,9 +237,9 @@ def _compare(args: argparse.Namespace) -> int:
   _check_files(args)
   job = _load_job(args)
   # Here and not above: `--help` need not wait for Orbax.
-  from mpjax._compare import Plan, compare
-  from mpjax._progress import Progress
-  from mpjax._table import format_report
+  from mpjax._demo.compare import Plan, compare
+  from mpjax._demo.progress import Progress
+  from mpjax._demo.result_table import format_report
 
   defaults = _JOBS[args.job]
   plan = Plan(args.steps or defaults.steps, args.batch_size or defaults.batch_size, args.seed)
@@ -267,7 +267,7 @@ def _cost(args: argparse.Namespace) -> int:
   """The command `cost`."""
   if args.json is not None:
     _check_writable("--json", args.json)
-  from mpjax._cost_command import report_for
+  from mpjax._demo.cost_command import report_for
 
   report = report_for(args)
   print(report)
@@ -278,10 +278,10 @@ def _cost(args: argparse.Namespace) -> int:
 
 def _load_job(args: argparse.Namespace) -> Job:
   if args.job == "digits":
-    from mpjax._digits import Digits
+    from mpjax._demo.digits import Digits
 
     return Digits()
-  from mpjax._text import Text
+  from mpjax._demo.text import Text
 
   return Text()
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 import mpjax
-from mpjax._jobs import Batch, Metric, Outcome, scaled_for
+from mpjax._demo.jobs import Batch, Metric, Outcome, scaled_for
 
 WIDTH = 4
 

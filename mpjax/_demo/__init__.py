@@ -1,0 +1,1 @@
+"""The main job, `python -m mpjax compare`: what it trains, shows and keeps."""

@@ -1,0 +1,106 @@
+"""Runs a function under a precision policy, by interpreting its jaxpr."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._engine.execute import decide
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast(
+  fn: Callable[P, R], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+) -> Callable[P, R]:
+  """Transform a pure function so that it computes under a precision policy.
+
+  ``fn`` is traced once, as written, in float32; whatever runs in float32 therefore runs under
+  autocast. Matmuls and convolutions then run in the compute dtype, what follows them stays in
+  16 bits, and operations that need range or precision (softmax, logarithms, sums, norms) run in
+  float32. Integers, booleans, keys, complex, float64 and arrays that are 16-bit already pass
+  untouched. Gradients taken through the result have the dtype of the parameters.
+
+  Args:
+    fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
+      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. A
+      derivative rule inside must not close over values that ``fn`` computes: JAX then refuses
+      ``grad(jit(fn))`` and ``grad(autocast(fn))`` alike, and ``autocast(grad(fn))`` works. For
+      NNX models among the arguments see `mpjax.nnx.autocast`.
+    policy: A `Policy`, a `PolicyMap`, or a spec string.
+    argnums: Which positional arguments hold the parameters. Their float leaves adapt to what
+      they meet and are cast at every use; floats in other arguments are data, which stays
+      float32 until a matmul takes it.
+
+  Returns:
+    A function with the signature of ``fn``. Its float32 results have the policy's output dtype.
+    An all-float32 policy returns ``fn`` itself.
+
+  Raises:
+    ValueError: A policy spec cannot be parsed; or, at the call, a rule of a `PolicyMap` matches
+      no scope of ``fn`` (modules of Linen, or ``jax.named_scope``).
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mpjax
+    >>> def loss(params, x, y):
+    ...   return jnp.mean((x @ params["w"] - y) ** 2)
+    >>> params = {"w": jnp.ones((8, 4))}
+    >>> x, y = jnp.ones((2, 8)), jnp.ones((2, 4))
+    >>> grads = jax.grad(mpjax.autocast(loss, "mixed_bfloat16"))(params, x, y)
+    >>> grads["w"].dtype.name
+    'float32'
+    >>> "bf16[2,4] = dot_general" in str(jax.make_jaxpr(mpjax.autocast(loss, "mixed_bfloat16"))(
+    ...   params, x, y))
+    True
+  """
+  policies = as_policy_map(policy)
+  if policies.is_float32():
+    return fn
+  if not callable(fn):
+    raise TypeError(
+      f"autocast takes a function; got {type(fn).__name__}. Call it as autocast(fn, policy)(*args)."
+    )
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  if not all(isinstance(number, int) for number in numbers):
+    raise TypeError(
+      f"argnums must be positions, integers; got {argnums!r}. Give the positions of the arguments "
+      "that hold the parameters."
+    )
+  names = names_of(fn, numbers)
+
+  @functools.wraps(fn)
+  def cast(*args: P.args, **kwargs: P.kwargs) -> R:
+    flags = parameter_flags(numbers, names, args, kwargs)
+    result = decide(fn, policies, args, kwargs, flags).run()
+    return result.cast(policies.default.output_dtype)
+
+  return cast
+
+
+def names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
+  """The names under which the parameters may come as keyword arguments."""
+  try:
+    parameters = inspect.signature(fn).parameters.values()
+  except (TypeError, ValueError):  # some callables have no signature: then only positions count
+    return set()
+  names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+  return {names[n] for n in numbers if -len(names) <= n < len(names)}
+
+
+def parameter_flags(
+  numbers: Sequence[int], names: set[str], args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[list[bool], dict[str, bool]]:
+  """For each argument whether it holds parameters."""
+  inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+  if len(inside) < len(set(numbers)) and not names:
+    raise ValueError(
+      f"argnums={tuple(numbers)} must name arguments that hold the parameters; the call has "
+      f"{len(args)} positional argument{'s' * (len(args) != 1)}. Pass the parameters by "
+      "position, or set argnums; argnums=() if there are none."
+    )
+  return [n in inside for n in range(len(args))], {key: key in names for key in kwargs}

@@ -1,0 +1,123 @@
+"""A call of a function: its arrays, and with which form each enters, apart from what is static."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.environment import to_dtype
+from mpjax._engine.kinds import DATA, PARAM, Form
+from mpjax._engine.plan import Forms
+from mpjax._engine.sharpening import Own
+
+STATE = "state"
+"""The flag of what a model holds beside its parameters."""
+
+Flag = Any  # whether these are parameters (True or False), STATE, or a sequence of flags
+Flags = tuple[Sequence[Flag], dict[str, bool]]
+
+
+class Result(NamedTuple):
+  """What a function returned under a policy: its leaves as they are held."""
+
+  leaves: list[Any]
+  forms: Forms
+  tree: Any
+
+  def cast(self, dtypes: Any) -> Any:
+    """The pytree that the function returned, its float32 leaves in the given dtypes.
+
+    Args:
+      dtypes: One dtype, or a tuple of dtypes for the entries of a tuple that was returned.
+    """
+    if not isinstance(dtypes, tuple):
+      wanted = [dtypes] * len(self.leaves)
+    else:
+      entries = self.tree.children()
+      wanted = [
+        dtype for dtype, entry in zip(dtypes, entries, strict=True) for _ in range(entry.num_leaves)
+      ]
+    leaves = [
+      x if form is None else to_dtype(x, dtype)
+      for x, form, dtype in zip(self.leaves, self.forms, wanted, strict=True)
+    ]
+    return jax.tree.unflatten(self.tree, leaves)
+
+
+class Call:
+  """A call of a function, its arrays apart from what is static.
+
+  Attributes:
+    operands: The arrays.
+    forms: How each is held.
+    own: Which of them a model holds, and which floats among them are its state, by index.
+  """
+
+  def __init__(
+    self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], flags: Flags
+  ) -> None:
+    self.fn = fn
+    self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
+    names = sorted(kwargs)
+    spread = spread_flags(
+      [*flags[0], *(flags[1][name] for name in names)],
+      [*args, *(kwargs[name] for name in names)],
+    )
+    entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
+    pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
+    held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
+    self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
+    self.operands = [x for x, _ in pairs]
+    self.forms: Forms = tuple(form for _, form in pairs)
+    self.out_tree: Any = None
+    self.out_leaves: list[Any] = []
+
+  def flat(self, *arrays: Any) -> list[Any]:
+    """The function from arrays to arrays; what else it takes and returns is kept here."""
+    rest = iter(arrays)
+    leaves = [next(rest) if is_traced(x) else x for x in self.leaves]
+    args, kwargs = jax.tree.unflatten(self.tree, leaves)
+    out, self.out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
+    self.out_leaves = [None if is_traced(x) else x for x in out]
+    return [x for x in out if is_traced(x)]
+
+  def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
+    """Put static results back between the arrays."""
+    rest = iter(zip(arrays, forms, strict=True))
+    pairs = [next(rest) if x is None else (x, None) for x in self.out_leaves]
+    return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
+
+
+def spread_flags(flag: Flag, value: Any) -> list[bool | str]:
+  """One flag for each leaf of a value; a sequence of flags goes with a sequence of values."""
+  if isinstance(flag, bool | str):
+    return [flag] * len(jax.tree.leaves(value))
+  return [
+    leaf for part, entry in zip(flag, value, strict=True) for leaf in spread_flags(part, entry)
+  ]
+
+
+def is_traced(x: Any) -> bool:
+  """Whether a leaf is traced; flags, Python numbers, strings and arrays of objects are static."""
+  numeric = isinstance(x, np.ndarray) and x.dtype.kind not in "OSUMm"
+  return numeric or isinstance(x, jax.Array | np.floating)
+
+
+def _is_state(x: Any, flag: bool | str) -> bool:
+  """Whether a leaf is a model's state, as far as that is of floats: not its random keys."""
+  return flag == STATE and bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _enter(x: Any, param: bool) -> tuple[Any, Form | None]:
+  """An operand of the trace and its form; 16-bit parameters enter as float32, to be cast at use."""
+  if param and x.dtype.itemsize == 2 and jnp.issubdtype(x.dtype, np.floating):
+    return lax.convert_element_type(x, FLOAT32), PARAM
+  if x.dtype != FLOAT32:
+    return x, None
+  return x, PARAM if param else DATA

@@ -1,0 +1,157 @@
+"""The values that a constant of a trace may have, as far as equations tell.
+
+Each number of a program may fit a 16-bit format and what is computed from them may not:
+``(1 - mask) * -300 * 300`` leaves float16, ``exp(-0.001)`` becomes 1 in bfloat16. Constants are few
+numbers in large arrays, so their values are followed as small sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.core import Tracer
+
+from mpjax._engine import jaxprs
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.kinds import CONSTANT, DATA, Form, fits, join, saturated
+from mpjax._engine.plan import Forms
+
+NumberSet = frozenset[float] | None
+"""The numbers that occur in a constant; None where they are not known."""
+
+MASK: NumberSet = frozenset({0.0, 1.0})
+"""What a boolean becomes."""
+
+MOST = 64
+"""Numbers computed from more combinations than these are not known."""
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+  "add": np.add,
+  "sub": np.subtract,
+  "mul": np.multiply,
+  "div": np.divide,
+  "rem": np.fmod,
+  "neg": np.negative,
+  "abs": np.abs,
+  "sign": np.sign,
+  "max": np.maximum,
+  "min": np.minimum,
+  "pow": np.power,
+  "sqrt": np.sqrt,
+  "cbrt": np.cbrt,
+  "exp": np.exp,
+  "exp2": np.exp2,
+  "expm1": np.expm1,
+  "tanh": np.tanh,
+  "logistic": lambda x: 1 / (1 + np.exp(-x)),
+  "sin": np.sin,
+  "cos": np.cos,
+  "tan": np.tan,
+  "sinh": np.sinh,
+  "cosh": np.cosh,
+  "floor": np.floor,
+  "ceil": np.ceil,
+}
+"""What is computed here; what other primitives make of constants is not known."""
+
+_KEEPS_NUMBERS = frozenset(
+  {
+    *("select_n", "clamp", "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims"),
+    *("rev", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate", "split", "pad"),
+    *("gather", "scatter", "copy", "copy_p", "tie_in", "name", "stop_gradient", "cummax", "cummin"),
+    *("reduce_window_max", "reduce_window_min", "top_k", "tile", "stack", "unstack", "device_put"),
+    *("convert_element_type", "sharding_constraint", "mesh_cast", "reshard", "layout_constraint"),
+    *("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "pmax", "pmin", "pvary"),
+    *("pcast", "pbroadcast", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "argmax", "argmin"),
+  }
+)
+"""What moves, chooses or compares numbers makes no new ones."""
+
+
+def _number(value: float) -> NumberSet:
+  """The values of a number."""
+  return frozenset({float(value)})
+
+
+def _makes_numbers(primitive: str) -> bool:
+  """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
+  return primitive not in _KEEPS_NUMBERS
+
+
+def _after(primitive: str, params: Mapping[str, Any], operands: Sequence[NumberSet]) -> NumberSet:
+  """The values of an equation's result, all of whose float operands are constants."""
+  known = [values for values in operands if values is not None]
+  if len(known) < len(operands):
+    return None
+  if not _makes_numbers(primitive):
+    return frozenset[float]().union(*known)
+  if primitive == "integer_pow":
+    primitive, known = "pow", [*known, frozenset({float(params["y"])})]
+  if primitive not in _FUNCTIONS or np.prod([len(values) for values in known]) > MOST:
+    return None
+  with np.errstate(all="ignore"):
+    return frozenset(float(_FUNCTIONS[primitive](*numbers)) for numbers in product(*known))
+
+
+class Adapting(NamedTuple):
+  """What becomes of numbers under a policy: one that every format holds adapts, another is data.
+
+  Attributes:
+    formats: The 16-bit formats of the policy.
+  """
+
+  formats: frozenset[np.dtype]
+
+  def form(self, value: Any) -> Form:
+    """How a float32 number or array of the trace is held."""
+    if np.ndim(value) or isinstance(value, Tracer):
+      return DATA
+    return CONSTANT if all(fits(value, d) for d in self.formats) else DATA
+
+  def holds(self, value: float | None) -> bool:
+    """Whether every format holds a number as it is, if there is one."""
+    return value is None or (self.form(value) == CONSTANT and self.saturated(value) == value)
+
+  def saturated(self, value: Any) -> Any:
+    """A number, brought into the range of the formats that it fits."""
+    return saturated(value, self.formats)
+
+
+class Numbers:
+  """The values of one jaxpr's constants, followed from equation to equation.
+
+  Args:
+    adapting: Which numbers adapt.
+  """
+
+  def __init__(self, adapting: Adapting) -> None:
+    self._adapting = adapting
+    self._known: dict[Var, NumberSet] = {}
+
+  def of(self, atom: Any) -> NumberSet:
+    """The values of an operand."""
+    return _number(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
+
+  def define(self, var: Any, values: NumberSet) -> None:
+    """Say what values a variable has."""
+    self._known[var] = values
+
+  def form_after(self, eqn: JaxprEqn, forms: Forms) -> Form:
+    """What is made of constants is one if its numbers fit the policy's formats, too."""
+    name = eqn.primitive.name
+    computed = _makes_numbers(name)  # else what is no float, as an index, tells nothing
+    pairs = zip(eqn.invars, forms, strict=True)
+    known = [self.of(atom) for atom, form in pairs if form is not None or computed]
+    values = _after(name, eqn.params, known)
+    for var in filter(jaxprs.is_float32, eqn.outvars):
+      self.define(var, values)
+    if values is None:
+      return DATA if computed else CONSTANT
+    return join(map(self._adapting.form, values)) or CONSTANT
+
+  def form_of(self, atom: Any) -> Form | None:
+    """How a literal is held, None for one that is not float32."""
+    return self._adapting.form(atom.val) if jaxprs.is_float32(atom) else None

@@ -1,0 +1,181 @@
+"""The rules of derivatives and batching that a user gave, read out of an equation as jaxprs.
+
+``custom_jvp``, ``custom_vjp`` and ``custom_vmap`` equations hold their rules as Python functions of
+a private form. Transforming the equation itself calls them, by public means: ``jax.jvp`` of it is
+the one rule, the outputs and the residuals of ``jax.vjp`` are the forward pass, and the function
+that ``jax.vjp`` returns is the backward pass; ``jax.vmap`` of it is the rule for batching.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.jaxprs import JaxprEqn
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """Which values of a list have tangents.
+
+  Those that are no floats never have; `only` leaves out more, whose tangents are known to be zero.
+  """
+
+  differentiable: tuple[bool, ...]
+  shapes: tuple[tuple[int, ...], ...]
+
+  def only(self, asked: Sequence[bool]) -> Slots:
+    """The slots of those of them that are asked for."""
+    pairs = zip(self.differentiable, asked, strict=True)
+    return dataclasses.replace(self, differentiable=tuple(d and a for d, a in pairs))
+
+  def keep(self, values: Sequence[Any]) -> list[Any]:
+    """The entries that have tangents."""
+    return [v for v, d in zip(values, self.differentiable, strict=True) if d]
+
+  def fill(self, values: Sequence[Any]) -> list[Any]:
+    """A full list again, with float0 zeros in the other places."""
+    rest = iter(values)
+    return [
+      next(rest) if d else np.zeros(shape, jax.dtypes.float0)
+      for d, shape in zip(self.differentiable, self.shapes, strict=True)
+    ]
+
+
+def slots(atoms: Sequence[Any]) -> Slots:
+  """The slots of an equation's operands or results."""
+  avals = [a.aval for a in atoms]
+  return Slots(
+    tuple(bool(jnp.issubdtype(a.dtype, jnp.inexact)) for a in avals), tuple(a.shape for a in avals)
+  )
+
+
+def instantiated(x: Any) -> Any:
+  """A tangent or cotangent, an array of zeros in place of one known to be zero."""
+  if not isinstance(x, SymbolicZero):
+    return x
+  aval: Any = x.aval
+  return jnp.zeros(aval.shape, aval.dtype)
+
+
+def closed_over(eqn: JaxprEqn) -> int:
+  """How many leading operands are values that the function with a rule of its own closed over.
+
+  The rule says nothing about them, and JAX refuses to differentiate with respect to them.
+  """
+  return eqn.params.get("num_consts", 0)
+
+
+def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
+  """The jaxpr of an equation's derivative: (primals, tangents) -> (outputs, output tangents).
+
+  Args:
+    eqn: The equation.
+    ins: The operands that have a tangent; those of the others are zero, and its rule may know.
+  """
+  outs = slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+
+  def rule(*flat: Any) -> list[Any]:
+    primals, tangents = flat[: len(avals)], flat[len(avals) :]
+    fn, values = _differentiable(eqn, ins, primals)
+    out, out_tangents = jax.jvp(fn, tuple(values), tuple(tangents))
+    return [*out, *outs.keep(out_tangents)]
+
+  return jaxprs.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
+
+
+def _differentiable(eqn: JaxprEqn, ins: Slots, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+  """The equation as a function of those operands that its rule is about, and these operands."""
+  count = closed_over(eqn)
+
+  def fn(*values: Any) -> list[Any]:
+    rest = iter(values)
+    slots = zip(ins.differentiable, operands[count:], strict=True)
+    merged = [next(rest) if d else x for d, x in slots]
+    return jaxprs.run_as_traced(eqn, [*operands[:count], *merged])
+
+  return fn, ins.keep(operands[count:])
+
+
+class Vjp(NamedTuple):
+  """A custom_vjp's two halves as jaxprs, the second traced when it is asked for.
+
+  A backward pass that raises when it is traced does so only where one is needed.
+  """
+
+  forward: Any
+  """operands -> (outputs, residuals)"""
+  backward: Callable[[], Any]
+  """(residuals, cotangents) -> cotangents of the operands that were asked for"""
+
+
+def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
+  """The jaxprs of an equation's forward and backward pass.
+
+  Args:
+    eqn: The equation.
+    ins: The operands whose cotangents are asked for, which its forward pass may know.
+  """
+  outs = slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+  residual_tree = None
+
+  def forward(*operands: Any) -> list[Any]:
+    nonlocal residual_tree
+    fn, values = _differentiable(eqn, ins, operands)
+    out, pullback = jax.vjp(fn, *values)
+    residuals, residual_tree = jax.tree.flatten(pullback)
+    return [*out, *residuals]
+
+  def backward(*flat: Any) -> list[Any]:
+    cotangents = flat[len(flat) - sum(outs.differentiable) :]
+    residuals = flat[: len(flat) - len(cotangents)]
+    pullback = jax.tree.unflatten(residual_tree, residuals)
+    return list(pullback(outs.fill(cotangents)))
+
+  closed = jaxprs.trace(forward, avals)
+  inner = versions.open_jaxpr(closed)
+  residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
+  cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
+  return Vjp(closed, lambda: jaxprs.trace(backward, [*residual_avals, *cotangent_avals]))
+
+
+def trace_transpose(eqn: JaxprEqn) -> Any:
+  """The jaxpr of the transpose of a ``custom_lin``: (residuals, cotangents) -> cotangents."""
+  count, outs = eqn.params["num_res"], slots(eqn.outvars)
+  avals = [a.aval for a in eqn.invars]
+
+  def transpose(*flat: Any) -> list[Any]:
+    def linear(*tangents: Any) -> list[Any]:
+      return outs.keep(jaxprs.run_as_traced(eqn, [*flat[:count], *tangents]))
+
+    return list(jax.linear_transpose(linear, *avals[count:])(list(flat[count:])))
+
+  return jaxprs.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
+
+
+def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:
+  """The jaxpr of an equation's own batching: every result has a leading axis of ``size``.
+
+  Args:
+    eqn: The equation.
+    size: The length of the batch.
+    batched: Which operands have it as their leading axis.
+  """
+  axes = [0 if b else None for b in batched]
+  operands: list[Any] = [a.aval for a in eqn.invars]
+  avals = [
+    jax.ShapeDtypeStruct((size, *a.shape) if b else a.shape, a.dtype)
+    for a, b in zip(operands, batched, strict=True)
+  ]
+  rule = jax.vmap(lambda *xs: jaxprs.run_as_traced(eqn, xs), axes, axis_size=size)
+  return jaxprs.trace(rule, avals)

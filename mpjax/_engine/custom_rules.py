@@ -1,0 +1,147 @@
+"""Runs equations whose derivatives or batching a user gave, with the user's rules under the policy.
+
+`_derivatives` reads the rules out of an equation; here they are planned and become the rules of
+what takes its place.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.custom_batching
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from mpjax._engine import custom_derivatives
+from mpjax._engine.custom_derivatives import Slots, Vjp
+from mpjax._engine.plan import Plan, Step
+from mpjax._engine.planner import Planner
+
+
+class Interprets(Protocol):
+  """What plans the rules and runs the plans."""
+
+  planner: Planner
+
+  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
+    """Execute a plan on operands that are held as its forms say."""
+    ...
+
+
+def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's derivative under the policy."""
+  eqn, known = step.eqn, custom_derivatives.closed_over(step.eqn)
+  inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
+  captured = operands[:known]
+
+  @functools.cache
+  def rule_plan(ins: Slots) -> Plan:
+    forms = (*step.operands, *ins.keep(step.operands[known:]))
+    held = (*step.outs, *outs.keep(step.outs))
+    return interpreter.planner.plan(custom_derivatives.trace_jvp(eqn, ins), forms, step.place, held)
+
+  @jax.custom_jvp
+  def call(*primals: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], [*captured, *primals])
+
+  def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    ins = inputs.only([not isinstance(t, SymbolicZero) for t in tangents])
+    flat = interpreter.run(rule_plan(ins), [*captured, *primals, *ins.keep(tangents)])
+    return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
+
+  call.defjvp(rule, symbolic_zeros=True)
+  return call(*operands[known:])
+
+
+def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+  """What JAX leaves of a custom_vjp in a rule that differentiates it: tangents to be transposed.
+
+  Its backward pass is to be the user's under the policy. So a custom_vjp of zeros is made that has
+  this one, and differentiated: what JAX leaves of it in the trace takes the place of the first.
+  """
+  eqn, count = step.eqn, step.eqn.params["num_res"]
+  outs = custom_derivatives.slots(eqn.outvars)
+  tangents = operands[count:]
+  out_avals: list[Any] = outs.keep([v.aval for v in eqn.outvars])
+
+  @functools.cache
+  def plan() -> Plan:
+    forms, held = (*step.operands[:count], *outs.keep(step.outs)), step.operands[count:]
+    return interpreter.planner.plan(
+      custom_derivatives.trace_transpose(eqn), forms, step.place, held
+    )
+
+  @jax.custom_vjp
+  def call(residuals: list[Any], values: list[Any]) -> list[Any]:
+    del residuals, values
+    return [jnp.zeros(aval.shape, aval.dtype) for aval in out_avals]
+
+  def forward(residuals: list[Any], values: list[Any]) -> tuple[list[Any], list[Any]]:
+    return call(residuals, values), residuals
+
+  def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[None, list[Any]]:
+    return None, interpreter.run(plan(), [*residuals, *cotangents])
+
+  call.defvjp(forward, backward)
+  along = functools.partial(call, operands[:count])
+  _, found = jax.jvp(along, ([jnp.zeros_like(t) for t in tangents],), (tangents,))
+  return outs.fill(found)
+
+
+def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's forward and backward pass under the policy."""
+  eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
+  inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
+  captured, plan = operands[:known], interpreter.planner.plan
+
+  @functools.cache
+  def traced(ins: Slots) -> Vjp:
+    return custom_derivatives.trace_vjp(eqn, ins)
+
+  @functools.cache
+  def forward_plan(ins: Slots) -> Plan:
+    residuals = plan(traced(ins).forward, step.operands, step.place).out_forms[count:]
+    return plan(traced(ins).forward, step.operands, step.place, (*step.outs, *residuals))
+
+  @functools.cache
+  def backward_plan(ins: Slots) -> Plan:
+    forms = (*forward_plan(ins).out_forms[count:], *outs.keep(step.outs))
+    held = tuple(ins.keep(step.operands[known:]))
+    return plan(traced(ins).backward(), forms, step.place, held)
+
+  @jax.custom_vjp
+  def call(*primals: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], [*captured, *primals])
+
+  def forward(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
+    ins = inputs.only([p.perturbed for p in primals])
+    flat = interpreter.run(forward_plan(ins), [*captured, *(p.value for p in primals)])
+    return flat[:count], (ins, flat[count:])
+
+  def backward(residuals: tuple[Slots, list[Any]], cotangents: list[Any]) -> tuple[Any, ...]:
+    ins, stored = residuals
+    given = [custom_derivatives.instantiated(ct) for ct in outs.keep(cotangents)]
+    flat = iter(interpreter.run(backward_plan(ins), [*stored, *given]))
+    return tuple(next(flat) if asked else None for asked in ins.differentiable)
+
+  call.defvjp(forward, backward, symbolic_zeros=True)
+  return call(*operands[known:])
+
+
+def custom_vmap(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+  """The body under the policy, with the user's own batching under the policy."""
+
+  @jax.custom_batching.custom_vmap
+  def call(*operands: Any) -> list[Any]:
+    return interpreter.run(step.bodies[0], operands)
+
+  @call.def_vmap
+  def rule(size: int, batched: list[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
+    jaxpr = custom_derivatives.trace_vmap(step.eqn, size, batched)
+    plan = interpreter.planner.plan(jaxpr, step.operands, step.place, step.outs)
+    return interpreter.run(plan, operands), [True] * len(step.outs)
+
+  return call(*operands)

@@ -1,0 +1,86 @@
+"""The values of a jaxpr's variables while a plan is executed, and their other dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax import lax
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._engine import jaxprs
+from mpjax._engine.jaxprs import Literal, Var
+from mpjax._engine.plan import Read
+
+
+class Key(NamedTuple):
+  """A variable as some of its readers share it: after leaving its module, and widened."""
+
+  var: Var
+  via: np.dtype | None = None
+  wide: bool = False
+
+
+def shared(var: Var, read: Read) -> Key:
+  """What a read shares with others: all but a cast to 16 bits, which each makes anew."""
+  return Key(var, read.via, read.to == FLOAT32)
+
+
+def without_last_cast(key: Key) -> Key:
+  """What a shared value is cast from."""
+  return key._replace(wide=False) if key.wide else Key(key.var)
+
+
+def nearest(key: Key, known: Container[Key]) -> Key:
+  """A shared value if it is known, or else what it is cast from: at last the variable itself."""
+  while key not in known and key != Key(key.var):
+    key = without_last_cast(key)
+  return key
+
+
+class Environment:
+  """The values of a jaxpr's variables, and their other dtypes that several equations share.
+
+  Shared is what a value became by leaving its module, and a narrow value that was widened: its
+  cotangents meet in float32 and round once. A cast to 16 bits at a use is never shared, so that
+  the gradient of a weight that is used many times sums up in float32.
+  """
+
+  def __init__(self, number: Callable[[Any], Any]) -> None:
+    self._known: dict[Key, Any] = {}
+    self._number = number
+
+  def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+    """Define variables, each in the dtype that it is held in."""
+    self.fill(map(Key, variables), values)
+
+  def fill(self, keys: Iterable[Key], values: Iterable[Any]) -> None:
+    """Put values in their places."""
+    self._known.update(zip(keys, values, strict=True))
+
+  def get(self, key: Key) -> Any:
+    """A value as some equations share it."""
+    if key in self._known or key == Key(key.var):
+      return self._known[key]
+    dtype: Any = FLOAT32 if key.wide else key.via
+    self._known[key] = to_dtype(self.get(without_last_cast(key)), dtype)
+    return self._known[key]
+
+  def read(self, atom: Any, read: Read) -> Any:
+    """An operand in the dtype that an equation wants."""
+    if isinstance(atom, Literal):
+      return self._literal(atom, read.to)
+    value = self.get(shared(atom, read))
+    return value if read.to is None else to_dtype(value, read.to)
+
+  def _literal(self, atom: Literal, dtype: np.dtype | None) -> Any:
+    if not jaxprs.is_float32(atom):
+      return atom.val
+    value = self._number(atom.val)
+    return value if dtype is None else np.asarray(value).astype(dtype)[()]
+
+
+def to_dtype(x: Any, dtype: np.dtype) -> Any:
+  """An array in another dtype, itself if it has it already."""
+  return x if x.dtype == dtype else lax.convert_element_type(x, dtype)

@@ -1,0 +1,309 @@
+"""Traces a function, plans its jaxpr and executes the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.policy_map import PolicyMap
+from mpjax._core.primitives import Rule
+from mpjax._core.scopes import Path
+from mpjax._engine import custom_rules, islands, jaxprs, repeats, softmax, versions
+from mpjax._engine.calls import Call, Flags, Result
+from mpjax._engine.environment import Environment, Key, to_dtype
+from mpjax._engine.islands import Island
+from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.matmul_derivatives import Contraction, with_derivative, with_wide_cotangent
+from mpjax._engine.plan import Plan, Step
+from mpjax._engine.planner import Planner
+from mpjax._engine.repeats import Repeat, Unit
+from mpjax._engine.softmax import Softmax
+
+
+class Decided(NamedTuple):
+  """A call whose dtypes are decided, before it runs."""
+
+  call: Call
+  planner: Planner
+  plan: Plan
+
+  def run(self) -> Result:
+    """Execute the plan on the arguments of the call."""
+    leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
+    return self.call.result(leaves, self.plan.out_forms)
+
+
+def decide(
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Flags,
+  *,
+  root: int = 0,
+  absolute: bool = False,
+  strict: bool = True,
+  known: Iterable[Path] = (),
+  located: bool = False,
+) -> Decided:
+  """Trace ``fn(*args, **kwargs)`` and plan it under a policy map.
+
+  Args:
+    fn: A pure function of pytrees.
+    policies: The policies by module path.
+    args: Positional arguments.
+    kwargs: Keyword arguments.
+    flags: For each of them whether it holds parameters (True), a model's other state (`STATE`) or
+      neither (False); for a tuple, flags of its entries.
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    strict: Whether a rule that matches no scope is an error.
+    known: Module paths that there are, whether this call runs them or not.
+    located: Whether a body that several modules call is planned for each: see `Planner`.
+
+  Raises:
+    ValueError: A rule of the policy map matched no scope.
+  """
+  call = Call(fn, args, kwargs, flags)
+  planner = Planner(policies, root, absolute, located)
+  plan = planner.plan(jaxprs.trace(call.flat, call.operands), call.forms, own=call.own)
+  if strict:
+    policies.check_used((*planner.ops, *known), planner.ops)
+  return Decided(call, planner, plan)
+
+
+class Interpreter:
+  """Executes plans. A body is rebuilt once for each plan that it has.
+
+  Args:
+    planner: The planner that made the plans.
+    stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
+      none is computed again in the backward pass: for reports, not for speed.
+  """
+
+  def __init__(self, planner: Planner, *, stepwise: bool = False) -> None:
+    self.planner = planner
+    self._stepwise = stepwise
+    self._rebuilt: dict[int, Any] = {}
+    self._units: dict[int, list[Unit | Repeat]] = {}
+    self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
+
+  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
+    """Execute a plan on operands that are held as its forms say."""
+    inner = versions.open_jaxpr(plan.jaxpr)
+    values = Environment(self.planner.adapting.saturated)
+    values.write(inner.invars, operands)
+    values.write(inner.constvars, versions.constants(plan.jaxpr))
+    for unit in self._units_of(plan):
+      self._run_unit(plan, unit, values)
+    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def _units_of(self, plan: Plan) -> list[Unit | Repeat]:
+    """What a plan executes one after the other."""
+    if self._stepwise:
+      return list(plan.steps)
+    if id(plan) not in self._units:
+      found = islands.find(plan)
+      taken = {index for island in found.values() for index in island.steps}
+      rest = {n: step for n, step in enumerate(plan.steps) if n not in taken}
+      self._units[id(plan)] = repeats.joined(plan, dict(sorted({**rest, **found}.items())))
+    return self._units[id(plan)]
+
+  def _run_unit(
+    self, plan: Plan, unit: Unit | Repeat, values: Environment, scopes: int = 0
+  ) -> None:
+    """Run a unit; so many scopes of its equations, from the outermost in, are current already."""
+    if isinstance(unit, Step):
+      with jaxprs.located(unit.eqn, slice(scopes, None)):
+        self.run_step(unit, values)
+    elif isinstance(unit, Repeat):
+      self._run_repeat(plan, unit, values)
+    else:
+      self._run_island(plan, unit, values, scopes)
+
+  def run_step(self, step: Step, values: Environment) -> None:
+    """Execute one step on the values that the steps before it wrote."""
+    read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
+    outs = _RUN.get(step.rule, _bind)(self, step, read)
+    held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+    values.write(step.eqn.outvars, held)
+
+  def _run_repeat(self, plan: Plan, repeat: Repeat, values: Environment) -> None:
+    """Run units that recur: traced as one function that all their recurrences call."""
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      operands = [values.get(key) for key in repeat.inputs]
+    if not any(isinstance(x, Tracer) for x in operands):
+      for unit in repeat.units:
+        self._run_unit(plan, unit, values)
+      return
+
+    compute = self._function(plan, repeat.units, repeat.inputs, repeat.outputs, repeat.scopes)
+    function = self._functions.setdefault(repeat.code, jax.jit(compute, inline=True))
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      values.fill(repeat.outputs, function(*operands))
+
+  def _run_island(
+    self, plan: Plan, island: Island | Softmax, values: Environment, scopes: int
+  ) -> None:
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
+    steps = [plan.steps[index] for index in island.steps]
+    inner = jaxprs.common_scopes([step.eqn for step in steps])
+    last = steps[-1].eqn
+    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, last.outvars))
+    compute = self._function(plan, steps, inputs, outputs, inner)
+    if isinstance(island, Softmax):
+      run = softmax.storing_weights(compute, island)
+    else:
+      run = jax.checkpoint(_rounding(compute, island.dtype, last, inner))
+    with jaxprs.located(last, slice(scopes, inner)):
+      values.fill(outputs, run(*map(values.get, inputs)))
+    if isinstance(island, Softmax) and island.matmul is not None:
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
+
+  def _run_weighting(self, step: Step, weights: Key, values: Environment, scopes: int) -> None:
+    """Run a matmul so that the cotangent of its weights does not round."""
+    eqn = step.eqn
+    wide = 0 if eqn.invars[0] is weights.var else 1
+    with jaxprs.located(eqn, slice(scopes, None)):
+      other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
+      contraction = Contraction.of(step.params, wide, other.dtype)
+      weigh = with_wide_cotangent(contraction)
+      values.write(eqn.outvars, [weigh(values.get(weights), other)])
+
+  def _function(
+    self,
+    plan: Plan,
+    units: Sequence[Unit],
+    inputs: Sequence[Key],
+    outputs: Sequence[Key],
+    scopes: int,
+  ) -> Callable[..., list[Any]]:
+    """Some units as a function from what they read to what others read of them."""
+
+    def compute(*operands: Any) -> list[Any]:
+      inside = Environment(self.planner.adapting.saturated)
+      inside.fill(inputs, operands)
+      for unit in units:
+        self._run_unit(plan, unit, inside, scopes)
+      return [inside.get(key) for key in outputs]
+
+    return compute
+
+  def rebuild(self, plan: Plan) -> Any:
+    """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
+    if id(plan) not in self._rebuilt:
+      invars = versions.open_jaxpr(plan.jaxpr).invars
+      avals = [
+        v.aval if form is None else jaxprs.with_dtype(v.aval, form.dtype)
+        for v, form in zip(invars, plan.in_forms, strict=True)
+      ]
+      self._rebuilt[id(plan)] = jaxprs.trace(lambda *xs: self.run(plan, xs), avals)
+    return self._rebuilt[id(plan)]
+
+
+def _rounding(
+  compute: Callable[..., list[Any]],
+  dtype: np.dtype | None,
+  last: JaxprEqn,
+  scopes: int,
+) -> Callable[..., list[Any]]:
+  """A function whose one result is cast to a format, if there is one, in its last step's scope.
+
+  What crosses the border of a checkpoint lies in memory: so the result rounds inside, and with it
+  the cotangent that comes in.
+  """
+
+  def run(*operands: Any) -> list[Any]:
+    (result,) = compute(*operands)
+    with jaxprs.located(last, slice(scopes, None)):
+      return [result if dtype is None else to_dtype(result, dtype)]
+
+  return run
+
+
+# How each rule runs ------------------------------------------------------------------------------
+
+
+def _bind(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.run_with(step.eqn, operands, step.params)
+
+
+def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.run_as_traced(step.eqn, operands)
+
+
+def _scores(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
+  del interpreter
+  narrow = step.params | {"preferred_element_type": operands[0].dtype}
+
+  def matmul(*pair: Any) -> Any:
+    return jaxprs.run_with(step.eqn, pair, step.params)[0]
+
+  def moved(*pair: Any) -> Any:
+    return to_dtype(jaxprs.run_with(step.eqn, pair, narrow)[0], FLOAT32)
+
+  return [with_derivative(matmul, moved, moved)(*operands)]
+
+
+def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  name, (body,) = step.eqn.primitive.name, step.bodies
+  if name == "shard_map":
+    return _shard_map(interpreter, step, operands)
+  if name not in _KEEPS_ITS_CALL:
+    return interpreter.run(body, operands)
+  jaxpr, consts = versions.like(step.params["jaxpr"], interpreter.rebuild(body))
+  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {"jaxpr": jaxpr})
+
+
+_KEEPS_ITS_CALL = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint"})
+
+
+def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  params, (body,) = step.params, step.bodies
+  mapped = jax.shard_map(
+    lambda *shards: tuple(interpreter.run(body, shards)),
+    mesh=params["mesh"],
+    in_specs=tuple(params["in_specs"]),
+    out_specs=tuple(params["out_specs"]),
+    axis_names=params["newly_manual_axes"],
+    check_vma=params["check_vma"],
+  )
+  return list(mapped(*operands))
+
+
+def _scan(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
+  return jaxprs.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
+
+
+def _while(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  cond, body = map(interpreter.rebuild, step.bodies)
+  params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
+  return jaxprs.run_with(step.eqn, operands, params)
+
+
+def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  branches = tuple(map(interpreter.rebuild, step.bodies))
+  return jaxprs.run_with(step.eqn, operands, step.params | {"branches": branches})
+
+
+_RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.SCORES: _scores,
+  Rule.TRACED: _traced,
+  Rule.CALL: _call,
+  Rule.SCAN: _scan,
+  Rule.WHILE: _while,
+  Rule.COND: _cond,
+  Rule.CUSTOM_JVP: custom_rules.custom_jvp,
+  Rule.CUSTOM_VJP: custom_rules.custom_vjp,
+  Rule.CUSTOM_LIN: custom_rules.custom_lin,
+  Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
+}

@@ -1,0 +1,137 @@
+"""Float32 islands between 16-bit values that the backward pass computes again.
+
+The derivative of an elementwise float32 operation needs its operands or its result, and would
+store them in float32 from the forward to the backward pass. Where elementwise operations lead from
+narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough:
+the rest is computed again, in a few operations that compilers fuse (Chen et al. 2016, "Training
+deep nets with sublinear memory cost", with a segment an island).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import TRANSCENDENTAL
+from mpjax._engine import jaxprs, softmax
+from mpjax._engine.jaxprs import Literal, Var
+from mpjax._engine.kinds import Kind
+from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
+from mpjax._engine.softmax import Softmax
+
+
+class Island(NamedTuple):
+  """Some steps of a plan that run as one when the last of them is due.
+
+  Attributes:
+    steps: Their indices in order.
+    inputs: What they read that none of them computes.
+    dtype: The 16-bit format in which their result may leave, for nobody reads it otherwise; None
+      if it leaves in float32.
+  """
+
+  steps: tuple[int, ...]
+  inputs: tuple[Var, ...]
+  dtype: np.dtype | None
+
+
+def find(plan: Plan) -> Mapping[int, Island | Softmax]:
+  """The islands of a plan that need not store float32, by the index of their last step."""
+  steps = plan.steps
+  wide = [_is_wide_elementwise(step) for step in steps]
+  if not any(wide):
+    return {}
+  readers = readers_of(plan)
+  makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
+  found: dict[int, Island | Softmax] = {}
+  taken: set[int] = set()
+  for last in reversed(range(len(steps))):
+    weights = softmax.match(steps, readers, makers, last)
+    if weights is not None:
+      weights = weights.alone() if weights.due in found else weights
+      found[weights.due] = weights
+      taken |= set(weights.steps)
+    elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
+      members = _reach_back(steps, wide, readers, makers, last)
+      taken |= members
+      island = _island(steps, sorted(members), shared_format(readers, steps[last]))
+      if _pays(steps, island):
+        found[last] = island
+  return found
+
+
+def _is_wide_elementwise(step: Step) -> bool:
+  """Whether a step computes one float32 value, element by element."""
+  if len(step.outs) != 1 or step.outs[0] is None or step.outs[0].kind is not Kind.DATA:
+    return False
+  if step.eqn.effects:
+    return False
+  return is_elementwise(step)
+
+
+def _is_read_narrow(readers: Readers, step: Step) -> bool:
+  """Whether everything that reads a value first casts it to 16 bits."""
+  reads = [read for _, read in readers.get(step.eqn.outvars[0], ())]
+  return bool(reads) and all((read.via or read.to or FLOAT32) != FLOAT32 for read in reads)
+
+
+def _reach_back(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+) -> set[int]:
+  """The elementwise steps whose values only the island reads, in float32."""
+  members: set[int] = set()
+  queue = [-last]  # the latest first: whoever reads a value comes before who makes it
+  while queue:
+    index = -heapq.heappop(queue)
+    step = steps[index]
+    users = readers.get(step.eqn.outvars[0], ())
+    inside = wide[index] and all(n in members and read.via is None for n, read in users)
+    if index in members or not (inside or index == last):
+      continue
+    members.add(index)
+    made = (makers.get(a) for a in step.eqn.invars if not isinstance(a, Literal))
+    for maker in made:
+      if maker is not None:
+        heapq.heappush(queue, -maker)
+  return members
+
+
+def _island(steps: Any, members: list[int], dtype: np.dtype | None) -> Island:
+  made = {steps[n].eqn.outvars[0] for n in members}
+  read = (atom for n in members for atom in steps[n].eqn.invars)
+  inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
+  return Island(tuple(members), tuple(inputs), dtype)
+
+
+def _pays(steps: Any, island: Island) -> bool:
+  """Whether an island stores less than its steps: a compiler keeps what is costly to compute again.
+
+  No operand of its size may be float32, for it would be stored instead.
+  """
+  members = [steps[n] for n in island.steps]
+  size = jaxprs.size(members[-1].eqn.outvars[0])
+  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in members):
+    return False
+  kinds = {a: f.kind for a, f in _operands(members) if f is not None and jaxprs.size(a) >= size}
+  large = [kinds[a] for a in island.inputs if a in kinds]
+  return Kind.NARROW in large and Kind.DATA not in large
+
+
+def _is_costly(step: Step) -> bool:
+  inner = any(_is_costly(inner) for body in step.bodies for inner in body.steps)
+  return inner or step.eqn.primitive.name in TRANSCENDENTAL
+
+
+def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:
+  for step in members:
+    for atom, form in zip(step.eqn.invars, step.operands, strict=True):
+      if not isinstance(atom, Literal):
+        yield atom, form

@@ -1,0 +1,108 @@
+"""What was decided for a jaxpr: made by the planner, read by the interpreter and by reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import ARITHMETIC, TRANSCENDENTAL, Rule
+from mpjax._core.scopes import Path
+from mpjax._engine import versions
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.kinds import DATA, Form, Kind
+
+Forms = tuple[Form | None, ...]
+
+
+class Read(NamedTuple):
+  """The casts on the way from where a value is held to where it is used."""
+
+  via: np.dtype | None = None
+  """The dtype that the value took on by leaving its module."""
+  to: np.dtype | None = None
+  """The dtype that the equation wants."""
+
+
+class Place(NamedTuple):
+  """Where equations stand: in which module, and whether in its backward pass."""
+
+  path: Path
+  backward: bool
+
+
+ROOT = Place((), False)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+  """One equation with what was decided for it."""
+
+  eqn: JaxprEqn
+  rule: Rule
+  won: int | None
+  place: Place
+  reads: tuple[Read, ...]
+  operands: Forms
+  outs: Forms
+  params: dict[str, Any]
+  bodies: tuple[Plan, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+  """A jaxpr with what was decided for each of its equations and results."""
+
+  jaxpr: Any
+  in_forms: Forms
+  steps: tuple[Step, ...]
+  out_reads: tuple[Read, ...]
+  out_forms: Forms
+
+
+Readers = dict[Var, list[tuple[int, Read]]]
+
+
+def shared_format(readers: Readers, step: Step) -> np.dtype | None:
+  """The format of a step's one result if it is read once, or by all as it left its module.
+
+  Other readers cast to 16 bits each for itself, so that their cotangents meet in float32.
+  """
+  reads = [read for _, read in readers[step.eqn.outvars[0]]]
+  formats = {read.via or (read.to if len(reads) == 1 else None) for read in reads}
+  return formats.pop() if len(formats) == 1 else None
+
+
+def readers_of(plan: Plan) -> Readers:
+  """Which steps read each variable, by index, and how; the plan's results are read by step -1."""
+  readers: Readers = {}
+  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
+  entries.append((-1, versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
+  for index, atoms, reads in entries:
+    for atom, read in zip(atoms, reads, strict=True):
+      if not isinstance(atom, Literal):
+        readers.setdefault(atom, []).append((index, read))
+  return readers
+
+
+def widened(body: Plan) -> Forms:
+  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
+  readers = readers_of(body)
+  wanted = {v: {None if n < 0 else read.to for n, read in reads} for v, reads in readers.items()}
+  return tuple(
+    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
+    for var, form in zip(versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
+  )
+
+
+_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+
+
+def is_elementwise(step: Step) -> bool:
+  """Whether a step computes element by element, itself or in the function that it calls."""
+  name = step.eqn.primitive.name
+  if name in _FUNCTIONS and step.bodies:
+    return all(is_elementwise(inner) for inner in step.bodies[0].steps)
+  return name in ARITHMETIC or name in TRANSCENDENTAL

@@ -1,0 +1,67 @@
+"""Dispatches `apply_policy` to the kind of module that it is given."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from flax import linen as nn
+from flax import nnx
+
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap
+from mpjax._engine.autocast import autocast as autocast_of_pytrees
+from mpjax._flax import linen_modules, nnx_calls, nnx_models
+
+M = TypeVar("M")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.wraps(autocast_of_pytrees)
+def autocast(
+  fn: Callable[P, R], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+) -> Callable[P, R]:
+  """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
+  plain = autocast_of_pytrees(fn, policy, argnums=argnums)
+  if plain is fn:
+    return fn
+  of_models = nnx_calls.autocast(fn, policy, argnums=argnums)
+
+  @functools.wraps(fn)
+  def cast(*args: P.args, **kwargs: P.kwargs) -> R:
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_model)
+    run = of_models if any(map(_is_model, leaves)) else plain
+    return run(*args, **kwargs)
+
+  return cast
+
+
+def _is_model(x: Any) -> bool:
+  return isinstance(x, nnx.Module | nnx.Rngs)
+
+
+def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
+  """Make a Flax module compute under a precision policy.
+
+  Args:
+    module: A Linen module (see `mpjax.linen.apply_policy`) or an NNX model (see
+      `mpjax.nnx.apply_policy`, which also takes the names of methods other than ``__call__``).
+    policy: A `Policy`, a `PolicyMap`, or a spec string.
+
+  Returns:
+    A module of the same kind and class.
+
+  Raises:
+    TypeError: ``module`` is neither.
+  """
+  if isinstance(module, nn.Module):
+    return linen_modules.apply_policy(module, policy)
+  if isinstance(module, nnx.Module):
+    return nnx_models.apply_policy(module, policy)
+  raise TypeError(
+    f"apply_policy takes a Linen module or an NNX model; got {type(module).__name__}. For a "
+    "function use mpjax.autocast; for a module class make an instance first."
+  )

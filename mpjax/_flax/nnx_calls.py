@@ -1,0 +1,218 @@
+"""Runs functions of NNX models under a precision policy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.extend import source_info_util
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.scopes import Path
+from mpjax._engine.calls import STATE
+from mpjax._engine.execute import decide
+
+_PATH = "mpjax_path"
+
+
+def autocast(
+  fn: Callable[..., Any], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+) -> Callable[..., Any]:
+  """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
+
+  Updates that the function makes to Variables of its arguments arrive. The ``nnx.Param`` of all
+  models are parameters, and so are the arrays of the arguments that ``argnums`` names.
+
+  Args:
+    fn: A function of NNX models, other graph nodes (``nnx.Rngs``) and pytrees.
+    policy: A `Policy`, a `PolicyMap` with paths from the first model, or a spec string.
+    argnums: Which positional arguments hold parameters if they are pytrees of arrays.
+
+  Returns:
+    A function with the signature of ``fn`` whose float32 results have the output dtype.
+  """
+  policies = as_policy_map(policy)
+  if policies.is_float32():
+    return fn
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  @functools.wraps(fn)
+  def cast(*args: Any, **kwargs: Any) -> Any:
+    inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+    flags = [n in inside for n in range(len(args))]
+    return run(fn, policies, args, kwargs, flags, strict=True)
+
+  return cast
+
+
+def run(
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Sequence[bool],
+  *,
+  strict: bool,
+  plain: type[nnx.Module] | None = None,
+  known: Iterable[Path] = (),
+) -> Any:
+  """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
+  call = pure_call(fn, args, kwargs, flags, plain)
+  decided = decide(
+    call.fn,
+    policies,
+    call.args,
+    {},
+    (call.flags, {}),
+    absolute=True,
+    strict=strict,
+    known=known,
+  )
+  out, changed = decided.run().cast((policies.default.output_dtype, FLOAT32))
+  nnx.update(call.nodes, changed)
+  return out
+
+
+class PureCall(NamedTuple):
+  """A call with graph nodes as one of a pure function of their states.
+
+  It returns what the call returned, and the states of the Variables that the call changed.
+  """
+
+  fn: Callable[..., tuple[Any, Any]]
+  args: tuple[Any, ...]
+  flags: list[Any]
+  nodes: list[Any]
+
+
+def pure_call(
+  fn: Callable[..., Any],
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  flags: Sequence[bool],
+  plain: type[nnx.Module] | None = None,
+) -> PureCall:
+  """Separate the graph nodes of a call from their states."""
+  leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_node)
+  nodes = [leaf for leaf in leaves if _is_node(leaf)]
+  graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
+  blanks = jax.tree.unflatten(tree, [None if _is_node(leaf) else leaf for leaf in leaves])
+
+  def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    merged = nnx.merge(graphdef, params, rest)
+    before = {tuple(path): _leaves(var) for path, var in nnx.to_flat_state(nnx.state(merged))}
+    attributes = _attributes(merged)
+    _name_modules(merged)
+    if plain is not None:
+      object.__setattr__(merged[0], "__class__", plain)
+    inner, inner_kwargs = _fill(tree, (args, kwargs), merged)
+    out = fn(*inner, **inner_kwargs)
+    _check_attributes(attributes, _attributes(merged))
+    return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
+
+  return PureCall(pure, (params, rest, *blanks), [True, STATE, list(flags), False], nodes)
+
+
+def module_paths(model: nnx.Module) -> list[Path]:
+  """The paths of a model's modules, the model itself first."""
+  return [tuple(map(str, path)) for path, _ in nnx.iter_modules(model)]
+
+
+def _is_node(x: Any) -> bool:
+  return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def _leaves(var: Any) -> list[int]:
+  """The identities of a Variable's arrays: what a call did not touch need not be brought back."""
+  return [id(leaf) for leaf in jax.tree.leaves(var)]
+
+
+def _attributes(nodes: Sequence[Any]) -> dict[str, Any]:
+  """The plain attributes of all modules: numbers, flags and strings."""
+  return {
+    "/".join(map(str, (*path, name))): value
+    for node in nodes
+    for path, module in nnx.iter_modules(node)
+    for name, value in vars(module).items()
+    if isinstance(value, bool | int | float | str) and name != _PATH
+  }
+
+
+def _check_attributes(before: dict[str, Any], after: dict[str, Any]) -> None:
+  """Refuse what cannot be brought back, rather than lose it."""
+  changed = sorted(name for name in before if after.get(name) != before[name])
+  if changed:
+    raise ValueError(
+      "What a call under a policy changes in a model must be held in nnx.Variables; this call set "
+      f"the attribute {changed[0]!r}. Make it an nnx.Variable, or set it outside the call."
+    )
+
+
+def _fill(tree: Any, blanks: tuple[Any, Any], nodes: Sequence[Any]) -> tuple[Any, Any]:
+  """Put graph nodes back into their places among the arguments."""
+  rest = iter(nodes)
+  leaves = tree.flatten_up_to(blanks)
+  return jax.tree.unflatten(tree, [next(rest) if x is None else x for x in leaves])
+
+
+# Scopes: every module's methods run under the name of its path ---------------------------------
+
+
+def _name_modules(nodes: Sequence[Any]) -> None:
+  """Give every submodule of freshly merged nodes a class that names what it computes.
+
+  The nodes are this call's own copies; a user's object is never changed.
+  """
+  for node in nodes:
+    for path, module in nnx.iter_modules(node):
+      if path:
+        object.__setattr__(module, "__class__", _named_class(type(module)))
+        setattr(module, _PATH, "/".join(map(str, path)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _named_class(cls: type[nnx.Module]) -> Any:
+  """The subclass of a module class whose methods run in the scope of the module's path."""
+  methods = {name: _named(value) for name, value in methods_of(cls).items()}
+  return subclass(cls, methods)
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+  @functools.wraps(function)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    path = getattr(self, _PATH, None)
+    if path is None:  # made during the call: it belongs to the module that made it
+      return function(self, *args, **kwargs)
+    with source_info_util.set_name_stack(source_info_util.new_name_stack(path)):
+      return function(self, *args, **kwargs)
+
+  return call
+
+
+def methods_of(cls: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
+  """The public methods that a class and its bases define beside those of ``nnx.Module``."""
+  own = [base for base in cls.__mro__ if base not in nnx.Module.__mro__]
+  found = {name: value for base in reversed(own) for name, value in vars(base).items()}
+  return {
+    name: value
+    for name, value in found.items()
+    if _is_method(value) and (name == "__call__" or not name.startswith("_"))
+  }
+
+
+def _is_method(value: Any) -> bool:
+  """A function, or what a transform such as ``nnx.jit`` made of one."""
+  other = isinstance(value, staticmethod | classmethod | property | type)
+  return callable(value) and hasattr(value, "__get__") and not other
+
+
+def subclass(cls: type[nnx.Module], namespace: dict[str, Any]) -> Any:
+  """A subclass that passes for the class itself, with other attributes."""
+  described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+  metaclass: Any = type(cls)
+  return metaclass(cls.__name__, (cls,), namespace | described)

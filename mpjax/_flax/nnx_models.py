@@ -1,0 +1,120 @@
+"""Precision policies for Flax NNX models."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from mpjax._core.casting import cast_floating
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
+
+M = TypeVar("M", bound=nnx.Module)
+
+_PLAIN = "mpjax_plain_class"
+_POLICIES = "mpjax_policies"
+
+
+def apply_policy(
+  model: M, policy: Policy | PolicyMap | str, *, methods: str | Sequence[str] = ("__call__",)
+) -> M:
+  """Make an NNX model compute under a precision policy.
+
+  The result is an object of a subclass of the model's class. It shares its submodules and its
+  Variables with the model given: paths, `nnx.state`, optimizers and checkpoints are those of the
+  model, and what a call updates (BatchStat, RngState, caches) arrives in both. The named methods
+  run under `mpjax.autocast` with the ``nnx.Param`` as parameters; all other Variables are data and
+  stay float32. A layer's ``dtype=float32`` is overridden by the policy; a layer that was given a
+  16-bit dtype by hand keeps it.
+
+  Parameters that do not have the policy's ``param_dtype`` cannot be shared: then the result is a
+  model of its own, with cast copies of the parameters.
+
+  Args:
+    model: The model.
+    policy: A `Policy`, a `PolicyMap` whose paths are attribute paths (``blocks/0/attn``), or a
+      spec string.
+    methods: The methods that run under the policy.
+
+  Returns:
+    The model under the policy; ``model`` itself if the policy is all float32.
+
+  Raises:
+    ValueError: A spec cannot be parsed, a rule matches no module of the model, or the model has
+      no such method.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> from flax import nnx
+    >>> plain = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    >>> model = mpjax.apply_policy(plain, "params=float32, compute=bfloat16, output=bfloat16")
+    >>> model(jnp.ones((2, 8))).dtype.name, model.kernel is plain.kernel
+    ('bfloat16', True)
+  """
+  policies = as_policy_map(policy)
+  plain = getattr(type(model), _PLAIN, type(model))
+  methods = (methods,) if isinstance(methods, str) else tuple(methods)
+  _check_methods(plain, methods)
+  policies.check_used(module_paths(model))
+  if policies.is_float32():
+    return model
+  under_policy = _with_param_dtypes(model, policies)
+  object.__setattr__(under_policy, "__class__", _policy_class(plain, policies, methods))
+  return under_policy
+
+
+# The class of a model under a policy --------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
+  """The subclass of a model class whose named methods run under a policy map."""
+  wrapped = {name: _under_policy(plain, policies, name) for name in methods}
+  return subclass(plain, {_PLAIN: plain, _POLICIES: policies, **wrapped})
+
+
+def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
+  function = getattr(plain, method)
+
+  @functools.wraps(function)
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    operands, flags = (self, *args), [False] * (1 + len(args))
+    # Rules for modules were checked when the policy was applied; operations show in a call.
+    strict = policies.has_op_rules and method == "__call__"
+    known = module_paths(self) if strict else ()
+    out = run(function, policies, operands, kwargs, flags, strict=strict, plain=plain, known=known)
+    return cast_floating(out, policies.default.output_dtype)
+
+  return call
+
+
+def _check_methods(plain: type[nnx.Module], methods: Sequence[str]) -> None:
+  known = methods_of(plain)
+  for name in methods:
+    if name not in known:
+      raise ValueError(
+        f"methods must name methods of {plain.__name__}; got {name!r}. It has: "
+        f"{', '.join(sorted(known)) or 'none'}."
+      )
+
+
+def _with_param_dtypes(model: M, policies: PolicyMap) -> M:
+  """A shallow copy that shares all Variables, or a cast copy if parameters have other dtypes."""
+
+  def cast(path: Any, var: Any) -> Any:
+    module = tuple(map(str, path))[:-1]
+    dtype = policies.policy_of(policies.rule_at(module)).param_dtype
+    return jax.tree.map(lambda leaf: cast_floating(leaf, dtype), var)
+
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  cast_params = nnx.map_state(cast, params)
+  same = [
+    a is b for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(cast_params), strict=True)
+  ]
+  return copy.copy(model) if all(same) else nnx.merge(graphdef, cast_params, rest)

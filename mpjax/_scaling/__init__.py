@@ -1,0 +1,1 @@
+"""Loss scaling and the other transformations around an optimizer."""

@@ -1,0 +1,132 @@
+"""Whether a tree is finite, and the choice between two trees."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._core.dtypes import describe
+from mpjax._core.tree_paths import leaf_paths
+
+T = TypeVar("T")
+
+
+def all_finite(tree: Any) -> jax.Array:
+  """Tests that no number in a tree is inf or NaN.
+
+  Every leaf that can hold one is tested, complex and float8 included. Integers, bools, keys,
+  float0 and ``None`` count as finite, and so do an empty array and an empty tree. Nothing is
+  summed or squared, so a large finite tree is never mistaken for an infinite one.
+
+  Args:
+    tree: Any pytree of arrays.
+
+  Returns:
+    A bool scalar array.
+
+  Example:
+    >>> bool(all_finite({"a": jnp.ones(3), "b": None}))
+    True
+    >>> bool(all_finite({"a": jnp.array([1.0, jnp.inf])}))
+    False
+  """
+  tested = [_is_finite(leaf) for leaf in jax.tree.leaves(tree) if _can_be_infinite(leaf)]
+  return jnp.all(jnp.stack(tested)) if tested else jnp.array(True)
+
+
+def nonfinite_leaves(tree: Any) -> jax.Array:
+  """Tests each leaf of a tree for inf and NaN.
+
+  Returns:
+    A bool array with one entry per leaf, in the order of flattening; True where a leaf holds
+    inf or NaN.
+  """
+  leaves = jax.tree.leaves(tree)
+  bad = [~_is_finite(leaf) if _can_be_infinite(leaf) else jnp.array(False) for leaf in leaves]
+  return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
+
+
+def _can_be_infinite(leaf: Any) -> bool:
+  if isinstance(leaf, float | complex):
+    return True
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_finite(leaf: Any) -> jax.Array:
+  x = jnp.asarray(leaf)
+  narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 2
+  return jnp.all(jnp.isfinite(x.astype(jnp.float32) if narrow else x))
+
+
+def select(pred: jax.typing.ArrayLike, on_true: T, on_false: T) -> T:
+  """Chooses one of two trees, leaf by leaf, without touching the numbers of the other.
+
+  The choice is ``jnp.where`` and never a product, so inf and NaN in the tree that is not chosen
+  do not leak into the result. Leaves that are not arrays (``None``, functions, names) must be
+  equal in the two trees.
+
+  Args:
+    pred: A bool scalar.
+    on_true: The tree for a true ``pred``.
+    on_false: The tree for a false one: same structure, and the same dtype in every leaf.
+
+  Returns:
+    A tree of the same structure and dtypes.
+
+  Raises:
+    ValueError: If the structures differ, or a dtype does; the message names the paths.
+
+  Example:
+    >>> select(jnp.array(False), {"w": jnp.float32(jnp.nan)}, {"w": jnp.float32(1)})
+    {'w': Array(1., dtype=float32)}
+  """
+  structure = jax.tree.structure(on_true)
+  if structure != jax.tree.structure(on_false):
+    raise ValueError(_structure_message(on_true, on_false))
+  pairs = zip(leaf_paths(on_true), jax.tree.leaves(on_false), strict=True)
+  return structure.unflatten([_choose(pred, path, a, b) for (path, a), b in pairs])
+
+
+def _choose(pred: jax.typing.ArrayLike, path: str, a: Any, b: Any) -> Any:
+  if a is b:
+    return a
+  if not _is_array(a) and not _is_array(b):
+    return _equal(path, a, b)
+  kind, other = _dtype_of(a), _dtype_of(b)
+  if kind != other:
+    raise ValueError(
+      f"The two trees must have the same dtypes. Leaf {path!r} is {describe(a)} where the "
+      f"predicate is true and {describe(b)} where it is false. Cast one of them."
+    )
+  return a if kind == jax.dtypes.float0 else jnp.where(pred, a, b)
+
+
+def _equal(path: str, a: Any, b: Any) -> Any:
+  if a == b:
+    return a
+  raise ValueError(
+    f"Leaves that are not arrays must be equal in the two trees. Leaf {path!r} is {a!r} where "
+    f"the predicate is true and {b!r} where it is false. Make it an array."
+  )
+
+
+def _is_array(leaf: Any) -> bool:
+  return isinstance(leaf, bool | int | float | complex) or hasattr(leaf, "dtype")
+
+
+def _dtype_of(leaf: Any) -> Any:
+  dtype = getattr(leaf, "dtype", None)
+  return jnp.result_type(leaf) if dtype is None else dtype
+
+
+def _structure_message(on_true: Any, on_false: Any) -> str:
+  a, b = ({path for path, _ in leaf_paths(tree)} for tree in (on_true, on_false))
+  found = []
+  if a - b:
+    found.append(f"Only where the predicate is true: {', '.join(sorted(a - b))}.")
+  if b - a:
+    found.append(f"Only where it is false: {', '.join(sorted(b - a))}.")
+  if not found:
+    found = [f"{jax.tree.structure(on_true)} is not {jax.tree.structure(on_false)}."]
+  return f"The two trees must have the same structure. {' '.join(found)} Add or drop leaves."

@@ -1,0 +1,415 @@
+"""Loss scaling as one optax transformation around the optimizer.
+
+float16 gradients below 6e-8 are zero. The loss is therefore multiplied by a scale before it is
+differentiated, and the gradients are divided by it before the optimizer sees them (Micikevicius
+et al., 2018, section 3.2). A scale that makes them overflow costs one skipped step and is backed
+off. The scale is a power of two, so scaling and unscaling are exact.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from mpjax._core.arguments import positive_integer, power_of_two
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32
+from mpjax._scaling.finiteness import all_finite, select
+
+AxisName = str | Sequence[str]
+
+
+class LossScalingState(NamedTuple):
+  """The state of a loss scaler: six strongly typed scalar arrays and the optimizer's state.
+
+  Settings live in the transformation, so nothing is lost when the state passes through
+  ``jax.jit`` or a checkpoint.
+
+  Attributes:
+    scale: f32[], the scale that the next loss must be multiplied by.
+    good_steps: i32[], optimizer steps since the scale last changed or a step was skipped.
+    consecutive_skips: i32[], skipped steps since the last applied one.
+    total_skips: i32[], skipped steps since the beginning.
+    hysteresis: i32[], non-finite steps left until the scale is backed off.
+    last_finite: bool[], whether the last update was applied; True before the first.
+    inner_state: The state of the wrapped transformation, as it would be without scaling.
+  """
+
+  scale: jax.Array
+  good_steps: jax.Array
+  consecutive_skips: jax.Array
+  total_skips: jax.Array
+  hysteresis: jax.Array
+  last_finite: jax.Array
+  inner_state: Any
+
+
+def dynamic_loss_scaling(
+  inner: optax.GradientTransformation,
+  *,
+  init_scale: float = 2.0**15,
+  growth_factor: float = 2.0,
+  backoff_factor: float = 0.5,
+  growth_interval: int = 2000,
+  min_scale: float = 1.0,
+  max_scale: float = 2.0**24,
+  hysteresis: int = 1,
+  consecutive_hysteresis: bool = False,
+  axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer so that it takes gradients of a scaled loss and skips non-finite ones.
+
+  Each update converts the gradients to float32, divides them by the scale in its state (the
+  one that `loss_scale` handed out for this step) and tests them. If all are finite, ``inner``
+  updates as it would without scaling. Otherwise the updates are zero and the state of
+  ``inner`` stays as it was, bit for bit; only the scaler moves. The scale grows after
+  ``growth_interval`` good optimizer steps and is backed off by a non-finite one.
+
+  ``inner`` must hold the whole chain, clipping included: a transformation in front of the
+  scaler sees scaled gradients and may hide an overflow from it. ``inner`` is initialized and
+  called with float32 views of 16-bit parameters, so its moments are float32 (in float16,
+  Adam's epsilon is zero, optax#1754). Extra arguments of ``update`` pass through to it.
+
+  To accumulate gradients, give `mpjax.make_train_step` ``accumulate=k``, which drops the whole
+  window of a non-finite micro-batch. ``optax.MultiSteps`` belongs inside: a non-finite micro-batch
+  is left out of its window, which takes one more instead, and the scale grows by optimizer steps,
+  not by micro-steps. Around the scaler it keeps the first non-finite micro-batch in its
+  accumulator for ever (it clears it by a product with 0): nothing non-finite is applied, but every
+  later step is skipped. With ``should_skip_update_fn=optax.skip_not_finite`` it keeps none, but
+  the scaler never learns of an overflow, so that only a static scale works there. The train steps
+  refuse both.
+
+  The default start is below torch's 2**16, which overflows float16 on the first step of a loss
+  that is itself float16; the other settings are theirs, the ceiling is Apex's.
+
+  Args:
+    inner: The optimizer.
+    init_scale: The first scale.
+    growth_factor: What the scale is multiplied by when it grows.
+    backoff_factor: What the scale is multiplied by when it is backed off.
+    growth_interval: The number of consecutive good optimizer steps that make it grow.
+    min_scale: The scale is never backed off below this.
+    max_scale: The scale never grows above this.
+    hysteresis: The number of non-finite steps after which the scale is backed off, once and
+      then at every further one; counted anew when the scale grows.
+    consecutive_hysteresis: Whether every good step counts them anew too, so that only that many
+      non-finite steps in a row back the scale off (DeepSpeed's setting of this name).
+    axis_name: The axis or axes of ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` over which
+      gradients may differ. All devices then skip if one does. Not needed under plain
+      ``jax.jit``, sharded or not.
+
+  Returns:
+    A transformation whose state is a `LossScalingState`.
+
+  Raises:
+    ValueError: If a scale or factor is not a power of two within float32's range, is out of
+      order, or a count is below 1; the message says which.
+    TypeError: If an argument is no number, or ``inner`` no optax transformation.
+
+  Example:
+    >>> tx = dynamic_loss_scaling(optax.sgd(1.0), init_scale=8)
+    >>> params = {"w": jnp.ones(2)}
+    >>> state = tx.init(params)
+    >>> updates, state = tx.update({"w": jnp.array([8.0, jnp.inf])}, state, params)
+    >>> step_is_finite(state), loss_scale(state)
+    (Array(False, dtype=bool), Array(4., dtype=float32))
+    >>> optax.apply_updates(params, updates)
+    {'w': Array([1., 1.], dtype=float32)}
+  """
+  settings = _Settings(
+    growth=power_of_two("growth_factor", growth_factor),
+    backoff=power_of_two("backoff_factor", backoff_factor),
+    interval=positive_integer("growth_interval", growth_interval),
+    floor=power_of_two("min_scale", min_scale),
+    ceiling=power_of_two("max_scale", max_scale),
+    hysteresis=positive_integer("hysteresis", hysteresis),
+    consecutive=bool(consecutive_hysteresis),
+  )
+  start = power_of_two("init_scale", init_scale)
+  _check_order(start, settings)
+  return _loss_scaling(inner, start, settings, axis_name)
+
+
+def static_loss_scaling(
+  inner: optax.GradientTransformation,
+  scale: float = 2.0**10,
+  *,
+  axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer like `dynamic_loss_scaling`, with a scale that never changes.
+
+  Non-finite steps are skipped all the same, so ``static_loss_scaling(inner, 1)`` is a guard
+  against NaN for training without scaling, in bfloat16 or float32.
+
+  Args:
+    inner: The optimizer.
+    scale: The scale, a power of two.
+    axis_name: See `dynamic_loss_scaling`.
+
+  Returns:
+    A transformation whose state is a `LossScalingState`.
+
+  Raises:
+    ValueError: If ``scale`` is not a power of two within float32's range.
+    TypeError: If ``scale`` is no number, or ``inner`` no optax transformation.
+
+  Example:
+    >>> state = static_loss_scaling(optax.sgd(1.0), 1).init({"w": jnp.ones(2)})
+    >>> loss_scale(state)
+    Array(1., dtype=float32)
+  """
+  return _loss_scaling(inner, power_of_two("scale", scale), None, axis_name)
+
+
+def loss_scale(opt_state: Any) -> jax.Array:
+  """The scale that the loss of the next step must be multiplied by.
+
+  Args:
+    opt_state: The state of an optimizer that has one loss scaler anywhere inside: within a
+      chain or a wrapper, or the ``opt_state`` of Flax's ``TrainState`` or ``nnx.Optimizer``.
+
+  Returns:
+    f32[].
+
+  Raises:
+    ValueError: If there is no loss scaler in ``opt_state``, or more than one.
+
+  Example:
+    >>> tx = dynamic_loss_scaling(optax.adam(1e-3))
+    >>> loss_scale(tx.init({"w": jnp.ones(2)}))
+    Array(32768., dtype=float32)
+  """
+  return _require_scaling_state(opt_state).scale
+
+
+def step_is_finite(opt_state: Any) -> jax.Array:
+  """Whether the last update was applied; False if it was skipped as not finite.
+
+  What is kept beside the parameters, such as BatchNorm statistics, must not move either on a
+  skipped step: ``select(step_is_finite(opt_state), new, old)``.
+
+  Args:
+    opt_state: See `loss_scale`.
+
+  Returns:
+    bool[], True before the first update.
+
+  Raises:
+    ValueError: If there is no loss scaler in ``opt_state``, or more than one.
+
+  Example:
+    >>> tx = dynamic_loss_scaling(optax.adam(1e-3))
+    >>> step_is_finite(tx.init({"w": jnp.ones(2)}))
+    Array(True, dtype=bool)
+  """
+  return _require_scaling_state(opt_state).last_finite
+
+
+class _Settings(NamedTuple):
+  """What a dynamic scaler was made with; held by its closure, not by its state."""
+
+  growth: float
+  backoff: float
+  interval: int
+  floor: float
+  ceiling: float
+  hysteresis: int
+  consecutive: bool
+
+
+def _loss_scaling(
+  inner: Any, start: float, settings: _Settings | None, axis_name: AxisName | None
+) -> optax.GradientTransformationExtraArgs:
+  inner = as_transformation(inner)
+
+  def init(params: optax.Params) -> LossScalingState:
+    return LossScalingState(
+      scale=jnp.full((), start, FLOAT32),
+      good_steps=jnp.zeros((), jnp.int32),
+      consecutive_skips=jnp.zeros((), jnp.int32),
+      total_skips=jnp.zeros((), jnp.int32),
+      hysteresis=jnp.full((), settings.hysteresis if settings else 1, jnp.int32),
+      last_finite=jnp.ones((), jnp.bool_),
+      inner_state=jax.tree.map(_strong, inner.init(cast_floating(params, FLOAT32))),
+    )
+
+  def update(
+    updates: optax.Updates,
+    state: Any,  # a LossScalingState; optax types every state alike
+    params: optax.Params | None = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, LossScalingState]:
+    grads = _unscale(updates, state.scale)
+    # A scale below 1 can overflow here what came in finite, hence the test after unscaling;
+    # inf and NaN stay what they are.
+    finite = _agree(all_finite(grads), axis_name)
+    new_updates, new_inner = inner.update(
+      grads, state.inner_state, cast_floating(params, FLOAT32), **extra_args
+    )
+    stepped = finite & _optimizer_stepped(state.inner_state, new_inner)
+    state = _adjust(state, finite, stepped, settings)
+    return (
+      jax.tree.map(lambda u: _zero_unless(finite, u), new_updates),
+      state._replace(inner_state=select(finite, new_inner, state.inner_state)),
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
+  """An optax transformation, or ``optax.MultiSteps``, as one that takes extra arguments.
+
+  Raises:
+    TypeError: If it is neither.
+  """
+  if isinstance(inner, optax.MultiSteps):
+    # Its own conversion to a transformation drops extra arguments.
+    update: Any = inner.update
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+  if isinstance(inner, optax.GradientTransformation):
+    return optax.with_extra_args_support(inner)
+  raise TypeError(
+    "The optimizer must be an optax.GradientTransformation. Got "
+    f"{inner!r} of type {type(inner).__name__}. Pass for example optax.adam(1e-3)."
+  )
+
+
+def _adjust(
+  state: LossScalingState, finite: jax.Array, stepped: jax.Array, settings: _Settings | None
+) -> LossScalingState:
+  """Moves the counters, and the scale if it is a dynamic one."""
+  skipped = (~finite).astype(jnp.int32)
+  state = state._replace(
+    consecutive_skips=(state.consecutive_skips + 1) * skipped,
+    total_skips=state.total_skips + skipped,
+    last_finite=finite,
+    good_steps=(state.good_steps + stepped.astype(jnp.int32)) * (1 - skipped),
+  )
+  if settings is None:
+    return state
+  grow = stepped & (state.good_steps >= settings.interval)
+  left = jnp.maximum(state.hysteresis - skipped, 0)
+  back_off = ~finite & (left == 0)
+  grown = jnp.minimum(state.scale * settings.growth, settings.ceiling)
+  backed_off = jnp.maximum(state.scale * settings.backoff, settings.floor)
+  refill = finite if settings.consecutive else grow
+  return state._replace(
+    scale=jnp.where(grow, grown, jnp.where(back_off, backed_off, state.scale)),
+    good_steps=jnp.where(grow, 0, state.good_steps),
+    hysteresis=jnp.where(refill, settings.hysteresis, left),
+  )
+
+
+def _unscale(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
+  inverse = 1 / scale
+
+  def unscale(leaf: Any) -> Any:
+    leaf = jnp.asarray(leaf) if isinstance(leaf, float | complex) else leaf
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+      return leaf
+    wide = leaf if dtype.itemsize >= FLOAT32.itemsize else leaf.astype(FLOAT32)
+    return wide * inverse.astype(wide.dtype)
+
+  return jax.tree.map(unscale, updates)
+
+
+def _agree(finite: jax.Array, axis_name: AxisName | None) -> jax.Array:
+  if axis_name is None:
+    return finite
+  axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+  return lax.pmin(finite.astype(jnp.int32), axes) == 1
+
+
+def _optimizer_stepped(old: Any, new: Any) -> jax.Array:
+  """Whether this update was an optimizer step rather than one of its micro-steps."""
+  before, after = _gradient_steps(old), _gradient_steps(new)
+  if not before:
+    return jnp.array(True)
+  return jnp.any(jnp.stack([a != b for a, b in zip(before, after, strict=True)]))
+
+
+def _gradient_steps(state: Any) -> list[jax.Array]:
+  return [found.gradient_step for found in find_states(state, optax.MultiStepsState)]
+
+
+def _zero_unless(finite: jax.Array, update: Any) -> Any:
+  if getattr(update, "dtype", jax.dtypes.float0) == jax.dtypes.float0:
+    return update
+  # p + 0.0 turns a parameter -0.0 into 0.0; p - 0.0 leaves every bit.
+  zero = -0.0 if jnp.issubdtype(update.dtype, jnp.floating) else 0
+  return jnp.where(finite, update, jnp.full_like(update, zero))
+
+
+def _strong(leaf: Any) -> Any:
+  """A weakly typed array would change its type, and be traced again, after one update."""
+  return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
+
+
+def find_scaling_state(opt_state: Any) -> LossScalingState | None:
+  """Finds the state of the one loss scaler anywhere inside an optimizer state.
+
+  Returns:
+    The state, its scalars as arrays even where Flax wraps them in Variables; ``None`` if there
+    is no loss scaler.
+
+  Raises:
+    ValueError: If there is more than one.
+  """
+  found = _scaling_states(opt_state)
+  if not found:
+    return None
+  if len(found) > 1:
+    raise ValueError(
+      "The optimizer state must hold one loss scaler. "
+      f"Got {len(found)}. Wrap the outermost transformation only, or pass the part of the "
+      "state that belongs to one of them."
+    )
+  *scalars, inner_state = found[0]
+  return LossScalingState._make([*(jax.tree.leaves(x)[0] for x in scalars), inner_state])
+
+
+def _require_scaling_state(opt_state: Any) -> LossScalingState:
+  state = find_scaling_state(opt_state)
+  if state is None:
+    raise ValueError(
+      "The optimizer state must hold a loss scaler. Got a "
+      f"{type(opt_state).__name__} without one. Wrap the optimizer: "
+      "mpjax.dynamic_loss_scaling(tx), and pass its state."
+    )
+  return state
+
+
+def _scaling_states(tree: Any) -> list[LossScalingState]:
+  found = find_states(tree, LossScalingState)
+  return found + [below for state in found for below in _scaling_states(state.inner_state)]
+
+
+def is_inside_multisteps(opt_state: Any) -> bool:
+  """Whether an ``optax.MultiSteps`` is around a loss scaler."""
+  return any(_scaling_states(found) for found in find_states(opt_state, optax.MultiStepsState))
+
+
+def find_states(tree: Any, kind: type) -> list[Any]:
+  """The states of one type anywhere inside an optimizer state, but not those inside of these."""
+  leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+  return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def _check_order(start: float, settings: _Settings) -> None:
+  if settings.growth <= 1:
+    raise ValueError(
+      f"growth_factor must be above 1. Got {settings.growth:g}. Choose for example 2."
+    )
+  if settings.backoff >= 1:
+    raise ValueError(
+      f"backoff_factor must be below 1. Got {settings.backoff:g}. Choose for example 0.5."
+    )
+  if not settings.floor <= start <= settings.ceiling:
+    raise ValueError(
+      f"init_scale must lie between min_scale and max_scale. Got init_scale {start:g}, "
+      f"min_scale {settings.floor:g} and max_scale {settings.ceiling:g}. Move one of them."
+    )

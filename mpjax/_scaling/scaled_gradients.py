@@ -1,0 +1,85 @@
+"""Gradients of a scaled loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._core.dtypes import FLOAT32, describe
+
+
+def value_and_grad(
+  loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+  """Makes the function that returns a loss and the gradients of the scaled loss.
+
+  The loss is converted to float32 before it is scaled, so a float16 loss does not overflow.
+  The gradients are scaled, for a transformation of `dynamic_loss_scaling` to unscale.
+
+  Args:
+    loss_fn: Returns a real scalar, or a pair of it and auxiliary output if ``has_aux``.
+    argnums: The positions of the arguments to differentiate, as for ``jax.grad``.
+    has_aux: Whether ``loss_fn`` returns auxiliary output.
+
+  Returns:
+    A function that takes the arguments of ``loss_fn`` and the keyword ``loss_scale``, and
+    returns ``(loss, gradients)`` or ``((loss, aux), gradients)``; the loss is float32 and
+    unscaled.
+
+  Raises:
+    TypeError: When called, if the loss is not a real floating-point scalar.
+
+  Example:
+    >>> loss_fn = lambda w: (w * w).astype(jnp.float16)
+    >>> value_and_grad(loss_fn)(jnp.float32(3), loss_scale=1024.0)
+    (Array(9., dtype=float32), Array(6144., dtype=float32))
+  """
+
+  def scaled_loss(scale: jax.Array, args: Any, kwargs: Any) -> tuple[jax.Array, Any]:
+    out = loss_fn(*args, **kwargs)
+    loss, aux = split_aux(out) if has_aux else (out, None)
+    loss = float32_loss(loss)
+    return loss * scale.astype(loss.dtype), (loss, aux)
+
+  def value_and_scaled_grad(
+    *args: Any, loss_scale: jax.typing.ArrayLike, **kwargs: Any
+  ) -> tuple[Any, Any]:
+    scale = jnp.asarray(loss_scale, FLOAT32)
+    grad = jax.grad(lambda *a: scaled_loss(scale, a, kwargs), argnums, has_aux=True)
+    grads, (loss, aux) = grad(*args)
+    return ((loss, aux) if has_aux else loss), grads
+
+  return value_and_scaled_grad
+
+
+def split_aux(out: Any) -> tuple[Any, Any]:
+  """Splits what a loss function with auxiliary output returned, a pair.
+
+  Raises:
+    TypeError: If it is no pair.
+  """
+  if isinstance(out, tuple) and len(out) == 2:
+    return out
+  raise TypeError(
+    "With has_aux=True the loss function must return a pair (loss, aux). "
+    f"Got {type(out).__name__}. Return the pair, or drop has_aux."
+  )
+
+
+def float32_loss(loss: Any) -> jax.Array:
+  """Converts a loss to float32 (float64 stays).
+
+  Raises:
+    TypeError: If it is not a real floating-point scalar.
+  """
+  dtype, shape = getattr(loss, "dtype", None), getattr(loss, "shape", None)
+  if isinstance(loss, float):
+    dtype, shape = FLOAT32, ()
+  if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      "The loss must be a real floating-point scalar. "
+      f"Got {describe(loss)}. Reduce it to a scalar, or pass has_aux=True if it is a pair."
+    )
+  loss = jnp.asarray(loss)
+  return loss.astype(FLOAT32) if loss.dtype.itemsize < FLOAT32.itemsize else loss

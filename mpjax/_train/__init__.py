@@ -1,0 +1,1 @@
+"""The parts that the train steps of Linen and of NNX share."""

@@ -1,0 +1,250 @@
+"""What the train steps of Linen and of NNX share: gradients, metrics, skips, the abort."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._core.arguments import positive_integer
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.tree_paths import leaf_paths
+from mpjax._scaling.device_gradients import widen
+from mpjax._scaling.faults import FaultState
+from mpjax._scaling.finiteness import select
+from mpjax._scaling.loss_scaling import LossScalingState, is_inside_multisteps
+from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
+
+PolicyLike = Policy | PolicyMap | str
+
+
+class StepMetrics(NamedTuple):
+  """What one train step reports; scalar arrays, and whatever the loss function adds.
+
+  Attributes:
+    loss: f32[], the unscaled loss before the update.
+    grad_norm: f32[], the 2-norm of all unscaled gradients; inf or NaN on a skipped step.
+    loss_scale: f32[], the scale that this step used; 1 without a loss scaler.
+    applied: bool[], False if the step was skipped; always True without a loss scaler.
+    consecutive_skips: i32[], skipped steps up to this one; 0 if it was applied.
+    total_skips: i32[], skipped steps since the beginning.
+    aux: The auxiliary output of the loss function, or ``None``.
+  """
+
+  loss: jax.Array
+  grad_norm: jax.Array
+  loss_scale: jax.Array
+  applied: jax.Array
+  consecutive_skips: jax.Array
+  total_skips: jax.Array
+  aux: Any = None
+
+
+class NonFiniteError(FloatingPointError):
+  """Raised when a train step has been skipped too many times in a row.
+
+  Attributes:
+    state: What training has come to: the ``TrainState``, or for NNX the pair of model and
+      optimizer. No skipped step changed its parameters, so it can be saved or trained on.
+    paths: The parameters whose gradients held inf or NaN in the last step.
+  """
+
+  def __init__(self, message: str, state: Any, paths: Sequence[str]) -> None:
+    super().__init__(message)
+    self.state = state
+    self.paths = tuple(paths)
+
+
+def autocast_loss(
+  loss_fn: Callable[..., Any], policy: PolicyLike | None, autocast: Callable[..., Any]
+) -> Callable[..., Any]:
+  """Runs a whole loss function under a policy, by one of the autocasts; its results stay float32.
+
+  The policy's output dtype is what a model returns; the loss, the auxiliary output and BatchNorm
+  statistics that a loss function returns are none of that.
+  """
+  if policy is None:
+    return loss_fn
+  policies = as_policy_map(policy)
+  default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
+  return autocast(loss_fn, policies.with_default(default))
+
+
+def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:
+  """Refuses parameters that are not held in the dtype that one policy for all asks for.
+
+  Raises:
+    ValueError: If a float leaf has another dtype; the message names it.
+  """
+  if policy is None or (policies := as_policy_map(policy)).rules:
+    return
+  for path, leaf in leaf_paths(params):
+    held = cast_floating(leaf, policies.default.param_dtype)
+    if held is not leaf:
+      raise ValueError(
+        f"Parameters must be held in {policies.default.param_dtype.name}, the policy's param "
+        f"dtype. Got {path}: {describe(leaf)}. Create the state from policy.cast_to_param(params)."
+      )
+
+
+def loss_and_grads(
+  loss_fn: Callable[..., tuple[Any, Any]],
+  scaling: LossScalingState | None,
+  *args: Any,
+  wide: bool = False,
+) -> tuple[tuple[jax.Array, Any], Any]:
+  """Differentiates a loss with respect to its first argument.
+
+  Args:
+    loss_fn: Returns a pair: the loss and whatever else the step needs.
+    scaling: The state of the loss scaler, or ``None`` without one.
+    *args: The arguments of ``loss_fn``.
+    wide: Whether weight gradients leave their matmuls, and so are summed over devices, in
+      float32.
+
+  Returns:
+    ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
+    float32 where they were 16-bit.
+  """
+  scale = None if scaling is None else scaling.scale
+
+  def grads_of(scale: Any, *args: Any) -> tuple[Any, Any]:
+    if scale is not None:
+      out, grads = value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scale)
+      return out, (cast_floating(grads, FLOAT32) if wide else grads)
+    out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
+    return out, cast_floating(grads, FLOAT32)
+
+  def float32_loss_fn(*args: Any) -> tuple[jax.Array, Any]:
+    loss, rest = loss_fn(*args)
+    return float32_loss(loss), rest
+
+  return (widen(grads_of) if wide else grads_of)(scale, *args)
+
+
+def step_metrics(
+  loss: jax.Array,
+  grads: Any,
+  before: LossScalingState | None,
+  after: LossScalingState | None,
+  aux: Any,
+) -> StepMetrics:
+  """The metrics of a step, from its (scaled) gradients and the scaler before and after it."""
+  if before is None or after is None:
+    return StepMetrics(
+      loss=loss,
+      grad_norm=global_norm(grads),
+      loss_scale=jnp.ones((), FLOAT32),
+      applied=jnp.ones((), jnp.bool_),
+      consecutive_skips=jnp.zeros((), jnp.int32),
+      total_skips=jnp.zeros((), jnp.int32),
+      aux=aux,
+    )
+  return StepMetrics(
+    loss=loss,
+    grad_norm=global_norm(grads, 1 / before.scale),
+    loss_scale=before.scale,
+    applied=after.last_finite,
+    consecutive_skips=after.consecutive_skips,
+    total_skips=after.total_skips,
+    aux=aux,
+  )
+
+
+def global_norm(tree: Any, factor: jax.Array | None = None) -> jax.Array:
+  """The 2-norm of all float leaves, in float32, times ``factor``; squares do not overflow.
+
+  Example:
+    >>> global_norm({"a": jnp.array([3e30, 4e30]), "b": jnp.zeros(2, jnp.bfloat16)})
+    Array(5.e+30, dtype=float32)
+  """
+  leaves = [
+    jnp.abs(leaf).astype(FLOAT32)
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.inexact) and leaf.size
+  ]
+  if not leaves:
+    return jnp.zeros((), FLOAT32)
+  largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
+  # The smallest normal number keeps an all-zero tree from dividing by zero.
+  unit = jnp.maximum(largest, jnp.finfo(FLOAT32).smallest_normal)
+  squares = [jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]
+  return (unit if factor is None else unit * factor) * jnp.sqrt(jnp.sum(jnp.stack(squares)))
+
+
+def keep_if_skipped(applied: jax.Array, new_opt_state: Any, old_opt_state: Any) -> Any:
+  """The optimizer state after a step; if that was skipped, only the loss scaler has moved.
+
+  And the count of a fault schedule: a fault that stayed in place would strike for ever.
+  """
+
+  def moves(state: Any) -> bool:
+    return isinstance(state, LossScalingState | FaultState)
+
+  def choose(new: Any, old: Any) -> Any:
+    return new if moves(new) else select(applied, new, old)
+
+  return jax.tree.map(choose, new_opt_state, old_opt_state, is_leaf=moves)
+
+
+def read_limit(max_consecutive_skips: int | None) -> int | None:
+  """The argument ``max_consecutive_skips``: ``None`` or an integer of at least 1."""
+  if max_consecutive_skips is None:
+    return None
+  return positive_integer("max_consecutive_skips", max_consecutive_skips)
+
+
+def require_scaling(scaling: LossScalingState | None, limit: int | None, opt_state: Any) -> None:
+  """Refuses a limit on skips where nothing is ever skipped, and a loss scaler that sees no faults.
+
+  Raises:
+    ValueError: If there is a limit and no loss scaler, or ``optax.MultiSteps`` around it.
+  """
+  if is_inside_multisteps(opt_state):
+    raise ValueError(
+      "A train step needs the loss scaler around optax.MultiSteps. Got it inside, where it never "
+      "sees the micro-batch that overflowed: optax keeps the NaN in its accumulator for ever, or "
+      "leaves the micro-batch out without lowering the scale. Make the step with accumulate=k and "
+      "the optimizer without MultiSteps; or wrap MultiSteps: "
+      "mpjax.dynamic_loss_scaling(optax.MultiSteps(tx, k))."
+    )
+  if limit is not None and scaling is None:
+    raise ValueError(
+      "max_consecutive_skips needs an optimizer with a loss scaler, which skips non-finite "
+      "steps. Got one without. Wrap it: mpjax.static_loss_scaling(tx, 1), or drop the limit."
+    )
+
+
+def raise_if_stuck(
+  metrics: StepMetrics, bad: jax.Array, params: Any, limit: int, state: Any
+) -> None:
+  """Waits for a step and raises if it was the last of ``limit`` skipped ones.
+
+  Args:
+    metrics: The step's metrics.
+    bad: bool[n], which gradients held inf or NaN, in the order of the leaves of ``params``.
+    params: The parameters.
+    limit: The number of skips in a row that is too many.
+    state: What the error carries.
+
+  Raises:
+    NonFiniteError: If so.
+  """
+  skips = int(metrics.consecutive_skips)
+  if skips < limit:
+    return
+  flags = jax.device_get(bad)
+  paths = [path for (path, _), flag in zip(leaf_paths(params), flags, strict=True) if flag]
+  shown = ", ".join(paths[:10]) + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
+  raise NonFiniteError(
+    f"The gradients must be finite at least once in {limit} steps. Got {skips} skipped steps in a "
+    f"row; the last had inf or NaN in {shown or 'no leaf'}, at loss {float(metrics.loss):g} and "
+    f"loss scale {float(metrics.loss_scale):g}. Look for what overflows there, lower the learning "
+    "rate or train in bfloat16; the error's `state` holds everything up to here.",
+    state,
+    paths,
+  )

@@ -1,0 +1,329 @@
+"""Train steps for Linen models and pure functions."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mpjax._core.arguments import positive_integer
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.tree_paths import leaf_paths
+from mpjax._engine.autocast import autocast
+from mpjax._scaling.device_gradients import read_reduce_dtype
+from mpjax._scaling.finiteness import nonfinite_leaves, select
+from mpjax._scaling.loss_scaling import as_transformation, find_scaling_state
+from mpjax._train.accumulation import Window
+from mpjax._train.accumulation import accumulate as run_window
+from mpjax._train.low_precision_warning import warn_of_low_precision
+from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
+from mpjax._train.step_parts import (
+  PolicyLike,
+  StepMetrics,
+  autocast_loss,
+  check_param_dtype,
+  keep_if_skipped,
+  loss_and_grads,
+  raise_if_stuck,
+  read_limit,
+  require_scaling,
+  step_metrics,
+)
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes, as one pytree.
+
+  Attributes:
+    step: i32[], the number of applied steps; a skipped one does not count.
+    params: The parameters.
+    opt_state: The optimizer's state.
+    model_state: The mutable collections of the model, such as ``{"batch_stats": ...}``, or
+      ``None``.
+    rng: The key that every step's key is folded from, or ``None``. It never changes.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  model_state: Any = None
+  rng: Any = None
+
+  @classmethod
+  def create(
+    cls,
+    params: Any,
+    tx: optax.GradientTransformation,
+    *,
+    model_state: Any = None,
+    rng: Any = None,
+  ) -> "TrainState":
+    """The state before the first step.
+
+    The arrays are copied, so that a step may donate the state's buffers without deleting yours.
+    The optimizer's state is made for float32 parameters, whatever they are held in, and sharded
+    as they are; what has no shape of theirs is replicated over their mesh.
+
+    Args:
+      params: The parameters.
+      tx: The optimizer.
+      model_state: The mutable collections of the model, if it has any.
+      rng: A key, if the loss function takes one.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: If ``tx`` is not an optax transformation.
+
+    Example:
+      >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
+      >>> state.step, state.params
+      (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
+    """
+    opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
+    state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
+    return place_beside(jax.tree.map(_owned, state), params)
+
+
+def _owned(leaf: Any) -> Any:
+  """A strongly typed array of its own; what is no array passes."""
+  if not hasattr(leaf, "dtype"):
+    return leaf
+  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return jnp.copy(leaf)
+  return jnp.array(leaf, dtype=leaf.dtype, copy=True)
+
+
+class TrainStep:
+  """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``."""
+
+  def __init__(self, jitted: Any, max_consecutive_skips: int | None) -> None:
+    self._jitted = jitted
+    self._limit = max_consecutive_skips
+
+  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+    """Takes one step.
+
+    Args:
+      state: The state; donated, so it must not be used again (unless made with
+        ``donate=False``).
+      batch: What the loss function takes as its last argument.
+
+    Returns:
+      The state after the step, and its metrics.
+
+    Raises:
+      NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
+    """
+    state, metrics, bad = self._jitted(state, batch, placement(state, batch))
+    if self._limit is not None:
+      raise_if_stuck(metrics, bad, state.params, self._limit, state)
+    return state, metrics
+
+  def lower(
+    self, state: TrainState, batch: Any, *, lowering_platforms: tuple[str, ...] | None = None
+  ) -> Any:
+    """Lowers the step for these arguments, as ``jax.jit(...).lower`` does.
+
+    Args:
+      state: A state, or its ``jax.eval_shape``; shapes may carry a ``sharding``.
+      batch: A batch, or its shapes.
+      lowering_platforms: For which platforms, if not for the one that JAX runs on.
+
+    Returns:
+      A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
+    """
+    traced = self._jitted.trace(state, batch, placement(state, batch))
+    return traced.lower(lowering_platforms=lowering_platforms)
+
+
+def make_train_step(
+  loss_fn: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  *,
+  policy: PolicyLike | None = None,
+  has_aux: bool = False,
+  accumulate: int = 1,
+  max_consecutive_skips: int | None = None,
+  donate: bool = True,
+  reduce_dtype: Any = FLOAT32,
+) -> TrainStep:
+  """Makes the compiled train step of a loss function and an optimizer.
+
+  What ``loss_fn`` takes and returns follows from the state and ``has_aux``:
+
+  ===================  ==========================================  =============================
+  state has            called as                                   must return
+  ===================  ==========================================  =============================
+  parameters only      ``loss_fn(params, batch)``                  ``loss``
+  ``model_state``      ``loss_fn(params, model_state, batch)``     ``(loss, new_model_state)``
+  ``rng``              with the keyword ``rng=`` besides           the same
+  ``has_aux=True``     the same                                    a tuple with ``aux`` at its end
+  ===================  ==========================================  =============================
+
+  The key of a step is ``jax.random.fold_in(state.rng, state.step)``. If ``tx`` holds a loss
+  scaler (`mpjax.dynamic_loss_scaling` as the outermost transformation), the loss is scaled, and a
+  step with non-finite gradients is skipped: parameters, optimizer state, ``model_state``, the
+  step count, and so the next step's key too, stay as they were; only the scaler moves. Without
+  one, no operation of scaling or testing is in the compiled step. Gradients reach ``tx`` in
+  float32, and it is called with the extra argument ``value``, the loss.
+
+  With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, which run one
+  after the other in a ``jax.lax.scan``: activations take the memory of one micro-batch. Their
+  gradients are averaged in float32; then comes one step, unscaled, tested, applied or skipped as
+  a whole, so a NaN in one micro-batch drops the batch and nothing else. The result is that of the
+  whole batch at once if ``loss_fn`` returns a mean over its examples, each with the same weight.
+  A mean over tokens of which some are masked is none: divide by a number that is the same for
+  every micro-batch instead. ``model_state`` goes from one micro-batch into the next, micro-batch
+  i has the key ``jax.random.fold_in(step_key, i)``, ``loss`` is the mean of the losses, and
+  ``aux`` has a new first axis of length k. Micro-batch i holds the examples i, i + k, i + 2k, ...,
+  so that every device works on each; scalars in the batch go to all.
+
+  Args:
+    loss_fn: The loss, a pure function.
+    tx: The optimizer, the one that the state was created with.
+    policy: A policy to run the whole loss under; see `mpjax.autocast`. The results of
+      ``loss_fn`` stay float32. Leave it out if the model has its policy already.
+    has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
+    accumulate: The number of micro-batches that a batch is computed in.
+    max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
+      then waits for its result.
+    donate: Whether the step reuses the buffers of the state that it is given.
+    reduce_dtype: In which dtype the compiler sums the gradients of matmul weights and convolution
+      kernels over devices where batch or parameters are spread over several: ``"float32"``, or
+      ``"compute"`` for what the policy's matmuls return, which halves the traffic. Gradients
+      that the policy computes in float32 (of norms and embeddings) are sent so in either case;
+      on GPUs those of convolutions in what they return, for XLA would run the whole of them in
+      float32 otherwise. A step inside another ``jax.jit`` or scan counts as spread; one on a
+      single device is not.
+
+  Returns:
+    ``step(state, batch) -> (state, metrics)``.
+
+  Warns:
+    LowPrecisionWarning: When traced, if parameters are bfloat16 or float16 and the optimizer has
+      no `mpjax.master_weights`, whatever the policy says, or moments have a 16-bit format that
+      fails. The policies ``"bfloat16"`` and ``"float16"`` are meant for inference.
+
+  Raises:
+    ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
+      ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
+      parameters do not have the policy's param dtype, ``accumulate`` does not divide the batch,
+      or ``optax.MultiSteps`` is
+      around the loss scaler.
+    TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` returns
+      something else than above.
+
+  Example:
+    >>> loss_fn = lambda params, batch: jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+    >>> tx = optax.sgd(0.1)
+    >>> step = make_train_step(loss_fn, tx, policy="mixed_bfloat16")
+    >>> state = TrainState.create({"w": jnp.zeros(2)}, tx)
+    >>> state, metrics = step(state, {"x": jnp.ones((4, 2)), "y": jnp.ones(4)})
+    >>> metrics.loss.dtype, state.params["w"].dtype, metrics.applied
+    (dtype('float32'), dtype('float32'), Array(True, dtype=bool))
+  """
+  tx = as_transformation(tx)
+  limit = read_limit(max_consecutive_skips)
+  count = positive_integer("accumulate", accumulate)
+  wide_sums = read_reduce_dtype(reduce_dtype)
+  run = autocast_loss(loss_fn, policy, autocast)
+
+  def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
+    args = (params, batch) if model_state is None else (params, model_state, batch)
+    out = run(*args) if rng is None else run(*args, rng=rng)
+    return _unpack(out, model_state, has_aux)
+
+  def train_step(
+    state: TrainState, batch: Any, where: Placement
+  ) -> tuple[TrainState, StepMetrics, Any]:
+    before = find_scaling_state(state.opt_state)
+    require_scaling(before, limit, state.opt_state)
+    check_param_dtype(state.params, policy)
+    warn_of_low_precision(state.params, state.opt_state)
+    step_rng = _fold(state.rng, state.step)
+
+    def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:
+      rng = step_rng if index is None else _fold(step_rng, index)
+      args = (state.params, model_state, part, rng)
+      (loss, (model_state, aux)), grads = loss_and_grads(
+        compute, before, *args, wide=wide_sums and where.spread
+      )
+      return Window(loss, model_state, aux, grads)
+
+    loss, model_state, aux, grads = run_window(
+      micro_step, count, state.params, state.model_state, batch
+    )
+    wide = cast_floating(state.params, FLOAT32)
+    updates, opt_state = tx.update(grads, state.opt_state, wide, value=loss)
+    new = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=jax.tree.map(_like, state.params, optax.apply_updates(wide, updates)),
+      opt_state=opt_state,
+      model_state=model_state,
+    )
+    after = find_scaling_state(opt_state)
+    if after is not None:
+      new = _unless_skipped(after.last_finite, new, state)
+    bad = None if limit is None else nonfinite_leaves(grads)
+    new = keep_placement(new, where.shardings)
+    return new, step_metrics(loss, grads, before, after, aux), bad
+
+  donated = (0,) if donate else ()
+  jitted = jax.jit(train_step, donate_argnums=donated, static_argnums=2)
+  return TrainStep(jitted, limit)
+
+
+def _fold(rng: Any, number: jax.Array) -> Any:
+  return None if rng is None else jax.random.fold_in(rng, number)
+
+
+def _like(old: Any, new: Any) -> Any:
+  return new.astype(old.dtype)
+
+
+def _unless_skipped(applied: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+  opt_state = keep_if_skipped(applied, new.opt_state, old.opt_state)
+  new, old = (dataclasses.replace(state, opt_state=None) for state in (new, old))
+  return dataclasses.replace(select(applied, new, old), opt_state=opt_state)
+
+
+def _unpack(out: Any, model_state: Any, has_aux: bool) -> tuple[Any, tuple[Any, Any]]:
+  """Splits what a loss function returned into ``loss, (new_model_state, aux)``."""
+  parts = ["loss"]
+  parts += ["new_model_state"] if model_state is not None else []
+  parts += ["aux"] if has_aux else []
+  values = out if isinstance(out, tuple) else (out,)
+  if len(values) != len(parts) or (len(parts) == 1 and isinstance(out, tuple)):
+    wanted = f"({', '.join(parts)})" if len(parts) > 1 else "the loss alone"
+    got = f"a tuple of {len(out)}" if isinstance(out, tuple) else describe(out)
+    raise TypeError(
+      f"loss_fn must return {wanted}: the state has {'a' if model_state is not None else 'no'} "
+      f"model_state and has_aux is {has_aux}. Got {got}. Return that, or change has_aux or the "
+      "state's model_state."
+    )
+  named = dict(zip(parts, values, strict=True))
+  if model_state is not None:
+    _check_model_state(named["new_model_state"], model_state)
+  return named["loss"], (named.get("new_model_state"), named.get("aux"))
+
+
+def _check_model_state(new: Any, old: Any) -> None:
+  got, wanted = ({path: describe(leaf) for path, leaf in leaf_paths(tree)} for tree in (new, old))
+  if got == wanted and jax.tree.structure(new) == jax.tree.structure(old):
+    return
+  differing = sorted(got.items() ^ wanted.items())
+  path = differing[0][0] if differing else ""
+  raise TypeError(
+    "loss_fn must return a model_state like the one that it was given. Got "
+    f"{path or 'containers'}: {got.get(path, jax.tree.structure(new) if not path else 'nothing')} "
+    f"for {wanted.get(path, jax.tree.structure(old) if not path else 'nothing')}. Return all "
+    "collections with their dtypes, those that did not change included."
+  )

@@ -1,0 +1,299 @@
+"""`check`: how far a policy moves a function's values and gradients, module by module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.policy_map import as_policy_map
+from mpjax._engine.execute import Decided, Interpreter
+from mpjax._engine.kinds import Kind
+from mpjax._engine.plan import Plan
+from mpjax._engine.planner import Planner
+from mpjax.inspect._check_report import (
+  CheckReport,
+  Difference,
+  GradientCheck,
+  ModuleCheck,
+  NotLookedInto,
+  underflows,
+)
+from mpjax.inspect._differences import Stats, compare
+from mpjax.inspect._flow_report import TOP
+from mpjax.inspect._inspected import PolicyLike, Subject, concrete, is_float, subject_of
+from mpjax.inspect._side_by_side import (
+  FLOAT64,
+  Border,
+  Crossing,
+  Lockstep,
+  Opaque,
+  Pair,
+  doubled,
+)
+
+# Errors of a unit roundoff each add up like a random walk over some hundred operations.
+_TOLERATED_EPS = 16
+
+
+def check(
+  fn: Callable[..., Any],
+  policy: PolicyLike | None,
+  *args: Any,
+  reference: Literal["float32", "float64"] = "float32",
+  gradients: bool = True,
+  loss_scale: float = 1.0,
+  tolerance: float | None = None,
+  argnums: int | Sequence[int] = 0,
+  **kwargs: Any,
+) -> CheckReport:
+  """Compare a function under a policy with itself in float32, module by module.
+
+  Both run once, side by side, on the values given: what each module is given and hands out is
+  compared, inside ``jit``, ``checkpoint``, ``scan``, ``while``, ``cond`` and ``shard_map`` too, and
+  the gradients of the parameters. Of a ``while`` loop the worst iteration counts; where the two
+  take different branches of a ``cond``, what the branches return is compared and no more.
+  A result that is no scalar is differentiated along fixed random signs.
+
+  Args:
+    fn: A function of pytrees or NNX models (a loss, best), a Linen module, or an NNX model.
+    policy: A `Policy`, a `PolicyMap` or a spec string. None for a module that `apply_policy` made:
+      then its own.
+    *args: What the function or the model takes; for a Linen module, its variables first.
+    reference: What to compare with. In "float64" custom derivatives, conditionals, while loops and
+      unknown operations still run in float32, and float32 constants keep their values.
+    gradients: Whether to compare gradients; False for what cannot be differentiated.
+    loss_scale: What the gradients under the policy are scaled with, and unscaled again.
+    tolerance: The relative error that is taken for rounding; by default 16 times the distance from
+      1 to the next number of the coarsest format in the policy.
+    argnums: Which arguments of a function hold its parameters.
+    **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
+
+  Returns:
+    The report. ``report.agrees`` is the verdict, ``report.worst`` the modules that lose most.
+
+  Raises:
+    TypeError: An argument is a shape and no array.
+    ValueError: A rule of the policy map matches nothing, or ``reference`` is unknown.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax.inspect
+    >>> loss = lambda w, x: jnp.mean((x @ w) ** 2 * 1e-6)
+    >>> x, w = jnp.ones((4, 8)), jnp.full((8, 8), 0.01)
+    >>> report = mpjax.inspect.check(loss, "mixed_float16", w, x)
+    >>> report.agrees, report.gradients[0].gradient.underflow
+    (False, 64)
+    >>> mpjax.inspect.check(loss, "mixed_float16", w, x, loss_scale=2.0**15).agrees
+    True
+  """
+  if reference not in ("float32", "float64"):
+    raise ValueError(
+      f"reference must be 'float32' or 'float64'; got {reference!r}. Choose one of them."
+    )
+  subject = subject_of(fn, policy, args, kwargs, argnums)
+  concrete(subject)
+  decided = subject.decide()
+  comparison = _Comparison(subject, decided, reference == "float64", gradients, loss_scale)
+  return _report(subject, comparison, reference, tolerance)
+
+
+class _Comparison:
+  """One run of a function under two plans, and what it showed."""
+
+  def __init__(
+    self, subject: Subject, decided: Decided, double: bool, gradients: bool, loss_scale: float
+  ) -> None:
+    self._decided, self._double, self._scale = decided, double, loss_scale
+    self._output = subject.policies.default.output_dtype
+    self._plans = Pair(self._reference_plan(subject), decided.plan)
+    reference = Planner(as_policy_map("float32"), located=True)
+    self._lockstep = Lockstep(
+      Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
+    )
+    self._results = _count_results(subject, decided)
+    self.params = [
+      n for n, f in enumerate(decided.call.forms) if gradients and f and f.kind is Kind.PARAM
+    ]
+    self.sizes = [int(np.size(x)) for x in decided.call.operands]
+    self.result_sizes: list[int] = []
+    self.borders: list[Border] = []
+    with jax.enable_x64(True) if double else contextlib.nullcontext():
+      # Not compiled as a whole: so every value exists in its dtype, and operations that many layers
+      # share are compiled once.
+      found: Any = jax.device_get(self._all(decided.call.operands))
+    self.results, stats, self.gradients = found
+    self.crossings = [Crossing(*entry) for entry in zip(self.borders, stats, strict=True)]
+
+  @property
+  def opaque(self) -> list[Opaque]:
+    """What was compared from outside only."""
+    return list(self._lockstep.opaque)
+
+  def _reference_plan(self, subject: Subject) -> Plan:
+    planner = Planner(as_policy_map("float32"), subject.root, subject.absolute, located=True)
+    plan = planner.plan(self._decided.plan.jaxpr, self._decided.call.forms)
+    return doubled(plan) if self._double else plan
+
+  def _all(self, operands: list[Any]) -> Any:
+    """The statistics of results, of what crossed borders, and of gradients."""
+    exact = [x.astype(FLOAT64) if self._double and _is_float32(x) else x for x in operands]
+    params = Pair([exact[n] for n in self.params], [operands[n] for n in self.params])
+
+    def loss(params: Pair) -> Any:
+      columns = [
+        {**dict(enumerate(column)), **dict(zip(self.params, own, strict=True))}.values()
+        for column, own in zip((exact, operands), params, strict=True)
+      ]
+      outs, crossings = self._lockstep.run(
+        self._plans, [Pair(*pair) for pair in zip(*columns, strict=True)]
+      )
+      outs = [pair for pair in outs[: self._results] if is_float(pair.reference)]
+      outs = [Pair(pair.reference, self._returned(pair.narrow)) for pair in outs]
+      self.result_sizes = [int(np.size(pair.reference)) for pair in outs]
+      self.borders = [crossing.border for crossing in crossings]
+      stats = [compare(*pair) for pair in outs], [crossing.stats for crossing in crossings]
+      return _loss_of(outs, self._scale), stats
+
+    if not self.params:
+      _, (results, stats) = loss(params)
+      return results, stats, []
+    grads, (results, stats) = jax.grad(loss, has_aux=True)(params)
+    unscaled = [g.astype(jnp.float32) / self._scale for g in grads.narrow]
+    return results, stats, [compare(*p) for p in zip(grads.reference, unscaled, strict=True)]
+
+  def _returned(self, x: Any) -> Any:
+    """A result in the output dtype."""
+    castable = x.dtype.itemsize in (2, 4)
+    return x.astype(self._output) if castable else x
+
+
+def _loss_of(outs: Sequence[Pair], scale: float) -> Any:
+  """The sum of the results of both sides: of one scalar as it is, else along random signs."""
+  scalar = len(outs) == 1 and outs[0].reference.ndim == 0
+  total = jnp.zeros((), outs[0].reference.dtype if outs else jnp.float32)
+  for n, pair in enumerate(outs):
+    signs = jax.random.rademacher(jax.random.key(n), pair.reference.shape, jnp.float32)
+    for value, factor in zip(pair, (1.0, scale), strict=True):
+      weights = jnp.float32(factor) if scalar else signs * jnp.float32(factor)
+      total += jnp.sum(value.astype(total.dtype) * weights.astype(total.dtype))
+  return total
+
+
+def _is_float32(x: Any) -> bool:
+  return getattr(x, "dtype", None) == np.float32
+
+
+def _count_results(subject: Subject, decided: Decided) -> int:
+  """How many of the arrays returned are results, not updates of a model."""
+  call = decided.call
+  tree = call.out_tree.children()[0] if subject.absolute else call.out_tree
+  return sum(leaf is None for leaf in call.out_leaves[: tree.num_leaves])
+
+
+def _report(
+  subject: Subject, comparison: _Comparison, reference: str, tolerance: float | None
+) -> CheckReport:
+  names = subject.operand_names()
+  eps = max((float(jnp.finfo(d).eps) for d in subject.policies.narrow_dtypes()), default=1e-6)
+  params, grads, sizes = comparison.params, comparison.gradients, comparison.sizes
+  total = float(np.linalg.norm([float(g.norm) for g in grads]))
+  return CheckReport(
+    subject.name,
+    subject.policies,
+    reference,
+    _TOLERATED_EPS * eps if tolerance is None else tolerance,
+    _difference(comparison.results, comparison.result_sizes),
+    tuple(_rows(comparison.crossings, subject.root)),
+    tuple(
+      GradientCheck(names[n], _difference([g], [sizes[n]]), float(_ratio(float(g.norm), total)))
+      for n, g in zip(params, grads, strict=True)
+    ),
+    tuple(NotLookedInto(o.what, _name(o.path, subject.root), o.line) for o in comparison.opaque),
+  )
+
+
+def _rows(crossings: Sequence[Crossing], root: int) -> list[ModuleCheck]:
+  """One row for each module that hands something out."""
+  left: dict[str, list[Crossing]] = {}
+  entered: dict[str, list[Crossing]] = {}
+  for crossing in crossings:
+    if not np.any(crossing.stats.times):  # in a branch that was not taken
+      continue
+    for path in crossing.border.leaves:
+      left.setdefault(_name(path, root), []).append(crossing)
+    for path in crossing.border.enters:
+      entered.setdefault(_name(path, root), []).append(crossing)
+  return [
+    _row(module, outputs, entered.get(module, []))
+    for module, outputs in left.items()
+    if module != TOP
+  ]
+
+
+def _row(module: str, outputs: list[Crossing], inputs: list[Crossing]) -> ModuleCheck:
+  output = _pooled(outputs)
+  error_in = max((_pooled([crossing]).error for crossing in inputs), default=0.0)
+  worst = max(outputs, key=lambda c: _badness(_pooled([c])))
+  added = np.sqrt(max(0.0, output.error**2 - error_in**2))
+  given = _pooled(inputs)
+  return ModuleCheck(
+    module,
+    worst.border.line,
+    output,
+    error_in,
+    float(added),
+    given.overflow > 0 or underflows(given) > 0,
+    _worst_iteration(worst),
+  )
+
+
+def _badness(difference: Difference) -> tuple[float, ...]:
+  return difference.overflow, underflows(difference), difference.error
+
+
+def _worst_iteration(crossing: Crossing) -> int | None:
+  if not crossing.border.loop:
+    found = int(np.max(crossing.stats.iteration))
+    return found if found >= 0 else None
+  stats, length = crossing.stats, crossing.border.loop[0]
+  error, norm, overflow = (
+    np.asarray(x, float).reshape(length, -1) for x in (stats.error, stats.norm, stats.overflow)
+  )
+  ratio = _ratio(np.square(error).sum(1), np.square(norm).sum(1))
+  return int(np.lexsort((-np.arange(length), ratio, overflow.sum(1)))[-1])
+
+
+def _pooled(crossings: Sequence[Crossing]) -> Difference:
+  sizes = [c.border.size * int(np.sum(c.stats.times)) for c in crossings]
+  return _difference([crossing.stats for crossing in crossings], sizes)
+
+
+def _difference(stats: Sequence[Stats], sizes: Sequence[int]) -> Difference:
+  """Statistics of several values, each perhaps of several iterations, as those of one."""
+  columns = (np.concatenate([np.ravel(x) for x in column]) for column in zip(*stats, strict=True))
+  if not stats:
+    return Difference(0.0, 1.0, 0, 0, 0, 0.0)
+  error, norm, cosine, overflow, underflow, largest, *_ = (np.asarray(c, float) for c in columns)
+  total = np.square(norm).sum()
+  return Difference(
+    float(np.sqrt(_ratio(np.square(error).sum(), total))),
+    float((cosine * np.square(norm)).sum() / total) if total else 1.0,
+    int(overflow.sum()),
+    int(underflow.sum()),
+    sum(sizes),
+    float(largest.max()),
+  )
+
+
+def _ratio(error: Any, norm: Any) -> Any:
+  """A relative error; that of something where nothing should be is infinite."""
+  fallback = np.where(np.asarray(error) > 0, np.inf, 0.0)
+  return np.divide(error, norm, out=fallback, where=np.asarray(norm) > 0)
+
+
+def _name(path: tuple[str, ...], root: int) -> str:
+  return "/".join(path[root:]) or TOP

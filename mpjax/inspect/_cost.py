@@ -1,0 +1,297 @@
+"""Memory and cost of a compiled step under several policies, as the compiler states them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import export
+
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap
+from mpjax._flax.dispatch import autocast
+from mpjax.inspect._report import Report, Table
+from mpjax.inspect._target_compiler import read_figures
+from mpjax.inspect._targets import Target, check_installed, compile_for, read_target
+
+PolicyLike = Policy | PolicyMap | str
+_MIB, _GIB = 2**20, 2**30
+_POLICIES = ("float32", "mixed_bfloat16")
+
+
+class CostRow(NamedTuple):
+  """What the compiler states of the step under one policy; None for what it does not state.
+
+  Attributes:
+    policy: The policy's name.
+    argument_bytes: Memory of the arguments.
+    temp_bytes: What the step needs beyond arguments and results.
+    output_bytes: Memory of the results.
+    alias_bytes: The part of the results that lies where donated arguments lay.
+    flops: Floating-point operations of a step.
+    bytes_moved: Bytes read and written in a step.
+    compile_seconds: The time to compile it.
+    error: Why the compiler gave up, if it did: the step does not fit into the device's memory.
+    flops_lowered: Whether ``flops`` is XLA's figure for the program before it is compiled, for the
+      compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
+      call of a library not at all.
+  """
+
+  policy: str
+  argument_bytes: int | None
+  temp_bytes: int | None
+  output_bytes: int | None
+  alias_bytes: int | None
+  flops: float | None
+  bytes_moved: float | None
+  compile_seconds: float
+  error: str | None = None
+  flops_lowered: bool = False
+
+  @property
+  def peak_bytes(self) -> int | None:
+    """What the device must hold: arguments, results that are not donated ones, and the rest."""
+    sizes = (self.argument_bytes, self.temp_bytes, self.output_bytes, self.alias_bytes)
+    known = [size for size in sizes if size is not None]
+    return sum(known) - 2 * known[3] if len(known) == 4 else None
+
+
+@dataclass(frozen=True, repr=False)
+class CostReport(Report):
+  """Memory, operations and bytes moved of a compiled step, a row a policy.
+
+  Attributes:
+    target: What it was compiled for.
+    memory_bytes: The memory of one such device; None if it is not known.
+    rows: One row a policy, in the order asked for.
+  """
+
+  target: str
+  memory_bytes: int | None
+  rows: tuple[CostRow, ...]
+
+  @property
+  def summary(self) -> str:
+    """What each policy needs, and whether it fits."""
+    first = self.rows[0]
+    words = [f"{row.policy} {self._need(row, first)}" for row in self.rows]
+    if self.memory_bytes is None:
+      return f"On {self.target}: {'; '.join(words)}."
+    return f"On {self.target}, {_size(self.memory_bytes)} a device: {'; '.join(words)}."
+
+  def fits(self, row: CostRow) -> bool | None:
+    """Whether the step fits into one device; None if the device's memory is not known."""
+    if row.error is not None:
+      return False
+    if self.memory_bytes is None or row.peak_bytes is None:
+      return None
+    return row.peak_bytes <= self.memory_bytes
+
+  def tables(self) -> list[Table]:
+    """A row a policy."""
+    header = ["policy", "args MiB", "temp MiB", "output MiB", "peak MiB", "GFLOP", "moved MiB"]
+    rows = [
+      [
+        row.policy,
+        *(
+          _number(size, _MIB)
+          for size in (row.argument_bytes, row.temp_bytes, row.output_bytes, row.peak_bytes)
+        ),
+        _number(row.flops, 1e9) + "~" * row.flops_lowered,
+        _number(row.bytes_moved, _MIB),
+      ]
+      for row in self.rows
+    ]
+    notes = ["peak: args + temp + output, what is donated once; - where the compiler says nothing."]
+    errors = [f"{row.policy}: {row.error.splitlines()[0][:200]}" for row in self.rows if row.error]
+    if any(row.flops_lowered for row in self.rows):
+      notes.append("~: of the program before it is compiled, the body of a loop once.")
+    return [Table(header, rows, notes=[*notes, *errors])]
+
+  def _need(self, row: CostRow, first: CostRow) -> str:
+    if row.peak_bytes is None:
+      return "does not fit" if row.error else "needs what the compiler does not state"
+    words = f"needs {_size(row.peak_bytes)}"
+    if row is not first and first.peak_bytes:
+      words += f" ({row.peak_bytes / first.peak_bytes:.2f} of {first.policy})"
+    fits = self.fits(row)
+    return words if fits is None else f"{words}, which {'fits' if fits else 'does not fit'}"
+
+
+def cost(
+  step: Callable[..., Any],
+  *args: Any,
+  policies: Sequence[PolicyLike] | Mapping[str, PolicyLike] = _POLICIES,
+  target: str | None = None,
+  argnums: int | Sequence[int] = 0,
+  donate_argnums: int | Sequence[int] = (),
+  python: str | None = None,
+) -> CostReport:
+  """What a compiled step needs under several policies. Nothing is run, no array is made.
+
+  Without a target the step is compiled for the present backend. With one it is compiled by the
+  real compiler of a TPU or GPU that need not be there: lowered here, compiled in a process of its
+  own. That needs ``pip install "mpjax[tpu]"`` or ``"mpjax[gpu]"`` (5 GB), here or in the
+  environment whose interpreter is ``python``.
+
+  A CPU computes 16 bits in float32 and so needs more memory under such a policy, not less: its
+  figures say nothing about a GPU or TPU.
+
+  Args:
+    step: The function. If it has a parameter ``policy``, it is called with each policy and applies
+      it by itself, to the loss inside a train step, say; if not, it runs under `mpjax.autocast`.
+    *args: Its arguments: arrays, ``jax.ShapeDtypeStruct``, pytrees of them, NNX models.
+    policies: Policies, by the name to report them under if it is a mapping.
+    target: One of ``"gpu:a100"``, ``"gpu:h100"``, ``"gpu:v100"``, ``"tpu:v4"``, ``"tpu:v5e"``,
+      ``"tpu:v5p"``, ``"tpu:v6e"``.
+    argnums: Which arguments hold the parameters, for a step without ``policy``.
+    donate_argnums: Which arguments the step may overwrite, as for ``jax.jit``.
+    python: The interpreter that compiles for the target; the present one by default.
+
+  Returns:
+    The report.
+
+  Raises:
+    ValueError: If the target or a policy is not known.
+    ModuleNotFoundError: If the target's compiler is not installed.
+    RuntimeError: If the compiler fails for a reason other than the device's memory.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> w = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    >>> report = mpjax.inspect.cost(lambda w, x: jnp.sum(x @ w), w, jnp.ones((2, 8)))
+    >>> [row.policy for row in report.rows], report.rows[0].argument_bytes
+    (['float32', 'mixed_bfloat16'], 320)
+  """
+  named = _named(policies)
+  described = None if target is None else read_target(target)
+  if described is not None:
+    check_installed(described, python)
+  donated = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
+  programs = [_Program(_under(step, policy, argnums), args, donated) for policy in named.values()]
+  if described is None:
+    figures = [program.compile_here() for program in programs]
+  else:
+    exported = [program.export_for(described) for program in programs]
+    figures = compile_for(described, exported, programs[0].donated, python)
+  return CostReport(
+    target=target or jax.devices()[0].device_kind,
+    memory_bytes=described.memory if described else _memory_here(),
+    rows=tuple(_row(name, f) for name, f in zip(named, figures, strict=True)),
+  )
+
+
+def _named(policies: Sequence[PolicyLike] | Mapping[str, PolicyLike]) -> dict[str, PolicyLike]:
+  if isinstance(policies, Mapping):
+    named = dict(policies)
+  else:
+    several = [policies] if isinstance(policies, str | Policy | PolicyMap) else list(policies)
+    named = {_name(policy): policy for policy in several}
+  if not named:
+    raise ValueError("There must be at least one policy. Got none. Name for example 'float32'.")
+  return named
+
+
+def _name(policy: PolicyLike) -> str:
+  return repr(policy) if isinstance(policy, PolicyMap) else str(policy)
+
+
+def _under(
+  step: Callable[..., Any], policy: PolicyLike, argnums: int | Sequence[int]
+) -> Callable[..., Any]:
+  """The step under a policy: its own way if it takes one."""
+  try:
+    takes_policy = "policy" in inspect.signature(step).parameters
+  except (TypeError, ValueError):  # some callables have no signature
+    takes_policy = False
+  if not takes_policy:
+    return autocast(step, policy, argnums=argnums)
+  return lambda *args: step(*args, policy=policy)
+
+
+class _Program:
+  """A step as a function from arrays to arrays, its other arguments held."""
+
+  def __init__(self, step: Callable[..., Any], args: Sequence[Any], donated: set[int]) -> None:
+    self.step = step
+    split = [_split(arg) for arg in args]
+    self.merges = [merge for _, merge in split]
+    leaves, self.trees = [], []
+    for tree, _ in split:
+      flat, structure = jax.tree.flatten(tree)
+      leaves.append(flat)
+      self.trees.append(structure)
+    self.leaves = [leaf for flat in leaves for leaf in flat]
+    self.shapes = [_shape(leaf) for leaf in self.leaves if _is_array(leaf)]
+    owners = [n for n, flat in enumerate(leaves) for leaf in flat if _is_array(leaf)]
+    inside = {n % len(args) for n in donated if -len(args) <= n < len(args)}
+    self.donated = [place for place, n in enumerate(owners) if n in inside]
+
+  def __call__(self, *arrays: Any) -> list[Any]:
+    rest = iter(arrays)
+    leaves = iter([next(rest) if _is_array(leaf) else leaf for leaf in self.leaves])
+    states = [jax.tree.unflatten(t, itertools.islice(leaves, t.num_leaves)) for t in self.trees]
+    args = [merge(state) for merge, state in zip(self.merges, states, strict=True)]
+    out = self.step(*args)
+    kept = [nnx.state(arg) for arg in args if _is_node(arg)]
+    return [x for x in jax.tree.leaves((kept, out)) if _is_array(x)]
+
+  def jitted(self) -> Any:
+    return jax.jit(self.__call__, donate_argnums=tuple(self.donated))
+
+  def compile_here(self) -> dict[str, Any]:
+    """The figures of the present backend's compiler."""
+    lowered = self.jitted().lower(*self.shapes)
+    began = time.perf_counter()
+    figures = read_figures(lowered.compile(), lambda: lowered)
+    return {**figures, "compile_seconds": time.perf_counter() - began}
+
+  def export_for(self, target: Target) -> bytes:
+    """The program lowered for a target, as bytes."""
+    exported = export.export(self.jitted(), platforms=[target.platform])(*self.shapes)
+    return bytes(exported.serialize())
+
+
+def _split(arg: Any) -> tuple[Any, Callable[[Any], Any]]:
+  """An argument as a pytree of arrays, and how to get the argument back."""
+  if not _is_node(arg):
+    return arg, lambda tree: tree
+  graphdef, state = nnx.split(arg)
+  return state, lambda tree: nnx.merge(graphdef, tree)
+
+
+def _is_node(x: Any) -> bool:
+  return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def _is_array(x: Any) -> bool:
+  return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _memory_here() -> int | None:
+  stats = jax.devices()[0].memory_stats()
+  return stats.get("bytes_limit") if stats else None
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> CostRow:
+  stated: dict[str, Any] = {key: figures.get(key) for key in CostRow._fields[1:]}
+  return CostRow(name, **{**stated, "flops_lowered": bool(figures.get("flops_lowered"))})
+
+
+def _number(value: float | None, unit: float) -> str:
+  return "-" if value is None else f"{value / unit:.2f}"
+
+
+def _size(value: float) -> str:
+  return f"{value / _GIB:.1f} GiB" if value >= _GIB else f"{value / _MIB:.1f} MiB"

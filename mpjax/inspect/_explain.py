@@ -1,0 +1,136 @@
+"""The dtype-flow report: what a policy does to a function, module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mpjax._core.scopes import Path
+from mpjax.inspect import _flow
+from mpjax.inspect._flow_data import Flow, Widening
+from mpjax.inspect._flow_report import (
+  TOP,
+  CastFlow,
+  FlowReport,
+  IslandFlow,
+  Leak,
+  OpFlow,
+  UnknownOp,
+  rule_name,
+)
+from mpjax.inspect._inspected import PolicyLike, Subject, subject_of
+from mpjax.inspect._source_lines import Line
+
+
+def explain(
+  fn: Callable[..., Any],
+  policy: PolicyLike | None,
+  *args: Any,
+  argnums: int | Sequence[int] = 0,
+  grad: bool = False,
+  **kwargs: Any,
+) -> FlowReport:
+  """Report what a policy does to a function or model, without running anything.
+
+  The function is traced and planned as `mpjax.autocast` would; every array among the arguments
+  may be a ``jax.ShapeDtypeStruct``.
+
+  Args:
+    fn: A function of pytrees or of NNX models (a loss, or ``jax.grad`` of one), a Linen module, or
+      an NNX model.
+    policy: A `Policy`, a `PolicyMap` or a spec string. None for a module that `apply_policy` made:
+      then its own.
+    *args: What the function or the model takes; for a Linen module, its variables first.
+    argnums: Which arguments of a function hold its parameters, as for `mpjax.autocast`.
+    grad: Whether to follow the backward pass too: the gradients of the parameters, from the sum of
+      the results. What stands in it is marked as ``backward``; rules of ``custom_vjp`` are part
+      of it.
+    **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
+
+  Returns:
+    The report. ``report.leaks`` is empty if the policy does what it promises.
+
+  Raises:
+    ValueError: A rule of the policy map matches nothing; a module without a policy came with None;
+      ``grad`` and no parameter is a float.
+    TypeError: ``fn`` is none of these.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, numpy as np, mpjax.inspect
+    >>> table = np.ones((2, 8), np.float32)
+    >>> def fn(params, x):
+    ...   return (x @ params["a"] * table) @ params["b"]
+    >>> shape = jax.ShapeDtypeStruct((8, 8), np.float32)
+    >>> params = {"a": shape, "b": shape}
+    >>> report = mpjax.inspect.explain(fn, "mixed_bfloat16", params, jnp.ones((2, 8)))
+    >>> report.narrow_share, [leak.widened_by for leak in report.leaks]
+    (1.0, [('the constant f32[2,8]',)])
+  """
+  subject = subject_of(fn, policy, args, kwargs, argnums)
+  subject = subject.backward() if grad else subject
+  decided = subject.decide_abstractly()
+  names = subject.operand_names()
+  return _report(subject, _flow.follow(decided.planner, decided.plan, names))
+
+
+def _report(subject: Subject, flow: Flow) -> FlowReport:
+  policies, named = subject.policies, _Namer(subject.root)
+  leaks = {
+    leaks: tuple(_leak(w, named) for w in flow.widenings if w.leaks is leaks)
+    for leaks in (True, False)
+  }
+  foreign = [_foreign(named(path), op, line) for path, op, line in flow.foreign]
+  return FlowReport(
+    subject.name,
+    policies,
+    tuple(
+      OpFlow(
+        named(key.path),
+        key.op,
+        key.rule,
+        key.dtype,
+        key.returns,
+        rule_name(policies, key.won),
+        key.backward,
+        entry.count,
+        entry.flops,
+        entry.bytes,
+      )
+      for key, entry in flow.ops.items()
+    ),
+    tuple(CastFlow(named(p), source, to, n) for (p, source, to), n in flow.casts.items()),
+    (*leaks[True], *foreign),
+    leaks[False],
+    tuple(IslandFlow(named(i.path), i.line, i.ops, i.cause) for i in flow.islands),
+    tuple(UnknownOp(op, named(path), line) for (op, line), path in flow.unknown.items()),
+    flow.loops,
+  )
+
+
+class _Namer(NamedTuple):
+  """Prints paths as rules spell them."""
+
+  root: int
+
+  def __call__(self, path: Path) -> str:
+    return "/".join(path[self.root :]) or TOP
+
+
+def _leak(widening: Widening, named: _Namer) -> Leak:
+  reader = widening.reader
+  return Leak(
+    named(widening.path),
+    widening.line,
+    widening.op,
+    widening.result,
+    tuple(sorted(map(str, widening.births))),
+    widening.bytes,
+    widening.again,
+    f"{reader[0]} {reader[1]}" if reader else "",
+    widening.backward,
+  )
+
+
+def _foreign(module: str, op: str, line: Line) -> Leak:
+  by = "an operand in a format of its own, with which it runs as traced"
+  return Leak(module, line, op, "", (by,), 0, 0, f"{op} {line}", False)

@@ -1,0 +1,390 @@
+"""Follows float32 through a plan: where it was born, what it widened, what each operation costs.
+
+Every value carries whether it is 16-bit in meaning and, if not, where its float32 comes from. A
+narrow value that meets float32 is a widening; it is a leak if what came out of it is stored or
+multiplied wide although no operation of the primitive table asked for float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.primitives import Rule
+from mpjax._engine import versions
+from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.kinds import Form, Kind
+from mpjax._engine.plan import Plan, Read, Step
+from mpjax._engine.planner import Planner
+from mpjax.inspect._flow_costs import MATMULS, bytes_of, flops, has_floats, returns, runs_in, shards
+from mpjax.inspect._flow_data import (
+  MEANT,
+  NOTHING,
+  Birth,
+  Flow,
+  Island,
+  OpCount,
+  OpKey,
+  Value,
+  Widening,
+)
+from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
+
+_KEEP = "name"
+
+
+class Spot(NamedTuple):
+  """Where a jaxpr stands that is walked."""
+
+  line: Line = UNKNOWN
+  times: int = 1
+  key: tuple[int, ...] = ()
+  record: bool = True
+
+  def into(self, step: Step, line: Line, times: int = 1, record: bool = True) -> Spot:
+    """The spot of a step's body."""
+    return Spot(line, self.times * times, (*self.key, id(step)), self.record and record)
+
+
+def follow(planner: Planner, plan: Plan, names: Sequence[str]) -> Flow:
+  """Follow the float32 values of a plan.
+
+  Args:
+    planner: The planner that made the plan.
+    plan: The plan of a whole function.
+    names: What its operands are called.
+  """
+  walker = _Walker(planner)
+  invars: Any = versions.open_jaxpr(plan.jaxpr).invars
+  operands = [
+    _born(Birth("argument", f"{name} {describe(v.aval)}")) if _is_data(form) else NOTHING
+    for name, v, form in zip(names, invars, plan.in_forms, strict=True)
+  ]
+  walker.walk(plan, operands, Spot())
+  return walker.flow
+
+
+class _Walker:
+  def __init__(self, planner: Planner) -> None:
+    self.planner = planner
+    self.flow = Flow()
+    self._widenings: dict[tuple[int, ...], int] = {}
+    self._walked: dict[Any, list[Value]] = {}
+
+  def walk(self, plan: Plan, operands: Sequence[Value], spot: Spot) -> list[Value]:
+    """Follow the values of a plan from its operands to its results."""
+    if spot.record:
+      return self.walk_anew(plan, operands, spot)
+    # Each of several nested loops walks its body until nothing changes; once for equal operands.
+    known = id(plan), spot.key, tuple(operands)
+    if known not in self._walked:
+      self._walked[known] = self.walk_anew(plan, operands, spot)
+    return self._walked[known]
+
+  def walk_anew(self, plan: Plan, operands: Sequence[Value], spot: Spot) -> list[Value]:
+    """The same, and count on the way what is to be recorded."""
+    inner = versions.open_jaxpr(plan.jaxpr)
+    env: dict[Any, Value] = dict(zip(inner.invars, operands, strict=True))
+    for var in inner.constvars:
+      env[var] = _born(Birth("constant", describe(var.aval)))
+    islands = _Islands(self.planner)
+    widened: set[Any] = set()
+    for step in plan.steps:
+      line = line_of(step.eqn, spot.line)
+      values = [
+        _read(env, atom, read, form, line)
+        for atom, read, form in zip(step.eqn.invars, step.reads, step.operands, strict=True)
+      ]
+      outs = self.step(step, values, spot, line)
+      for var, form, value in zip(step.eqn.outvars, step.outs, outs, strict=True):
+        env[var] = _as_held(value, form)
+      if spot.record:
+        self.count(step, spot, widened)
+        self.count_widened(step, outs, spot)
+        islands.add(step, line, [env[var] for var in step.eqn.outvars])
+    self.flow.islands += islands.found() if spot.record else []
+    return [
+      _read(env, atom, read, form, spot.line)
+      for atom, read, form in zip(inner.outvars, plan.out_reads, plan.out_forms, strict=True)
+    ]
+
+  # What an equation makes of its operands -----------------------------------------------------
+
+  def step(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    if step.bodies:
+      return _BODIES.get(step.rule, _Walker.call)(self, step, values, spot, line)
+    return [self.leaf(step, form, values, spot, line) for form in step.outs]
+
+  def leaf(
+    self, step: Step, form: Form | None, values: list[Value], spot: Spot, line: Line
+  ) -> Value:
+    if form is None:
+      return NOTHING
+    history = frozenset().union(*(v.history for v in values))
+    touched = any(v.narrow or v.touched for v in values)
+    if step.eqn.primitive.name in MATMULS:
+      self.matmul(step, values, history, line, spot)
+      history = frozenset()
+    if not _is_data(form):
+      return Value(True, history=history, touched=touched)
+    origins = self.origins(step, values, touched, spot, line)
+    history |= frozenset(o for o in origins if isinstance(o, int))
+    return Value(not origins, origins, history, touched)
+
+  def origins(
+    self, step: Step, values: list[Value], touched: bool, spot: Spot, line: Line
+  ) -> frozenset[Any]:
+    """Where the float32 of a step's result comes from; nowhere if it is narrow in meaning."""
+    name = step.eqn.primitive.name
+    before = frozenset().union(*(v.origins for v in values))
+    if self.is_float32_scope(step):
+      return frozenset([MEANT])
+    if step.rule in (Rule.FOLLOW, Rule.EACH) or (step.rule is Rule.CONVERT and any(step.operands)):
+      return self.joined(step, values, before, spot, line)
+    if step.rule is Rule.CONVERT:
+      kind = "integers" if jnp.issubdtype(_aval(step.eqn).dtype, jnp.integer) else "operation"
+      what = describe(_aval(step.eqn)) if kind == "integers" else name
+      return frozenset([Birth(kind, what, line)])
+    if step.rule is Rule.TRACED:
+      known = name in self.planner.table
+      return frozenset([Birth("operation" if known else "unknown", name, line)])
+    if touched or MEANT in before or name == _KEEP:
+      return frozenset([MEANT])
+    return before or frozenset([Birth("operation", name, line)])
+
+  def joined(
+    self, step: Step, values: list[Value], before: frozenset[Any], spot: Spot, line: Line
+  ) -> frozenset[Any]:
+    """A narrow operand that meets float32 widens, unless the float32 was meant."""
+    if MEANT in before or not any(v.narrow for v in values):
+      return before
+    births = {o for o in before if isinstance(o, Birth)}
+    if not before:
+      formats = {f.dtype.name for f in step.operands if f is not None and f.kind is Kind.NARROW}
+      if len(formats) < 2:
+        return before
+      births = {Birth("formats", " and ".join(sorted(formats)))}
+    if births:
+      number = self.widening(step, births, spot, line)
+      return frozenset([number])
+    for number in before:
+      self.flow.widenings[number].again += spot.record
+    return before
+
+  def widening(self, step: Step, births: set[Birth], spot: Spot, line: Line) -> int:
+    key = (*spot.key, id(step))
+    if key not in self._widenings:
+      self._widenings[key] = len(self.flow.widenings)
+      path, backward = step.place
+      result = describe(step.eqn.outvars[0].aval)
+      made = Widening(path, backward, step.eqn.primitive.name, line, result, set())
+      self.flow.widenings.append(made)
+    number = self._widenings[key]
+    self.flow.widenings[number].births |= births
+    return number
+
+  def matmul(
+    self, step: Step, values: list[Value], history: frozenset[int], line: Line, spot: Spot
+  ) -> None:
+    for number in history:
+      self.flow.widenings[number].before_matmul = True
+    for value in values:
+      if not value.narrow and MEANT not in value.origins:
+        for number in _numbers(value.origins):
+          widening = self.flow.widenings[number]
+          widening.reader = widening.reader or (step.eqn.primitive.name, line)
+    if step.rule is Rule.TRACED and spot.record and not self.is_float32_scope(step):
+      self.flow.foreign.append((step.place.path, step.eqn.primitive.name, line))
+
+  def is_float32_scope(self, step: Step) -> bool:
+    return self.planner.policies.policy_of(step.won).compute_dtype == FLOAT32
+
+  # Bodies ----------------------------------------------------------------------------------------
+
+  def call(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    times = shards(step.eqn) if step.eqn.primitive.name == "shard_map" else 1
+    return self.walk(step.bodies[0], values, spot.into(step, line, times))
+
+  def scan(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    consts, carry = versions.scan_shape(step.eqn)
+    before, held, after = values[:consts], values[consts : consts + carry], values[consts + carry :]
+    body = step.bodies[0]
+    held = _accumulators(step.operands[consts:], body.in_forms[consts:], held)
+    length = step.eqn.params["length"]
+    held = self.fixed_point(body, before, held, after, spot.into(step, line, length, record=False))
+    return self.walk(body, [*before, *held, *after], spot.into(step, line, length))
+
+  def loop(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    of_cond = step.eqn.params["cond_nconsts"]
+    of_body = of_cond + step.eqn.params["body_nconsts"]
+    cond, body = step.bodies
+    before, held = values[of_cond:of_body], values[of_body:]
+    held = _accumulators(step.operands[of_body:], body.in_forms[len(before) :], held)
+    held = self.fixed_point(body, before, held, [], spot.into(step, line, record=False))
+    self.flow.loops += spot.record
+    self.walk(cond, [*values[:of_cond], *held], spot.into(step, line))
+    return self.walk(body, [*before, *held], spot.into(step, line))
+
+  def fixed_point(
+    self, body: Plan, before: list[Value], held: list[Value], after: list[Value], spot: Spot
+  ) -> list[Value]:
+    while True:
+      outs = self.walk(body, [*before, *held, *after], spot)
+      grown = [_join(pair) for pair in zip(held, outs[: len(held)], strict=True)]
+      if grown == held:
+        return held
+      held = grown
+
+  def cond(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    inner = spot.into(step, line)
+    branches = [
+      self.walk(body, values[1:], inner._replace(key=(*inner.key, n)))
+      for n, body in enumerate(step.bodies)
+    ]
+    return [_join(column) for column in zip(*branches, strict=True)]
+
+  # Counting --------------------------------------------------------------------------------------
+
+  def count(self, step: Step, spot: Spot, widened: set[Any]) -> None:
+    self.count_casts(step, widened)
+    name = step.eqn.primitive.name
+    if step.bodies or not has_floats(step.eqn):
+      return
+    rule = "unknown" if name not in self.planner.table else step.rule.name.lower()
+    key = OpKey(*step.place, name, rule, runs_in(step).name, returns(step).name, step.won)
+    entry = self.flow.ops.setdefault(key, OpCount())
+    entry.count += 1
+    entry.flops += spot.times * (flops(step.eqn) if name in MATMULS else 0)
+    entry.bytes += spot.times * sum(
+      bytes_of(v, f) for v, f in zip(step.eqn.outvars, step.outs, strict=True)
+    )
+    if rule == "unknown" and any(step.operands):
+      line = line_of(step.eqn, spot.line)
+      self.flow.unknown.setdefault((name, line), step.place.path)
+
+  def count_widened(self, step: Step, outs: Sequence[Value], spot: Spot) -> None:
+    """What is float32 for no other reason than a widening takes twice its bytes."""
+    for var, form, value in zip(step.eqn.outvars, step.outs, outs, strict=True):
+      numbers = _numbers(value.origins)
+      if numbers and not step.bodies and not value.narrow and MEANT not in value.origins:
+        self.flow.widenings[min(numbers)].bytes += spot.times * bytes_of(var, form) // 2
+
+  def count_casts(self, step: Step, widened: set[Any]) -> None:
+    """A value that is widened once is shared; a cast to 16 bits is made at every use."""
+    for atom, read, form in zip(step.eqn.invars, step.reads, step.operands, strict=True):
+      if isinstance(atom, Literal) or form is None:
+        continue
+      for dtype, shared in ((read.via, True), (read.to, read.to == FLOAT32)):
+        if dtype is None or (shared and (atom, dtype) in widened):
+          continue
+        widened.add((atom, dtype))
+        self.flow.casts[(step.place.path, _other(dtype, form), dtype.name)] += 1
+
+
+_BODIES = {Rule.SCAN: _Walker.scan, Rule.WHILE: _Walker.loop, Rule.COND: _Walker.cond}
+
+
+class _Islands:
+  """Groups connected float32 steps of one jaxpr."""
+
+  def __init__(self, planner: Planner) -> None:
+    self._planner = planner
+    self._group: dict[Any, list[tuple[Step, Line]]] = {}
+
+  def add(self, step: Step, line: Line, outs: Sequence[Value]) -> None:
+    """Put a step that made float32 out of narrow values into the group of its operands."""
+    wide = any(v.touched and not v.narrow for v in outs)
+    policy = self._planner.policies.policy_of(step.won)
+    if step.bodies or not wide or policy.compute_dtype == FLOAT32:
+      return
+    group: list[tuple[Step, Line]] = [(step, line)]
+    for atom in step.eqn.invars:
+      other = self._group.get(atom) if not isinstance(atom, Literal) else None
+      if other is not None and other is not group:
+        small, large = sorted((group, other), key=len)
+        large += small
+        for member, _ in small:
+          self._group.update(dict.fromkeys(member.eqn.outvars, large))
+        group = large
+    self._group.update(dict.fromkeys(step.eqn.outvars, group))
+
+  def found(self) -> list[Island]:
+    """The groups, in the order of their first steps."""
+    groups = {id(group): group for group in self._group.values()}
+    return [
+      Island(
+        group[0][0].place.path,
+        group[0][1],
+        tuple(dict.fromkeys(step.eqn.primitive.name for step, _ in group)),
+        next((s.eqn.primitive.name for s, _ in group if s.rule in _SENSITIVE), "float32 met"),
+      )
+      for group in groups.values()
+    ]
+
+
+_SENSITIVE = frozenset({Rule.FULL, Rule.ALWAYS, Rule.NAMED})
+
+
+def _read(env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line: Line) -> Value:
+  """A value where it is used: after it left its module."""
+  if form is None or form.kind < Kind.NARROW:
+    return NOTHING
+  if isinstance(atom, Literal):
+    return _born(Birth("number", f"{float(atom.val):g}", line))
+  value = env[atom]
+  if read.via is not None and read.via == FLOAT32:
+    return value._replace(narrow=False, origins=frozenset([MEANT]))
+  return value if _is_data(form) else value._replace(narrow=True, origins=frozenset(), touched=True)
+
+
+def _as_held(value: Value, form: Form | None) -> Value:
+  if form is None or form.kind < Kind.NARROW:
+    return NOTHING
+  if _is_data(form):
+    return value
+  return Value(True, frozenset(), value.history, True)
+
+
+def _accumulators(outer: Sequence[Any], inner: Sequence[Any], held: list[Value]) -> list[Value]:
+  """A carry that starts from a constant is an accumulator: its float32 is meant."""
+  meant = _born(MEANT)
+  return [
+    meant if o is not None and o.kind is Kind.CONSTANT and _is_data(i) else value
+    for o, i, value in zip(outer, inner, held, strict=False)
+  ]
+
+
+def _born(birth: Birth) -> Value:
+  return Value(False, frozenset([birth]))
+
+
+def _join(values: Iterable[Value]) -> Value:
+  values = [v for v in values if v != NOTHING]
+  if not values:
+    return NOTHING
+  return Value(
+    all(v.narrow for v in values),
+    frozenset().union(*(v.origins for v in values)),
+    frozenset().union(*(v.history for v in values)),
+    any(v.touched for v in values),
+  )
+
+
+def _numbers(origins: Iterable[Any]) -> list[int]:
+  return [origin for origin in origins if isinstance(origin, int)]
+
+
+def _is_data(form: Form | None) -> bool:
+  return form is not None and form.kind is Kind.DATA
+
+
+def _aval(eqn: JaxprEqn) -> Any:
+  return eqn.invars[0].aval
+
+
+def _other(dtype: np.dtype, form: Form) -> str:
+  return form.dtype.name if form.dtype != dtype else FLOAT32.name

@@ -1,0 +1,76 @@
+"""What one step of a plan costs: its dtypes, floating-point operations and bytes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.kinds import Form, Kind
+from mpjax._engine.plan import Step
+
+MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+
+
+def is_float(aval: Any) -> bool:
+  """Whether an abstract value holds floats."""
+  return jnp.issubdtype(getattr(aval, "dtype", np.int32), jnp.inexact)
+
+
+def has_floats(eqn: JaxprEqn) -> bool:
+  """Whether an equation reads or makes floats."""
+  return any(is_float(a.aval) for a in (*eqn.invars, *eqn.outvars))
+
+
+def runs_in(step: Step) -> np.dtype:
+  """The dtype that a step computes in: that of its float operands as it reads them."""
+  atoms: Any = step.eqn.invars
+  for atom, read, form in zip(atoms, step.reads, step.operands, strict=True):
+    if form is not None:
+      return read.to or read.via or form.dtype
+    if is_float(atom.aval):
+      return atom.aval.dtype
+  return returns(step)
+
+
+def returns(step: Step) -> np.dtype:
+  """The dtype of a step's first float result; float32 if it has none, as comparisons."""
+  outvars: Any = step.eqn.outvars
+  for var, form in zip(outvars, step.outs, strict=True):
+    if is_float(var.aval):
+      return var.aval.dtype if form is None else form.dtype
+  return FLOAT32
+
+
+def bytes_of(var: Any, form: Form | None) -> int:
+  """The bytes of an activation; parameters that were moved and constants are none."""
+  if not is_float(var.aval) or (form is not None and form.kind < Kind.NARROW):
+    return 0
+  dtype = var.aval.dtype if form is None else form.dtype
+  return math.prod(var.aval.shape) * dtype.itemsize
+
+
+def flops(eqn: JaxprEqn) -> int:
+  """The multiplications and additions of a matmul or convolution."""
+  left, right = (atom.aval for atom in eqn.invars[:2])
+  out: Any = eqn.outvars[0].aval
+  lhs: Any = left
+  rhs: Any = right
+  size = math.prod(out.shape)
+  if eqn.primitive.name == "dot_general":
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * size * math.prod(lhs.shape[n] for n in contracted)
+  if eqn.primitive.name == "conv_general_dilated":
+    features = rhs.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * size * math.prod(rhs.shape) // features
+  return 2 * size * lhs.shape[-1]
+
+
+def shards(eqn: JaxprEqn) -> int:
+  """How many devices run the body of a shard_map."""
+  sizes = eqn.params["mesh"].shape
+  return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])

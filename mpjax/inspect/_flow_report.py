@@ -1,0 +1,398 @@
+"""What `explain` returns: the flow of dtypes, module by module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpjax._core.dtypes import FLOAT32, short_name
+from mpjax._core.policy import spec
+from mpjax._core.policy_map import PolicyMap
+from mpjax.inspect._flow_costs import MATMULS
+from mpjax.inspect._report import Report, Table, in_bytes, in_units
+from mpjax.inspect._source_lines import Line
+
+TOP = "(top)"
+
+
+@dataclass(frozen=True)
+class OpFlow:
+  """Operations of one kind in one module.
+
+  Attributes:
+    module: The module's path.
+    op: The primitive's name.
+    rule: What the table said: lower, full, follow, ...; "unknown" where it says nothing.
+    dtype: What they compute in.
+    returns: What they return.
+    won: The rule of the policy map that governs them, "default" for none.
+    backward: Whether they stand in the backward pass.
+    count: How many there are in the program.
+    flops: Multiplications and additions of matmuls and convolutions, loops multiplied out.
+    bytes: What they return, in bytes of floats, loops multiplied out, before any fusion.
+  """
+
+  module: str
+  op: str
+  rule: str
+  dtype: str
+  returns: str
+  won: str
+  backward: bool
+  count: int
+  flops: float
+  bytes: float
+
+
+@dataclass(frozen=True)
+class CastFlow:
+  """The casts in one module from one dtype to another."""
+
+  module: str
+  source: str
+  target: str
+  count: int
+
+
+@dataclass(frozen=True)
+class IslandFlow:
+  """Connected operations that run in float32 in a 16-bit module, and which one asked for it."""
+
+  module: str
+  line: Line
+  ops: tuple[str, ...]
+  cause: str
+
+
+@dataclass(frozen=True)
+class Leak:
+  """A place where a narrow value met float32 and became float32.
+
+  Attributes:
+    module: The module's path.
+    line: The line of the user's code.
+    op: The primitive that widened.
+    result: Its result's shape.
+    widened_by: The operand that did it: where its float32 was born.
+    bytes: How much more the values take that are float32 for no other reason.
+    also: How many more narrow values what came out of it widened.
+    read_by: The first matmul or convolution that must cast it, with its line; empty for none.
+    backward: Whether it stands in the backward pass.
+  """
+
+  module: str
+  line: Line
+  op: str
+  result: str
+  widened_by: tuple[str, ...]
+  bytes: int
+  also: int
+  read_by: str
+  backward: bool
+
+
+@dataclass(frozen=True)
+class ModuleFlow:
+  """A module's row: what its own operations are, and what those of its submodules are not."""
+
+  module: str
+  rule: str
+  compute: str
+  matmuls: int
+  narrow_matmuls: int
+  flops: float
+  narrow_flops: float
+  ops: dict[str, int]
+  bytes: dict[str, float]
+  casts: dict[str, int]
+  islands: int
+  leaks: int
+
+
+@dataclass(frozen=True)
+class RuleUse:
+  """What one rule of the policy map governs."""
+
+  rule: str
+  policy: str
+  modules: tuple[str, ...]
+  ops: int
+
+
+@dataclass(frozen=True)
+class UnknownOp:
+  """An operation that the table does not know, which ran exactly as traced, in float32."""
+
+  op: str
+  module: str
+  line: Line
+
+
+@dataclass(frozen=True, repr=False)
+class FlowReport(Report):
+  """What a policy does to a function, as `explain` found it.
+
+  Attributes:
+    name: The function or module.
+    policy: The policies.
+    ops: Operations, by module, primitive and dtype.
+    casts: Casts by module.
+    leaks: Where float32 leaked, in program order.
+    absorbed: Where narrow values met float32 just before it was needed anyway: losses, masks.
+    islands: What runs in float32 because the table says so.
+    unknown: Operations that ran as traced.
+    loops: How many while loops there are; their bodies are counted once.
+    depth: How many components of a path make a row; None for all.
+  """
+
+  name: str
+  policy: PolicyMap
+  ops: tuple[OpFlow, ...]
+  casts: tuple[CastFlow, ...]
+  leaks: tuple[Leak, ...]
+  absorbed: tuple[Leak, ...]
+  islands: tuple[IslandFlow, ...]
+  unknown: tuple[UnknownOp, ...]
+  loops: int = 0
+  depth: int | None = None
+
+  @property
+  def keeps_promise(self) -> bool:
+    """Whether every matmul runs as the policy says, and nothing widens against it."""
+    return not self.leaks
+
+  @property
+  def flops(self) -> float:
+    """Multiplications and additions of all matmuls and convolutions."""
+    return sum(op.flops for op in self.ops)
+
+  @property
+  def narrow_share(self) -> float:
+    """The part of `flops` that is computed in 16 bits, 0 to 1; 1 if there are none."""
+    narrow = sum(op.flops for op in self.ops if _is_narrow(op.dtype))
+    return narrow / self.flops if self.flops else 1.0
+
+  @property
+  def summary(self) -> str:
+    """Whether the policy does what it promises, in a line."""
+    matmuls = [op for op in self.ops if op.op in MATMULS]
+    total = sum(op.count for op in matmuls)
+    narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
+    facts = (
+      f"{narrow} of {total} matmuls and convolutions run in 16 bits "
+      f"({self.narrow_share:.0%} of {in_units(self.flops, 'FLOP')})"
+    )
+    rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
+    head = f"{self.name} under {rules}{spec(self.policy.default)}"
+    if self.keeps_promise:
+      return f"{head}: does what it promises. {facts}; nothing widens against it."
+    first = self.leaks[0]
+    return (
+      f"{head}: leaks. {facts}, but {_places(len(self.leaks))} to float32, first {first.line} in "
+      f"{first.module}, by {first.widened_by[0]}."
+    )
+
+  @property
+  def rows(self) -> tuple[ModuleFlow, ...]:
+    """A row a module, in program order."""
+    names = [entry.module for entry in (*self.ops, *self.casts)]
+    return tuple(self._row(name) for name in dict.fromkeys(map(self._folded, names)))
+
+  @property
+  def rules(self) -> tuple[RuleUse, ...]:
+    """Which rule of the policy map won where, in the order of the map, the default last."""
+    named = [(pattern, spec(policy)) for pattern, policy in self.policy.rules]
+    return tuple(
+      RuleUse(
+        name,
+        policy,
+        tuple(dict.fromkeys(op.module for op in self.ops if op.won == name)),
+        sum(op.count for op in self.ops if op.won == name),
+      )
+      for name, policy in [*named, ("default", spec(self.policy.default))]
+    )
+
+  def fold(self, depth: int | None) -> FlowReport:
+    """The same report with modules deeper than ``depth`` counted in their parents."""
+    return dataclasses.replace(self, depth=depth)
+
+  def by_op(self, module: str | None = None) -> OpReport:
+    """The operations of all modules, or of one and those beneath it, a row each."""
+    chosen = [op for op in self.ops if module is None or _is_under(op.module, module)]
+    return OpReport(self.name if module is None else module, tuple(chosen))
+
+  def tables(self) -> Sequence[Table]:
+    """A row a module, the leaks, the rules, and what is unknown."""
+    tables = [self._modules_table()]
+    if self.leaks:
+      tables.append(_leaks_table(self.leaks))
+    if self.policy.rules:
+      rows = [[r.rule, r.policy, str(r.ops), _shortened(r.modules)] for r in self.rules]
+      tables.append(Table(["rule", "policy", "ops", "modules"], rows, "<<><", "Rules"))
+    if self.unknown:
+      rows = [[u.op, u.module, str(u.line)] for u in self.unknown]
+      title = "Operations that mpjax does not know: they ran as traced, in float32"
+      tables.append(Table(["operation", "module", "line"], rows, "<", title))
+    return tables
+
+  def _folded(self, module: str) -> str:
+    return "/".join(module.split("/")[: self.depth]) if module != TOP else TOP
+
+  def _row(self, module: str) -> ModuleFlow:
+    ops = [op for op in self.ops if self._folded(op.module) == module]
+    matmuls = [op for op in ops if op.op in MATMULS]
+    low = [op for op in matmuls if _is_narrow(op.dtype)]
+    path = () if module == TOP else tuple(module.split("/"))
+    rule = self.policy.rule_at(path)
+    casts = [cast for cast in self.casts if self._folded(cast.module) == module]
+    return ModuleFlow(
+      module,
+      rule_name(self.policy, rule),
+      self.policy.policy_of(rule).compute_dtype.name,
+      sum(op.count for op in matmuls),
+      sum(op.count for op in low),
+      sum(op.flops for op in matmuls),
+      sum(op.flops for op in low),
+      _tally((op.rule, op.count) for op in ops),
+      _tally((op.returns, op.bytes) for op in ops),
+      _tally((f"{cast.source}->{cast.target}", cast.count) for cast in casts),
+      sum(self._folded(island.module) == module for island in self.islands),
+      sum(self._folded(leak.module) == module for leak in self.leaks),
+    )
+
+  def _modules_table(self) -> Table:
+    header = ["module", "compute", "matmuls", "in 16 bits", "FLOP", "full", "follow"]
+    header += ["16-bit", "float32", "casts", "islands", "leaks"]
+    notes = [
+      "full: operations that the table sends to float32; follow: those that run in whatever their "
+      "operands have.",
+      "16-bit, float32: bytes that operations return, before fusion; casts: to 16 bits + to "
+      "float32.",
+    ]
+    if self.loops:
+      notes.append(f"{self.loops} while loops: their bodies are counted once.")
+    if self.absorbed:
+      notes.append(
+        f"{len(self.absorbed)} more times float32 was met where it was needed anyway (losses, "
+        "masks): see .absorbed."
+      )
+    return Table(header, [_cells(row) for row in self.rows], "<<>", notes=notes)
+
+
+@dataclass(frozen=True, repr=False)
+class OpReport(Report):
+  """Operations, a row each.
+
+  Attributes:
+    name: The function or module.
+    rows: The operations.
+  """
+
+  name: str
+  rows: tuple[OpFlow, ...]
+
+  @property
+  def summary(self) -> str:
+    """How many operations there are."""
+    return f"{self.name}: {sum(op.count for op in self.rows)} operations on floats"
+
+  def tables(self) -> Sequence[Table]:
+    """The operations."""
+    header = [
+      "module",
+      "operation",
+      "table",
+      "runs in",
+      "returns",
+      "rule",
+      "count",
+      "FLOP",
+      "returns",
+    ]
+    rows = [
+      [
+        op.module,
+        op.op,
+        op.rule,
+        op.dtype,
+        op.returns,
+        op.won,
+        str(op.count),
+        in_units(op.flops),
+        in_bytes(op.bytes),
+      ]
+      for op in self.rows
+    ]
+    return [Table(header, rows, "<<<<<<>")]
+
+
+def rule_name(policies: PolicyMap, won: int | None) -> str:
+  """The pattern of a rule by its index, "default" for None."""
+  return "default" if won is None else policies.rules[won][0]
+
+
+def _is_narrow(dtype: str) -> bool:
+  return dtype in ("bfloat16", "float16")
+
+
+def _is_under(module: str, parent: str) -> bool:
+  return module == parent or module.startswith(parent + "/")
+
+
+def _tally(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+  total: Counter[str] = Counter()
+  for key, value in pairs:
+    total[key] += value
+  return dict(total)
+
+
+def _cells(row: ModuleFlow) -> list[str]:
+  full = sum(n for rule, n in row.ops.items() if rule in ("full", "always", "named", "traced"))
+  follow = sum(n for rule, n in row.ops.items() if rule in ("follow", "each", "convert"))
+  narrow = sum(n for dtype, n in row.bytes.items() if _is_narrow(dtype))
+  to_float32 = sum(n for cast, n in row.casts.items() if cast.endswith(FLOAT32.name))
+  casts = f"{sum(row.casts.values()) - to_float32}+{to_float32}"
+  share = f"{row.narrow_flops / row.flops:.0%}" if row.flops else ""
+  return [
+    row.module,
+    short_name(row.compute) + (f" ({row.rule})" if row.rule != "default" else ""),
+    str(row.matmuls) if row.matmuls else "",
+    share,
+    in_units(row.flops) if row.flops else "",
+    str(full),
+    str(follow),
+    in_bytes(narrow),
+    in_bytes(row.bytes.get("float32", 0)),
+    casts,
+    str(row.islands),
+    str(row.leaks),
+  ]
+
+
+def _leaks_table(leaks: Sequence[Leak]) -> Table:
+  rows = [
+    [
+      str(leak.line),
+      leak.module + (" (backward)" if leak.backward else ""),
+      leak.op,
+      ", ".join(leak.widened_by),
+      in_bytes(leak.bytes),
+      leak.read_by or f"{leak.also} more values",
+    ]
+    for leak in leaks
+  ]
+  header = ["line", "module", "operation", "widened by", "costs", "goes on to"]
+  sources = dict.fromkeys(f"{leak.line}: {leak.line.text}" for leak in leaks if leak.line.text)
+  return Table(header, rows, "<<<<><", "Leaks: narrow values that became float32", list(sources))
+
+
+def _places(count: int) -> str:
+  return f"{count} place{'s' * (count > 1)} widen{'s' * (count == 1)}"
+
+
+def _shortened(names: Sequence[str], limit: int = 6) -> str:
+  more = f", and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more

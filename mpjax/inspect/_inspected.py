@@ -1,0 +1,295 @@
+"""What a report is about: a function, a Linen module or an NNX model, with its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.policy import Policy
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.scopes import Path
+from mpjax._core.tree_paths import path_str
+from mpjax._engine.autocast import names_of, parameter_flags
+from mpjax._engine.calls import Flags, is_traced, spread_flags
+from mpjax._engine.execute import Decided, decide
+from mpjax._flax.nnx_calls import module_paths, pure_call
+
+_PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
+PolicyLike = Policy | PolicyMap | str
+
+
+class Subject(NamedTuple):
+  """A pure function with its arguments, and how autocast would be told about them.
+
+  Attributes:
+    name: What a report calls it.
+    fn: The function.
+    args: Its positional arguments; arrays may be ``jax.ShapeDtypeStruct``.
+    kwargs: Its keyword arguments.
+    flags: Which of them hold parameters.
+    labels: What the paths of each positional argument's leaves start with: a name, a list of
+      names for the entries of a tuple, or None to leave out what they start with themselves.
+    policies: The policies that it is looked at under.
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths.
+    known: Module paths that there are, whether the call runs them or not.
+  """
+
+  name: str
+  fn: Callable[..., Any]
+  args: tuple[Any, ...]
+  kwargs: dict[str, Any]
+  flags: Flags
+  labels: Sequence[Any]
+  policies: PolicyMap
+  root: int = 0
+  absolute: bool = False
+  known: tuple[Path, ...] = ()
+
+  def backward(self) -> Subject:
+    """The gradients of its parameters; results that are no scalars are summed."""
+
+    def gradients(*args: Any, **kwargs: Any) -> Any:
+      leaves, tree = jax.tree.flatten((args, kwargs))
+      names = sorted(kwargs)
+      flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
+      spread = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
+      places = [
+        n for n, x in enumerate(leaves) if spread[n] is True and _has_shape(x) and is_float(x)
+      ]
+      if not places:
+        raise ValueError(
+          "grad=True differentiates with respect to the parameters, and no float is one. Set "
+          "argnums to the arguments that hold them."
+        )
+
+      def total(params: list[Any]) -> Any:
+        own = dict(zip(places, params, strict=True))
+        merged = [own.get(n, x) for n, x in enumerate(leaves)]
+        args, kwargs = jax.tree.unflatten(tree, merged)
+        out = self.fn(*args, **kwargs)
+        results = jax.tree.leaves(out[0] if self.absolute else out)
+        sums = [x if x.ndim == 0 else x.sum() for x in results if is_float(x)]
+        if not sums:
+          raise ValueError(
+            "grad=True differentiates the sum of the float results, and there is none. Return "
+            "what the gradient is of, as a loss is."
+          )
+        return sums[0] if len(sums) == 1 else sum(x.astype(FLOAT32) for x in sums)
+
+      return jax.grad(total)([leaves[n] for n in places])
+
+    return self._replace(name=f"gradient of {self.name}", fn=gradients)
+
+  def decide(self, policies: PolicyMap | None = None, *, strict: bool = True) -> Decided:
+    """Trace and plan it, under its own policies or others."""
+    return decide(
+      self.fn,
+      self.policies if policies is None else policies,
+      self.args,
+      self.kwargs,
+      self.flags,
+      root=self.root,
+      absolute=self.absolute,
+      strict=strict,
+      known=self.known,
+      located=True,
+    )
+
+  def decide_abstractly(self) -> Decided:
+    """Trace and plan it without arrays: every array among the arguments may be a shape."""
+    leaves, tree = jax.tree.flatten((self.args, self.kwargs))
+    decided: list[Decided] = []
+
+    def trace(arrays: list[Any]) -> None:
+      rest = iter(arrays)
+      merged = [next(rest) if _has_shape(x) else x for x in leaves]
+      args, kwargs = jax.tree.unflatten(tree, merged)
+      decided.append(self._replace(args=args, kwargs=kwargs).decide())
+
+    jax.eval_shape(trace, [x for x in leaves if _has_shape(x)])
+    return decided[0]
+
+  def operand_names(self) -> list[str]:
+    """The paths of the arrays among the arguments, in the order of the trace."""
+    named: list[str] = []
+    for label, value in zip(self.labels, self.args, strict=True):
+      named += _names(label, value)
+    for key in sorted(self.kwargs):
+      named += _names(key, self.kwargs[key])
+    return named
+
+
+def subject_of(
+  fn: Any,
+  policy: PolicyLike | None,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  argnums: int | Sequence[int] = 0,
+) -> Subject:
+  """Reads what a tool of `mpjax.inspect` was given.
+
+  Args:
+    fn: A function of pytrees or of NNX models, a Linen module, or an NNX model.
+    policy: The policy; None for the one that `apply_policy` gave the module.
+    args: The arguments of the function or model; for a Linen module those of ``apply``.
+    kwargs: The keyword arguments likewise.
+    argnums: Which arguments of a function hold its parameters.
+
+  Raises:
+    TypeError: ``fn`` cannot be called.
+    ValueError: There is no policy, a spec cannot be parsed, or a Linen module lacks variables.
+  """
+  policies = _policies_of(fn, policy)
+  if isinstance(fn, nn.Module):
+    return _linen_subject(fn, policies, args, kwargs)
+  if isinstance(fn, nnx.Module):
+    plain = getattr(type(fn), _PLAIN, type(fn))
+    method: Any = plain.__call__
+    labels = _parameter_names(method, 1 + len(args))
+    return _nnx_subject(plain.__name__, method, policies, [fn, *args], kwargs, labels, (), plain)
+  if not callable(fn):
+    raise TypeError(
+      f"A report is about a function, a Linen module or an NNX model; got {type(fn).__name__}. "
+      "Pass one of these first, then the policy, then its arguments."
+    )
+  name = getattr(fn, "__name__", type(fn).__name__)
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  flags = parameter_flags(numbers, names_of(fn, numbers), args, kwargs)
+  labels = _parameter_names(fn, len(args))
+  if any(map(_is_node, jax.tree.leaves((tuple(args), kwargs), is_leaf=_is_node))):
+    return _nnx_subject(name, fn, policies, args, kwargs, labels, flags[0])
+  return Subject(name, fn, tuple(args), kwargs, flags, labels, policies)
+
+
+def _policies_of(fn: Any, policy: PolicyLike | None) -> PolicyMap:
+  own = getattr(type(fn), _POLICIES, None)
+  if policy is not None:
+    return as_policy_map(policy)
+  if own is None:
+    raise ValueError(
+      f"A policy must be given, or a module that apply_policy made; got None for {fn!r}. Pass for "
+      "example 'mixed_bfloat16'."
+    )
+  return own
+
+
+def _linen_subject(
+  module: nn.Module, policies: PolicyMap, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Subject:
+  plain = _plain_linen(module)
+  if not args or not hasattr(args[0], "keys"):
+    raise ValueError(
+      "A Linen module needs its variables as the first argument after the policy, as `apply` does; "
+      f"got {[type(arg).__name__ for arg in args]}. Pass {{'params': ...}}, then the inputs."
+    )
+  others = {name: value for name, value in args[0].items() if name != "params"}
+
+  def apply(params: Any, others: Any, inputs: Any, kwargs: Any) -> Any:
+    return plain.apply({"params": params, **others}, *inputs, **kwargs)
+
+  call: Any = type(plain).__call__
+  names = _parameter_names(call, 1 + len(args))[1:]
+  return Subject(
+    type(plain).__name__,
+    apply,
+    (args[0].get("params", {}), others, tuple(args[1:]), kwargs),
+    {},
+    ([True, False, False, False], {}),
+    ["", "", names, ""],
+    policies,
+    root=1,
+  )
+
+
+def _plain_linen(module: nn.Module) -> nn.Module:
+  """The module without the policy that `apply_policy` gave it."""
+  plain = getattr(type(module), _PLAIN, None)
+  if plain is None:
+    return module
+  fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+  return plain(**fields)
+
+
+def _nnx_subject(
+  name: str,
+  fn: Callable[..., Any],
+  policies: PolicyMap,
+  args: Sequence[Any],
+  kwargs: dict[str, Any],
+  labels: Sequence[str],
+  flags: Sequence[bool],
+  plain: type[nnx.Module] | None = None,
+) -> Subject:
+  call = pure_call(fn, args, kwargs, flags or [False] * len(args), plain)
+  nodes = "" if len(call.nodes) > 1 else None  # the paths of several start with their numbers
+  return Subject(
+    name,
+    call.fn,
+    call.args,
+    {},
+    (call.flags, {}),
+    [nodes, nodes, list(labels), ""],
+    policies,
+    absolute=True,
+    known=tuple(
+      p for node in call.nodes if isinstance(node, nnx.Module) for p in module_paths(node)
+    ),
+  )
+
+
+def _is_node(x: Any) -> bool:
+  return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def _has_shape(x: Any) -> bool:
+  return isinstance(x, jax.ShapeDtypeStruct) or is_traced(x)
+
+
+def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
+  """The names of a function's first positional arguments."""
+  try:
+    parameters = list(inspect.signature(fn).parameters.values())
+  except (TypeError, ValueError):  # some callables have no signature
+    parameters = []
+  names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+  return [names[n] if n < len(names) else f"args[{n}]" for n in range(count)]
+
+
+def _names(label: Any, value: Any) -> list[str]:
+  """The names of the arrays in an argument."""
+  if isinstance(label, list):
+    return [name for part, entry in zip(label, value, strict=False) for name in _names(part, entry)]
+  paths = [
+    (path if label is not None else path[1:], leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
+  ]
+  return ["/".join(filter(None, [label, path_str(p)])) for p, leaf in paths if _has_shape(leaf)]
+
+
+def concrete(subject: Subject) -> None:
+  """Refuse shapes where a tool must compute.
+
+  Raises:
+    TypeError: An argument holds a ``jax.ShapeDtypeStruct``.
+  """
+  leaves = jax.tree.leaves((subject.args, subject.kwargs))
+  shapes = [x for x in leaves if isinstance(x, jax.ShapeDtypeStruct)]
+  if shapes:
+    raise TypeError(
+      f"The arguments must be arrays, for this runs the function; got {shapes[0]}. Pass values, or "
+      "use mpjax.inspect.explain, which needs none."
+    )
+
+
+def is_float(x: Any) -> bool:
+  """Whether an array or aval holds floats of any format."""
+  return jax.numpy.issubdtype(getattr(x, "dtype", np.int32), np.floating)

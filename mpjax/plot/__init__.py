@@ -1,0 +1,305 @@
+"""Plots: data in, matplotlib axes out. matplotlib is imported when a function is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.inspect._check_report import CheckReport
+from mpjax.inspect._flow_report import FlowReport
+from mpjax.inspect._locate import NonFiniteReport
+from mpjax.plot._axes import BLUE, RED, figure_class, new_axes
+from mpjax.plot._reports import (
+  plot_cost,
+  plot_frontier,
+  plot_range,
+  plot_scale_choice,
+  plot_updates,
+)
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
+__all__ = [
+  "Curve",
+  "plot_check",
+  "plot_cost",
+  "plot_flow",
+  "plot_frontier",
+  "plot_losses",
+  "plot_nonfinite",
+  "plot_range",
+  "plot_scale_choice",
+  "plot_scales",
+  "plot_updates",
+  "running_mean",
+  "save_curves",
+]
+
+# Losses that span more than this factor are drawn on a logarithmic axis.
+_WIDE_SPAN = 20.0
+_DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
+
+
+class Curve(NamedTuple):
+  """The course of one training run.
+
+  Attributes:
+    label: What the legend calls it.
+    losses: f32[steps], the loss of each step.
+    scales: f32[steps], the loss scale that each step used; 1 without scaling.
+    applied: bool[steps], whether each step was applied; False if it was skipped.
+  """
+
+  label: str
+  losses: np.ndarray
+  scales: np.ndarray
+  applied: np.ndarray
+
+
+def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
+  """Plots the training loss of each run: every step faintly, and a running mean.
+
+  Args:
+    curves: The runs.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  ax = new_axes() if ax is None else ax
+  for number, curve in enumerate(curves):
+    steps, style = _steps(curve), _style(number)
+    ax.plot(steps, curve.losses, color=style["color"], alpha=0.2, linewidth=0.8)
+    mean = running_mean(curve.losses, 1 + len(curve.losses) // 40)
+    ax.plot(steps, mean, label=curve.label, **style)
+  if _span(curves) > _WIDE_SPAN:
+    ax.set_yscale("log")
+  ax.set(xlabel="step", ylabel="training loss")
+  ax.legend(frameon=False)
+  return ax
+
+
+def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
+  """Plots the loss scale of each run, with a cross on every skipped step.
+
+  Args:
+    curves: The runs.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  ax = new_axes() if ax is None else ax
+  for number, curve in enumerate(curves):
+    steps, style = _steps(curve), _style(number)
+    ax.plot(steps, curve.scales, drawstyle="steps-post", label=curve.label, **style)
+    skipped = ~curve.applied
+    if skipped.any():
+      ax.plot(steps[skipped], curve.scales[skipped], "x", color=style["color"], label="skipped")
+  ax.set_yscale("log", base=2)
+  ax.set(xlabel="step", ylabel="loss scale")
+  ax.legend(frameon=False)
+  return ax
+
+
+def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
+  """Plots how many bytes of activations each module holds in 16 bits and in float32.
+
+  Modules with a leak have an arrow in front of their names. `FlowReport.fold` makes fewer rows.
+
+  Args:
+    report: What `mpjax.inspect.explain` returned.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  rows = report.rows
+  ax = new_axes(len(rows)) if ax is None else ax
+  wide = np.array([row.bytes.get("float32", 0) for row in rows], float)
+  narrow = np.array([sum(_narrow_bytes(row.bytes)) for row in rows], float)
+  unit, size = _byte_unit(float((wide + narrow).max(initial=0)))
+  places = np.arange(len(rows))
+  ax.barh(places, narrow / size, color=BLUE, label="16 bits")
+  ax.barh(places, wide / size, left=narrow / size, color=RED, hatch="///", label="float32")
+  names = [f"\N{RIGHTWARDS ARROW} {row.module}" if row.leaks else row.module for row in rows]
+  _name_rows(ax, names)
+  ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
+  leaks = f"{len(report.leaks)} leak{'s' * (len(report.leaks) != 1)}"
+  ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {leaks}")
+  ax.legend(frameon=False)
+  return ax
+
+
+def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
+  """Plots the relative error of what each module is given and hands out.
+
+  A cross marks a module whose results overflow, a triangle one whose results underflow.
+
+  Args:
+    report: What `mpjax.inspect.check` returned.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  rows = report.rows
+  ax = new_axes(len(rows)) if ax is None else ax
+  places = np.arange(len(rows))
+  out = np.array([row.output.error for row in rows], float)
+  given = np.array([row.error_in for row in rows], float)
+  floor = min([e for e in (*out, *given) if e > 0], default=report.tolerance) / 2
+  shown, before = np.maximum(out, floor), np.maximum(given, floor)
+  ax.hlines(places, before, shown, color="0.75", zorder=1)
+  ax.plot(before, places, "|", color="0.3", markersize=9, label="in")
+  ax.plot(shown, places, "o", color=BLUE, label="out")
+  marks = (("overflow", "X", "overflows"), ("underflow", "v", "underflows"))
+  for field, marker, label in marks:
+    hit = np.array([_share(row.output, field) > _SHOWN_SHARE for row in rows], bool)
+    if hit.any():
+      ax.plot(shown[hit], places[hit], marker, color=RED, markersize=10, label=label)
+  ax.axvline(report.tolerance, color="0.3", linestyle="--", linewidth=1, label="tolerance")
+  ax.set_xscale("log")
+  _name_rows(ax, [row.module for row in rows])
+  ax.set(xlabel=f"relative error against {report.reference}")
+  ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+  return ax
+
+
+def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
+  """Plots what the culprit was given, against the range of the format that it computes in.
+
+  Args:
+    report: What `mpjax.inspect.locate_nonfinite` returned; it must have found something.
+    ax: Where to draw; the axes of a new figure if not given.
+
+  Returns:
+    The axes.
+
+  Raises:
+    ValueError: If everything is finite.
+    ModuleNotFoundError: If matplotlib is not installed.
+  """
+  first = report.first
+  if first is None:
+    raise ValueError(
+      "plot_nonfinite draws the operation that made the first inf or NaN; the report has none. "
+      "Look at report.finite first."
+    )
+  entries = [
+    *((f"operand {n}: {r.array}", r) for n, r in enumerate(first.operands)),
+    (f"result: {first.result.array}", first.result),
+  ]
+  ax = new_axes(len(entries)) if ax is None else ax
+  for place, (_, found) in enumerate(entries):
+    ax.plot([found.low, found.high], [place, place], "|-", color=BLUE, linewidth=3, markersize=12)
+    bad = [f"{n} {name}" for n, name in ((found.infs, "inf"), (found.nans, "NaN")) if n]
+    ax.annotate(" and ".join(bad), (1.01, place), xycoords=("axes fraction", "data"), va="center")
+  limit = _limit(first.result.array)
+  for value in (-limit, limit):
+    ax.axvline(value, color=RED, linestyle="--")
+  ax.set_xscale("symlog", linthresh=1.0)
+  ax.set_xlim(-limit * 10, limit * 10)
+  _name_rows(ax, [name for name, _ in entries])
+  ax.set(xlabel="from the smallest to the largest finite number; dashed: the format's largest")
+  ax.set_title(f"{first.op} at {first.line}" + (f", {first.within[-1]}" if first.within else ""))
+  return ax
+
+
+_SHOWN_SHARE = 0.01
+
+
+def _name_rows(ax: Axes, names: Sequence[str]) -> None:
+  ax.set_yticks(np.arange(len(names)), names)
+  ax.set_ylim(len(names) - 0.4, -0.6)
+  ax.grid(axis="x", color="0.9")
+  ax.set_axisbelow(True)
+
+
+def _narrow_bytes(sizes: dict[str, float]) -> list[float]:
+  return [size for dtype, size in sizes.items() if dtype in ("bfloat16", "float16")]
+
+
+def _byte_unit(largest: float) -> tuple[str, int]:
+  units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+  return next((unit for unit in units if largest >= unit[1]), ("bytes", 1))
+
+
+def _share(difference: Any, field: str) -> float:
+  count = getattr(difference, field)
+  return count / difference.size if difference.size else 0.0
+
+
+def _limit(array: str) -> float:
+  """The largest number of a format that is written as in ``f16[2,3]``."""
+  formats = {"f16": jnp.float16, "bf16": jnp.bfloat16, "f64": jnp.float64}
+  return float(jnp.finfo(formats.get(array.partition("[")[0], jnp.float32)).max)
+
+
+def save_curves(curves: Sequence[Curve], path: Path) -> None:
+  """Writes a picture of the losses and the loss scales of some runs, side by side.
+
+  Args:
+    curves: The runs.
+    path: A file whose suffix names a format that matplotlib writes.
+
+  Raises:
+    ModuleNotFoundError: If matplotlib is not installed.
+    OSError: If the file cannot be written.
+  """
+  figure = figure_class()(figsize=(11, 4.2), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  plot_losses(curves, ax=left)
+  plot_scales(curves, ax=right)
+  figure.savefig(path, dpi=150)
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+  """The mean of each value and up to ``width - 1`` before it, leaving out what is not finite.
+
+  Example:
+    >>> running_mean(np.array([1.0, 3.0, np.nan, 7.0]), 2).tolist()
+    [1.0, 2.0, 3.0, 7.0]
+  """
+  finite = np.isfinite(values)
+  sums = _trailing_sum(np.where(finite, values, 0.0), width)
+  counts = _trailing_sum(finite.astype(float), width)
+  return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _trailing_sum(values: np.ndarray, width: int) -> np.ndarray:
+  total = np.concatenate([np.zeros(width), np.cumsum(values, dtype=float)])
+  return total[width:] - total[:-width]
+
+
+def _span(curves: Sequence[Curve]) -> float:
+  """The factor between the largest and the smallest loss that is finite and above zero."""
+  losses = np.concatenate([curve.losses for curve in curves]) if curves else np.ones(1)
+  positive = losses[np.isfinite(losses) & (losses > 0)]
+  return float(positive.max() / positive.min()) if positive.size else 1.0
+
+
+def _steps(curve: Curve) -> np.ndarray:
+  return np.arange(1, len(curve.losses) + 1)
+
+
+def _style(number: int) -> dict[str, Any]:
+  """Runs lie on top of each other when all is well, so their dashes differ too."""
+  return {"color": f"C{number}", "linestyle": _DASHES[number % 4], "linewidth": 1.6}

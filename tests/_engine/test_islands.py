@@ -1,0 +1,215 @@
+"""Float32 between 16-bit values is computed again in the backward pass, not stored."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import nn
+
+import mpjax
+from _jaxprs import equations, primitives
+from mpjax._core.scopes import module_path
+from mpjax._engine import execute
+
+ACTIVATIONS = {
+  "gelu": nn.gelu,
+  "exact_gelu": lambda x: nn.gelu(x, approximate=False),
+  "softplus": nn.softplus,
+  "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+  "elu": nn.elu,
+  "exp": lambda x: jnp.exp(-jnp.abs(x)),
+}
+SIZE = (16, 32)
+
+
+@pytest.fixture(scope="module")
+def operands():
+  w = jax.random.normal(jax.random.key(0), (2, 32, 32)) / 6.0
+  return w, jax.random.normal(jax.random.key(1), SIZE)
+
+
+def make(activation):
+  return lambda w, x: (activation(x @ w[0]) @ w[1]).sum()
+
+
+def stored(fn, operands):
+  """The dtypes of what the backward pass stores in the size of an activation."""
+  _, pullback = jax.vjp(lambda w: fn(w, operands[1]), operands[0])
+  return [leaf.dtype.name for leaf in jax.tree.leaves(pullback) if leaf.shape == SIZE]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_float16_islands_store_nothing_wide(activation, operands, monkeypatch):
+  fn = make(activation)
+  kept = stored(mpjax.autocast(fn, "mixed_float16"), operands)
+  # The input is the caller's own float32 array; all else is float16.
+  assert kept.count("float32") <= 1
+  monkeypatch.setattr(execute._islands, "find", lambda plan: {})
+  without = stored(mpjax.autocast(fn, "mixed_float16"), operands)
+  assert sum(np.dtype(d).itemsize for d in kept) <= sum(np.dtype(d).itemsize for d in without)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
+def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
+  fn = make(activation)
+  grads = jax.grad(mpjax.autocast(fn, "mixed_float16"))(*operands)
+  monkeypatch.setattr(execute._islands, "find", lambda plan: {})
+  storing = jax.grad(mpjax.autocast(fn, "mixed_float16"))(*operands)
+  np.testing.assert_allclose(grads, storing, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "exact_gelu"])
+def test_nothing_wide_crosses_the_border_of_an_island(name, operands):
+  """Compilers put in memory whatever enters or leaves a checkpoint, cotangents too.
+
+  The error function of the exact gelu runs in float16 and makes no island.
+  """
+  grad = jax.grad(mpjax.autocast(make(ACTIVATIONS[name]), "mixed_float16"))
+  islands = [e for e in equations(jax.make_jaxpr(grad)(*operands)) if e.primitive.name == "remat2"]
+  crossing = [a.aval for e in islands for a in (*e.invars, *e.outvars) if a.aval.shape == SIZE]
+  assert crossing and {aval.dtype.name for aval in crossing} <= {"float16", "bool"}
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_cotangents_of_several_readers_meet_in_float32(readers, operands):
+  """Only a result that is read once leaves its island in 16 bits."""
+
+  def fn(w, x):
+    hidden = nn.gelu(x @ w[0])
+    return sum((hidden @ w[1]).sum() for _ in range(readers))
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(*operands)
+  (island,) = [e for e in equations(jaxpr) if e.primitive.name == "remat2"]
+  assert island.outvars[0].aval.dtype.name == {1: "float16", 2: "float32"}[readers]
+
+
+def test_gelu_is_computed_again_in_float16_only(operands):
+  fn = make(nn.gelu)
+  for policy, again in (("mixed_float16", 1), ("mixed_bfloat16", 0)):
+    jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(*operands)
+    assert primitives(jaxpr)["remat2"] == again
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+def test_the_scopes_of_an_island_are_those_of_its_operations_once(wrap):
+  def attend(w, x):
+    with jax.named_scope("attn"):
+      return jax.nn.gelu(x @ w) @ w
+
+  def loss(w, x):
+    with jax.named_scope("block"):
+      return jnp.sum(wrap(attend)(w, x) ** 2)
+
+  grad = jax.grad(mpjax.autocast(loss, "mixed_float16"))
+  jaxpr = jax.make_jaxpr(grad)(jnp.eye(4), jnp.ones((2, 4)))
+  paths = {module_path(eqn.source_info.name_stack) for eqn in equations(jaxpr)}
+  assert paths <= {(), ("block",), ("attn",), ("block", "attn")}
+
+
+def attend(softmax):
+  """Mixes rows by the weights that a softmax makes of their products."""
+
+  def fn(w, x):
+    scores = (x @ w[0]) @ (x @ w[1]).T
+    return softmax(scores) @ x @ w[0]
+
+  return fn
+
+
+def by_hand(scores):
+  weights = jnp.exp(scores - scores.max(1, keepdims=True))
+  return weights / weights.sum(1, keepdims=True)
+
+
+SOFTMAXES = {
+  "softmax": nn.softmax,
+  "by_hand": by_hand,
+  "masked": lambda s: nn.softmax(jnp.where(jnp.tri(16, dtype=bool), s, -1e9)),
+  "along_columns": lambda s: nn.softmax(s, 0),
+  "of_all": lambda s: nn.softmax(s, (0, 1)),
+}
+every_softmax = pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES.keys())
+every_policy = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+
+
+@every_policy
+@every_softmax
+def test_a_softmax_stores_its_weights_in_16_bits_alone(softmax, policy, operands):
+  fn = mpjax.autocast(attend(softmax), policy)
+  _, pullback = jax.vjp(lambda w: fn(w, operands[1]), operands[0])
+  # The derivative of `where` brings a float32 zero of that size, which compilers fold.
+  kept = [x.dtype for x in jax.tree.leaves(pullback) if x.shape == (16, 16) and x.any()]
+  assert kept and jnp.float32 not in kept
+
+
+DERIVATIVES = {
+  "reverse": lambda fn, operands: jax.vjp(fn, *operands)[1](jnp.ones(SIZE)),
+  "forward": lambda fn, operands: jax.jvp(fn, operands, operands)[1:],
+}
+
+
+@every_policy
+@every_softmax
+@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_the_derivative_by_16_bit_weights_is_about_as_exact(
+  derivative, softmax, policy, operands, monkeypatch
+):
+  fn = attend(softmax)
+  unit = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}[policy]
+
+  def errors():
+    pairs = zip(derivative(mpjax.autocast(fn, policy), operands), plain, strict=True)
+    return [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs]
+
+  plain = derivative(fn, operands)
+  found = errors()
+  monkeypatch.setattr(execute._islands._softmax, "match", lambda *_: None)
+  for error, storing in zip(found, errors(), strict=True):
+    assert error < 1.5 * storing + unit
+
+
+READ_OTHERWISE = {
+  "in_float32": lambda s: nn.softmax(s) ** 2,
+  "exponentials_too": lambda s: by_hand(s) + jnp.exp(s - s.max(1, keepdims=True)),
+  "another_sum": lambda s: jnp.exp(s - s.max(1, keepdims=True)) / jnp.exp(s).sum(1, keepdims=True),
+  "not_along_the_axis": lambda s: jnp.exp(s - s.max(1, keepdims=True)) / jnp.exp(s - s).sum(0),
+  "a_shift_of_its_own": lambda s: jnp.exp(s - s**2) / jnp.exp(s - s**2).sum(1, keepdims=True),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("softmax", READ_OTHERWISE.values(), ids=READ_OTHERWISE.keys())
+def test_what_only_looks_like_a_softmax_is_differentiated_as_written(softmax, policy, operands):
+  with jax.numpy_rank_promotion("allow"):
+    fn = attend(softmax)
+    cast = mpjax.autocast(fn, policy)
+    assert "name=run" not in str(jax.make_jaxpr(cast)(*operands))
+    found, want = (jax.vjp(f, *operands)[1](jnp.ones(SIZE))[0] for f in (cast, fn))
+  assert jnp.linalg.norm(found - want) < 0.1 * jnp.linalg.norm(want)
+
+
+def made_by_rules(fn, operands):
+  """The dtypes of what functions with a derivative of their own return, as softmaxes are here."""
+  calls = [e for e in equations(jax.make_jaxpr(fn)(*operands)) if "jvp_jaxpr_fun" in e.params]
+  return [var.aval.dtype for eqn in calls for var in eqn.outvars]
+
+
+@every_policy
+def test_weights_are_float32_only_where_their_cotangents_add_up(policy, operands):
+  once = lambda w, x: nn.softmax(x @ w[0] @ x.T) @ x
+  twice = lambda w, x: (lambda weights: (weights @ x, weights @ (x @ w[1])))(
+    nn.softmax(x @ w[0] @ x.T)
+  )
+  narrow = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}[policy]
+  assert made_by_rules(mpjax.autocast(once, policy), operands) == [narrow]
+  assert made_by_rules(mpjax.autocast(twice, policy), operands) == [jnp.float32]
+
+
+@every_policy
+@pytest.mark.parametrize(
+  ("platform", "barriers"), [("cuda", 1), ("rocm", 1), ("tpu", 0), ("cpu", 0)]
+)
+def test_gpus_store_the_weights_behind_a_barrier(platform, barriers, policy, operands):
+  fn = mpjax.autocast(lambda w, x: jnp.sum(attend(nn.softmax)(w, x)), policy)
+  lowered = jax.jit(jax.grad(fn)).trace(*operands).lower(lowering_platforms=(platform,))
+  assert lowered.as_text().count("optimization_barrier") == barriers

@@ -1,0 +1,348 @@
+"""Matmuls whose derivatives have other dtypes than JAX would give them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import mpjax
+from _jaxprs import contractions, equations, result_dtypes
+from mpjax._engine.matmul_derivatives import Contraction, with_wide_cotangent
+
+# The dimensions of both operands and of the result, whose batch stands first, by letters.
+CASES = {
+  "rows": ("ij", "jk", "ik"),
+  "transposed": ("ji", "jk", "ik"),
+  "from_the_right": ("ij", "kj", "ik"),
+  "batched": ("bij", "jbk", "bik"),
+  "two_batches": ("ibjc", "cjbk", "bcik"),
+  "two_contracted": ("ijk", "kjm", "im"),
+  "two_contracted_turned": ("ikj", "kmj", "im"),
+  "all_contracted": ("ij", "ij", ""),
+  "batch_turned": ("icb", "bci", "cb"),
+  "attention": ("bskh", "gbkts", "bkhgt"),
+}
+SIZES = dict(zip("bcghijkmst", (2, 3, 2, 4, 5, 3, 4, 2, 6, 3), strict=True))
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+SOME = ("rows", "two_batches", "two_contracted_turned", "attention")
+some_cases = pytest.mark.parametrize("case", [CASES[name] for name in SOME], ids=SOME)
+every_side = pytest.mark.parametrize("wide", [0, 1], ids=["left", "right"])
+every_format = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+
+
+def contraction_of(case, wide, dtype):
+  left, right, out = case
+  summed = [d for d in left if d in right and d not in out]
+  batch = [d for d in out if d in left and d in right]
+  places = [
+    tuple(tuple(map(operand.index, dims)) for operand in (left, right)) for dims in (summed, batch)
+  ]
+  params = {"dimension_numbers": tuple(places), "precision": None}
+  return Contraction.of(params, wide, jnp.dtype(dtype))
+
+
+def draw(case, wide, dtype):
+  """The wide operand in float32, with 16-bit values, the other, and a cotangent."""
+  rng = np.random.default_rng(0)
+  arrays = [jnp.asarray(rng.normal(size=[SIZES[d] for d in dims]), dtype) for dims in case]
+  return arrays[wide].astype(jnp.float32), arrays[1 - wide], arrays[2]
+
+
+def float64(x):
+  return np.asarray(x).astype(np.float64)
+
+
+def assert_close(found, want):
+  found, want = float64(found), float64(want)
+  assert np.linalg.norm(found - want) <= 0.02 * np.linalg.norm(want)
+
+
+@every_case
+@every_side
+@every_format
+def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wide, dtype):
+  x, y, ct = draw(case, wide, dtype)
+  fn = with_wide_cotangent(contraction_of(case, wide, dtype))
+  out, pullback = jax.vjp(fn, x, y)
+  x_bar, y_bar = pullback(ct)
+  assert [a.dtype for a in (out, x_bar, y_bar)] == [dtype, jnp.float32, dtype]
+
+  wides, others, results = case[wide], case[1 - wide], case[2]
+  x64, y64, ct64 = map(float64, (x, y, ct))
+  close = functools.partial(np.testing.assert_allclose, atol=8 * float(jnp.finfo(dtype).eps))
+  close(float64(out), np.einsum(f"{wides},{others}->{results}", x64, y64))
+  close(float64(y_bar), np.einsum(f"{results},{wides}->{others}", ct64, x64))
+  exact = np.einsum(f"{results},{others}->{wides}", ct64, y64)
+  np.testing.assert_allclose(x_bar, exact, atol=1e-5)
+
+
+@some_cases
+@every_side
+def test_its_derivatives_are_those_of_the_matmul(case, wide):
+  x, y, ct = draw(case, wide, jnp.bfloat16)
+  contraction = contraction_of(case, wide, jnp.bfloat16)
+  fn, plain = with_wide_cotangent(contraction), contraction.run
+
+  def product(fn, x, y):
+    return jnp.sum((fn(x, y) * ct).astype(jnp.float32) ** 2)
+
+  for transform in (
+    lambda fn: jax.jvp(fn, (x, y), (x, y)),
+    lambda fn: jax.linearize(fn, x, y)[1](x, y),
+    lambda fn: jax.grad(functools.partial(product, fn), (0, 1))(x, y),
+    lambda fn: jax.jvp(jax.grad(functools.partial(product, fn), (0, 1)), (x, y), (x, y)),
+    lambda fn: jax.grad(lambda x: jnp.sum(jax.grad(functools.partial(product, fn))(x, y) ** 2))(x),
+    lambda fn: jax.vjp(lambda t: jax.jvp(fn, (x, y), (x, t))[1], y)[1](ct),
+    lambda fn: jax.jit(jax.checkpoint(fn))(x, y),
+  ):
+    found, want = (jax.tree.leaves(transform(f)) for f in (fn, plain))
+    for a, b in zip(found, want, strict=True):
+      assert_close(a, b)
+
+
+@some_cases
+@every_side
+@pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, -1)], ids=["both", "first", "second"])
+def test_it_maps_over_examples(case, wide, axes):
+  x, y, ct = draw(case, wide, jnp.bfloat16)
+  fn = with_wide_cotangent(contraction_of(case, wide, jnp.bfloat16))
+  if axes[0] is not None:
+    x = jnp.stack([x, 2 * x, -x], axes[0])
+  if axes[1] is not None:
+    y = jnp.stack([y, y + 1, -y], axes[1])
+  gradient = lambda x, y: jax.vjp(fn, x, y)[1](ct)
+  mapped = jax.vmap(gradient, axes)(x, y)
+  for n in range(3):
+    one = [v if a is None else jnp.take(v, n, a) for v, a in zip((x, y), axes, strict=True)]
+    for found, want in zip(mapped, gradient(*one), strict=True):
+      assert_close(found[n], want)
+
+
+QUERY = np.asarray(np.random.default_rng(0).normal(size=(1, 8, 2, 4)), np.float32)
+
+
+def attention(w, x):
+  heads = (x @ w).reshape(1, 16, 2, 4)
+  return jax.nn.dot_product_attention(heads, heads, heads, is_causal=True)
+
+
+@every_format
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "mapped"])
+def test_the_weights_of_float32_scores_get_their_cotangent_in_float32(mapped, dtype):
+  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
+  x = jax.random.normal(jax.random.key(0), (3, 16, 8))
+  gradient = jax.grad(lambda w, x: mpjax.autocast(attention, policy)(w, x).sum())
+  fn = jax.vmap(gradient, (None, 0)) if mapped else lambda w, x: gradient(w, x[0])
+  jaxpr = jax.make_jaxpr(fn)(jnp.eye(8), x)
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert {v.aval.dtype for e in dots for v in e.invars} == {jnp.dtype(dtype)}
+  wide = [e.outvars[0].aval for e in dots if e.outvars[0].aval.dtype == jnp.float32]
+  weights = 2 * 16 * 16 * (3 if mapped else 1)
+  assert [aval.size for aval in wide] == [weights, weights]  # the scores, and the cotangent
+
+
+def masked(scores):
+  return jnp.where(np.tri(16, dtype=bool), scores, -1e30)
+
+
+def softcapped(scores):
+  return jnp.tanh(scores / 5) * 5
+
+
+def turned(scores):
+  return masked(scores).T
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("made", [masked, softcapped, turned])
+def test_scores_that_were_rounded_leave_the_cotangent_of_their_weights_in_16_bits(made, policy):
+  def fn(w, x):
+    q = x @ w
+    return (jax.nn.softmax(made(q @ q.T)) @ q).sum()
+
+  gradient = jax.grad(mpjax.autocast(fn, policy))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((16, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert len(dots) > 3
+  assert all(v.aval.dtype.itemsize == 2 for e in dots for v in e.outvars)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_bias_of_16_bits_leaves_scores_that_were_not_rounded_as_exact(policy):
+  def fn(w, x):
+    q = (x @ w).reshape(2, 16, 2, 4)
+    bias = (x @ w).reshape(1, 1, 16, 16)
+    return jax.nn.dot_product_attention(q, q, q, bias=jnp.tile(bias, (2, 2, 1, 1))).sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(mpjax.autocast(fn, policy)))(jnp.eye(8), jnp.ones((32, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  wide = [v.aval.size for e in dots for v in e.outvars if v.aval.dtype == jnp.float32]
+  assert wide == [2 * 2 * 16 * 16] * 2  # the scores, and the cotangent of their weights
+
+
+@pytest.mark.parametrize("call", [lambda fn: fn, jax.jit, jax.checkpoint], ids=["", "jit", "remat"])
+def test_so_it_does_where_a_function_makes_the_scores(call):
+  heads = (((4,), (3,)), ((0, 2), (0, 2)))
+  scores = call(lambda q, k: lax.dot_general(q, k, heads, preferred_element_type=jnp.float32))
+
+  def fn(w, x):
+    k = (x @ w).reshape(2, 16, 2, 4)
+    bias = jnp.tile((x @ w).reshape(1, 1, 16, 1, 16), (2, 2, 1, 1, 1))
+    weights = jax.nn.softmax(jnp.where(True, scores(k[:, :, :, None], k) + bias, -1e30))
+    return jnp.einsum("bktgs,bskh->btkgh", weights, k).sum()
+
+  gradient = jax.grad(mpjax.autocast(fn, "mixed_float16"))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((32, 8)))
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  wide = [v.aval.size for e in dots for v in e.outvars if v.aval.dtype == jnp.float32]
+  assert wide == [2 * 2 * 16 * 16] * 2
+
+
+def test_it_runs_in_a_shard_map():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  cast = mpjax.autocast(attention, "mixed_bfloat16")
+  x = jax.random.normal(jax.random.key(0), (2, 16, 8))
+
+  def loss(w, x):
+    return lax.psum(sum(cast(w, one).sum() for one in x), "data")
+
+  sharded = jax.shard_map(loss, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+  plain = lambda w, x: sum(cast(w, one).sum() for one in x)
+  w = jax.random.normal(jax.random.key(1), (8, 8))
+  found, want = (jax.jit(jax.grad(fn))(w, x) for fn in (sharded, plain))
+  np.testing.assert_allclose(found, want, rtol=2**-6, atol=2**-6)
+
+
+def test_where_types_say_how_arrays_are_sharded_it_stays_an_ordinary_matmul():
+  mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    heads = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
+    heads = jax.device_put(heads, P(None, None, None, "model"))
+    scores = jax.random.normal(jax.random.key(1), (1, 2, 8, 8))
+
+    def loss(x, values):
+      weights = jax.nn.softmax(jnp.log1p(jnp.abs(scores * x)))
+      mixed = jnp.einsum("bhts,bshd->bthd", weights, values)
+      return jnp.sum(mixed**2, axis=(0, 1, 2, 3))
+
+    cast = mpjax.autocast(loss, "mixed_bfloat16", argnums=())
+    jaxpr = jax.make_jaxpr(jax.grad(cast))(jnp.float32(1), heads)
+    assert result_dtypes(jaxpr, "dot_general") == {"bfloat16"}
+    assert_close(*(jax.jit(jax.grad(fn))(jnp.float32(1), heads) for fn in (cast, loss)))
+
+
+OTHERS = {
+  "integers": lambda weights, x: weights @ (jnp.arange(16) % 5),
+  "a_mask": lambda weights, x: weights @ jnp.eye(16, 3, dtype=bool),
+  "another_format": lambda weights, x: jnp.dot(weights, x, preferred_element_type=jnp.bfloat16),
+  "bfloat16": lambda weights, x: weights.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16),
+  "a_vector": lambda weights, x: weights @ x[:, 0],
+  "weights": lambda weights, x: weights @ weights,
+  "on_the_right": lambda weights, x: x.T @ weights,
+}
+
+
+@every_format
+@pytest.mark.parametrize("mix", OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.usefixtures("standard_promotion")
+def test_weights_mix_whatever_they_mix_in_float32(mix, dtype):
+  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
+  x = jax.random.normal(jax.random.key(0), (16, 16))
+
+  def loss(x):
+    out = mix(jax.nn.softmax(jnp.log1p(x**2)), x)
+    return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+  cast = mpjax.autocast(loss, policy, argnums=())
+  assert cast(x)[1].dtype == loss(x)[1].dtype
+  for fn in (lambda f: f(x)[1], lambda f: jax.grad(f, has_aux=True)(x)[0]):
+    assert_close(fn(cast), fn(loss))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+@pytest.mark.parametrize("saved", ["dots_saveable", "nothing_saveable"])
+def test_a_policy_of_a_checkpoint_sees_the_matmuls(saved, inside):
+  checkpointed = jax.checkpoint(attention, policy=getattr(jax.checkpoint_policies, saved))
+  cast = mpjax.autocast(checkpointed if inside else attention, "mixed_bfloat16")
+  if not inside:
+    cast = jax.checkpoint(cast, policy=getattr(jax.checkpoint_policies, saved))
+
+  def matmuls(fn):
+    gradient = jax.grad(lambda w, x: fn(w, x).sum())
+    return len(contractions(jax.make_jaxpr(gradient)(jnp.eye(8), jnp.ones((16, 8)))))
+
+  assert matmuls(cast) == matmuls(checkpointed)
+
+
+def test_what_examples_share_is_not_copied_for_each():
+  def loss(scale, values, x):
+    return jnp.sum(jax.nn.softmax(jnp.log1p(x**2) * scale) @ values)
+
+  cast = jax.vmap(mpjax.autocast(loss, "mixed_bfloat16"), (None, None, 0))
+  gradient = jax.grad(lambda *args: jnp.sum(cast(*args)))
+  jaxpr = jax.make_jaxpr(gradient)(jnp.float32(1), jnp.ones((16, 8)), jnp.ones((32, 4, 16)))
+  largest = max(v.aval.size for e in equations(jaxpr) for v in e.outvars)
+  assert largest == 32 * 4 * 16  # all examples' weights
+
+
+LINEAR = {
+  "values": lambda q: jax.nn.dot_product_attention(QUERY, QUERY, q),
+  "weighted": lambda q: jax.nn.softmax(jnp.log1p(QUERY**2)) @ q.swapaxes(-1, -2),
+  "a_tangent": jax.linearize(lambda q: jax.nn.dot_product_attention(q, q, q), QUERY)[1],
+}
+
+
+@pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())
+def test_a_linear_function_is_transposed(linear):
+  def transposed(fn):
+    out = fn(QUERY)
+    return jax.linear_transpose(fn, QUERY)(out)[0]
+
+  assert_close(transposed(mpjax.autocast(linear, "mixed_bfloat16", argnums=())), transposed(linear))
+
+
+def test_a_rule_of_ones_own_may_hold_attention():
+  attend = lambda q: jax.nn.dot_product_attention(q, q, q)
+  fn = jax.custom_jvp(attend)
+  fn.defjvp(lambda primals, tangents: jax.jvp(attend, primals, tangents))
+  gradient = lambda fn: jax.grad(lambda q: jnp.sum(fn(q) ** 2))(QUERY)
+  assert_close(gradient(mpjax.autocast(fn, "mixed_bfloat16", argnums=())), gradient(fn))
+
+
+def test_two_softmaxes_that_one_matmul_reads_are_both_stored_in_16_bits():
+  mix = lambda a, b: jax.nn.softmax(jnp.sin(a)) @ jax.nn.softmax(jnp.sin(b))
+  a, b = jax.random.normal(jax.random.key(0), (2, 16, 16))
+  cast = mpjax.autocast(mix, "mixed_bfloat16", argnums=())
+  _, pullback = jax.vjp(cast, a, b)
+  wide = [x for x in jax.tree.leaves(pullback) if x.dtype == jnp.float32 and x.size == a.size]
+  assert len(wide) <= 2  # of the sines
+  for n in (0, 1):
+    loss = lambda fn, n=n: jax.grad(lambda *ab: jnp.sum(fn(*ab) * a), n)(a, b)
+    assert_close(loss(cast), loss(mix))
+
+
+@pytest.mark.parametrize("sizes", [(5, 6, 4), (64, 64, 32)], ids=["small", "large"])
+@pytest.mark.parametrize("spec", ["bij,bjk->ki", "bij,bjk->bki", "bij,bjk->kbi"])
+@every_format
+def test_a_compiled_gradient_has_a_kernel_whatever_the_order(spec, sizes, dtype):
+  """XLA must not turn the matmul of a wide cotangent into one that it cannot run on a CPU."""
+  draw = np.random.default_rng(0).standard_normal
+  rows, columns, width = sizes
+  scores, values = (
+    draw(shape).astype(np.float32) for shape in ((3, rows, columns), (3, columns, width))
+  )
+
+  def loss(s, v):
+    return jnp.sum(jnp.sin(jnp.einsum(spec, jax.nn.softmax(jnp.sin(s)), v)))
+
+  policy = f"mixed_{jnp.dtype(dtype).name}"
+  found, want = (
+    jax.jit(jax.grad(fn, (0, 1)))(scores, values)
+    for fn in (mpjax.autocast(loss, policy, argnums=()), loss)
+  )
+  for got, exact in zip(found, want, strict=True):
+    assert_close(got, exact)

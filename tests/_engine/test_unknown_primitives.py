@@ -1,0 +1,94 @@
+"""A primitive that autocast has never seen runs as traced, wherever it stands."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+import mpjax
+from _jaxprs import equations, wide_contractions
+from mpjax._core.policy_map import as_policy_map
+from mpjax._engine import jaxprs
+from mpjax._engine.kinds import DATA, PARAM
+from mpjax._engine.planner import Planner
+
+COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
+NAME = "foreign_scale"
+foreign_p = Primitive(NAME)
+
+
+def foreign(x):
+  """Three times a float32; it takes nothing else."""
+  return foreign_p.bind(x)
+
+
+def _abstract(x):
+  if x.dtype != np.float32:
+    raise TypeError(f"foreign_scale takes float32; got {x.dtype}")
+  return x
+
+
+foreign_p.def_impl(lambda x: 3 * x)
+foreign_p.def_abstract_eval(_abstract)
+mlir.register_lowering(foreign_p, mlir.lower_fun(lambda x: 3 * x, multiple_results=False))
+ad.deflinear2(foreign_p, lambda ct, _: [foreign(ct)])
+batching.defvectorized(foreign_p)
+
+
+@jax.custom_vjp
+def by_custom_vjp(x, w):
+  return foreign(jnp.tanh(x @ w))
+
+
+by_custom_vjp.defvjp(
+  lambda x, w: (by_custom_vjp(x, w), (x, w)),
+  lambda residuals, ct: (foreign(ct) @ residuals[1].T, residuals[0].T @ foreign(ct)),
+)
+
+
+def layer(x, w):
+  return foreign(jnp.tanh(x @ w))
+
+
+PLACES = {
+  "plain": lambda w, x: layer(x, w),
+  "jit": lambda w, x: jax.jit(layer)(x, w),
+  "scan": lambda w, x: lax.scan(lambda c, _: (layer(c, w), None), x, None, length=2)[0],
+  "cond": lambda w, x: lax.cond(x[0, 0] > 0, lambda: layer(x, w), lambda: x @ w),
+  "remat": lambda w, x: jax.checkpoint(layer)(x, w),
+  "custom_vjp": lambda w, x: by_custom_vjp(x, w),
+  "scan_of_remat": lambda w, x: lax.scan(
+    lambda c, _: (jax.checkpoint(layer)(c, w), None), x, None, length=2
+  )[0],
+  "scan_of_custom_vjp": lambda w, x: lax.scan(
+    lambda c, _: (by_custom_vjp(c, w), None), x, None, length=2
+  )[0],
+  "vmap": lambda w, x: jax.vmap(layer, (0, None))(x, w),
+}
+
+
+@pytest.mark.parametrize("policy", COMPUTE)
+@pytest.mark.parametrize("place", PLACES)
+def test_it_runs_in_float32_and_the_matmuls_around_it_do_not(place, policy):
+  loss = lambda w, x: jnp.sum((PLACES[place](w, x) @ w) ** 2)
+  w, x = jnp.asarray(np.linspace(-0.3, 0.4, 16).reshape(4, 4), jnp.float32), jnp.ones((2, 4))
+  want = jax.grad(loss)(w, x)
+  for cast in (jax.grad(mpjax.autocast(loss, policy)), mpjax.autocast(jax.grad(loss), policy)):
+    jaxpr = jax.make_jaxpr(cast)(w, x)
+    found = [e for e in equations(jaxpr) if e.primitive.name == NAME]
+    assert len(found) >= 2
+    assert {a.aval.dtype.name for e in found for a in (*e.invars, *e.outvars)} == {"float32"}
+    assert not wide_contractions(jaxpr, COMPUTE[policy])
+    got = jax.jit(cast)(w, x)
+    assert jnp.linalg.norm(got - want) < 2.0**-6 * jnp.linalg.norm(want)
+
+
+def test_the_planner_counts_it():
+  planner = Planner(as_policy_map("mixed_bfloat16"))
+  x = jnp.ones((2, 2))
+  closed = jaxprs.trace(lambda w, x: foreign(foreign(x @ w)) + jnp.sin(x), (x, x))
+  planner.plan(closed, (PARAM, DATA))
+  assert planner.unknown == {NAME: 2}

@@ -1,0 +1,125 @@
+"""What the documents promise: their Python runs, their commands and links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+# One process runs the blocks of a document in order, in one namespace, as a reader would type
+# them; compiled under the document's name and line numbers, so that a traceback points into it.
+RUNNER = """
+import pathlib, re, sys
+path = pathlib.Path(sys.argv[1])
+text = path.read_text()
+namespace = {"__name__": "__main__"}
+for block in re.finditer(r"^```python\\n(.*?)^```$", text, re.M | re.S):
+    above = text[: block.start(1)].count("\\n")
+    exec(compile("\\n" * above + block[1], str(path), "exec"), namespace)
+"""
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+  """The fenced code blocks of a document in these languages."""
+  pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```$"
+  return re.findall(pattern, document.read_text(), re.M | re.S)
+
+
+def commands(document: Path) -> Iterator[str]:
+  """The command lines of a document's shell blocks, without prompt, continuation or comment."""
+  for block in blocks(document, "bash", "sh", "shell", "console"):
+    for line in block.replace("\\\n", " ").splitlines():
+      command = re.sub(r"(^|\s)#.*$", "", line.removeprefix("$ ")).strip()
+      if command:
+        yield command
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+  """Runs Python on these arguments, the checkout on its path, JAX's settings a reader's own.
+
+  XLA compiles it as quickly as it compiles the tests.
+  """
+  inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  environment = {
+    **inherited,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "MPLBACKEND": "agg",
+  }
+  return subprocess.run(
+    [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+  )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_python_of_a_document_runs(document: Path, tmp_path: Path) -> None:
+  result = run("-c", RUNNER, str(document), cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+
+
+def test_the_readme_has_python_to_run() -> None:
+  assert blocks(README, "python")
+
+
+def test_the_readme_begins_with_the_two_commands() -> None:
+  lines = "\n".join(commands(README))
+  install, compare = 'pip install ".[demo]"', "python -m mpjax compare"
+  test_install, test = 'pip install ".[test]"', "python -m pytest"
+  places = [lines.find(part) for part in (install, compare, test_install, test)]
+  assert -1 not in places, f"missing from the README's commands: {lines}"
+  assert places == sorted(places)
+  assert lines.startswith(install)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_extras_that_a_document_installs_exist(document: Path) -> None:
+  named = {
+    extra.strip()
+    for group in re.findall(r"\.\[([\w,\s-]+)\]\"?", "\n".join(commands(document)))
+    for extra in group.split(",")
+  }
+  assert named <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_the_flags_that_the_readme_shows_exist(tmp_path: Path) -> None:
+  shown = {
+    flag
+    for command in commands(README)
+    if re.search(r"\bmpjax compare\b", command)
+    for flag in re.findall(r"(?<=\s)--[a-z-]+", command)
+  }
+  result = run("-m", "mpjax", "compare", "--help", cwd=tmp_path)
+  assert result.returncode == 0, result.stderr
+  unknown = shown - set(re.findall(r"--[a-z-]+", result.stdout))
+  assert not unknown, f"`mpjax compare --help` does not know {sorted(unknown)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_files_that_a_document_links_to_exist(document: Path) -> None:
+  targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", document.read_text())
+  missing = [target for target in targets if not (document.parent / target).exists()]
+  assert not missing, f"{document.name} links to {missing}"
+
+
+def test_contributing_quotes_the_one_script() -> None:
+  assert ".ci/run" in list(commands(ROOT / "CONTRIBUTING.md"))
+  assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_the_supported_versions_agree() -> None:
+  project = PROJECT["project"]
+  assert project["requires-python"] == ">=3.11,<3.14"
+  script = (ROOT / ".ci" / "run").read_text()
+  for name in ("jax", "flax", "optax"):
+    (requirement,) = [d for d in project["dependencies"] if d.startswith(f"{name}>=")]
+    oldest = requirement.split(">=")[1].split(",")[0]
+    assert f"{name}=={oldest}" in script, f".ci/run does not test {name}=={oldest}"

@@ -1,0 +1,163 @@
+"""Memory and cost as compilers state them, here and for devices that are not there."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import mpjax
+from mpjax import inspect
+from mpjax.cli import main
+from mpjax.inspect._target_compiler import read_figures
+from mpjax.inspect._targets import TARGETS, Target, check_installed, compile_for, read_target
+
+F32 = jnp.float32
+
+
+def loss(params, x):
+  return jnp.mean(jnp.square(jnp.tanh(x @ params["w"])))
+
+
+def shapes():
+  params = {"w": jax.ShapeDtypeStruct((16, 16), F32)}
+  return params, jax.ShapeDtypeStruct((4, 16), F32)
+
+
+def test_a_step_is_compiled_under_each_policy_from_shapes_alone():
+  report = inspect.cost(loss, *shapes(), policies={"plain": "float32", "low": "mixed_bfloat16"})
+  assert [row.policy for row in report.rows] == ["plain", "low"]
+  row = report.rows[0]
+  assert row.argument_bytes == 4 * (16 * 16 + 4 * 16) and row.output_bytes == 4
+  assert row.flops >= 2 * 4 * 16 * 16 and row.bytes_moved and row.error is None
+  assert report.memory_bytes is None and report.fits(row) is None
+  assert report.summary.startswith("On cpu: plain needs") and "of plain" in report.summary
+  assert json.loads(report.to_json())["rows"][0]["argument_bytes"] == row.argument_bytes
+
+
+def test_a_step_with_a_parameter_policy_applies_it_by_itself_and_donated_memory_counts_once():
+  seen = []
+
+  def step(params, x, policy):
+    seen.append(policy)
+    grads = jax.grad(mpjax.autocast(loss, policy))(params, x)
+    return jax.tree.map(lambda p, g: p - g, params, grads)
+
+  (row,) = inspect.cost(step, *shapes(), policies="mixed_bfloat16", donate_argnums=0).rows
+  assert set(seen) == {"mixed_bfloat16"}
+  assert row.alias_bytes == row.output_bytes == 4 * 16 * 16
+  assert row.peak_bytes == row.argument_bytes + row.temp_bytes
+
+
+def test_a_compiler_that_states_no_flops_leaves_those_of_the_lowered_program_marked():
+  lowered = jax.jit(lambda w, x: x @ w).lower(jnp.ones((16, 16)), jnp.ones((4, 16)))
+  silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)
+  figures = read_figures(silent, lambda: lowered)
+  assert figures["flops"] == 2 * 4 * 16 * 16 and figures["flops_lowered"]
+  assert figures["bytes_moved"] is None
+  (row,) = inspect.cost(loss, *shapes(), policies="float32").rows
+  assert not row.flops_lowered
+  report = inspect.CostReport("gpu:h100", None, (row._replace(flops=2e9, flops_lowered=True),))
+  assert "2.00~" in str(report) and "~: of the program before it is compiled" in str(report)
+
+
+def test_what_an_nnx_train_step_changes_in_its_arguments_is_part_of_the_cost():
+  model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1, momentum=0.9), wrt=nnx.Param)
+
+  def step(model, optimizer, x):
+    optimizer.update(model, nnx.grad(lambda m: jnp.mean(jnp.square(m(x))))(model))
+
+  (row,) = inspect.cost(step, model, optimizer, jnp.ones((4, 16)), policies=["float32"]).rows
+  held = 4 * (16 * 16 + 16) * 2  # the parameters and their momentum
+  assert row.output_bytes >= held and row.flops > 3 * 2 * 4 * 16 * 16 / 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_is_described_and_says_what_to_install(target, monkeypatch):
+  described = read_target(target)
+  assert described.memory >= 16 * 2**30
+  assert ("device_memory_size" in described.config) == target.startswith("gpu:")
+  monkeypatch.setattr("mpjax.inspect._targets._has", lambda module: module == "flatbuffers")
+  extra = r"mpjax\[gpu\]" if target.startswith("gpu:") else r"mpjax\[tpu\]"
+  with pytest.raises(
+    ModuleNotFoundError, match=rf'{target} needs .*pip install "{extra}".*python='
+  ):
+    inspect.cost(loss, *shapes(), target=target)
+  check_installed(described, "another/python")  # which finds out by itself
+
+
+def test_an_unknown_target_lists_those_known():
+  with pytest.raises(ValueError, match=r"one of gpu:a100.*tpu:v6e\. Got 'gpu:b200'"):
+    inspect.cost(loss, *shapes(), target="gpu:b200")
+  with pytest.raises(ValueError, match="at least one policy"):
+    inspect.cost(loss, *shapes(), policies=[])
+
+
+def test_another_process_compiles_what_was_exported():
+  pytest.importorskip("flatbuffers")
+  here = Target("cpu", "cpu", "cpu", {}, 2**30)
+  exported = jax.export.export(jax.jit(lambda x: x @ x))(jax.ShapeDtypeStruct((32, 32), F32))
+  (figures,) = compile_for(here, [bytes(exported.serialize())], [], sys.executable)
+  assert figures["argument_bytes"] == figures["output_bytes"] == 4 * 32 * 32
+  assert figures["error"] is None and figures["compile_seconds"] > 0
+
+
+def test_a_compiler_that_fails_says_what_it_said():
+  missing = Target("nowhere", "cuda", "nowhere", {}, 2**30)
+  with pytest.raises(RuntimeError, match=r"nowhere must end without an error(.|\n)*Error"):
+    compile_for(missing, [b"no program"], [], None)
+
+
+def test_a_step_that_a_compiler_finds_too_large_does_not_fit():
+  row = inspect.cost(loss, *shapes(), policies=["float32"]).rows[0]
+  refused = type(row)("float32", *[None] * 6, 1.0, "RESOURCE_EXHAUSTED: 40.06G of 15.75G")
+  report = inspect.CostReport("tpu:v5e", 16 * 2**30, (row, refused))
+  assert [report.fits(r) for r in report.rows] == [True, False]
+  assert "which fits; float32 does not fit." in report.summary and "40.06G" in str(report)
+
+
+# The command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def case(tmp_path, monkeypatch):
+  """A module with cases, in the present directory."""
+  (tmp_path / "cost_case.py").write_text(
+    "import jax, jax.numpy as jnp\n"
+    "def step(w, x): return jnp.mean(x @ w)\n"
+    "def make(): return step, jax.ShapeDtypeStruct((8, 8), 'float32'), jnp.ones((2, 8))\n"
+    "def wrong(): return step\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  yield tmp_path
+  sys.modules.pop("cost_case", None)
+
+
+def test_the_command_prints_the_table_and_writes_its_rows(case, capsys):
+  assert main(["cost", "cost_case:make", "--policies", "float32", "--json", "rows.json"]) == 0
+  assert capsys.readouterr().out.startswith("On cpu: float32 needs")
+  (row,) = json.loads((case / "rows.json").read_text())
+  assert row["argument_bytes"] == 4 * (64 + 16)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["cost_case"], "CASE must have the form module:function. Got 'cost_case'"),
+    (["nowhere:make"], "can be imported from here. Got 'nowhere:make'"),
+    (["cost_case:wrong"], "CASE must return a tuple"),
+    (["cost_case:make", "--target", "gpu:h100"], 'pip install "mpjax[gpu]"'),
+  ],
+)
+def test_what_a_person_can_put_right_is_one_line_and_status_2(
+  case, capsys, monkeypatch, arguments, words
+):
+  monkeypatch.setattr("mpjax.inspect._targets._has", lambda module: False)
+  assert main(["cost", *arguments]) == 2
+  error = capsys.readouterr().err
+  assert words in error and error.count("\n") == 1

@@ -1,0 +1,304 @@
+"""explain: on faults that were planted it names the module, the line and the operand."""
+
+import ntpath
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+import _planted as planted
+import mpjax
+from mpjax.inspect import _flow, _source_lines, explain
+
+W = planted.WIDTH
+X = jax.ShapeDtypeStruct((2, W), jnp.float32)
+SQUARE = jax.ShapeDtypeStruct((W, W), jnp.float32)
+
+
+def variables_of(module, *args):
+  return jax.eval_shape(module.init, jax.random.key(0), *args)
+
+
+def explained(case, policy):
+  """The report on a planted model, from shapes alone."""
+  fn, model, inputs = case
+  if model is None:
+    return explain(fn, policy, {"a": SQUARE, "b": SQUARE}, inputs)
+  if isinstance(model, nn.Module):
+    return explain(model, policy, variables_of(model, inputs), inputs)
+  return explain(model, policy, inputs)
+
+
+STRAY = {
+  "function": (planted.stray, None, X),
+  "linen": (None, planted.LinenStray(), X),
+  "nnx": (None, planted.NNXStray(nnx.Rngs(0)), X),
+}
+CAST = {
+  "function": (planted.cast_param, None, X),
+  "linen": (None, planted.LinenCastParam(), X),
+  "nnx": (None, planted.NNXCastParam(nnx.Rngs(0)), X),
+}
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("kind", STRAY)
+def test_a_stray_float32_table_is_named_with_its_line_and_what_reads_it(kind, policy):
+  report = explained(STRAY[kind], policy)
+  (leak,) = report.leaks
+  assert leak.module == "hidden" and planted.at(leak.line, f"stray {kind}")
+  assert leak.op == "mul" and leak.widened_by == (f"the constant f32[1,{W}]",)
+  assert leak.read_by.startswith("dot_general")
+  assert leak.bytes == 2 * W * 2  # one f32[2,8] in place of a 16-bit one
+  assert not report.keeps_promise and "hidden" in report.summary
+  assert report.narrow_share == 1.0 and report.flops == 2 * 2 * (2 * W * W)
+
+
+@pytest.mark.parametrize("kind", CAST)
+def test_a_parameter_cast_to_float32_leaks_nothing(kind):
+  report = explained(CAST[kind], "mixed_bfloat16")
+  assert report.keeps_promise and not report.absorbed
+  assert report.narrow_share == 1.0
+  assert "does what it promises" in report.summary
+
+
+def test_a_table_on_the_residual_stream_leaks_and_a_label_or_a_mask_does_not():
+  def block(params, x):
+    scores = (x @ params["a"]) @ (x @ params["a"]).T + np.tril(np.ones((2, 2), np.float32))
+    with jax.named_scope("softmax"):
+      return x + jax.nn.softmax(scores) @ x
+
+  def loss(params, x, y, table):
+    h = x @ params["a"] + table
+    for _ in range(2):
+      h = block(params, h)
+    return jnp.mean((h @ params["b"] - y) ** 2)
+
+  report = explain(loss, "mixed_bfloat16", {"a": SQUARE, "b": SQUARE}, X, X, X)
+  (leak,) = report.leaks
+  assert leak.widened_by == (f"the argument table f32[2,{W}]",)
+  assert leak.also == 2
+  assert {by for entry in report.absorbed for by in entry.widened_by} == {
+    f"the argument y f32[2,{W}]",
+    "the constant f32[2,2]",
+  }
+
+
+def test_flops_and_bytes_of_a_scan_count_every_iteration():
+  def fn(w, x):
+    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x @ w, None, length=5)[0]
+
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert report.flops == 6 * 2 * 2 * W * W
+  assert report.to_rows()[0]["bytes.bfloat16"] == (6 + 5) * 2 * W * 2
+  assert sum(op.count for op in report.ops if op.op == "dot_general") == 2
+
+
+def nested(depth):
+  def fn(w, x):
+    body = lambda c: jnp.tanh(c @ w) * planted.TABLE
+    for _ in range(depth):
+      body = lambda c, inner=body: jax.lax.scan(lambda c, _: (inner(c), None), c, None, length=2)[0]
+    return body(x)
+
+  return fn
+
+
+def test_nested_scans_cost_no_more_than_their_number(monkeypatch):
+  visited = []
+  monkeypatch.setattr(_flow, "line_of", lambda eqn, outer: visited.append(eqn) or outer)
+  counts = []
+  for depth in (2, 4, 8):
+    visited.clear()
+    report = explain(nested(depth), "mixed_bfloat16", SQUARE, X)
+    counts.append(len(visited))
+    assert report.flops == 2**depth * 2 * 2 * W * W and len(report.leaks) == 1
+  assert counts[2] - counts[1] <= 2.5 * (counts[1] - counts[0])  # twice as many more scans
+
+
+def test_library_folders_end_with_the_separator_of_the_system(monkeypatch):
+  spec = SimpleNamespace(submodule_search_locations=["C:\\site\\jax"])
+  monkeypatch.setattr(_source_lines.importlib.util, "find_spec", lambda name: spec)
+  monkeypatch.setattr(_source_lines.os, "path", ntpath)
+  assert set(_source_lines._library_folders.__wrapped__()) == {"C:\\site\\jax\\"}
+
+
+def test_what_widens_a_carry_is_named_in_the_body_of_the_loop():
+  def fn(w, x):
+    def body(c, t):
+      return jnp.tanh(c @ w) * t, None
+
+    return jax.lax.scan(body, x @ w, np.ones((5, 1, W), np.float32))[0] @ w
+
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert [leak.op for leak in report.leaks] == ["mul"]
+  assert report.leaks[0].line.function == "body"
+
+
+def test_float32_in_a_branch_and_in_a_jitted_function_is_found():
+  @jax.jit
+  def inner(h):
+    return h * planted.TABLE
+
+  def fn(w, x):
+    h = x @ w
+    h = jax.lax.cond(x[0, 0] > 0, lambda h: h * planted.TABLE, lambda h: -h, h) @ w
+    return inner(h) @ w
+
+  assert [leak.op for leak in explain(fn, "mixed_bfloat16", SQUARE, X).leaks] == ["mul", "mul"]
+
+
+@jax.custom_vjp
+def doubled(x):
+  return 2 * x
+
+
+def double_backward(_, g):
+  weighted = g * planted.TABLE
+  return (weighted @ jnp.eye(W),)
+
+
+doubled.defvjp(lambda x: (2 * x, None), double_backward)
+
+
+def custom_loss(params, x):
+  with jax.named_scope("body"):
+    h = doubled(x @ params["a"])
+  return jnp.mean((h @ params["b"]) ** 2)
+
+
+def test_a_leak_in_the_backward_pass_alone_is_seen_with_grad():
+  params = {"a": SQUARE, "b": SQUARE}
+  assert explain(custom_loss, "mixed_bfloat16", params, X).keeps_promise
+  report = explain(custom_loss, "mixed_bfloat16", params, X, grad=True)
+  (leak,) = report.leaks
+  assert leak.backward and leak.module == "body" and leak.op == "mul"
+  assert leak.widened_by == (f"the constant f32[1,{W}]",)
+  assert leak.read_by.startswith("dot_general")
+  assert report.name == "gradient of custom_loss" and "(backward)" in str(report)
+  # forward 2, backward: two of each layer but for x's own gradient, and the rule's
+  assert report.flops == 6 * 2 * 2 * W * W and report.narrow_share == 1.0
+
+
+@pytest.mark.parametrize("kind", STRAY)
+def test_grad_follows_models_and_results_that_are_no_scalars(kind):
+  fn, model, inputs = STRAY[kind]
+  args = {
+    "function": (fn, "mixed_bfloat16", {"a": SQUARE, "b": SQUARE}, inputs),
+    "linen": (model, "mixed_bfloat16", variables_of(model, inputs) if kind == "linen" else 0, X),
+    "nnx": (model, "mixed_bfloat16", inputs),
+  }[kind]
+  with jax.numpy_dtype_promotion("standard"):
+    report = explain(*args, grad=True)
+  backward = [op for op in report.ops if op.op == "dot_general" and op.backward]
+  assert {op.module.split("/")[0] for op in backward} == {"hidden", "head"}
+  assert report.leaks[0].module == "hidden" and not report.leaks[0].backward
+  assert report.narrow_share == 1.0
+
+
+def test_grad_without_a_parameter_says_what_to_set():
+  with pytest.raises(ValueError, match=r"grad=True differentiates .* Set argnums"):
+    explain(lambda n, x: n * x, "mixed_bfloat16", jnp.arange(3), jnp.ones(3), grad=True)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
+def test_positions_and_unknown_operations_are_named_as_origins(backward):
+  twice = Primitive("twice")
+  twice.def_abstract_eval(lambda x: x)
+  mlir.register_lowering(twice, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+
+  def fn(w, x):
+    positions = jnp.arange(W).astype(jnp.float32)[None]
+    h = (x @ w) * positions
+    h = h @ w + (twice.bind(x) if not backward else 0.0)
+    return jnp.sum(h @ w)
+
+  report = explain(jax.grad(fn) if backward else fn, "mixed_bfloat16", SQUARE, X)
+  causes = [by for leak in report.leaks for by in leak.widened_by]
+  assert causes[0].startswith(f"integers made float: i32[{W}] at ")
+  if not backward:
+    assert causes[1].startswith("the unknown operation twice at ")
+    assert [op.op for op in report.unknown] == ["twice"]
+    assert "does not know" in str(report) and "twice" in str(report)
+
+
+def test_the_rules_of_a_map_are_listed_with_what_they_won():
+  policies = mpjax.PolicyMap(
+    {"tanh@": "float32", "head": "float32", "hidden": "mixed_float16"}, default="mixed_bfloat16"
+  )
+  report = explain(planted.stray, policies, {"a": SQUARE, "b": SQUARE}, X)
+  won = {use.rule: (use.modules, use.ops) for use in report.rules}
+  assert won["tanh@"] == (("hidden",), 1)
+  assert won["head"] == (("head",), 1)
+  assert won["hidden"][0] == ("hidden",)
+  assert won["default"] == ((), 0)
+  assert report.narrow_share == 0.5
+  assert [row.rule for row in report.rows] == ["hidden", "head"]
+
+
+def test_a_module_under_a_policy_is_explained_under_its_own():
+  model = planted.LinenStray(stray=False)
+  policed = mpjax.apply_policy(model, "mixed_float16")
+  report = explain(policed, None, variables_of(model, X), X)
+  assert report.policy.default == mpjax.Policy.parse("mixed_float16") and report.keeps_promise
+  plain = planted.NNXStray(nnx.Rngs(0))
+  own = explain(mpjax.apply_policy(plain, "mixed_bfloat16"), None, X)
+  assert own.policy.default == mpjax.Policy.parse("mixed_bfloat16") and own.leaks
+  with pytest.raises(ValueError, match="A policy must be given"):
+    explain(plain, None, X)
+
+
+def test_reports_fold_to_operations_and_to_fewer_modules():
+  report = explained(STRAY["linen"], "mixed_bfloat16")
+  assert [row.module for row in report.rows] == ["hidden/Dense_0", "hidden", "head"]
+  folded = report.fold(1)
+  assert [row.module for row in folded.rows] == ["hidden", "head"]
+  assert sum(row.flops for row in folded.rows) == report.flops
+  ops = report.by_op("hidden")
+  assert {op.op for op in ops.rows} == {
+    "dot_general",
+    "add",
+    "mul",
+    "reshape",
+    "broadcast_in_dim",
+  } & {op.op for op in ops.rows}
+  assert [op.returns for op in ops.rows if op.op == "mul"] == ["float32"]
+  assert "dot_general" in str(ops) and len(ops.to_rows()) == len(ops.rows)
+  assert "<table>" in report._repr_html_()
+  assert report.to_dict()["leaks"][0]["line"]["line"] == planted.line_of("stray linen")
+
+
+def test_an_island_is_named_with_what_asked_for_it():
+  def fn(w, x):
+    with jax.named_scope("attention"):
+      return jax.nn.softmax(x @ w) @ w
+
+  (island,) = explain(fn, "mixed_bfloat16", SQUARE, X).islands
+  assert island.module == "attention" and island.cause == "reduce_max"
+  assert {"exp", "reduce_sum", "div"} <= set(island.ops)
+
+
+def test_what_cannot_be_explained_is_refused_with_what_to_do():
+  with pytest.raises(TypeError, match="A report is about a function"):
+    explain(3, "mixed_bfloat16")
+  with pytest.raises(ValueError, match="needs its variables"):
+    explain(planted.LinenStray(), "mixed_bfloat16", X)
+  with pytest.raises(ValueError, match=r"matched no module\. Closest: head"):
+    explained(STRAY["linen"], mpjax.PolicyMap({"heda": "float32"}, default="mixed_bfloat16"))
+
+
+def test_gradients_of_results_without_a_float_are_refused():
+  with pytest.raises(ValueError, match="sum of the float results, and there is none"):
+    explain(lambda w: (w > 0).sum(), "mixed_bfloat16", jnp.ones(3), grad=True)
+
+
+def test_results_of_several_dtypes_have_a_backward_pass():
+  fn = lambda w: (w.astype(jnp.bfloat16), w)
+  report = explain(fn, "mixed_bfloat16", jnp.ones(3), grad=True)
+  assert any(op.backward for op in report.ops)

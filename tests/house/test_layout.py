@@ -34,7 +34,7 @@ FIRST_FLOOR = {
   "optax": "_scaling",
   "flax": "_train",
   "matplotlib": "plot",
-  "orbax": "_demo",
+  "orbax": "checkpoint",
   "sklearn": "_demo",
 }
 

@@ -16,11 +16,12 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.primitives import Rule
 from mpjax._engine import versions
+from mpjax._engine.bodies import bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Plan, Read, Step
 from mpjax._engine.planner import Planner
-from mpjax.inspect._flow_costs import MATMULS, bytes_of, flops, has_floats, returns, runs_in, shards
+from mpjax.inspect._flow_costs import MATMULS, bytes_of, flops, has_floats, returns, runs_in
 from mpjax.inspect._flow_data import (
   MEANT,
   NOTHING,
@@ -45,9 +46,10 @@ class Spot(NamedTuple):
   key: tuple[int, ...] = ()
   record: bool = True
 
-  def into(self, step: Step, line: Line, times: int = 1, record: bool = True) -> Spot:
-    """The spot of a step's body."""
-    return Spot(line, self.times * times, (*self.key, id(step)), self.record and record)
+  def into(self, step: Step, number: int, line: Line, record: bool = True) -> Spot:
+    """The spot of one of a step's bodies."""
+    times = self.times * (repetitions(step.eqn) or 1)
+    return Spot(line, times, (*self.key, id(step), number), self.record and record)
 
 
 def follow(planner: Planner, plan: Plan, names: Sequence[str]) -> Flow:
@@ -116,7 +118,7 @@ class _Walker:
 
   def step(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
     if step.bodies:
-      return _BODIES.get(step.rule, _Walker.call)(self, step, values, spot, line)
+      return self.bodies(step, values, spot, line)
     return [self.leaf(step, form, values, spot, line) for form in step.outs]
 
   def leaf(
@@ -205,47 +207,27 @@ class _Walker:
 
   # Bodies ----------------------------------------------------------------------------------------
 
-  def call(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
-    times = shards(step.eqn) if step.eqn.primitive.name == "shard_map" else 1
-    return self.walk(step.bodies[0], values, spot.into(step, line, times))
+  def bodies(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    """Follow values through what a step calls, repeats or chooses from."""
+    self.flow.loops += spot.record and repetitions(step.eqn) is None
+    carry = self.carry(step, values, spot, line)
+    results: list[list[Value]] = []
+    for n, (body, plan) in enumerate(zip(bodies_of(step.eqn), step.bodies, strict=True)):
+      consts, _, slices = body.split(values)
+      outs = self.walk(plan, [*consts, *carry, *slices], spot.into(step, n, line))
+      results += [] if body.is_test else [outs]
+    return [_join(column) for column in zip(*results, strict=True)]
 
-  def scan(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
-    consts, carry = versions.scan_shape(step.eqn)
-    before, held, after = values[:consts], values[consts : consts + carry], values[consts + carry :]
-    body = step.bodies[0]
-    held = _accumulators(step.operands[consts:], body.in_forms[consts:], held)
-    length = step.eqn.params["length"]
-    held = self.fixed_point(body, before, held, after, spot.into(step, line, length, record=False))
-    return self.walk(body, [*before, *held, *after], spot.into(step, line, length))
-
-  def loop(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
-    of_cond = step.eqn.params["cond_nconsts"]
-    of_body = of_cond + step.eqn.params["body_nconsts"]
-    cond, body = step.bodies
-    before, held = values[of_cond:of_body], values[of_body:]
-    held = _accumulators(step.operands[of_body:], body.in_forms[len(before) :], held)
-    held = self.fixed_point(body, before, held, [], spot.into(step, line, record=False))
-    self.flow.loops += spot.record
-    self.walk(cond, [*values[:of_cond], *held], spot.into(step, line))
-    return self.walk(body, [*before, *held], spot.into(step, line))
-
-  def fixed_point(
-    self, body: Plan, before: list[Value], held: list[Value], after: list[Value], spot: Spot
-  ) -> list[Value]:
-    while True:
-      outs = self.walk(body, [*before, *held, *after], spot)
-      grown = [_join(pair) for pair in zip(held, outs[: len(held)], strict=True)]
-      if grown == held:
-        return held
-      held = grown
-
-  def cond(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
-    inner = spot.into(step, line)
-    branches = [
-      self.walk(body, values[1:], inner._replace(key=(*inner.key, n)))
-      for n, body in enumerate(step.bodies)
-    ]
-    return [_join(column) for column in zip(*branches, strict=True)]
+  def carry(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
+    """What a loop carries, in whichever turn; nothing for other steps."""
+    body, plan = bodies_of(step.eqn)[-1], step.bodies[-1]
+    consts, held, slices = body.split(values)
+    if not held:
+      return []
+    inner = plan.in_forms[body.carry.start : body.carry.stop]
+    held = _accumulators(body.split(step.operands).carry, inner, held)
+    looking = spot.into(step, len(step.bodies) - 1, line, record=False)
+    return settled(held, lambda held: self.walk(plan, [*consts, *held, *slices], looking), _join)
 
   # Counting --------------------------------------------------------------------------------------
 
@@ -283,9 +265,6 @@ class _Walker:
           continue
         widened.add((atom, dtype))
         self.flow.casts[(step.place.path, _other(dtype, form), dtype.name)] += 1
-
-
-_BODIES = {Rule.SCAN: _Walker.scan, Rule.WHILE: _Walker.loop, Rule.COND: _Walker.cond}
 
 
 class _Islands:
@@ -354,7 +333,7 @@ def _accumulators(outer: Sequence[Any], inner: Sequence[Any], held: list[Value])
   meant = _born(MEANT)
   return [
     meant if o is not None and o.kind is Kind.CONSTANT and _is_data(i) else value
-    for o, i, value in zip(outer, inner, held, strict=False)
+    for o, i, value in zip(outer, inner, held, strict=True)
   ]
 
 

@@ -68,9 +68,3 @@ def flops(eqn: JaxprEqn) -> int:
     features = rhs.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * size * math.prod(rhs.shape) // features
   return 2 * size * lhs.shape[-1]
-
-
-def shards(eqn: JaxprEqn) -> int:
-  """How many devices run the body of a shard_map."""
-  sizes = eqn.params["mesh"].shape
-  return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])

@@ -19,8 +19,10 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.dtypes import describe
+from mpjax._core.primitives import RULES, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.planner import Planner
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
@@ -146,9 +148,9 @@ class Hunt:
     self, eqn: JaxprEqn, values: list[Any], taints: list[Taint], spot: Spot
   ) -> tuple[list[Any], list[Taint]]:
     name = eqn.primitive.name
-    if name in _CALLS:
-      (body,) = (eqn.params[key] for key in _BODY if key in eqn.params)
-      return self.run(body, values, taints, spot)
+    if RULES.get(name) in _CALLS and name != "shard_map":
+      (body,) = bodies_of(eqn)
+      return self.run(body.jaxpr, values, taints, spot)
     if name == "cond":
       return self._cond(eqn, values, taints, spot)
     if name == "while":
@@ -196,10 +198,12 @@ class Hunt:
   def _cond(
     self, eqn: JaxprEqn, values: list[Any], taints: list[Taint], spot: Spot
   ) -> tuple[list[Any], list[Taint]]:
-    branches = eqn.params["branches"]
+    branches = bodies_of(eqn)
     taken = min(max(int(values[0]), 0), len(branches) - 1)
+    branch = branches[taken]
     within = (*spot.within, f"branch {taken} of cond")
-    return self.run(branches[taken], values[1:], taints[1:], spot._replace(within=within))
+    own = branch.take(values), branch.take(taints)
+    return self.run(branch.jaxpr, *own, spot._replace(within=within))
 
   def _scan(
     self,
@@ -210,39 +214,37 @@ class Hunt:
     spot: Spot,
   ) -> list[Taint]:
     """Run the iterations of a scan that went wrong until the first bad one."""
-    consts, held = versions.scan_shape(eqn)
-    body, length = eqn.params["jaxpr"], eqn.params["length"]
-    carry = values[consts : consts + held]
+    (body,), length = bodies_of(eqn), eqn.params["length"]
+    consts, carry, slices = body.split(values)
     order = range(length)[::-1] if eqn.params["reverse"] else range(length)
     known = len(self.births)
     for n in order:
-      operands = [*values[:consts], *carry, *(x[n] for x in values[consts + held :])]
-      results = self._jitted(body)(*operands)
+      operands = [*consts, *carry, *(x[n] for x in slices)]
+      results = self._jitted(body.jaxpr)(*operands)
       if _is_worse(results, operands):
         within = (*spot.within, f"iteration {n} of scan (0 to {length - 1})")
-        self.run(body, operands, [_CLEAN] * len(operands), spot._replace(within=within))
+        self.run(body.jaxpr, operands, [_CLEAN] * len(operands), spot._replace(within=within))
         break
-      carry = results[:held]
+      carry = results[: len(carry)]
     return self._marks_of_loop(eqn, values, taints, outs, spot, known)
 
   def _while(
     self, eqn: JaxprEqn, values: list[Any], taints: list[Taint], spot: Spot
   ) -> tuple[list[Any], list[Taint]]:
-    of_cond = eqn.params["cond_nconsts"]
-    of_body = of_cond + eqn.params["body_nconsts"]
-    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
-    carry, known, n, bad = values[of_body:], len(self.births), 0, 0
+    test, body = bodies_of(eqn)
+    of_test, (consts, carry, _) = test.split(values).consts, body.split(values)
+    advance = functools.partial(self._jitted(body.jaxpr), *consts)
+    known, n, bad = len(self.births), 0, 0
 
     def goes_on(carry: Sequence[Any]) -> jax.Array:
-      return jnp.any(self._jitted(cond)(*values[:of_cond], *carry)[0])  # of a batched loop
+      return jnp.any(self._jitted(test.jaxpr)(*of_test, *carry)[0])  # of a batched loop
 
     while bad < PATIENCE and bool(goes_on(carry)):
-      operands = [*values[of_cond:of_body], *carry]
-      carry = self._jitted(body)(*operands)
+      operands = [*consts, *carry]
+      carry = advance(*carry)
       if _is_worse(carry, operands):
         within = (*spot.within, f"iteration {n} of while")
-        self.run(body, operands, [_CLEAN] * len(operands), spot._replace(within=within))
-        advance = functools.partial(self._jitted(body), *operands[: of_body - of_cond])
+        self.run(body.jaxpr, operands, [_CLEAN] * len(operands), spot._replace(within=within))
         carry = _followed(goes_on, advance, carry)
         break
       n, bad = n + 1, bad + 1 if any(map(state_of, carry)) else 0
@@ -283,13 +285,7 @@ def _followed(goes_on: Callable[..., Any], advance: Callable[..., Any], carry: l
   return carry
 
 
-_BODY = ("jaxpr", "call_jaxpr", "call")
-_CALLS = frozenset(
-  {
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vmap_call"),
-  }
-)
+_CALLS = frozenset({Rule.CALL, Rule.CUSTOM_JVP, Rule.CUSTOM_VJP, Rule.CUSTOM_VMAP})
 
 
 def custom_rules(

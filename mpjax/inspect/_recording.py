@@ -14,6 +14,7 @@ from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path, is_recomputed
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
@@ -196,17 +197,18 @@ def _call(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _T
 
 
 def _scan(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _Tallies]:
-  consts, carried = versions.scan_shape(step.eqn)
-  (body,), params = step.bodies, step.eqn.params
+  (shape,), (body,), params = bodies_of(step.eqn), step.bodies, step.eqn.params
+  consts, carry, slices = shape.split(operands)
+  carried = len(carry)
   if step.place.backward:  # its carry sums up gradients, from zeros
-    flags = [*flags[:consts], *[True] * carried, *flags[consts + carried :]]
+    before, _, after = shape.split(flags)
+    flags = [*before, *[True] * carried, *after]
 
   def advance(state: Any, slices: Any) -> Any:
     carry, counts = state
-    outs, new = _run(body, [*operands[:consts], *carry, *slices], flags)
+    outs, new = _run(body, [*consts, *carry, *slices], flags)
     return (outs[:carried], _merge(counts, new)), outs[carried:]
 
-  carry, slices = operands[consts : consts + carried], operands[consts + carried :]
   first = jax.eval_shape(lambda xs: advance((carry, {}), [x[0] for x in xs])[0][1], slices)
   (carry, counts), stacked = lax.scan(
     advance,
@@ -220,30 +222,29 @@ def _scan(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _T
 
 
 def _while(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _Tallies]:
-  of_cond = step.eqn.params["cond_nconsts"]
-  of_body = of_cond + step.eqn.params["body_nconsts"]
-  cond, body = step.bodies
-  of_condition = [*flags[:of_cond], *flags[of_body:]]
+  (test, shape), (cond, body) = bodies_of(step.eqn), step.bodies
+  of_test, (consts, start, _) = test.split(operands).consts, shape.split(operands)
 
   def advance(state: Any) -> Any:
-    outs, new = _run(body, [*operands[of_cond:of_body], *state[0]], flags[of_cond:])
+    outs, new = _run(body, [*consts, *state[0]], shape.take(flags))
     return outs, _merge(state[1], new)
 
-  first = jax.eval_shape(lambda xs: advance((xs, {}))[1], operands[of_body:])
+  first = jax.eval_shape(lambda xs: advance((xs, {}))[1], start)
   return lax.while_loop(
-    lambda state: _run(cond, [*operands[:of_cond], *state[0]], of_condition)[0][0],
+    lambda state: _run(cond, [*of_test, *state[0]], test.take(flags))[0][0],
     advance,
-    (operands[of_body:], {key: zero_tally() for key in first}),
+    (start, {key: zero_tally() for key in first}),
   )
 
 
 def _cond(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _Tallies]:
-  index, *rest = operands
-  shapes = [jax.eval_shape(lambda xs, b=b: _run(b, xs, flags[1:])[1], rest) for b in step.bodies]
+  branch = bodies_of(step.eqn)[0]
+  index, rest, own = operands[0], branch.take(operands), branch.take(flags)
+  shapes = [jax.eval_shape(lambda xs, b=b: _run(b, xs, own)[1], rest) for b in step.bodies]
   keys = {key: zero_tally() for shape in shapes for key in shape}
 
   def run(body: Plan, xs: Any) -> tuple[list[Any], _Tallies]:
-    outs, counts = _run(body, xs, flags[1:])
+    outs, counts = _run(body, xs, own)
     return outs, {key: counts.get(key, nothing) for key, nothing in keys.items()}
 
   branches = [functools.partial(run, body) for body in step.bodies]

@@ -17,6 +17,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import bodies_of, mapped
 from mpjax._engine.environment import Environment, Key
 from mpjax._engine.execute import Interpreter
 from mpjax._engine.jaxprs import Literal
@@ -139,31 +140,24 @@ class Lockstep:
     base, eqn = steps.narrow.place.path, steps.narrow.eqn
     if eqn.primitive.name != "shard_map":
       return self.run(bodies[0], operands, base, line)
-    params, borders = steps.narrow.params, list[Border]()
-    axes = tuple(params["newly_manual_axes"])
+    borders: list[Border] = []
 
     def shard(*operands: Pair) -> Any:
       outs, crossings = self.run(bodies[0], operands, base, line)
       borders[:] = [crossing.border for crossing in crossings]
       return outs, jax.tree.map(lambda x: x[None], [crossing.stats for crossing in crossings])
 
-    mapped = jax.shard_map(
-      shard,
-      mesh=params["mesh"],
-      in_specs=tuple(params["in_specs"]),
-      out_specs=(list(params["out_specs"]), PartitionSpec(axes)),
-      axis_names=params["newly_manual_axes"],
-      check_vma=params["check_vma"],
-    )
+    stacked = PartitionSpec(tuple(eqn.params["newly_manual_axes"]))
+    run = mapped(eqn, shard, (list(eqn.params["out_specs"]), stacked))
     with jaxprs.located(eqn):
-      outs, stats = jax.jit(mapped)(*operands)
+      outs, stats = jax.jit(run)(*operands)
     last = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), stats)  # after the axes of loops
     return outs, _crossings(borders, last)
 
   def cond(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
     """Run the branch that both take; where they take two, only the results are compared."""
-    index, *rest = operands
     base, eqn = steps.narrow.place.path, steps.narrow.eqn
+    index, rest = operands[0], bodies_of(eqn)[0].take(operands)
     taken = [self._traced(body, base, line, rest) for body in bodies]
 
     def together(k: int, rest: list[Pair]) -> Any:
@@ -195,13 +189,11 @@ class Lockstep:
   def loop(self, steps: Pair, bodies: list[Pair], operands: list[Pair], line: Line) -> Results:
     """Run a while loop until both sides have ended; kept is the worst iteration."""
     eqn, base = steps.narrow.eqn, steps.narrow.place.path
-    of_cond = eqn.params["cond_nconsts"]
-    of_body = of_cond + eqn.params["body_nconsts"]
-    consts, start = operands[of_cond:of_body], operands[of_body:]
+    (of_test, _, _), (consts, start, _) = (body.split(operands) for body in bodies_of(eqn))
     traced = self._traced(bodies[1], base, line, [*consts, *start])
 
     def goes_on(carry: list[Pair]) -> Pair:
-      (more,), _ = self.run(bodies[0], [*operands[:of_cond], *carry], base, line)
+      (more,), _ = self.run(bodies[0], [*of_test, *carry], base, line)
       return Pair(*map(jnp.any, more))  # a batched loop goes on while one of the batch does
 
     def advance(state: Any) -> Any:
@@ -233,15 +225,15 @@ class Lockstep:
     """Run a scan; what crosses borders in it is stacked over the iterations."""
     (body,) = bodies
     eqn, base = steps.narrow.eqn, steps.narrow.place.path
-    consts, held = versions.scan_shape(eqn)
+    consts, start, stacked = bodies_of(eqn)[0].split(operands)
     borders: list[Border] = []
 
     def iteration(carry: list[Pair], xs: list[Pair]) -> Any:
-      outs, crossings = self.run(body, [*operands[:consts], *carry, *xs], base, line)
+      outs, crossings = self.run(body, [*consts, *carry, *xs], base, line)
       borders[:] = [crossing.border for crossing in crossings]
-      return outs[:held], (outs[held:], [crossing.stats for crossing in crossings])
+      own = [crossing.stats for crossing in crossings]
+      return outs[: len(start)], (outs[len(start) :], own)
 
-    start, stacked = operands[consts : consts + held], operands[consts + held :]
     length = eqn.params["length"]
     with jaxprs.located(eqn):
       last, (ys, stats) = lax.scan(

@@ -85,7 +85,7 @@ RULES = _table(
         "ragged_all_to_all device_put dimension_as_value copy_to_host_async",
       ]
     ),
-    Rule.EACH: "sort optimization_barrier",
+    Rule.EACH: "sort optimization_barrier mpjax_fixed",
     Rule.CONVERT: "convert_element_type",
     Rule.CALL: "jit pjit closed_call core_call call eval_jaxpr remat remat2 checkpoint shard_map",
     Rule.SCAN: "scan",

@@ -16,6 +16,7 @@ from mpjax._core.scopes import Path
 from mpjax._engine import custom_rules, islands, jaxprs, repeats, softmax, versions
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
+from mpjax._engine.float32_products import unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.jaxprs import JaxprEqn
 from mpjax._engine.matmul_derivatives import Contraction, with_derivative, with_wide_cotangent
@@ -250,7 +251,7 @@ def _scores(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   def moved(*pair: Any) -> Any:
     return to_dtype(jaxprs.run_with(step.eqn, pair, narrow)[0], FLOAT32)
 
-  return [with_derivative(matmul, moved, moved)(*operands)]
+  return [with_derivative(unfolded(matmul), moved, moved)(*operands)]
 
 
 def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +21,9 @@ from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine.environment import to_dtype
+from mpjax._engine.float32_products import Matmul, fixed
 
 Dims = tuple[int, ...]
-Matmul = Callable[[Any, Any], Any]
 
 
 def with_derivative(matmul: Matmul, along_first: Matmul, along_second: Matmul) -> Matmul:
@@ -128,8 +128,8 @@ class Contraction(NamedTuple):
     others = self._labels(1 - self.wide, other.ndim)
     kept, summed = ([x for x in labels if x.startswith("free")] for labels in (wide, others))
     result = [*batch, *kept, *summed] if self.wide == 0 else [*batch, *summed, *kept]
-    left = _fixed(_turned(cotangent, result, [*batch, *kept, *summed]))
-    right = _fixed(_turned(other, others, [*batch, *summed, *contracted]))
+    left = fixed(_turned(cotangent, result, [*batch, *kept, *summed]))
+    right = fixed(_turned(other, others, [*batch, *summed, *contracted]))
     along = range(len(batch))
     in_left, in_right = (range(n, n + len(summed)) for n in (len(batch + kept), len(batch)))
     found = lax.dot_general(
@@ -139,7 +139,7 @@ class Contraction(NamedTuple):
       precision=self.precision,
       preferred_element_type=FLOAT32,
     )
-    return _turned(_fixed(found), [*batch, *kept, *contracted], wide)
+    return _turned(fixed(found), [*batch, *kept, *contracted], wide)
 
   def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)
@@ -175,15 +175,6 @@ def _shifted(dims: Dims, by: int) -> Dims:
 def _turned(x: Any, labels: Sequence[str], order: Sequence[str]) -> Any:
   """An array whose dimensions have names, in another order."""
   return jnp.transpose(x, [labels.index(label) for label in order])
-
-
-def _fixed(x: Any) -> Any:
-  """An array whose dimensions stay in this order on a CPU.
-
-  XLA has a kernel for CPUs that multiplies 16-bit factors into float32 for this order and not for
-  every other, and would take a transposition that stands beside the matmul into it.
-  """
-  return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
 def with_wide_cotangent(contraction: Contraction) -> Matmul:

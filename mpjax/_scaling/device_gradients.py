@@ -7,6 +7,7 @@ rewrites such matmuls to return the float32 that they accumulate in. Under ``jax
 sum is the user's own, and `reduce_gradients` takes it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from jax.extend.core import primitives
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32, parse_dtype
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.float32_products import fixed_p
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, is_float32, with_dtype
 
 AxisName = str | Sequence[str]
@@ -160,10 +162,27 @@ def _started(eqn: JaxprEqn) -> list[JaxprEqn]:
   if eqn.primitive.name == _CONVOLUTION:
     return _started_convolution(eqn)
   if eqn.primitive is not primitives.reduce_sum_p:
-    return [eqn.replace(params=eqn.params | _RETURNS_FLOAT32)]
+    return _started_matmul(eqn)
   (operand,) = eqn.invars
   wide = Var(with_dtype(operand.aval, FLOAT32))
   return [_converted(eqn, operand, wide), eqn.replace(invars=[wide])]
+
+
+def _started_matmul(eqn: JaxprEqn) -> list[JaxprEqn]:
+  """The equations of a matmul that returns float32, which no transposition folds into on a CPU."""
+  (result,) = eqn.outvars
+  factors, product = [Var(atom.aval) for atom in eqn.invars[:2]], Var(result.aval)
+  params = eqn.params | _RETURNS_FLOAT32
+  return [
+    *map(functools.partial(_fixed, eqn), eqn.invars, factors),
+    eqn.replace(invars=[*factors, *eqn.invars[2:]], outvars=[product], params=params),
+    _fixed(eqn, product, result),
+  ]
+
+
+def _fixed(eqn: JaxprEqn, operand: Any, result: Any) -> JaxprEqn:
+  """An equation beside another, that keeps the order of an array's dimensions."""
+  return eqn.replace(primitive=fixed_p, invars=[operand], outvars=[result], params={})
 
 
 def _converted(eqn: JaxprEqn, operand: Any, wide: Any) -> JaxprEqn:

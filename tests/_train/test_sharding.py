@@ -265,6 +265,22 @@ def test_a_widened_gradient_is_not_rounded_to_16_bits():
   assert np.max(errors[1]) < 2.0**-20 * np.max(np.abs(truth))
 
 
+@pytest.mark.parametrize("devices", [1, 8], ids=["one device", "mesh"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_gradients_of_a_batch_of_sequences_sum_in_float32_on_cpus(policy, devices):
+  """Two dimensions are contracted and the result is transposed: XLA would fold that on a CPU."""
+  mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+  loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["a"]) @ params["b"])
+  params = {"a": jnp.eye(8, 16), "b": jnp.eye(16, 8)}
+  x = jax.device_put(jnp.ones((8, 4, 8)), NamedSharding(mesh, P("data")))
+  tx = optimizer(policy)
+  step = mpjax.make_train_step(loss, tx, policy=policy)
+  for run in (step, jax.jit(lambda state, x: step(state, x))):
+    _, metrics = run(mpjax.TrainState.create(params, tx), x)
+    assert float(metrics.loss) == pytest.approx(np.tanh(1.0), rel=0.01)
+    assert metrics.applied
+
+
 # By hand: shard_map and pmap ----------------------------------------------------------------------
 
 

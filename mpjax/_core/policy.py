@@ -115,6 +115,9 @@ class Policy:
     return f"Policy.parse({str(self)!r})"
 
 
+FLOAT32_POLICY = Policy(FLOAT32, FLOAT32, FLOAT32)
+
+
 def _read_assignments(spec: str) -> dict[str, np.dtype]:
   dtypes: dict[str, np.dtype] = {}
   for part in spec.split(","):

@@ -5,6 +5,9 @@ from typing import Any
 
 Path = tuple[str, ...]
 
+POLICY_REGION = "mpjax.policy"
+"""The scope of what ran, or runs, under a policy of its own: an outer policy leaves it alone."""
+
 
 def module_path(name_stack: Any) -> Path:
   """The module path that a name stack spells.
@@ -46,6 +49,11 @@ def _components(stack: str) -> Iterator[tuple[str, bool]]:
       start = end + 1
 
 
+def has_policy(name_stack: Any) -> bool:
+  """Whether an equation stands in a region that has a policy of its own."""
+  return POLICY_REGION in str(name_stack)
+
+
 def is_backward(name_stack: Any) -> bool:
   """Whether an equation came from transposing, as the backward pass does."""
   return "transpose(" in str(name_stack)
@@ -57,7 +65,7 @@ def _of_linen(name: str) -> tuple[str, str]:
   return (name, "") if "." in method else (owner, method)
 
 
-_NOT_MODULES = frozenset({"rematted_computation", "checkpoint"})
+_NOT_MODULES = frozenset({"rematted_computation", "checkpoint", POLICY_REGION})
 
 
 def _unwrap(component: str) -> tuple[str, bool]:

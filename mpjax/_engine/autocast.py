@@ -7,8 +7,11 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import jax
+
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.scopes import POLICY_REGION
 from mpjax._engine.execute import decide
 
 P = ParamSpec("P")
@@ -39,7 +42,9 @@ def autocast(
 
   Returns:
     A function with the signature of ``fn``. Its float32 results have the policy's output dtype.
-    An all-float32 policy returns ``fn`` itself.
+    Where functions under policies call each other the innermost policy governs. So under an
+    all-float32 policy, which changes nothing by itself, ``fn`` is float32 inside of another policy
+    as well.
 
   Raises:
     ValueError: A policy spec cannot be parsed; or, at the call, a rule of a `PolicyMap` matches
@@ -59,12 +64,12 @@ def autocast(
     True
   """
   policies = as_policy_map(policy)
-  if policies.is_float32():
-    return fn
   if not callable(fn):
     raise TypeError(
       f"autocast takes a function; got {type(fn).__name__}. Call it as autocast(fn, policy)(*args)."
     )
+  if policies.is_float32():
+    return in_a_region(fn)
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
   if not all(isinstance(number, int) for number in numbers):
     raise TypeError(
@@ -80,6 +85,17 @@ def autocast(
     return result.cast(policies.default.output_dtype)
 
   return cast
+
+
+def in_a_region(fn: Callable[P, R]) -> Callable[P, R]:
+  """The function itself, its equations marked as those of a region that has a policy."""
+
+  @functools.wraps(fn)
+  def marked(*args: P.args, **kwargs: P.kwargs) -> R:
+    with jax.named_scope(POLICY_REGION):
+      return fn(*args, **kwargs)
+
+  return marked
 
 
 def names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:

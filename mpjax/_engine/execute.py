@@ -12,7 +12,7 @@ from jax.core import Tracer
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule
-from mpjax._core.scopes import Path
+from mpjax._core.scopes import POLICY_REGION, Path
 from mpjax._engine import custom_rules, islands, jaxprs, repeats, softmax, versions
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
@@ -35,7 +35,8 @@ class Decided(NamedTuple):
 
   def run(self) -> Result:
     """Execute the plan on the arguments of the call."""
-    leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
+    with jax.named_scope(POLICY_REGION):
+      leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
     return self.call.result(leaves, self.plan.out_forms)
 
 

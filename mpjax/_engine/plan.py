@@ -27,13 +27,26 @@ class Read(NamedTuple):
 
 
 class Place(NamedTuple):
-  """Where equations stand: in which module, and whether in its backward pass."""
+  """Where equations stand.
 
-  path: Path
-  backward: bool
+  Attributes:
+    path: The module.
+    backward: Whether in its backward pass.
+    has_policy: Whether in a region that has a policy of its own, which governs there.
+  """
+
+  path: Path = ()
+  backward: bool = False
+  has_policy: bool = False
+
+  def within(self, outer: Place) -> Place:
+    """The place of an equation of a body that stands in another place."""
+    return Place(
+      outer.path + self.path, outer.backward or self.backward, outer.has_policy or self.has_policy
+    )
 
 
-ROOT = Place((), False)
+ROOT = Place()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

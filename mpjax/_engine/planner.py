@@ -15,7 +15,7 @@ import numpy as np
 
 from mpjax._core import scopes
 from mpjax._core.dtypes import FLOAT16, FLOAT32
-from mpjax._core.policy import Policy
+from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path
@@ -107,7 +107,9 @@ class Planner:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
     if stack not in self._names:
-      self._names[stack] = Place(scopes.module_path(stack), scopes.is_backward(stack))
+      self._names[stack] = Place(
+        scopes.module_path(stack), scopes.is_backward(stack), scopes.has_policy(stack)
+      )
     place = self._names[stack]
     if self._absolute and base and place.path[: len(base)] == base:
       return place._replace(path=place.path[len(base) :])
@@ -146,11 +148,11 @@ class _Walk:
     return Plan(self.jaxpr, self.in_forms, steps, reads, held)
 
   def step(self, eqn: JaxprEqn) -> Step:
-    path, backward = self.planner.place_of(eqn, self.place.path)
+    inner = self.planner.place_of(eqn, self.place.path)
+    path, place = inner.path, inner.within(self.place)
     vias, forms = self.look_up(eqn.invars, path)
-    place = Place(self.place.path + path, self.place.backward or backward)
-    won = self.planner.rule_at(place.path, eqn.primitive.name)
-    policy = self.planner.policies.policy_of(won)
+    won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
+    policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
     rule = self.rule(eqn, forms, policy.compute_dtype)
     if self.planner.policies.is_for_op(won) and rule in _NAMEABLE:
       rule, decision = Rule.NAMED, self.named(eqn, forms, policy)
@@ -159,7 +161,7 @@ class _Walk:
     reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
-      self.borders.settle(var, () if place.backward else path)
+      self.borders.settle(var, () if place.backward or place.has_policy else path)
     return Step(
       eqn, rule, won, place, reads, forms, decision.outs, decision.params, decision.bodies
     )

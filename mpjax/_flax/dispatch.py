@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap
+from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
 from mpjax._flax import linen_modules, nnx_calls, nnx_models
 
@@ -26,8 +26,8 @@ def autocast(
 ) -> Callable[P, R]:
   """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
   plain = autocast_of_pytrees(fn, policy, argnums=argnums)
-  if plain is fn:
-    return fn
+  if as_policy_map(policy).is_float32():
+    return plain
   of_models = nnx_calls.autocast(fn, policy, argnums=argnums)
 
   @functools.wraps(fn)

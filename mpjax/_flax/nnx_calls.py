@@ -13,7 +13,8 @@ from jax.extend import source_info_util
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
-from mpjax._core.scopes import Path
+from mpjax._core.scopes import POLICY_REGION, Path, has_policy
+from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
 
@@ -38,7 +39,7 @@ def autocast(
   """
   policies = as_policy_map(policy)
   if policies.is_float32():
-    return fn
+    return in_a_region(fn)
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   @functools.wraps(fn)
@@ -188,7 +189,9 @@ def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     path = getattr(self, _PATH, None)
     if path is None:  # made during the call: it belongs to the module that made it
       return function(self, *args, **kwargs)
-    with source_info_util.set_name_stack(source_info_util.new_name_stack(path)):
+    inside = has_policy(source_info_util.current_name_stack())
+    name = f"{POLICY_REGION}/{path}" if inside else path
+    with source_info_util.set_name_stack(source_info_util.new_name_stack(name)):
       return function(self, *args, **kwargs)
 
   return call

@@ -237,7 +237,7 @@ class _Walker:
     if step.bodies or not has_floats(step.eqn):
       return
     rule = "unknown" if name not in self.planner.table else step.rule.name.lower()
-    key = OpKey(*step.place, name, rule, runs_in(step).name, returns(step).name, step.won)
+    key = OpKey(*step.place[:2], name, rule, runs_in(step).name, returns(step).name, step.won)
     entry = self.flow.ops.setdefault(key, OpCount())
     entry.count += 1
     entry.flops += spot.times * (flops(step.eqn) if name in MATMULS else 0)

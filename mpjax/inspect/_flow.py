@@ -181,7 +181,7 @@ class _Walker:
     key = (*spot.key, id(step))
     if key not in self._widenings:
       self._widenings[key] = len(self.flow.widenings)
-      path, backward = step.place
+      path, backward, _ = step.place
       result = describe(step.eqn.outvars[0].aval)
       made = Widening(path, backward, step.eqn.primitive.name, line, result, set())
       self.flow.widenings.append(made)

@@ -141,7 +141,7 @@ class Hunt:
     return env.read(inner.outvars)
 
   def _spot(self, eqn: JaxprEqn, spot: Spot) -> Spot:
-    path, backward = self._planner.place_of(eqn, spot.path)
+    path, backward, _ = self._planner.place_of(eqn, spot.path)
     return Spot(spot.path + path, spot.backward or backward, line_of(eqn, spot.line), spot.within)
 
   def _eqn(
@@ -296,7 +296,7 @@ def custom_rules(
   JAX gives what a rule computes the line of that call, so its own name must say where to look.
   """
   for eqn in versions.open_jaxpr(jaxpr).eqns:
-    path, _ = planner.place_of(eqn, spot.path)
+    path = planner.place_of(eqn, spot.path).path
     inner = Spot(spot.path + path, False, line_of(eqn, spot.line))
     if eqn.primitive.name == "custom_vjp_call":
       info = getattr(eqn.params["bwd"], "debug_info", None)

@@ -1,12 +1,16 @@
 """Mixed precision for JAX, Flax and optax: a policy is an argument, a mixed function comes out."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mpjax import inspect, linen, nnx, testing, training
 from mpjax._core.casting import cast_floating
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import DEFAULT_OPS
 from mpjax._engine.markers import cast_inputs, keep_float32
-from mpjax._flax.dispatch import apply_policy, autocast
+from mpjax._flax.dispatch import apply_policy, autocast, value_and_grad
+from mpjax._flax.policed import policy_of
 from mpjax._scaling.device_gradients import reduce_gradients
 from mpjax._scaling.finiteness import all_finite, select
 from mpjax._scaling.loss_scaling import (
@@ -16,14 +20,20 @@ from mpjax._scaling.loss_scaling import (
   step_is_finite,
 )
 from mpjax._scaling.master_weights import master_weights
-from mpjax._scaling.scaled_gradients import value_and_grad
 from mpjax.training import TrainState, make_train_step
+
+if TYPE_CHECKING:
+  from mpjax import checkpoint as checkpoint
+  from mpjax import plot as plot
+
+__version__ = "0.1.0"
 
 __all__ = [
   "DEFAULT_OPS",
   "Policy",
   "PolicyMap",
   "TrainState",
+  "__version__",
   "all_finite",
   "apply_policy",
   "autocast",
@@ -37,6 +47,7 @@ __all__ = [
   "make_train_step",
   "master_weights",
   "nnx",
+  "policy_of",
   "reduce_gradients",
   "select",
   "static_loss_scaling",
@@ -45,3 +56,16 @@ __all__ = [
   "training",
   "value_and_grad",
 ]
+
+_LAZY = ("checkpoint", "plot")  # what they import takes time, and not every installation has it
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package
+
+  def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+      return import_module(f"mpjax.{name}")
+    raise AttributeError(f"module 'mpjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted({*__all__, *_LAZY})

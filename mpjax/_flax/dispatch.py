@@ -14,6 +14,9 @@ from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
 from mpjax._flax import linen_modules, nnx_calls, nnx_models
+from mpjax._flax.nnx_calls import is_node
+from mpjax._flax.policed import mark
+from mpjax._scaling import scaled_gradients
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -32,15 +35,35 @@ def autocast(
 
   @functools.wraps(fn)
   def cast(*args: P.args, **kwargs: P.kwargs) -> R:
-    leaves = jax.tree.leaves((args, kwargs), is_leaf=_is_model)
-    run = of_models if any(map(_is_model, leaves)) else plain
-    return run(*args, **kwargs)
+    return (of_models if nnx_calls.has_nodes((args, kwargs)) else plain)(*args, **kwargs)
 
+  mark(cast, as_policy_map(policy))
   return cast
 
 
-def _is_model(x: Any) -> bool:
-  return isinstance(x, nnx.Module | nnx.Rngs)
+@functools.wraps(scaled_gradients.value_and_grad)
+def value_and_grad(
+  loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+  """That of functions of pytrees, which refuses NNX models: their Variables would not move."""
+  of_pytrees = scaled_gradients.value_and_grad(loss_fn, argnums, has_aux)
+
+  def value_and_scaled_grad(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    for node in jax.tree.leaves((args, kwargs), is_leaf=lambda x: is_node(x) or _is_state(x)):
+      if is_node(node):
+        raise TypeError(
+          "mpjax.value_and_grad takes the loss of a pytree of arrays. Got an NNX "
+          f"{type(node).__name__} among its arguments, whose updates would be lost. Use "
+          "mpjax.nnx.value_and_grad."
+        )
+    return of_pytrees(*args, **kwargs)
+
+  return value_and_scaled_grad
+
+
+def _is_state(x: Any) -> bool:
+  """Whether something is the state of a model apart from it: a pytree like any other."""
+  return isinstance(x, nnx.State)
 
 
 def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,9 +18,11 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
+from mpjax._flax.policed import facts, in_words, plain_class
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,11 +44,13 @@ def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
     policy: A `Policy`, a `PolicyMap` whose paths are written from this module, or a spec string.
 
   Returns:
-    The module under the policy; ``module`` itself if the policy is all float32. A submodule taken
-    out of it with ``bind`` is the plain one.
+    The module under the policy, which replaces one that ``module`` had; submodules with policies
+    of their own keep them. An all-float32 policy takes the policy away: the result is the plain
+    module, ``module`` itself if it had none. A submodule taken out of the result with ``bind`` is
+    the plain one.
 
   Raises:
-    ValueError: A spec cannot be parsed; or, at a call, a rule matches no module.
+    ValueError: A spec cannot be parsed; or, at ``init`` or a call, a rule matches no module.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -57,11 +62,12 @@ def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
     ('float32', 'bfloat16')
   """
   policies = as_policy_map(policy)
-  if policies.is_float32():
+  plain = plain_class(type(module))
+  if policies.is_float32() and plain is type(module):
     return module
   fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
   attributes = {key: value for key, value in fields.items() if key not in ("name", "parent")}
-  cls = _policy_class(_plain_class(type(module)), policies)
+  cls: Any = plain if policies.is_float32() else _policy_class(plain, policies)
   if module.scope is None:
     return cls(**attributes, name=module.name, parent=module.parent)
   return _take_place(cls(**attributes, parent=module.scope), module)
@@ -76,10 +82,6 @@ def _take_place(new: M, old: nn.Module) -> M:
   return new
 
 
-def _plain_class(cls: type[nn.Module]) -> type[nn.Module]:
-  return getattr(cls, "mpjax_plain_class", cls)
-
-
 @functools.lru_cache(maxsize=256)
 def _policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   """The subclass of a module class whose methods run under a policy map."""
@@ -91,8 +93,8 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   lifted: Any = lift_transform(_under_policy, plain, methods=methods)
   entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
   namespace = {
-    "mpjax_plain_class": plain,
-    "mpjax_policies": policies,
+    **facts(plain, policies, _policy_class),
+    **_shown(plain, policies),
     "__module__": plain.__module__,
     "__qualname__": plain.__qualname__,
     "__doc__": plain.__doc__,
@@ -100,6 +102,22 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   }
   outer = {name: _outside_setup(plain, lifted, name) for name in methods}
   return type(plain.__name__, (lifted,), namespace | entries | outer)
+
+
+def _shown(plain: type[nn.Module], policies: PolicyMap) -> dict[str, Callable[..., Any]]:
+  """Methods that print a module with its policy; its class keeps its name, which makes paths."""
+
+  @nn.nowrap
+  def show(self: Any) -> str:
+    head, opened, rest = plain.__repr__(self).partition("(\n")
+    return f"{head if opened else head[:-2]}(\n    # policy {in_words(policies)}\n{rest or ')'}"
+
+  @nn.nowrap
+  @functools.wraps(plain.tabulate)
+  def tabulate(self: Any, *args: Any, **kwargs: Any) -> str:
+    return f"\nPolicy: {in_words(policies)}{plain.tabulate(self, *args, **kwargs)}"
+
+  return {"__repr__": show, "tabulate": tabulate}
 
 
 def _outside_setup(plain: type[nn.Module], lifted: Any, name: str) -> Callable[..., Any]:
@@ -174,22 +192,52 @@ def _under_policy(
     **kwargs: Any,
   ) -> tuple[Any, Any]:
     run, operands = pure(scope_fn, repack), (*variables, rngs, args, kwargs)
-    if scope_fn(variables, rngs)[-1].get_flag("initializing", False):
+    strict, flags = method == "__call__", ([True, STATE, False, False, False], {})
+    scopes = scope_fn(variables, rngs)
+    if scopes[-1].get_flag("initializing", False):
+      if strict and policies.rules:  # one that matches nothing is an error here too
+        with _random_streams_kept(scopes):
+          decide(run, policies, operands, {}, flags, root=1, known=_paths(scopes[-1].rng_counters))
       out, made = run(*operands)
       return cast_floating(out, policies.default.output_dtype), _as_params(made, policies)
-    decided = decide(
-      run,
-      policies,
-      operands,
-      {},
-      ([True, STATE, False, False, False], {}),
-      root=1,
-      strict=method == "__call__",
-    )
+    known = _paths(scopes[-1].rng_counters)
+    decided = decide(run, policies, operands, {}, flags, root=1, strict=strict, known=known)
     out, updated = decided.run().cast((policies.default.output_dtype, FLOAT32))
     return cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)
+
+
+@contextlib.contextmanager
+def _random_streams_kept(scopes: Sequence[Any]) -> Iterator[None]:
+  """Lets a function of scopes run once more without moving the streams that they draw from."""
+  before = [_counts(scope.rng_counters) for scope in scopes]
+  yield
+  for scope, counts in zip(scopes, before, strict=True):
+    _rewind(scope.rng_counters, counts)
+
+
+def _paths(counters: dict[Any, Any], parent: Path = ()) -> Iterator[Path]:
+  """The paths of all submodules that have a scope, also of those that compute nothing."""
+  for key, inner in counters.items():
+    if isinstance(inner, dict):
+      path = (*parent, key[-1])
+      yield path
+      yield from _paths(inner, path)
+
+
+def _counts(counters: dict[Any, Any]) -> dict[Any, Any]:
+  """A copy of a scope's counts, those of its submodules within."""
+  return {k: _counts(v) if isinstance(v, dict) else v for k, v in counters.items()}
+
+
+def _rewind(counters: dict[Any, Any], counts: dict[Any, Any]) -> None:
+  """Puts counts back in place, for the scopes of submodules hold the dictionaries within."""
+  for key, now in counters.items():
+    if isinstance(now, dict):
+      _rewind(now, counts.get(key, {}))
+    else:
+      counters[key] = counts.get(key, 0)
 
 
 def _as_params(groups: Any, policies: PolicyMap) -> Any:

@@ -17,6 +17,7 @@ from mpjax._core.scopes import POLICY_REGION, Path, has_policy
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
+from mpjax._flax.policed import mark
 
 _PATH = "mpjax_path"
 
@@ -48,6 +49,7 @@ def autocast(
     flags = [n in inside for n in range(len(args))]
     return run(fn, policies, args, kwargs, flags, strict=True)
 
+  mark(cast, policies)
   return cast
 
 
@@ -99,10 +101,10 @@ def pure_call(
   plain: type[nnx.Module] | None = None,
 ) -> PureCall:
   """Separate the graph nodes of a call from their states."""
-  leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=_is_node)
-  nodes = [leaf for leaf in leaves if _is_node(leaf)]
+  leaves, tree = jax.tree.flatten((tuple(args), kwargs), is_leaf=is_node)
+  nodes = [leaf for leaf in leaves if is_node(leaf)]
   graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
-  blanks = jax.tree.unflatten(tree, [None if _is_node(leaf) else leaf for leaf in leaves])
+  blanks = jax.tree.unflatten(tree, [None if is_node(leaf) else leaf for leaf in leaves])
 
   def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     merged = nnx.merge(graphdef, params, rest)
@@ -124,8 +126,14 @@ def module_paths(model: nnx.Module) -> list[Path]:
   return [tuple(map(str, path)) for path, _ in nnx.iter_modules(model)]
 
 
-def _is_node(x: Any) -> bool:
+def is_node(x: Any) -> bool:
+  """Whether a call may update this in place: models, Rngs, other ``nnx.Pytree``s, Variables."""
   return isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+def has_nodes(tree: Any) -> bool:
+  """Whether there are NNX graph nodes in a pytree, such as the arguments of a call."""
+  return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
 
 
 def _leaves(var: Any) -> list[int]:
@@ -179,13 +187,14 @@ def _name_modules(nodes: Sequence[Any]) -> None:
 @functools.lru_cache(maxsize=1024)
 def _named_class(cls: type[nnx.Module]) -> Any:
   """The subclass of a module class whose methods run in the scope of the module's path."""
-  methods = {name: _named(value) for name, value in methods_of(cls).items()}
+  methods = {name: _named(cls, name) for name in methods_of(cls)}
   return subclass(cls, methods)
 
 
-def _named(function: Callable[..., Any]) -> Callable[..., Any]:
-  @functools.wraps(function)
+def _named(cls: type[nnx.Module], method: str) -> Callable[..., Any]:
+  @functools.wraps(getattr(cls, method))
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    function = getattr(cls, method)  # as it is now: nnx.tabulate replaces methods for a while
     path = getattr(self, _PATH, None)
     if path is None:  # made during the call: it belongs to the module that made it
       return function(self, *args, **kwargs)

@@ -14,15 +14,15 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
+from mpjax._flax.policed import facts, in_words, plain_class
 
 M = TypeVar("M", bound=nnx.Module)
 
-_PLAIN = "mpjax_plain_class"
-_POLICIES = "mpjax_policies"
+_METHODS = "mpjax_methods"
 
 
 def apply_policy(
-  model: M, policy: Policy | PolicyMap | str, *, methods: str | Sequence[str] = ("__call__",)
+  model: M, policy: Policy | PolicyMap | str, *, methods: str | Sequence[str] | None = None
 ) -> M:
   """Make an NNX model compute under a precision policy.
 
@@ -40,10 +40,13 @@ def apply_policy(
     model: The model.
     policy: A `Policy`, a `PolicyMap` whose paths are attribute paths (``blocks/0/attn``), or a
       spec string.
-    methods: The methods that run under the policy.
+    methods: The methods that run under the policy; by default ``__call__``, or those that ran
+      under the policy that this one replaces.
 
   Returns:
-    The model under the policy; ``model`` itself if the policy is all float32.
+    The model under the policy, which replaces one that ``model`` had; submodules with policies of
+    their own keep them. An all-float32 policy takes the policy away: the result is a plain model
+    that shares everything, ``model`` itself if it had none.
 
   Raises:
     ValueError: A spec cannot be parsed, a rule matches no module of the model, or the model has
@@ -58,15 +61,19 @@ def apply_policy(
     ('bfloat16', True)
   """
   policies = as_policy_map(policy)
-  plain = getattr(type(model), _PLAIN, type(model))
-  methods = (methods,) if isinstance(methods, str) else tuple(methods)
-  _check_methods(plain, methods)
+  plain = plain_class(type(model))
+  chosen = getattr(type(model), _METHODS, ("__call__",)) if methods is None else methods
+  names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+  _check_methods(plain, names)
   policies.check_used(module_paths(model))
   if policies.is_float32():
-    return model
-  under_policy = _with_param_dtypes(model, policies)
-  object.__setattr__(under_policy, "__class__", _policy_class(plain, policies, methods))
-  return under_policy
+    return model if type(model) is plain else _of_class(copy.copy(model), plain)
+  return _of_class(_with_param_dtypes(model, policies), _policy_class(plain, policies, names))
+
+
+def _of_class(model: M, cls: type[Any]) -> M:
+  object.__setattr__(model, "__class__", cls)
+  return model
 
 
 # The class of a model under a policy --------------------------------------------------------------
@@ -76,14 +83,18 @@ def apply_policy(
 def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
   """The subclass of a model class whose named methods run under a policy map."""
   wrapped = {name: _under_policy(plain, policies, name) for name in methods}
-  return subclass(plain, {_PLAIN: plain, _POLICIES: policies, **wrapped})
+  own = facts(plain, policies, _policy_class, methods)
+  cls = subclass(plain, {**own, _METHODS: methods, **wrapped})
+  # Flax prints and tabulates a model by the name of its class, and needs it for nothing else.
+  cls.__name__ = f"{plain.__name__}<{in_words(policies)}>"
+  cls.__qualname__ = f"{plain.__qualname__}<{in_words(policies)}>"
+  return cls
 
 
 def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
-  function = getattr(plain, method)
-
-  @functools.wraps(function)
+  @functools.wraps(getattr(plain, method))
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    function = getattr(plain, method)  # as it is now: nnx.tabulate replaces methods for a while
     operands, flags = (self, *args), [False] * (1 + len(args))
     # Rules for modules were checked when the policy was applied; operations show in a call.
     strict = policies.has_op_rules and method == "__call__"

@@ -17,6 +17,7 @@ from jax import export
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._flax.dispatch import autocast
+from mpjax._flax.nnx_calls import is_node
 from mpjax.inspect._report import Report, Table
 from mpjax.inspect._target_compiler import read_figures
 from mpjax.inspect._targets import Target, check_installed, compile_for, read_target
@@ -240,7 +241,7 @@ class _Program:
     states = [jax.tree.unflatten(t, itertools.islice(leaves, t.num_leaves)) for t in self.trees]
     args = [merge(state) for merge, state in zip(self.merges, states, strict=True)]
     out = self.step(*args)
-    kept = [nnx.state(arg) for arg in args if _is_node(arg)]
+    kept = [nnx.state(arg) for arg in args if is_node(arg)]
     return [x for x in jax.tree.leaves((kept, out)) if _is_array(x)]
 
   def jitted(self) -> Any:
@@ -261,14 +262,10 @@ class _Program:
 
 def _split(arg: Any) -> tuple[Any, Callable[[Any], Any]]:
   """An argument as a pytree of arrays, and how to get the argument back."""
-  if not _is_node(arg):
+  if not is_node(arg):
     return arg, lambda tree: tree
   graphdef, state = nnx.split(arg)
   return state, lambda tree: nnx.merge(graphdef, tree)
-
-
-def _is_node(x: Any) -> bool:
-  return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def _is_array(x: Any) -> bool:

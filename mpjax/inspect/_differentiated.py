@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
 from mpjax._engine.execute import Decided, decide
-from mpjax._flax.nnx_calls import pure_call
+from mpjax._flax.nnx_calls import has_nodes, pure_call
 
 
 class Objective:
@@ -39,8 +38,7 @@ class Objective:
     numbers = {argnums} if isinstance(argnums, int) else set(argnums)
     inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
     flags = [n in inside for n in range(len(args))]
-    leaves = jax.tree.leaves(tuple(args), is_leaf=_is_model)
-    self.has_models = any(map(_is_model, leaves))
+    self.has_models = has_nodes(tuple(args))
     self._has_aux = has_aux
     if self.has_models:
       pure = pure_call(fn, args, {}, flags)
@@ -93,7 +91,3 @@ class Objective:
       return loss, grads if scale == 1 else jax.tree.map(lambda g: g / scale, grads)
 
     return both
-
-
-def _is_model(x: Any) -> bool:
-  return isinstance(x, nnx.Module | nnx.Rngs)

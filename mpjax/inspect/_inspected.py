@@ -20,7 +20,7 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
-from mpjax._flax.nnx_calls import module_paths, pure_call
+from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 
 _PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
 PolicyLike = Policy | PolicyMap | str
@@ -165,7 +165,7 @@ def subject_of(
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
   flags = parameter_flags(numbers, names_of(fn, numbers), args, kwargs)
   labels = _parameter_names(fn, len(args))
-  if any(map(_is_node, jax.tree.leaves((tuple(args), kwargs), is_leaf=_is_node))):
+  if has_nodes((tuple(args), kwargs)):
     return _nnx_subject(name, fn, policies, args, kwargs, labels, flags[0])
   return Subject(name, fn, tuple(args), kwargs, flags, labels, policies)
 
@@ -244,10 +244,6 @@ def _nnx_subject(
       p for node in call.nodes if isinstance(node, nnx.Module) for p in module_paths(node)
     ),
   )
-
-
-def _is_node(x: Any) -> bool:
-  return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def _has_shape(x: Any) -> bool:

@@ -1,8 +1,11 @@
 """`apply_policy` on Linen modules: every way of running one, and what stays as it was."""
 
+import copy
 import functools
+import pickle
 from typing import Any
 
+import cloudpickle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -189,9 +192,9 @@ def test_bind_runs_under_the_policy(mixed, variables, x):
   assert dot_dtypes(lambda v, x: mixed.bind(v).encode(x), variables, x) == NARROW
 
 
-def test_tabulate_prints_the_table_of_the_plain_model(plain, mixed, x):
+def test_tabulate_prints_the_table_of_the_plain_model_under_its_policy(plain, mixed, x):
   ours, theirs = (model.tabulate(jax.random.key(0), x) for model in (mixed, plain))
-  assert ours == theirs
+  assert ours == f"\nPolicy: mixed_bfloat16{theirs}"
   assert "kernel" in ours
 
 
@@ -494,3 +497,107 @@ def test_a_norm_hands_narrow_values_on():
   jaxpr = jax.make_jaxpr(mpjax.apply_policy(Norms(), BF16).apply)(variables, x)
   assert result_dtypes(jaxpr, "tanh") == {"bfloat16"}
   assert result_dtypes(jaxpr, "rsqrt") == {"float32"}
+
+
+# A policy that is replaced, taken away, seen, and pickled -----------------------------------------
+
+
+class Empty(nn.Module):
+  """A module without fields."""
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("policy", [BF16, mpjax.PolicyMap({"head": "float32"}, default=BF16)])
+def test_float32_takes_a_policy_away(plain, policy, variables, x):
+  again = mpjax.apply_policy(mpjax.apply_policy(plain, policy), "float32")
+  assert type(again) is MLP and again == plain
+  assert dot_dtypes(again.apply, variables, x) == WIDE
+
+
+def test_float32_takes_a_policy_away_inside_another_module(x):
+  class Host(nn.Module):
+    policies: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+      layer = nn.Dense(3, name="layer")
+      for policy in self.policies:
+        layer = mpjax.apply_policy(layer, policy)
+      return layer(x)
+
+  plain = Host(())
+  variables = plain.init(jax.random.key(0), x)
+  for policies, found in (((BF16, "float32"), WIDE), ((BF16, "float32", BF16), NARROW)):
+    assert_same_bits(Host(policies).init(jax.random.key(0), x), variables)
+    assert dot_dtypes(Host(policies).apply, variables, x) == found
+
+
+def test_policy_of_a_module_is_its_own_policy(plain, mixed):
+  rules = mpjax.PolicyMap({"head": "float32"}, default=BF16)
+  assert mpjax.policy_of(mixed) == mpjax.Policy.parse(BF16)
+  assert mpjax.policy_of(mpjax.apply_policy(plain, rules)) == rules
+  assert mpjax.policy_of(mixed.clone()) == mpjax.Policy.parse(BF16)
+  assert mpjax.policy_of(plain) is None
+  assert mpjax.policy_of(mpjax.apply_policy(plain, "float32")) is None
+
+
+def test_policy_of_a_function_is_what_autocast_was_given():
+  fn = lambda w: w
+  cast = mpjax.autocast(fn, BF16)
+  assert mpjax.policy_of(cast) == mpjax.Policy.parse(BF16)
+  assert mpjax.policy_of(jax.jit(cast)) == mpjax.policy_of(cast)
+  assert mpjax.policy_of(mpjax.nnx.autocast(fn, BF16)) == mpjax.policy_of(cast)
+  assert mpjax.policy_of(mpjax.autocast(cast, "mixed_float16")) != mpjax.policy_of(cast)
+  assert [mpjax.policy_of(x) for x in (fn, "mixed_bfloat16", None, 3, MLP)] == [None] * 5
+
+
+def test_a_module_shows_its_policy(plain, mixed):
+  assert repr(mixed) == "MLP(\n    # policy mixed_bfloat16\n" + repr(plain).partition("(\n")[2]
+  empty = mpjax.apply_policy(Empty(), "p=f32,c=bf16,o=bf16")
+  spec = "params=float32,compute=bfloat16,output=bfloat16"
+  assert repr(empty) == f"Empty(\n    # policy {spec}\n)"
+  rules = mpjax.PolicyMap({"a": "float32", "b": BF16}, default=BF16, ops={"exp": "follow"})
+  assert "# policy mixed_bfloat16, 2 rules, 1 op\n" in repr(mpjax.apply_policy(plain, rules))
+
+
+@pytest.mark.parametrize("pickles", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
+def test_a_module_pickles_with_its_policy(mixed, variables, pickles, x):
+  again = pickle.loads(pickles.dumps(Given(mixed)))
+  assert again == Given(mixed)
+  assert_same_bits(again.inner.apply(variables, x), mixed.apply(variables, x))
+
+
+def test_a_module_of_a_local_class_cloudpickles_with_its_policy(x):
+  class Local(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(3)(x)
+
+  mixed = mpjax.apply_policy(Local(), BF16)
+  again = pickle.loads(cloudpickle.dumps(mixed))
+  variables = mixed.init(jax.random.key(0), x)
+  assert mpjax.policy_of(again) == mpjax.policy_of(mixed)
+  assert dot_dtypes(again.apply, variables, x) == NARROW
+
+
+def test_copies_keep_the_policy(mixed, variables, x):
+  for again in (copy.copy(mixed), copy.deepcopy(mixed)):
+    assert again == mixed and dot_dtypes(again.apply, variables, x) == NARROW
+
+
+@pytest.mark.parametrize("rule", ["haed", "tanh@head"])
+def test_a_rule_that_matches_nothing_is_an_error_at_init(plain, rule, x):
+  mixed = mpjax.apply_policy(plain, mpjax.PolicyMap({rule: "float32"}, default=BF16))
+  with pytest.raises(ValueError, match=r"matched no (module|operation)"):
+    mixed.init(jax.random.key(0), x)
+  with pytest.raises(ValueError, match=r"matched no (module|operation)"):
+    jax.eval_shape(mixed.init, jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("rule", ["head", "dropout", "max@.*"])
+def test_a_rule_that_matches_leaves_init_as_it_was(plain, variables, rule, x):
+  mixed = mpjax.apply_policy(plain, mpjax.PolicyMap({rule: "float32"}, default=BF16))
+  assert_same_bits(mixed.init(jax.random.key(1), x), variables)

@@ -1,5 +1,9 @@
 """`apply_policy` on NNX models: what is shared, what arrives, and every transform around one."""
 
+import copy
+import pickle
+
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,7 @@ import pytest
 from flax import nnx
 
 import mpjax
-from _jaxprs import contractions, primitives, wide_contractions
+from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
 from zoo.cases import case
 from zoo.nnx_models import Transformer
 
@@ -86,7 +90,7 @@ def loss_of(model, x):
 
 def test_the_result_is_a_model_of_the_same_class_with_the_same_variables(plain, mixed):
   assert isinstance(mixed, MLP)
-  assert type(mixed).__name__ == "MLP"
+  assert type(mixed).__name__ == "MLP<mixed_bfloat16>"
   assert mixed is not plain
   assert mixed.hidden is plain.hidden
   assert mixed.head.kernel is plain.head.kernel
@@ -411,3 +415,107 @@ def test_a_whole_zoo_model_trains_under_jit_as_in_float32():
     losses[policy] = [float(step(model, optimizer, batch)) for _ in range(8)]
   np.testing.assert_allclose(losses[BF16], losses["float32"], rtol=0.1, atol=0.05)
   assert losses[BF16][-1] < losses[BF16][0]
+
+
+# Graph nodes of every kind -----------------------------------------------------------------------
+
+
+class Counted(nnx.Pytree):
+  """A graph node that is no module."""
+
+  def __init__(self):
+    self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+    self.kernel = nnx.Param(jnp.full((6, 3), 1.001))
+
+  def __call__(self, x):
+    self.calls[...] += 1
+    return x @ self.kernel[...]
+
+
+def test_the_variables_of_any_graph_node_move_under_autocast(x):
+  node = Counted()
+  call = mpjax.autocast(lambda node, x: node(x), "p=f32, c=bf16, o=bf16")
+  assert call(node, x).dtype == jnp.bfloat16
+  call(node, x)
+  assert int(node.calls[...]) == 2
+
+
+def test_a_param_among_the_arguments_is_a_parameter_wherever_it_stands(x):
+  kernel = nnx.Param(jnp.ones((6, 3)))
+  fn = lambda x, kernel: (x @ jnp.ones((6, 3))) + kernel[:1]  # data would keep the sum in float32
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, BF16))(x, kernel)
+  assert result_dtypes(jaxpr, "add") == {"bfloat16"}
+  (row,) = mpjax.inspect.explain(fn, BF16, x, kernel).rows
+  assert not row.leaks
+
+
+def test_the_state_of_a_model_is_a_pytree_of_parameters(x):
+  graph, state = nnx.split(MLP(nnx.Rngs(0)))
+  loss = lambda state, x: nnx.merge(graph, state)(x).sum()
+  grads = jax.grad(mpjax.autocast(loss, BF16), allow_int=True)(state, x)
+  assert jax.tree.structure(grads) == jax.tree.structure(state)
+  floats = nnx.split_state(state, nnx.Param, ...)[0]
+  merged = lambda params, x: nnx.merge(graph, params, nnx.split_state(state, nnx.Param, ...)[1])(x)
+  loss, grads = mpjax.value_and_grad(lambda p, x: merged(p, x).sum())(floats, x, loss_scale=2.0)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+
+
+# A policy that is replaced, taken away, seen, and pickled -----------------------------------------
+
+
+@pytest.mark.parametrize("policy", [BF16, mpjax.PolicyMap({"head": "float32"}, default=BF16)])
+def test_float32_takes_a_policy_away(plain, policy, x):
+  mixed = mpjax.apply_policy(plain, policy)
+  again = mpjax.apply_policy(mixed, "float32")
+  assert type(again) is MLP and again.head.kernel is plain.head.kernel
+  assert dots(again, x) == WIDE and mpjax.policy_of(again) is None
+  assert mpjax.policy_of(mixed) is not None
+
+
+def test_a_policy_replaced_keeps_its_methods(plain, x):
+  encode = mpjax.nnx.apply_policy(plain, BF16, methods="encode")
+  again = mpjax.apply_policy(encode, "mixed_float16")
+  assert dots(again, x, "encode") == {("float16", "float16")}
+  plainly = mpjax.nnx.apply_policy(again, BF16, methods="__call__")
+  assert dots(plainly, x, "encode") == WIDE and dots(plainly, x) == NARROW
+
+
+def test_policy_of_a_model_is_its_own_policy(plain, mixed):
+  rules = mpjax.PolicyMap({"head": "float32"}, default=BF16)
+  assert mpjax.policy_of(mixed) == mpjax.Policy.parse(BF16)
+  assert mpjax.policy_of(mpjax.apply_policy(plain, rules)) == rules
+  assert mpjax.policy_of(mixed.hidden) is None and mpjax.policy_of(plain) is None
+  assert mpjax.policy_of(nnx.clone(mixed)) == mpjax.Policy.parse(BF16)
+
+
+def test_a_model_shows_its_policy(plain, mixed, x, capsys):
+  assert repr(mixed).startswith("MLP<mixed_bfloat16>(") and repr(plain).startswith("MLP(")
+  nnx.display(mixed)
+  assert "MLP<mixed_bfloat16>(" in capsys.readouterr().out
+  rules = mpjax.PolicyMap({"head": "float32"}, default=BF16)
+  assert "MLP<mixed_bfloat16, 1 rule>" in repr(mpjax.apply_policy(plain, rules))
+
+
+def test_a_table_of_a_model_shows_its_policy_and_leaves_it_as_it_was(mixed, x):
+  assert "MLP<mixed_bfloat16>" in nnx.tabulate(mixed, x)
+  assert dots(mixed, x) == NARROW
+  assert np.all(np.isfinite(mixed(x)))
+
+
+@pytest.mark.parametrize("pickles", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
+def test_a_model_pickles_with_its_policy(mixed, pickles, x):
+  class Local(MLP):
+    pass
+
+  models = [mixed] if pickles is pickle else [mixed, mpjax.apply_policy(Local(nnx.Rngs(0)), BF16)]
+  for model in models:
+    again = pickle.loads(pickles.dumps(model))
+    assert mpjax.policy_of(again) == mpjax.policy_of(model)
+    np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_copies_keep_the_policy_and_share_or_not_as_python_has_it(mixed, x):
+  shallow, deep = copy.copy(mixed), copy.deepcopy(mixed)
+  assert shallow.head.kernel is mixed.head.kernel
+  assert deep.head.kernel is not mixed.head.kernel
+  assert dots(shallow, x) == dots(deep, x) == NARROW

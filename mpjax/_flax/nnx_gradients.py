@@ -1,0 +1,100 @@
+"""Gradients of a scaled loss of NNX models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._flax.nnx_calls import is_node
+from mpjax._scaling.scaled_gradients import float32_loss, split_aux
+
+
+def value_and_grad(
+  loss_fn: Callable[..., Any],
+  argnums: int | Sequence[int] = 0,
+  has_aux: bool = False,
+  *,
+  wrt: Any = nnx.Param,
+) -> Callable[..., Any]:
+  """`mpjax.value_and_grad` for losses of NNX models.
+
+  What the loss changes in its arguments arrives there, as under ``nnx.value_and_grad``: BatchNorm
+  statistics, random streams (so that dropout draws anew), caches, and Variables and submodules
+  that it adds. So it does when the gradients turn out not to be finite and the step is skipped;
+  `mpjax.nnx.make_train_step` puts it back then, a loop of one's own does it with `mpjax.select`.
+
+  Args:
+    loss_fn: Returns a real scalar, or a pair of it and auxiliary output if ``has_aux``. Its
+      arguments are NNX models, other graph nodes (``nnx.Rngs``) and pytrees of arrays.
+    argnums: The positions of the arguments to differentiate: models or pytrees of float arrays.
+    has_aux: Whether ``loss_fn`` returns auxiliary output.
+    wrt: Which Variables of the models to differentiate, as ``wrt`` of ``nnx.Optimizer``.
+
+  Returns:
+    A function that takes the arguments of ``loss_fn`` and the keyword ``loss_scale``, and returns
+    ``(loss, gradients)`` or ``((loss, aux), gradients)``. The loss is float32 and unscaled. The
+    gradients of a model are an ``nnx.State`` of its ``wrt`` Variables, in their dtypes; they are
+    scaled, for an optimizer made with `mpjax.dynamic_loss_scaling` to unscale.
+
+  Raises:
+    TypeError: When called, if the loss is not a real floating-point scalar.
+    ValueError: When called, if a model to differentiate has no Variable that ``wrt`` names.
+
+  Example:
+    >>> import mpjax, optax
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+    >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    >>> grad_fn = value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+    >>> scale = mpjax.loss_scale(optimizer.opt_state)
+    >>> loss, grads = grad_fn(model, jnp.ones((4, 2)), loss_scale=scale)
+    >>> _ = optimizer.update(model, grads)
+    >>> loss.dtype.name, grads["kernel"].dtype.name
+    ('float32', 'float32')
+  """
+  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+  def value_and_scaled_grad(
+    *args: Any, loss_scale: jax.typing.ArrayLike, **kwargs: Any
+  ) -> tuple[Any, Any]:
+    scale = jnp.asarray(loss_scale, FLOAT32)
+    names = tuple(kwargs)
+
+    def scaled_loss(*operands: Any) -> tuple[jax.Array, Any]:
+      keywords = dict(zip(names, operands[len(args) :], strict=True))
+      out = loss_fn(*operands[: len(args)], **keywords)
+      loss, aux = split_aux(out) if has_aux else (out, None)
+      loss = float32_loss(loss)
+      return loss * scale.astype(loss.dtype), (loss, aux)
+
+    places = [_place(args, number, wrt) for number in numbers]
+    chosen = places[0] if isinstance(argnums, int) else tuple(places)
+    grad = nnx.grad(scaled_loss, argnums=chosen, has_aux=True)
+    # Graph nodes move only among the positional arguments of nnx.grad.
+    grads, (loss, aux) = grad(*args, *kwargs.values())
+    return ((loss, aux) if has_aux else loss), grads
+
+  return value_and_scaled_grad
+
+
+def _place(args: Sequence[Any], number: int, wrt: Any) -> Any:
+  """What ``nnx.grad`` takes for an argument: its position, for a model with the Variables."""
+  if not -len(args) <= number < len(args):
+    raise ValueError(
+      f"argnums must name arguments of the call. Got {number} for {len(args)} positional "
+      "arguments. Pass what is differentiated by position."
+    )
+  number %= len(args)
+  if not is_node(args[number]):
+    return number
+  if not jax.tree.leaves(nnx.state(args[number], wrt)):
+    raise ValueError(
+      f"wrt must name Variables that the model has. Got {wrt!r}, and "
+      f"{type(args[number]).__name__} has none of these. Name for example nnx.Param."
+    )
+  return nnx.DiffState(number, wrt)

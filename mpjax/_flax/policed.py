@@ -1,0 +1,101 @@
+"""What runs under a policy says so: which policy it is, what it was without, how it pickles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flax import linen as nn
+from flax import nnx
+
+from mpjax._core.policy import Policy, spec
+from mpjax._core.policy_map import PolicyMap
+
+_PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
+
+
+def policy_of(x: Any) -> Policy | PolicyMap | None:
+  """The policy that a module or function was given.
+
+  It is the outermost: what `mpjax.apply_policy` made of this very module, or `mpjax.autocast` of
+  this very function. A submodule is governed by the policies around it and has none of its own,
+  unless it was given one, which then governs it instead. Functions that ``functools.wraps``,
+  ``jax.jit`` and JAX's other transformations make carry the mark of the function that they wrap.
+
+  Args:
+    x: A Linen module, an NNX model, or a function; anything else has no policy.
+
+  Returns:
+    The `Policy`; the `PolicyMap` if it has rules or changes of operations. None if there is none,
+    as for what an all-float32 policy was applied to.
+
+  Example:
+    >>> import mpjax
+    >>> from flax import linen as nn
+    >>> model = mpjax.apply_policy(nn.Dense(4), "mixed_bfloat16")
+    >>> print(mpjax.policy_of(model))
+    params=float32,compute=bfloat16,output=float32
+    >>> mpjax.policy_of(nn.Dense(4)) is None
+    True
+  """
+  policies = policies_of(x)
+  if policies is None or policies.rules or policies.ops:
+    return policies
+  return policies.default
+
+
+def policies_of(x: Any) -> PolicyMap | None:
+  """`policy_of` as a map."""
+  holder = type(x) if isinstance(x, nn.Module | nnx.Pytree) else x
+  found = getattr(holder, _POLICIES, None)
+  return found if isinstance(found, PolicyMap) else None
+
+
+def mark(fn: Callable[..., Any], policies: PolicyMap) -> None:
+  """Write on a function that it runs under a policy map, for `policy_of`."""
+  setattr(fn, _POLICIES, policies)
+
+
+def plain_class(cls: type[Any]) -> type[Any]:
+  """The class of a module without the policy that `apply_policy` gave it."""
+  return getattr(cls, _PLAIN, cls)
+
+
+def in_words(policies: PolicyMap) -> str:
+  """A policy map in a few words, for a table or a repr.
+
+  Example:
+    >>> in_words(PolicyMap({"head": "float32"}, default="mixed_bfloat16"))
+    'mixed_bfloat16, 1 rule'
+  """
+  changes = (("rule", len(policies.rules)), ("op", len(policies.ops)))
+  counts = [f"{count} {what}{'s' * (count > 1)}" for what, count in changes if count]
+  return ", ".join([spec(policies.default), *counts])
+
+
+def facts(plain: type[Any], policies: PolicyMap, make: Callable[..., Any], *more: Any) -> Any:
+  """The attributes of the class of modules under a policy map that are not its methods.
+
+  Args:
+    plain: The class without the policy.
+    policies: The policies.
+    make: The function of this module's level that makes the class.
+    *more: What it takes beside ``plain`` and ``policies``.
+  """
+
+  def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+    """Pickles by the plain class: that of the policy is made anew and has no name to find."""
+    inherited: Any = plain.__reduce_ex__
+    maker, args, *state = inherited(self, protocol)
+    own = tuple(plain if arg is type(self) else arg for arg in args)
+    return _made_again, (make, (plain, policies, *more), maker, own), *state
+
+  return {_PLAIN: plain, _POLICIES: policies, "__reduce_ex__": reduce}
+
+
+def _made_again(
+  make: Callable[..., type[Any]], of: tuple[Any, ...], maker: Callable[..., Any], args: Any
+) -> Any:
+  module = maker(*args)
+  object.__setattr__(module, "__class__", make(*of))
+  return module

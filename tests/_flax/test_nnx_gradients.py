@@ -1,0 +1,144 @@
+"""`mpjax.nnx.value_and_grad`: what moves, what comes back, and what is refused."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mpjax
+
+# Flax's norms and adam mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class Net(nnx.Module):
+  """Statistics, dropout, and two layers."""
+
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(4, 8, rngs=rngs)
+    self.norm = nnx.BatchNorm(8, rngs=rngs)
+    self.dropout = nnx.Dropout(0.5, rngs=rngs)
+    self.head = nnx.Linear(8, 2, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def loss_fn(model, x):
+  return jnp.mean((model(x) - 1.0) ** 2)
+
+
+@pytest.fixture
+def x():
+  return jax.random.normal(jax.random.key(0), (8, 4))
+
+
+@pytest.fixture
+def model():
+  return Net(nnx.Rngs(0))
+
+
+def test_the_loss_is_that_of_flax_and_the_gradients_are_times_the_scale(model, x):
+  found = mpjax.nnx.value_and_grad(loss_fn)(model, x, loss_scale=2.0**10)
+  other = Net(nnx.Rngs(0))
+  loss, grads = nnx.value_and_grad(loss_fn)(other, x)
+  chex.assert_trees_all_equal(found, (loss, jax.tree.map(lambda g: g * 2.0**10, grads)))
+  chex.assert_trees_all_equal(nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(other)))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("where", ["model", "loss"])
+def test_statistics_and_random_streams_move_under_a_policy(model, x, policy, where):
+  before = np.array(model.norm.mean[...])
+  under = mpjax.apply_policy(model, policy) if where == "model" else model
+  loss = mpjax.nnx.autocast(loss_fn, policy) if where == "loss" else loss_fn
+  step = nnx.jit(mpjax.nnx.value_and_grad(loss))
+  losses = [step(under, x, loss_scale=8.0)[0] for _ in range(2)]
+  assert np.any(before != model.norm.mean[...]) and model.norm.mean[...].dtype == jnp.float32
+  assert int(model.dropout.rngs.count[...]) == 2 and losses[0] != losses[1]
+  assert losses[0].dtype == jnp.float32
+
+
+def test_keyword_models_and_streams_move_too(model, x):
+  rngs = nnx.Rngs(noise=1)
+  loss = lambda w, x, *, model, rngs: w * loss_fn(model, x) + jax.random.normal(rngs.noise(), ())
+  run = mpjax.nnx.value_and_grad(loss)
+  _, grad = run(jnp.float32(2), x, model=model, rngs=rngs, loss_scale=4.0)
+  assert grad.dtype == jnp.float32 and grad != 0
+  assert int(rngs.noise.count[...]) == int(model.dropout.rngs.count[...]) == 1
+
+
+def test_several_arguments_and_auxiliary_output(model, x):
+  loss = lambda w, model, x: (w * loss_fn(model, x), {"mean": jnp.mean(x)})
+  run = mpjax.nnx.value_and_grad(loss, argnums=(0, -2), has_aux=True)
+  (value, aux), (scalar, grads) = run(jnp.float32(3), model, x, loss_scale=2.0)
+  np.testing.assert_allclose(scalar, value / 3 * 2, rtol=1e-6)
+  assert set(aux) == {"mean"} and set(grads) == {"hidden", "norm", "head"}
+
+
+def test_wrt_names_the_variables(x):
+  layer = nnx.LoRALinear(4, 2, lora_rank=1, rngs=nnx.Rngs(0))
+  _, grads = mpjax.nnx.value_and_grad(loss_fn, wrt=nnx.LoRAParam)(layer, x, loss_scale=1.0)
+  assert {type(g) for g in jax.tree.leaves(grads, is_leaf=lambda g: hasattr(g, "get_value"))} == {
+    nnx.LoRAParam
+  }
+  with pytest.raises(ValueError, match=r"wrt must name Variables.*Net has none.*nnx.Param"):
+    mpjax.nnx.value_and_grad(loss_fn, wrt=nnx.LoRAParam)(Net(nnx.Rngs(0)), x, loss_scale=1.0)
+
+
+def test_a_loop_with_a_scaled_optimizer_skips_and_trains(model, x):
+  tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2), init_scale=2.0**10)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer, x):
+    scale = mpjax.loss_scale(optimizer.opt_state)
+    loss, grads = mpjax.nnx.value_and_grad(loss_fn)(model, x, loss_scale=scale)
+    optimizer.update(model, grads)
+    return loss
+
+  kernel = np.array(model.head.kernel[...])
+  step(model, optimizer, x * jnp.inf)
+  np.testing.assert_array_equal(kernel, model.head.kernel[...])
+  assert float(mpjax.loss_scale(optimizer.opt_state)) == 2.0**9
+  model = Net(nnx.Rngs(0))  # the statistics took the infinities; a loop of one's own selects them
+  losses = [float(step(model, optimizer, x)) for _ in range(30)]
+  assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_submodule_that_the_loss_adds_arrives(model, x):
+  def loss(model, x):
+    model.extra = nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    return loss_fn(model, x) + jnp.mean(model.extra(x))
+
+  mpjax.nnx.value_and_grad(loss)(model, x, loss_scale=1.0)
+  assert isinstance(model.extra, nnx.Linear)
+
+
+@pytest.mark.parametrize(
+  "args",
+  [
+    lambda model: (model,),
+    lambda model: ({"inner": model},),
+    lambda model: (jnp.float32(1), nnx.Rngs(0)),
+    lambda model: (nnx.Param(jnp.float32(1)),),
+  ],
+  ids=["model", "model in a dict", "rngs", "variable"],
+)
+def test_the_one_for_pytrees_refuses_graph_nodes_and_names_this_one(model, args):
+  run = mpjax.value_and_grad(lambda *args: jnp.float32(0))
+  with pytest.raises(TypeError, match=r"Got an NNX \w+ among.*Use mpjax\.nnx\.value_and_grad"):
+    run(*args(model), loss_scale=1.0)
+
+
+def test_a_position_that_the_call_has_not_is_refused(model, x):
+  with pytest.raises(ValueError, match=r"argnums must name arguments.*Got 2 for 2 positional"):
+    mpjax.nnx.value_and_grad(loss_fn, argnums=2)(model, x, loss_scale=1.0)
+
+
+def test_a_loss_that_is_no_scalar_is_refused(model, x):
+  with pytest.raises(TypeError, match=r"real floating-point scalar. Got f32\[8,2\]"):
+    mpjax.nnx.value_and_grad(lambda model, x: model(x))(model, x, loss_scale=1.0)

@@ -12,10 +12,11 @@ import numpy as np
 
 from mpjax._core.policy_map import as_policy_map
 from mpjax._engine.execute import Decided, Interpreter
-from mpjax._engine.kinds import Kind
+from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan
 from mpjax._engine.planner import Planner
 from mpjax.inspect._check_report import (
+  Change,
   CheckReport,
   Difference,
   GradientCheck,
@@ -35,6 +36,7 @@ from mpjax.inspect._side_by_side import (
   Pair,
   doubled,
 )
+from mpjax.inspect._updates import updated
 
 # Errors of a unit roundoff each add up like a random walk over some hundred operations.
 _TOLERATED_EPS = 16
@@ -58,6 +60,9 @@ def check(
   the gradients of the parameters. Of a ``while`` loop the worst iteration counts; where the two
   take different branches of a ``cond``, what the branches return is compared and no more.
   A result that is no scalar is differentiated along fixed random signs.
+
+  Of a result that updates an argument, as the parameters that a train step returns do, the change
+  is compared too: a step that does nothing differs little from the true one in what it returns.
 
   Args:
     fn: A function of pytrees or NNX models (a loss, best), a Linen module, or an NNX model.
@@ -115,6 +120,7 @@ class _Comparison:
       Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
     )
     self._results = _count_results(subject, decided)
+    self.updates = _updates(subject, decided)
     self.params = [
       n for n, f in enumerate(decided.call.forms) if gradients and f and f.kind is Kind.PARAM
     ]
@@ -125,7 +131,7 @@ class _Comparison:
       # Not compiled as a whole: so every value exists in its dtype, and operations that many layers
       # share are compiled once.
       found: Any = jax.device_get(self._all(decided.call.operands))
-    self.results, stats, self.gradients = found
+    self.results, stats, self.changes, self.gradients = found
     self.crossings = [Crossing(*entry) for entry in zip(self.borders, stats, strict=True)]
 
   @property
@@ -139,7 +145,7 @@ class _Comparison:
     return doubled(plan) if self._double else plan
 
   def _all(self, operands: list[Any]) -> Any:
-    """The statistics of results, of what crossed borders, and of gradients."""
+    """The statistics of results, of what crossed borders, of changes and of gradients."""
     exact = [x.astype(FLOAT64) if self._double and _is_float32(x) else x for x in operands]
     params = Pair([exact[n] for n in self.params], [operands[n] for n in self.params])
 
@@ -148,22 +154,26 @@ class _Comparison:
         {**dict(enumerate(column)), **dict(zip(self.params, own, strict=True))}.values()
         for column, own in zip((exact, operands), params, strict=True)
       ]
-      outs, crossings = self._lockstep.run(
-        self._plans, [Pair(*pair) for pair in zip(*columns, strict=True)]
-      )
+      given = [Pair(*pair) for pair in zip(*columns, strict=True)]
+      outs, crossings = self._lockstep.run(self._plans, given)
+      outs = [Pair(x, self._returned(y)) if is_float(x) else Pair(x, y) for x, y in outs]
+      changes = [_change(outs[n], given[source]) for n, source in self.updates.items()]
       outs = [pair for pair in outs[: self._results] if is_float(pair.reference)]
-      outs = [Pair(pair.reference, self._returned(pair.narrow)) for pair in outs]
       self.result_sizes = [int(np.size(pair.reference)) for pair in outs]
       self.borders = [crossing.border for crossing in crossings]
-      stats = [compare(*pair) for pair in outs], [crossing.stats for crossing in crossings]
+      own = [crossing.stats for crossing in crossings]
+      moved = [
+        (compare(*pair), jnp.linalg.norm(given[source].reference.ravel()))
+        for pair, source in zip(changes, self.updates.values(), strict=True)
+      ]
+      stats = [compare(*pair) for pair in outs], own, moved
       return _loss_of(outs, self._scale), stats
 
     if not self.params:
-      _, (results, stats) = loss(params)
-      return results, stats, []
-    grads, (results, stats) = jax.grad(loss, has_aux=True)(params)
+      return *loss(params)[1], []
+    grads, stats = jax.grad(loss, has_aux=True)(params)
     unscaled = [g.astype(jnp.float32) / self._scale for g in grads.narrow]
-    return results, stats, [compare(*p) for p in zip(grads.reference, unscaled, strict=True)]
+    return *stats, [compare(*p) for p in zip(grads.reference, unscaled, strict=True)]
 
   def _returned(self, x: Any) -> Any:
     """A result in the output dtype."""
@@ -181,6 +191,28 @@ def _loss_of(outs: Sequence[Pair], scale: float) -> Any:
       weights = jnp.float32(factor) if scalar else signs * jnp.float32(factor)
       total += jnp.sum(value.astype(total.dtype) * weights.astype(total.dtype))
   return total
+
+
+def _change(after: Pair, before: Pair) -> Pair:
+  """What an update adds to an argument, on both sides."""
+  return Pair(*(x - y.astype(x.dtype) for x, y in zip(_exact(after), before, strict=True)))
+
+
+def _exact(pair: Pair) -> Pair:
+  """A pair, what is 16-bit on one side in the dtype of the reference: differences are exact."""
+  return Pair(pair.reference, pair.narrow.astype(pair.reference.dtype))
+
+
+def _updates(subject: Subject, decided: Decided) -> dict[int, int]:
+  """Which results update which operands; of a model its parameters, not its statistics."""
+  has_model = subject.root or subject.absolute
+  forms = decided.call.forms
+  return {
+    n: source
+    for n, source in updated(decided.plan.jaxpr).items()
+    if is_float(decided.call.operands[source])
+    and not (has_model and (forms[source] or DATA).kind is not Kind.PARAM)
+  }
 
 
 def _is_float32(x: Any) -> bool:
@@ -207,6 +239,10 @@ def _report(
     reference,
     _TOLERATED_EPS * eps if tolerance is None else tolerance,
     _difference(comparison.results, comparison.result_sizes),
+    tuple(
+      Change(names[n], _difference([c], [sizes[n]]), float(_ratio(float(c.norm), float(norm))))
+      for n, (c, norm) in zip(comparison.updates.values(), comparison.changes, strict=True)
+    ),
     tuple(_rows(comparison.crossings, subject.root)),
     tuple(
       GradientCheck(names[n], _difference([g], [sizes[n]]), float(_ratio(float(g.norm), total)))

@@ -64,6 +64,27 @@ class ModuleCheck:
 
 
 @dataclass(frozen=True)
+class Change:
+  """What the function adds to an argument that it updates, against the reference.
+
+  Attributes:
+    argument: The argument's path.
+    change: How the difference between what is returned and what was given differs.
+    share: The norm of the change over that of the argument. One that is no more than float32
+      itself rounds has a large relative error that says nothing.
+  """
+
+  argument: str
+  change: Difference
+  share: float = 1.0
+
+  @property
+  def counts(self) -> bool:
+    """Whether it is more than rounding."""
+    return self.share > _ROUNDING
+
+
+@dataclass(frozen=True)
 class GradientCheck:
   """The gradient of a parameter, against the reference.
 
@@ -103,6 +124,7 @@ class CheckReport(Report):
     reference: The dtype that they were compared with.
     tolerance: The relative error that is taken for rounding.
     result: What the function returns.
+    changes: What it adds to each argument that it updates.
     rows: What each module hands out, in the order of the program.
     gradients: The gradient of each parameter; empty if they were not asked for.
     not_looked_into: Custom derivatives that were compared from outside only.
@@ -113,13 +135,17 @@ class CheckReport(Report):
   reference: str
   tolerance: float
   result: Difference
+  changes: tuple[Change, ...]
   rows: tuple[ModuleCheck, ...]
   gradients: tuple[GradientCheck, ...]
   not_looked_into: tuple[NotLookedInto, ...]
 
   @property
   def agrees(self) -> bool:
-    """Whether nothing overflows, and results, modules and gradients stay within the tolerance."""
+    """Whether nothing overflows, and all that was compared stays within the tolerance.
+
+    That is results, what modules hand out, what changes in updated arguments, and gradients.
+    """
     return not self.faults
 
   @property
@@ -132,7 +158,10 @@ class CheckReport(Report):
       if g.counts
     ]
     result = [("the result", self.result, self.result.error)]
-    named = [*outputs, *result, *grads]
+    changes = [
+      (f"the change of {c.argument}", c.change, c.change.error) for c in self.changes if c.counts
+    ]
+    named = [*outputs, *result, *changes, *grads]
     overflows = [f"{n} overflows ({_share(d.overflow, d)})" for n, d, _ in named if d.overflow]
     underflows = [
       f"{n} underflows ({_share(d.underflow, d)} are zero)"
@@ -156,8 +185,10 @@ class CheckReport(Report):
     head += f" with rules ({len(self.policy.rules)})" if self.policy.rules else ""
     head += f" against {self.reference}: "
     if self.agrees:
+      changes = max((c.change.error for c in self.changes if c.counts), default=None)
       grads = max((g.gradient.error for g in self.gradients if g.counts), default=None)
       text = f"agrees. The result is off by {self.result.error:.2g}"
+      text += "" if changes is None else f", what it changes by at most {changes:.2g}"
       text += "." if grads is None else f", gradients by at most {grads:.2g}."
     else:
       text = f"does not agree: {'; '.join(self.faults[:3])}."
@@ -184,6 +215,10 @@ class CheckReport(Report):
     ]
     notes += [f"Not looked into: {n.what} at {n.line} in {n.module}." for n in self.not_looked_into]
     tables = [Table(header, rows, "<<>", "What modules hand out", notes)]
+    if self.changes:
+      rows = [[c.argument, f"{c.change.error:.2g}", *_cells(c.change)] for c in self.changes]
+      title = "Changes: what is added to the arguments that are updated"
+      tables.append(Table(["argument", "error", *_HEADER], rows, "<>", title))
     if self.gradients:
       rows = [[g.parameter, f"{g.gradient.error:.2g}", *_cells(g.gradient)] for g in self.gradients]
       tables.append(Table(["parameter", "error", *_HEADER], rows, "<>", "Gradients"))
@@ -217,7 +252,8 @@ def underflows(difference: Difference) -> float:
 
 
 def _tolerated_underflow(name: str) -> float:
-  return _TOLERATED_GRADIENT_UNDERFLOW if name.startswith("gradient") else _TOLERATED_UNDERFLOW
+  wide = name.startswith(("gradient of", "the change of"))
+  return _TOLERATED_GRADIENT_UNDERFLOW if wide else _TOLERATED_UNDERFLOW
 
 
 def _share(count: int, difference: Difference) -> str:

@@ -249,3 +249,52 @@ def test_a_batched_while_loop_goes_on_while_one_of_the_batch_does():
   batched = lambda w, x: jax.vmap(lambda row: grown(w, row))(x)
   assert check(batched, "mixed_bfloat16", w, x, gradients=False).agrees
   assert mpjax.inspect.locate_nonfinite(batched, w, x, policy="mixed_bfloat16").first is None
+
+
+IDLE = mpjax.PolicyMap({"sub@": "bfloat16"}, default="mixed_bfloat16")
+"""A policy whose own rule makes ``w - 1e-4 * g`` stand still."""
+
+
+def quadratic(w, x):
+  return jnp.mean((x @ w) ** 2)
+
+
+def gradient_step(w, x):
+  return quadratic(w, x), w - 1e-4 * jax.grad(quadratic)(w, x)
+
+
+def test_a_step_that_does_nothing_does_not_agree():
+  w, x = jnp.eye(8), jax.random.normal(jax.random.key(0), (4, 8))
+  report = check(gradient_step, IDLE, w, x, gradients=False)
+  (change,) = report.changes
+  assert change.argument == "w" and change.change.error > 0.5
+  assert report.result.error < report.tolerance  # what is returned says nothing
+  assert not report.agrees and "the change of w" in report.summary
+  assert "Changes" in str(report)
+
+
+def test_a_step_that_moves_agrees_and_its_change_is_in_the_report():
+  w, x = jnp.eye(8), jax.random.normal(jax.random.key(0), (4, 8))
+  policies = mpjax.PolicyMap({"sub@": "float32"}, default="mixed_bfloat16")
+  report = check(gradient_step, policies, w, x, gradients=False)
+  assert report.agrees and 0 < report.changes[0].change.error < report.tolerance
+  assert "what it changes by at most" in report.summary
+
+
+def test_what_does_not_move_beyond_rounding_has_no_say():
+  w, x = jnp.eye(8), jax.random.normal(jax.random.key(0), (4, 8))
+  step = lambda w, x: w - 1e-9 * jax.grad(quadratic)(w, x)
+  report = check(step, IDLE, w, x, gradients=False)
+  assert not report.changes[0].counts and report.agrees
+
+
+def test_the_change_of_an_nnx_model_is_compared():
+  def step(model, x):
+    grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
+    model.kernel[...] = model.kernel[...] - 1e-4 * grads.kernel[...]
+    return jnp.mean(model(x))
+
+  model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+  report = check(step, IDLE, model, jnp.ones((2, 8)), gradients=False)
+  assert [change.argument for change in report.changes] == ["kernel"]
+  assert any(fault.startswith("the change of kernel") for fault in report.faults)

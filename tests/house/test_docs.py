@@ -15,17 +15,15 @@ README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-# One process runs the blocks of a document in order, in one namespace, as a reader would type
-# them; compiled under the document's name and line numbers, so that a traceback points into it.
-RUNNER = """
-import pathlib, re, sys
-path = pathlib.Path(sys.argv[1])
-text = path.read_text()
-namespace = {"__name__": "__main__"}
-for block in re.finditer(r"^```python\\n(.*?)^```$", text, re.M | re.S):
-    above = text[: block.start(1)].count("\\n")
-    exec(compile("\\n" * above + block[1], str(path), "exec"), namespace)
-"""
+SITE = ROOT / "docs"
+PAGES = sorted(
+  page
+  for page in SITE.rglob("*.md")
+  if page.relative_to(SITE).parts[0] not in ("notebooks", "results")
+)
+# What comes with the extra `docs` alone; pages that import it run with `-m docs`.
+EXTRA = ("equinox", "haiku")
+LONGEST_PAGE, LONGEST_README = 1000, 150
 
 
 def blocks(document: Path, *languages: str) -> list[str]:
@@ -60,9 +58,32 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
   )
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_python_of_a_document_runs(document: Path, tmp_path: Path) -> None:
-  result = run("-c", RUNNER, str(document), cwd=tmp_path)
+def imports_the_extra(page: Path) -> bool:
+  return any(
+    re.search(rf"^import {name}\b", block, re.M)
+    for block in blocks(page, "python")
+    for name in EXTRA
+  )
+
+
+def batches() -> Iterator[object]:
+  """Documents that share a process: it takes longer to import JAX than to run most of them."""
+  plain = [page for page in PAGES if not imports_the_extra(page)]
+  with_code = [page for page in plain if blocks(page, "python")]
+  half = len(with_code) // 2
+  yield pytest.param(DOCUMENTS, id="top")
+  yield pytest.param(with_code[:half], id=f"to {with_code[half - 1].stem}")
+  yield pytest.param(with_code[half:], id=f"from {with_code[half].stem}")
+  extra = [page for page in PAGES if imports_the_extra(page)]
+  yield pytest.param(extra, id="extra", marks=pytest.mark.docs)
+
+
+@pytest.mark.parametrize("documents", list(batches()))
+def test_the_python_of_the_documents_runs_and_prints_what_they_say(
+  documents: list[Path], tmp_path: Path
+) -> None:
+  script = ROOT / "tests" / "_document_runner.py"
+  result = run(str(script), *map(str, documents), cwd=tmp_path)
   assert result.returncode == 0, result.stderr
 
 
@@ -80,7 +101,28 @@ def test_the_readme_begins_with_the_two_commands() -> None:
   assert lines.startswith(install)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def prose(page: Path) -> str:
+  """The text of a page without its code and its tables."""
+  text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+  return re.sub(r"^\|.*$", "", text, flags=re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_is_short(page: Path) -> None:
+  words = len(prose(page).split())
+  assert words <= LONGEST_PAGE, f"{page.name} has {words} words"
+
+
+def test_the_readme_is_short() -> None:
+  assert len(README.read_text().splitlines()) <= LONGEST_README
+
+
+def test_every_page_with_code_is_run() -> None:
+  run_in_batches = {page for batch in batches() for page in batch.values[0]}  # type: ignore[attr-defined]
+  assert {page for page in PAGES if blocks(page, "python")} <= run_in_batches
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
 def test_the_extras_that_a_document_installs_exist(document: Path) -> None:
   named = {
     extra.strip()
@@ -90,10 +132,11 @@ def test_the_extras_that_a_document_installs_exist(document: Path) -> None:
   assert named <= set(PROJECT["project"]["optional-dependencies"])
 
 
-def test_the_flags_that_the_readme_shows_exist(tmp_path: Path) -> None:
+def test_the_flags_that_the_documents_show_exist(tmp_path: Path) -> None:
   shown = {
     flag
-    for command in commands(README)
+    for document in (README, *PAGES)
+    for command in commands(document)
     if re.search(r"\bmpjax compare\b", command)
     for flag in re.findall(r"(?<=\s)--[a-z-]+", command)
   }

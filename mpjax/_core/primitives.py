@@ -95,7 +95,7 @@ RULES = _table(
     Rule.CUSTOM_VJP: "custom_vjp_call",
     Rule.CUSTOM_LIN: "custom_lin",
     Rule.CUSTOM_VMAP: "custom_vmap_call",
-    Rule.MARKER: "mpjax_cast_inputs",
+    Rule.MARKER: "mpjax_cast_inputs mpjax_cast_inputs_tangent",
     # Decided, not forgotten: these hold Python functions, references or no floats at all.
     Rule.TRACED: " ".join(
       [

@@ -52,7 +52,11 @@ class Slots:
 
 def slots(atoms: Sequence[Any]) -> Slots:
   """The slots of an equation's operands or results."""
-  avals = [a.aval for a in atoms]
+  return slots_of([a.aval for a in atoms])
+
+
+def slots_of(avals: Sequence[Any]) -> Slots:
+  """The slots of abstract values."""
   return Slots(
     tuple(bool(jnp.issubdtype(a.dtype, jnp.inexact)) for a in avals), tuple(a.shape for a in avals)
   )

@@ -268,6 +268,11 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 _KEEPS_ITS_CALL = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint"})
 
 
+def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.evaluate(step.params["jaxpr"], operands)
+
+
 def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   params, (body,) = step.params, step.bodies
   mapped = jax.shard_map(
@@ -308,4 +313,5 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.CUSTOM_VJP: custom_rules.custom_vjp,
   Rule.CUSTOM_LIN: custom_rules.custom_lin,
   Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
+  Rule.MARKER: _marked,
 }

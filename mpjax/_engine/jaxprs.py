@@ -11,6 +11,8 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 
+from mpjax._engine import versions
+
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -78,6 +80,26 @@ def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
   while depth and str(stacks[0][depth - 1 : depth]).endswith("()"):
     depth -= 1
   return depth
+
+
+def evaluate(closed: Any, operands: Sequence[Any]) -> list[Any]:
+  """The results of a closed jaxpr on operands of the dtypes that it has."""
+  return evaluate_open(versions.open_jaxpr(closed), versions.constants(closed), operands)
+
+
+def evaluate_open(inner: Jaxpr, constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+  """The results of a jaxpr with these for its constants."""
+  return jax.core.eval_jaxpr(inner, constants, *operands)
+
+
+def depending(closed: Any, on: Sequence[bool]) -> list[bool]:
+  """Which results of a jaxpr may depend on some of its operands."""
+  inner = versions.open_jaxpr(closed)
+  found = {var for var, is_on in zip(inner.invars, on, strict=True) if is_on}
+  for eqn in inner.eqns:
+    if any(not isinstance(atom, Literal) and atom in found for atom in eqn.invars):
+      found.update(eqn.outvars)
+  return [not isinstance(atom, Literal) and atom in found for atom in inner.outvars]
 
 
 def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:

@@ -22,8 +22,9 @@ from mpjax._core.scopes import Path
 from mpjax._engine import constants, jaxprs, sharpening, versions
 from mpjax._engine.constants import Adapting, Numbers
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.keep_float32 import KEEP_FLOAT32
+from mpjax._engine.kernels import kernel_of
 from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind, join, narrow
-from mpjax._engine.markers import KEEP_FLOAT32, marked_results
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.plan import ROOT, Forms, Place, Plan, Read, Step, widened
 from mpjax._engine.sharpening import Own
@@ -353,14 +354,15 @@ class _Walk:
     return _Decision([None] * len(forms), outs, eqn.params, bodies)
 
   def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """The results of a marked function are narrow where it makes them so."""
-    wanted = [compute if f is not None else None for f in forms]
-    results = marked_results(eqn, wanted)
+    """A marked function takes and makes what its trace in the compute dtype does."""
+    jaxpr = kernel_of(eqn.params).traced_in(compute)
+    operands = zip(jaxpr.in_avals, forms, strict=True)
+    wanted = [aval.dtype if f is not None else None for aval, f in operands]
     outs = tuple(
-      held_as(result.dtype) if jaxprs.is_float32(var) else None
-      for var, result in zip(eqn.outvars, results, strict=True)
+      held_as(aval.dtype) if jaxprs.is_float32(var) else None
+      for var, aval in zip(eqn.outvars, jaxpr.out_avals, strict=True)
     )
-    return _Decision(wanted, outs, eqn.params)
+    return _Decision(wanted, outs, {"jaxpr": jaxpr})
 
   def body(
     self,

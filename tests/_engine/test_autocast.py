@@ -190,28 +190,6 @@ def test_keep_float32_marks_a_value_and_is_the_identity_outside(operands):
   assert (fn(*operands) == 2 * affine(*operands)).all()
 
 
-def test_cast_inputs_hands_the_compute_dtype_to_a_function():
-  seen = []
-
-  @mpjax.cast_inputs
-  def kernel(x, *, scale):
-    seen.append(x.dtype.name)
-    return {"y": x * scale}
-
-  fn = lambda w, x: kernel(x @ w, scale=x)["y"].sum()
-  w = x = jnp.ones((4, 4))
-  assert jax.jit(fn)(w, x) == 64
-  assert set(seen) == {"float32"}
-  seen.clear()
-  assert jax.jit(mpjax.autocast(fn, BF16))(w, x) == 64
-  assert seen[-1] == "bfloat16"
-  grad, want = jax.grad(mpjax.autocast(fn, BF16))(w, x), jax.grad(fn)(w, x)
-  assert grad.dtype == jnp.float32
-  np.testing.assert_allclose(grad, want)
-  rows = jax.vmap(mpjax.autocast(lambda w, row: kernel(row, scale=row)["y"] @ w, BF16), (None, 0))
-  assert rows(w, x).shape == (4, 4)
-
-
 def test_two_threads_each_get_their_own_dtypes(operands):
   found = {}
 

@@ -1,0 +1,32 @@
+"""A mark on values that are to stay float32 under autocast; without it the identity."""
+
+from typing import TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+KEEP_FLOAT32 = "mpjax.keep_float32"
+
+T = TypeVar("T")
+
+
+def keep_float32(x: T) -> T:
+  """Mark values as float32 that was meant, inside a function under `autocast`.
+
+  A marked value stays float32 through elementwise operations up to the next matmul: a residual
+  stream that must not round, say. Outside autocast this is the identity.
+
+  Args:
+    x: A pytree of arrays, of any shapes and dtypes.
+
+  Returns:
+    The same values.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mpjax
+    >>> fn = lambda w, x: mpjax.keep_float32(x @ w) + 1
+    >>> w = x = jnp.ones((4, 4))
+    >>> mpjax.autocast(fn, "p=f32, c=bf16, o=f32")(w, x).dtype.name
+    'float32'
+  """
+  return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEEP_FLOAT32), x)

@@ -12,6 +12,7 @@ from mpjax._engine.cast_inputs import cast_inputs
 from mpjax._engine.keep_float32 import keep_float32
 from mpjax._flax.dispatch import apply_policy, autocast, value_and_grad
 from mpjax._flax.policed import policy_of
+from mpjax._scaling.bfloat16_states import bfloat16_states
 from mpjax._scaling.device_gradients import reduce_gradients
 from mpjax._scaling.finiteness import all_finite, select
 from mpjax._scaling.loss_scaling import (
@@ -21,6 +22,7 @@ from mpjax._scaling.loss_scaling import (
   step_is_finite,
 )
 from mpjax._scaling.master_weights import master_weights
+from mpjax._scaling.stochastic_rounding import stochastic_rounding
 from mpjax.training import TrainState, make_train_step
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ __all__ = [
   "all_finite",
   "apply_policy",
   "autocast",
+  "bfloat16_states",
   "cast_floating",
   "cast_inputs",
   "dynamic_loss_scaling",
@@ -53,6 +56,7 @@ __all__ = [
   "select",
   "static_loss_scaling",
   "step_is_finite",
+  "stochastic_rounding",
   "testing",
   "training",
   "value_and_grad",

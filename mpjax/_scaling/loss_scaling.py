@@ -18,6 +18,7 @@ from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._scaling.finiteness import all_finite, select
+from mpjax._scaling.rounding import seen_parameters
 
 AxisName = str | Sequence[str]
 
@@ -71,7 +72,8 @@ def dynamic_loss_scaling(
   ``inner`` must hold the whole chain, clipping included: a transformation in front of the
   scaler sees scaled gradients and may hide an overflow from it. ``inner`` is initialized and
   called with float32 views of 16-bit parameters, so its moments are float32 (in float16,
-  Adam's epsilon is zero, optax#1754). Extra arguments of ``update`` pass through to it.
+  Adam's epsilon is zero, optax#1754); `mpjax.stochastic_rounding` in it makes these views by
+  itself. Extra arguments of ``update`` pass through to it.
 
   To accumulate gradients, give `mpjax.make_train_step` ``accumulate=k``, which drops the whole
   window of a non-finite micro-batch. ``optax.MultiSteps`` belongs inside: a non-finite micro-batch
@@ -247,7 +249,7 @@ def _loss_scaling(
     # inf and NaN stay what they are.
     finite = _agree(all_finite(grads), axis_name)
     new_updates, new_inner = inner.update(
-      grads, state.inner_state, cast_floating(params, FLOAT32), **extra_args
+      grads, state.inner_state, seen_parameters(state.inner_state, params), **extra_args
     )
     stepped = finite & _optimizer_stepped(state.inner_state, new_inner)
     state = _adjust(state, finite, stepped, settings)

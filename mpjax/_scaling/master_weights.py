@@ -15,6 +15,7 @@ from jax import lax
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._scaling.loss_scaling import as_transformation
+from mpjax._scaling.rounding import way_to
 
 
 class MasterWeightsState(NamedTuple):
@@ -120,12 +121,9 @@ def _way(param: Any, master: Any, step: Any) -> Any:
   if _is_masked(master):
     return step
   param, target = param.astype(FLOAT32), master + step.astype(FLOAT32)
-  # p - 0.0 leaves every bit, a negative zero too. An overflowed parameter stays what it is: its
-  # distance from the master is infinite, and inf - inf is NaN.
-  stays = (target == param) | ~jnp.isfinite(param)
   # One value for the caller and for `_landed`: without the barrier a compiler may compute it
   # twice, and contract a product and a sum in one place only.
-  return lax.optimization_barrier(jnp.where(stays, jnp.float32(-0.0), target - param))
+  return lax.optimization_barrier(way_to(target, param))
 
 
 def _landed(param: Any, master: Any, step: Any) -> Any:

@@ -3,10 +3,14 @@
 import warnings
 from typing import Any
 
+import jax
+
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
 from mpjax._core.tree_paths import leaf_paths
+from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.loss_scaling import find_states
 from mpjax._scaling.master_weights import MasterWeightsState
+from mpjax._scaling.rounding import StochasticRoundingState
 
 _SECOND_MOMENT = "nu"  # as optax names it in the states of Adam and its relatives
 
@@ -19,28 +23,33 @@ class LowPrecisionWarning(UserWarning):
 
 
 def warn_of_low_precision(params: Any, opt_state: Any) -> None:
-  """Warns of trained 16-bit parameters without masters, and of 16-bit moments that fail.
+  """Warns of trained 16-bit parameters and moments that are rounded to the nearest.
 
-  First moments in bfloat16 (``mu_dtype``) are a sound choice and pass.
+  Parameters that have masters or are rounded stochastically are sound, and so are moments that
+  are. First moments in bfloat16 (``mu_dtype``) are too, and pass.
 
   Args:
     params: The trained parameters, as they are held.
     opt_state: The state of their optimizer.
   """
-  if not find_states(opt_state, MasterWeightsState):
+  kept = (MasterWeightsState, StochasticRoundingState)
+  if not any(find_states(opt_state, kind) for kind in kept):
     _warn(
       [(path, leaf) for path, leaf in leaf_paths(params) if _is_16_bit(leaf)],
-      "Trained parameters should be float32, or have float32 masters: a bfloat16 parameter loses "
-      "every update below 1/512 of itself, a float16 one every update below 1/4096",
+      "Trained parameters should be float32, or have float32 masters, or be rounded "
+      "stochastically: rounded to the nearest, a bfloat16 parameter loses every update below 1/512 "
+      "of itself, a float16 one every update below 1/4096",
       "Keep them in float32, as the policies 'mixed_bfloat16' and 'mixed_float16' do, or wrap the "
-      "optimizer: mpjax.master_weights(tx)",
+      "optimizer: mpjax.stochastic_rounding(tx), or mpjax.master_weights(tx) for 4 bytes a "
+      "parameter more",
     )
-  leaves = leaf_paths(opt_state)
+  leaves = leaf_paths(_without_rounded(opt_state))
   _warn(
     [(path, leaf) for path, leaf in leaves if _is_16_bit(leaf) and _SECOND_MOMENT in _names(path)],
-    "Second moments should be float32: in bfloat16 a decay of 0.999 is 1, in float16 the squares "
-    "of gradients below 2e-4 are 0",
-    "Keep the parameters in float32, or wrap the optimizer: mpjax.master_weights(tx)",
+    "Second moments should be float32 or rounded stochastically: to the nearest, in bfloat16 a "
+    "decay of 0.999 is 1, and in float16 the squares of gradients below 2e-4 are 0",
+    "Wrap the optimizer: mpjax.bfloat16_states(tx), or keep the parameters in float32, or wrap it "
+    "with float32 views of them: mpjax.stochastic_rounding(tx), mpjax.master_weights(tx)",
   )
   _warn(
     [
@@ -51,6 +60,20 @@ def warn_of_low_precision(params: Any, opt_state: Any) -> None:
     "The optimizer's state should not be float16, where a moment of gradients below 3e-8 is 0",
     "Choose bfloat16 or float32, such as mu_dtype='bfloat16'",
   )
+
+
+def _without_rounded(opt_state: Any) -> Any:
+  """An optimizer's state without the moments that `mpjax.bfloat16_states` rounds."""
+
+  def is_rounding(node: Any) -> bool:
+    return isinstance(node, BFloat16StatesState)
+
+  def without(node: Any) -> Any:
+    if not is_rounding(node):
+      return node
+    return jax.tree.map(lambda x: None if getattr(x, "dtype", None) == BFLOAT16 else x, node)
+
+  return jax.tree.map(without, opt_state, is_leaf=is_rounding)
 
 
 def _warn(found: list[tuple[str, Any]], what: str, instead: str) -> None:

@@ -17,6 +17,7 @@ from mpjax._engine.autocast import autocast
 from mpjax._scaling.device_gradients import read_reduce_dtype
 from mpjax._scaling.finiteness import nonfinite_leaves, select
 from mpjax._scaling.loss_scaling import as_transformation, find_scaling_state
+from mpjax._scaling.rounding import seen_parameters
 from mpjax._train.accumulation import Window
 from mpjax._train.accumulation import accumulate as run_window
 from mpjax._train.low_precision_warning import warn_of_low_precision
@@ -208,8 +209,9 @@ def make_train_step(
 
   Warns:
     LowPrecisionWarning: When traced, if parameters are bfloat16 or float16 and the optimizer has
-      no `mpjax.master_weights`, whatever the policy says, or moments have a 16-bit format that
-      fails. The policies ``"bfloat16"`` and ``"float16"`` are meant for inference.
+      neither `mpjax.stochastic_rounding` nor `mpjax.master_weights`, whatever the policy says, or
+      moments have a 16-bit format that fails without `mpjax.bfloat16_states`. The policies
+      ``"bfloat16"`` and ``"float16"`` are meant for inference.
 
   Raises:
     ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
@@ -261,7 +263,8 @@ def make_train_step(
       micro_step, count, state.params, state.model_state, batch
     )
     wide = cast_floating(state.params, FLOAT32)
-    updates, opt_state = tx.update(grads, state.opt_state, wide, value=loss)
+    seen = seen_parameters(state.opt_state, state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, seen, value=loss)
     new = dataclasses.replace(
       state,
       step=state.step + 1,

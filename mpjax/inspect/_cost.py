@@ -72,11 +72,18 @@ class CostReport(Report):
     target: What it was compiled for.
     memory_bytes: The memory of one such device; None if it is not known.
     rows: One row a policy, in the order asked for.
+    parameters: How many parameters there are, in the arguments that hold them.
+    bytes_per_parameter: The memory, for each of them, of what a step takes and hands back:
+      parameters, and with them the optimizer's state where that is an argument too. 12 for float32
+      parameters with Adam, 6 for bfloat16 ones with `mpjax.stochastic_rounding` and
+      `mpjax.bfloat16_states`. None if there are no parameters.
   """
 
   target: str
   memory_bytes: int | None
   rows: tuple[CostRow, ...]
+  parameters: int = 0
+  bytes_per_parameter: float | None = None
 
   @property
   def summary(self) -> str:
@@ -114,6 +121,11 @@ class CostReport(Report):
     errors = [f"{row.policy}: {row.error.splitlines()[0][:200]}" for row in self.rows if row.error]
     if any(row.flops_lowered for row in self.rows):
       notes.append("~: of the program before it is compiled, the body of a loop once.")
+    if self.bytes_per_parameter is not None:
+      notes.append(
+        f"held from step to step: {self.bytes_per_parameter:.1f} bytes a parameter, of which there "
+        f"are {self.parameters:,}."
+      )
     return [Table(header, rows, notes=[*notes, *errors])]
 
   def _need(self, row: CostRow, first: CostRow) -> str:
@@ -186,6 +198,7 @@ def cost(
     target=target or jax.devices()[0].device_kind,
     memory_bytes=described.memory if described else _memory_here(),
     rows=tuple(_row(name, f) for name, f in zip(named, figures, strict=True)),
+    **_held(programs[0], args, argnums),
   )
 
 
@@ -224,6 +237,8 @@ class _Program:
     self.step = step
     split = [_split(arg) for arg in args]
     self.merges = [merge for _, merge in split]
+    self.in_place = [is_node(arg) for arg in args]
+    self.out: Any = None  # known once the program is traced
     leaves, self.trees = [], []
     for tree, _ in split:
       flat, structure = jax.tree.flatten(tree)
@@ -241,6 +256,7 @@ class _Program:
     states = [jax.tree.unflatten(t, itertools.islice(leaves, t.num_leaves)) for t in self.trees]
     args = [merge(state) for merge, state in zip(self.merges, states, strict=True)]
     out = self.step(*args)
+    self.out = jax.tree.map(lambda x: _shape(x) if _is_array(x) else x, out)
     kept = [nnx.state(arg) for arg in args if is_node(arg)]
     return [x for x in jax.tree.leaves((kept, out)) if _is_array(x)]
 
@@ -274,6 +290,46 @@ def _is_array(x: Any) -> bool:
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _held(program: _Program, args: Sequence[Any], argnums: int | Sequence[int]) -> dict[str, Any]:
+  """How many parameters there are, and the bytes of each that a step takes and hands back."""
+  chosen = (argnums,) if isinstance(argnums, int) else argnums
+  places = {n % len(args) for n in chosen if -len(args) <= n < len(args)}
+  count = sum(leaf.size for n in places for leaf in _floats(_parameters(args[n])))
+  if not count:
+    return {}
+  carried = places | {n for n in range(len(args)) if program.in_place[n] or _carries(program, n)}
+  size = sum(
+    np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize
+    for n in carried
+    for leaf in jax.tree.leaves(_split(args[n])[0])
+    if _is_array(leaf)
+  )
+  return {"parameters": int(count), "bytes_per_parameter": float(size) / int(count)}
+
+
+def _carries(program: _Program, n: int) -> bool:
+  """Whether a step hands back a container like the one that it was given as this argument."""
+  structure = program.trees[n]
+  if jax.tree_util.treedef_is_leaf(structure):
+    return False
+  is_like = lambda node: jax.tree.structure(node) == structure  # noqa: E731
+  return any(map(is_like, jax.tree.leaves(program.out, is_leaf=is_like)))
+
+
+def _parameters(arg: Any) -> Any:
+  """The parameters in an argument: a train state, a model, a model's variables, or themselves."""
+  if is_node(arg):
+    return nnx.state(arg, nnx.Param)
+  if isinstance(arg, Mapping):
+    return arg.get("params", arg)
+  return getattr(arg, "params", arg)
+
+
+def _floats(tree: Any) -> list[Any]:
+  leaves = jax.tree.leaves(tree)
+  return [x for x in leaves if _is_array(x) and jax.numpy.issubdtype(x.dtype, jax.numpy.floating)]
 
 
 def _memory_here() -> int | None:

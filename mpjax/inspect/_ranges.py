@@ -239,10 +239,11 @@ class UpdateRow(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class UpdateReport(Report):
-  """Which parameters would stall without float32 masters.
+  """Which parameters would stall if they were kept in 16 bits and rounded to the nearest.
 
   A parameter kept in 16 bits does not change if its update is below half the distance to the next
-  number: at most 2^-8 of it in bfloat16 and 2^-11 in float16.
+  number: at most 2^-8 of it in bfloat16 and 2^-11 in float16. `mpjax.stochastic_rounding` moves it
+  right on average all the same, `mpjax.master_weights` adds its updates up in float32.
 
   Attributes:
     steps: The optimizer steps that were counted.
@@ -260,10 +261,16 @@ class UpdateReport(Report):
   def summary(self) -> str:
     """How many parameters lose most of their updates in each format."""
     counts = [f"{sum(getattr(row, name) > 0.5 for row in self.rows)} in {name}" for name in FORMATS]
-    return (
-      f"Of {len(self.rows)} parameters kept in 16 bits, without float32 masters, these would lose "
+    words = (
+      f"Of {len(self.rows)} parameters kept in 16 bits, rounded to the nearest, these would lose "
       f"more than half of their updates: {', '.join(counts)} ({self.steps} steps)."
     )
+    if any(max(row.bfloat16, row.float16) > 0.5 for row in self.rows):
+      words += (
+        " To keep them so, wrap the optimizer: mpjax.stochastic_rounding(tx), or "
+        "mpjax.master_weights(tx) for 4 bytes a parameter more."
+      )
+    return words
 
   def tables(self) -> list[Table]:
     """A row a parameter."""
@@ -282,7 +289,7 @@ class UpdateReport(Report):
 
 
 def update_report(collected: Statistics) -> UpdateReport:
-  """Which parameters would stall if they were kept in 16 bits without float32 masters.
+  """Which parameters would stall if they were kept in 16 bits, rounded to the nearest.
 
   Args:
     collected: What `statistics` returns.

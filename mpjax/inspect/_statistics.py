@@ -17,7 +17,7 @@ from mpjax._scaling.loss_scaling import as_transformation
 from mpjax.inspect._histogram import Histogram, add_counts, histogram
 
 FORMATS = ("bfloat16", "float16")
-"""The formats in which parameters might be kept without float32 masters."""
+"""The formats in which parameters might be kept."""
 
 
 class Statistics(NamedTuple):

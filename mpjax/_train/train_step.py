@@ -262,13 +262,12 @@ def make_train_step(
     loss, model_state, aux, grads = run_window(
       micro_step, count, state.params, state.model_state, batch
     )
-    wide = cast_floating(state.params, FLOAT32)
     seen = seen_parameters(state.opt_state, state.params)
     updates, opt_state = tx.update(grads, state.opt_state, seen, value=loss)
     new = dataclasses.replace(
       state,
       step=state.step + 1,
-      params=jax.tree.map(_like, state.params, optax.apply_updates(wide, updates)),
+      params=_moved(state.params, updates),
       opt_state=opt_state,
       model_state=model_state,
     )
@@ -288,8 +287,10 @@ def _fold(rng: Any, number: jax.Array) -> Any:
   return None if rng is None else jax.random.fold_in(rng, number)
 
 
-def _like(old: Any, new: Any) -> Any:
-  return new.astype(old.dtype)
+def _moved(params: Any, updates: Any) -> Any:
+  """Parameters after their updates, added up in float32, in the dtypes that they are held in."""
+  wide = optax.apply_updates(cast_floating(params, FLOAT32), updates)
+  return jax.tree.map(lambda old, new: new.astype(old.dtype), params, wide)
 
 
 def _unless_skipped(applied: jax.Array, new: TrainState, old: TrainState) -> TrainState:

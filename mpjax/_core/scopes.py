@@ -8,6 +8,9 @@ Path = tuple[str, ...]
 POLICY_REGION = "mpjax.policy"
 """The scope of what ran, or runs, under a policy of its own: an outer policy leaves it alone."""
 
+AS_WRITTEN = "mpjax.as_written"
+"""The scope in which functions and modules under a policy run as if they had none: a reference."""
+
 
 def module_path(name_stack: Any) -> Path:
   """The module path that a name stack spells.
@@ -54,6 +57,11 @@ def has_policy(name_stack: Any) -> bool:
   return POLICY_REGION in str(name_stack)
 
 
+def is_as_written(name_stack: Any) -> bool:
+  """Whether what runs under a name stack is asked for without the policies that it has."""
+  return AS_WRITTEN in str(name_stack)
+
+
 def is_backward(name_stack: Any) -> bool:
   """Whether an equation came from transposing, as the backward pass does."""
   return "transpose(" in str(name_stack)
@@ -65,7 +73,7 @@ def _of_linen(name: str) -> tuple[str, str]:
   return (name, "") if "." in method else (owner, method)
 
 
-_NOT_MODULES = frozenset({"rematted_computation", "checkpoint", POLICY_REGION})
+_NOT_MODULES = frozenset({"rematted_computation", "checkpoint", POLICY_REGION, AS_WRITTEN})
 
 
 def _unwrap(component: str) -> tuple[str, bool]:

@@ -21,7 +21,7 @@ from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
 from mpjax._engine.calls import STATE
-from mpjax._engine.execute import decide
+from mpjax._engine.execute import decide, runs_as_written
 from mpjax._flax.policed import facts, in_words, plain_class
 
 M = TypeVar("M", bound=nn.Module)
@@ -203,7 +203,8 @@ def _under_policy(
     known = _paths(scopes[-1].rng_counters)
     decided = decide(run, policies, operands, {}, flags, root=1, strict=strict, known=known)
     out, updated = decided.run().cast((policies.default.output_dtype, FLOAT32))
-    return cast_floating(out, policies.default.output_dtype), updated
+    as_it_is = runs_as_written()
+    return out if as_it_is else cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)
 

@@ -13,7 +13,7 @@ from jax.extend import source_info_util
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
-from mpjax._core.scopes import POLICY_REGION, Path, has_policy
+from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
@@ -198,8 +198,9 @@ def _named(cls: type[nnx.Module], method: str) -> Callable[..., Any]:
     path = getattr(self, _PATH, None)
     if path is None:  # made during the call: it belongs to the module that made it
       return function(self, *args, **kwargs)
-    inside = has_policy(source_info_util.current_name_stack())
-    name = f"{POLICY_REGION}/{path}" if inside else path
+    around = source_info_util.current_name_stack()
+    facts = [POLICY_REGION] * has_policy(around) + [AS_WRITTEN] * is_as_written(around)
+    name = "/".join([*facts, path])
     with source_info_util.set_name_stack(source_info_util.new_name_stack(name)):
       return function(self, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from flax import nnx
 from mpjax._core.casting import cast_floating
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._engine.execute import runs_as_written
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
 from mpjax._flax.policed import facts, in_words, plain_class
 
@@ -100,7 +101,7 @@ def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> 
     strict = policies.has_op_rules and method == "__call__"
     known = module_paths(self) if strict else ()
     out = run(function, policies, operands, kwargs, flags, strict=strict, plain=plain, known=known)
-    return cast_floating(out, policies.default.output_dtype)
+    return out if runs_as_written() else cast_floating(out, policies.default.output_dtype)
 
   return call
 

@@ -27,6 +27,7 @@ from mpjax.inspect._check_report import (
 from mpjax.inspect._differences import Stats, compare
 from mpjax.inspect._flow_report import TOP
 from mpjax.inspect._inspected import PolicyLike, Subject, concrete, is_float, subject_of
+from mpjax.inspect._policies_inside import as_written, first_region, refuse_regions
 from mpjax.inspect._side_by_side import (
   FLOAT64,
   Border,
@@ -37,6 +38,8 @@ from mpjax.inspect._side_by_side import (
   doubled,
 )
 from mpjax.inspect._updates import updated
+
+_INSIDE = "modules, for a part that has a policy of its own (check its plain model to see them)"
 
 # Errors of a unit roundoff each add up like a random walk over some hundred operations.
 _TOLERATED_EPS = 16
@@ -64,6 +67,9 @@ def check(
   Of a result that updates an argument, as the parameters that a train step returns do, the change
   is compared too: a step that does nothing differs little from the true one in what it returns.
 
+  What has a policy already, as a model that `mpjax.apply_policy` made and a loss closes over, keeps
+  it, and is compared with what it is without: modules are then not looked into.
+
   Args:
     fn: A function of pytrees or NNX models (a loss, best), a Linen module, or an NNX model.
     policy: A `Policy`, a `PolicyMap` or a spec string. None for a module that `apply_policy` made:
@@ -83,7 +89,8 @@ def check(
 
   Raises:
     TypeError: An argument is a shape and no array.
-    ValueError: A rule of the policy map matches nothing, or ``reference`` is unknown.
+    ValueError: A rule of the policy map matches nothing, ``reference`` is unknown, or the function
+      has a policy inside that cannot be left out: in a ``jax.jit``, a loop or a checkpoint.
 
   Example:
     >>> import jax.numpy as jnp, mpjax.inspect
@@ -119,6 +126,8 @@ class _Comparison:
     self._lockstep = Lockstep(
       Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
     )
+    self.inside = first_region(decided.plan)
+    self._reference = reference
     self._results = _count_results(subject, decided)
     self.updates = _updates(subject, decided)
     self.params = [
@@ -137,11 +146,27 @@ class _Comparison:
   @property
   def opaque(self) -> list[Opaque]:
     """What was compared from outside only."""
-    return list(self._lockstep.opaque)
+    whole = [] if self.inside is None else [Opaque(_INSIDE, *self.inside)]
+    return [*whole, *self._lockstep.opaque]
+
+  def _run(self, given: list[Pair]) -> tuple[list[Pair], list[Crossing]]:
+    """Both sides: step by step, or as a whole where the two are different programs."""
+    if self.inside is None:
+      return self._lockstep.run(self._plans, given)
+    planners = Pair(self._reference, self._decided.planner)
+    columns = (
+      Interpreter(planner).run(plan, [pair[side] for pair in given])
+      for side, (planner, plan) in enumerate(zip(planners, self._plans, strict=True))
+    )
+    return [Pair(*pair) for pair in zip(*columns, strict=True)], []
 
   def _reference_plan(self, subject: Subject) -> Plan:
     planner = Planner(as_policy_map("float32"), subject.root, subject.absolute, located=True)
-    plan = planner.plan(self._decided.plan.jaxpr, self._decided.call.forms)
+    jaxpr = self._decided.plan.jaxpr
+    if first_region(self._decided.plan) is not None:
+      jaxpr = as_written(self._decided.call)
+    plan = planner.plan(jaxpr, self._decided.call.forms)
+    refuse_regions(plan, "check", "its reference")
     return doubled(plan) if self._double else plan
 
   def _all(self, operands: list[Any]) -> Any:
@@ -155,7 +180,7 @@ class _Comparison:
         for column, own in zip((exact, operands), params, strict=True)
       ]
       given = [Pair(*pair) for pair in zip(*columns, strict=True)]
-      outs, crossings = self._lockstep.run(self._plans, given)
+      outs, crossings = self._run(given)
       outs = [Pair(x, self._returned(y)) if is_float(x) else Pair(x, y) for x, y in outs]
       changes = [_change(outs[n], given[source]) for n, source in self.updates.items()]
       outs = [pair for pair in outs[: self._results] if is_float(pair.reference)]

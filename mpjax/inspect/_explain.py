@@ -48,7 +48,8 @@ def explain(
     **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
 
   Returns:
-    The report. ``report.leaks`` is empty if the policy does what it promises.
+    The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, and
+    nothing multiplies as traced, in float32.
 
   Raises:
     ValueError: A rule of the policy map matches nothing; a module without a policy came with None;
@@ -102,7 +103,10 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
     (*leaks[True], *foreign),
     leaks[False],
     tuple(IslandFlow(named(i.path), i.line, i.ops, i.cause) for i in flow.islands),
-    tuple(UnknownOp(op, named(path), line) for (op, line), path in flow.unknown.items()),
+    tuple(
+      UnknownOp(op, named(path), line, inside.count, inside.flops)
+      for (op, line, path), inside in flow.traced.items()
+    ),
     flow.loops,
   )
 

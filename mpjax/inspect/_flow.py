@@ -21,7 +21,16 @@ from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Plan, Read, Step
 from mpjax._engine.planner import Planner
-from mpjax.inspect._flow_costs import MATMULS, bytes_of, flops, has_floats, returns, runs_in
+from mpjax.inspect._flow_costs import (
+  MATMULS,
+  bytes_of,
+  dtype_inside,
+  flops,
+  has_floats,
+  matmuls_inside,
+  returns,
+  runs_in,
+)
 from mpjax.inspect._flow_data import (
   MEANT,
   NOTHING,
@@ -203,7 +212,8 @@ class _Walker:
       self.flow.foreign.append((step.place.path, step.eqn.primitive.name, line))
 
   def is_float32_scope(self, step: Step) -> bool:
-    return self.planner.policies.policy_of(step.won).compute_dtype == FLOAT32
+    governed = self.planner.policies.policy_of(step.won).compute_dtype
+    return step.place.has_policy or governed == FLOAT32
 
   # Bodies ----------------------------------------------------------------------------------------
 
@@ -244,9 +254,26 @@ class _Walker:
     entry.bytes += spot.times * sum(
       bytes_of(v, f) for v, f in zip(step.eqn.outvars, step.outs, strict=True)
     )
-    if rule == "unknown" and any(step.operands):
-      line = line_of(step.eqn, spot.line)
-      self.flow.unknown.setdefault((name, line), step.place.path)
+    self.count_traced(step, rule, spot)
+
+  def count_traced(self, step: Step, rule: str, spot: Spot) -> None:
+    """Count what runs as traced in a 16-bit scope, and the matmuls that it holds."""
+    path, backward, _ = step.place
+    name, line = step.eqn.primitive.name, line_of(step.eqn, spot.line)
+    wide = OpCount()
+    for matmul, times in matmuls_inside(step.eqn, step.params):
+      dtype, cost = dtype_inside(matmul), spot.times * times * flops(matmul)
+      key = OpKey(path, backward, matmul.primitive.name, rule, dtype, dtype, step.won)
+      for entry in (self.flow.ops.setdefault(key, OpCount()), *[wide] * (dtype == FLOAT32.name)):
+        entry.count += 1
+        entry.flops += cost
+    if self.is_float32_scope(step) or not (
+      wide.count or (rule == "unknown" and any(step.operands))
+    ):
+      return
+    entry = self.flow.traced.setdefault((name, line, path), OpCount())
+    entry.count += wide.count
+    entry.flops += wide.flops
 
   def count_widened(self, step: Step, outs: Sequence[Value], spot: Spot) -> None:
     """What is float32 for no other reason than a widening takes twice its bytes."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine import versions
+from mpjax._engine.bodies import repetitions
+from mpjax._engine.jaxprs import Jaxpr, JaxprEqn
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Step
 
@@ -44,6 +47,42 @@ def returns(step: Step) -> np.dtype:
     if is_float(var.aval):
       return var.aval.dtype if form is None else form.dtype
   return FLOAT32
+
+
+def matmuls_inside(
+  eqn: JaxprEqn, params: dict[str, Any] | None = None
+) -> Iterator[tuple[JaxprEqn, int]]:
+  """The matmuls in jaxprs that an equation holds and no plan has, each with how often it runs.
+
+  Args:
+    eqn: The equation.
+    params: Its parameters as it runs; those that it was traced with when None.
+  """
+  params = eqn.params if params is None else params
+  grid = getattr(params.get("grid_mapping"), "grid", ())  # of a Pallas kernel
+  times = math.prod(n for n in grid if isinstance(n, int)) * (repetitions(eqn) or 1)
+  for jaxpr in _jaxprs_in(tuple(params.values())):
+    for inner in jaxpr.eqns:
+      if inner.primitive.name in MATMULS:
+        yield inner, times
+      else:
+        yield from ((matmul, times * n) for matmul, n in matmuls_inside(inner))
+
+
+def _jaxprs_in(value: Any) -> Iterator[Jaxpr]:
+  """The jaxprs that a parameter is, or holds in tuples, lists and dicts."""
+  opened = versions.open_jaxpr(value)
+  if isinstance(opened, Jaxpr):
+    yield opened
+  elif isinstance(value, tuple | list | dict):
+    for entry in value.values() if isinstance(value, dict) else value:
+      yield from _jaxprs_in(entry)
+
+
+def dtype_inside(matmul: JaxprEqn) -> str:
+  """The dtype of a matmul that runs as traced: of the widest of its operands."""
+  dtypes: list[Any] = [atom.aval.dtype for atom in matmul.invars[:2]]  # type: ignore[union-attr]
+  return max(dtypes, key=lambda dtype: dtype.itemsize).name
 
 
 def bytes_of(var: Any, form: Form | None) -> int:

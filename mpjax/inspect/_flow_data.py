@@ -121,5 +121,5 @@ class Flow:
   widenings: list[Widening] = field(default_factory=list)
   islands: list[Island] = field(default_factory=list)
   foreign: list[tuple[Path, str, Line]] = field(default_factory=list)
-  unknown: dict[tuple[str, Line], Path] = field(default_factory=dict)
+  traced: dict[tuple[str, Line, Path], OpCount] = field(default_factory=dict)
   loops: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,11 +124,21 @@ class RuleUse:
 
 @dataclass(frozen=True)
 class UnknownOp:
-  """An operation that the table does not know, which ran exactly as traced, in float32."""
+  """An operation that runs exactly as traced, in float32.
+
+  Attributes:
+    op: Its name: one that the table does not know, or that holds matmuls of its own.
+    module: The module's path.
+    line: The line of the user's code.
+    matmuls: How many float32 matmuls and convolutions can be seen in it.
+    flops: Their multiplications and additions.
+  """
 
   op: str
   module: str
   line: Line
+  matmuls: int = 0
+  flops: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,7 +172,7 @@ class FlowReport(Report):
   @property
   def keeps_promise(self) -> bool:
     """Whether every matmul runs as the policy says, and nothing widens against it."""
-    return not self.leaks
+    return not (self.leaks or self.unknown)
 
   @property
   def flops(self) -> float:
@@ -182,18 +192,35 @@ class FlowReport(Report):
     total = sum(op.count for op in matmuls)
     narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
     facts = (
-      f"{narrow} of {total} matmuls and convolutions run in 16 bits "
-      f"({self.narrow_share:.0%} of {in_units(self.flops, 'FLOP')})"
+      f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
+      f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
     )
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
     head = f"{self.name} under {rules}{spec(self.policy.default)}"
     if self.keeps_promise:
       return f"{head}: does what it promises. {facts}; nothing widens against it."
-    first = self.leaks[0]
-    return (
-      f"{head}: leaks. {facts}, but {_places(len(self.leaks))} to float32, first {first.line} in "
-      f"{first.module}, by {first.widened_by[0]}."
-    )
+    verdict = "leaks" if self.leaks else "not all of it runs in 16 bits"
+    return f"{head}: {verdict}. {facts}, but {' and '.join(self._faults())}."
+
+  @property
+  def _hides(self) -> bool:
+    """Whether something runs as traced that cannot be looked into."""
+    return any(not op.matmuls for op in self.unknown)
+
+  def _faults(self) -> Iterator[str]:
+    if self.leaks:
+      first = self.leaks[0]
+      yield (
+        f"{_places(len(self.leaks))} to float32, first {first.line} in {first.module}, by "
+        f"{first.widened_by[0]}"
+      )
+    if self.unknown:
+      op, count = self.unknown[0], len(self.unknown)
+      yield (
+        f"{count} operation{'s' * (count > 1)} run{'s' * (count == 1)} as traced, in float32"
+        f"{', first' * (count > 1)}: {op.op} at {op.line} in {op.module} (mpjax.cast_inputs hands "
+        "a function 16 bits)"
+      )
 
   @property
   def rows(self) -> tuple[ModuleFlow, ...]:
@@ -233,9 +260,16 @@ class FlowReport(Report):
       rows = [[r.rule, r.policy, str(r.ops), _shortened(r.modules)] for r in self.rules]
       tables.append(Table(["rule", "policy", "ops", "modules"], rows, "<<><", "Rules"))
     if self.unknown:
-      rows = [[u.op, u.module, str(u.line)] for u in self.unknown]
-      title = "Operations that mpjax does not know: they ran as traced, in float32"
-      tables.append(Table(["operation", "module", "line"], rows, "<", title))
+      rows = [
+        [u.op, u.module, str(u.line), str(u.matmuls or "?"), in_units(u.flops) if u.matmuls else ""]
+        for u in self.unknown
+      ]
+      title = (
+        "Run as traced, in float32: mpjax does not know them, or leaves what they hold as it is. "
+        "mpjax.cast_inputs hands a function 16 bits"
+      )
+      header = ["operation", "module", "line", "matmuls", "FLOP"]
+      tables.append(Table(header, rows, "<<<>", title))
     return tables
 
   def _folded(self, module: str) -> str:
@@ -387,6 +421,11 @@ def _leaks_table(leaks: Sequence[Leak]) -> Table:
   header = ["line", "module", "operation", "widened by", "costs", "goes on to"]
   sources = dict.fromkeys(f"{leak.line}: {leak.line.text}" for leak in leaks if leak.line.text)
   return Table(header, rows, "<<<<><", "Leaks: narrow values that became float32", list(sources))
+
+
+def _percent(share: float) -> str:
+  """A share in percent, 100% only if it is all."""
+  return "over 99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
 def _places(count: int) -> str:

@@ -20,6 +20,7 @@ from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax.inspect._differentiated import Objective
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
+from mpjax.inspect._policies_inside import refuse_regions
 
 _Key = tuple[bool, Path]
 _Tallies = dict[_Key, Tally]
@@ -52,9 +53,8 @@ def record(
   pass is counted apart: the values that loss scaling is for.
 
   Args:
-    fn: A function of pytrees as written in float32: what a policy already holds in 16 bits is not
-      counted. NNX models may be among the arguments; what a call changes in them is
-      not brought back.
+    fn: A function of pytrees as written in float32, without a policy inside. NNX
+      models may be among the arguments; what a call changes in them is not brought back.
     policy: A `Policy`, a `PolicyMap` or a spec string.
     argnums: Which positional arguments hold the parameters.
 
@@ -64,7 +64,8 @@ def record(
     ``jax.jit(record(...))`` compiles once, ``nnx.jit`` with models among the arguments.
 
   Raises:
-    ValueError: A policy cannot be parsed or holds nothing in 16 bits.
+    ValueError: A policy cannot be parsed or holds nothing in 16 bits; or, at a call, ``fn`` has a
+      16-bit policy inside.
 
   Example:
     >>> import jax.numpy as jnp, mpjax
@@ -86,6 +87,7 @@ def record(
   @functools.wraps(fn)
   def recorded(*args: Any) -> tuple[Any, Values]:
     decided = Objective(fn, args, argnums).decide(policies)
+    refuse_regions(decided.plan, "record", "what it records")
     operands = decided.call.operands
     flags = [False] * len(operands)
     flat, tallies = jax.jit(lambda xs: _run(decided.plan, xs, flags))(operands)

@@ -28,6 +28,7 @@ from mpjax.inspect._policies_by_module import (
   rules_of,
   spelled,
 )
+from mpjax.inspect._policies_inside import refuse_regions
 from mpjax.inspect._target_compiler import costs_of
 from mpjax.inspect._tune_report import Sensitivity, Trial, TuneReport
 
@@ -75,7 +76,7 @@ def tune(
 
   Raises:
     ValueError: If there is no candidate below float32, the tolerance is not positive, or the loss
-      or gradients are not finite in float32.
+      or gradients are not finite in float32, or ``loss_fn`` has a 16-bit policy inside.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -124,6 +125,7 @@ class _Lab:
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
     self.leaves = [path for path, _ in leaf_paths(objective.params)]
     wide = PolicyMap({}, WIDE)
+    refuse_regions(objective.decide(wide).plan, "tune", "its reference")
     self.exact, moved = self._run(objective.value_and_grad(wide))
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(self.exact)):
       raise ValueError(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -298,3 +299,58 @@ def test_the_change_of_an_nnx_model_is_compared():
   report = check(step, IDLE, model, jnp.ones((2, 8)), gradients=False)
   assert [change.argument for change in report.changes] == ["kernel"]
   assert any(fault.startswith("the change of kernel") for fault in report.faults)
+
+
+class Overflowing(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return (nn.Dense(8, name="up")(x * 1000.0) * 1000.0).sum()
+
+
+def policed_losses():
+  """Losses of one model and its parameters, with a policy inside, by how it got there."""
+  plain, x = Overflowing(), jnp.ones((4, W))
+  params = plain.init(jax.random.key(0), x)["params"]
+  policed = mpjax.apply_policy(plain, "p=f32, c=f16, o=f16")
+  loss = lambda p, x: plain.apply({"params": p}, x)
+  inner = mpjax.autocast(loss, "mixed_float16")
+  return (
+    params,
+    x,
+    {
+      "apply_policy": lambda p, x: policed.apply({"params": p}, x).astype(jnp.float32),
+      "autocast": lambda p, x: inner(p, x) + 0.0,
+      "autocast in autocast": lambda p, x: mpjax.autocast(inner, "mixed_bfloat16")(p, x),
+    },
+  )
+
+
+@pytest.mark.parametrize("kind", ["apply_policy", "autocast", "autocast in autocast"])
+def test_a_policy_inside_is_compared_with_what_runs_without_it(kind):
+  params, x, losses = policed_losses()
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    report = check(losses[kind], "mixed_float16", params, x)
+  assert not report.agrees and report.result.overflow == 1
+  assert any("a policy of its own" in note.what for note in report.not_looked_into)
+
+
+def test_an_nnx_model_that_has_a_policy_is_compared_with_what_it_is_without():
+  model = mpjax.apply_policy(nnx.Linear(W, W, rngs=nnx.Rngs(0)), "bfloat16")
+  loss = lambda model, x: jnp.mean(model(x).astype(jnp.float32) ** 2)
+  with jax.numpy_rank_promotion("allow"):
+    report = check(loss, "mixed_bfloat16", model, X)
+  assert 0 < report.result.error < report.tolerance
+
+
+def test_a_policy_that_cannot_be_left_out_is_refused():
+  params, x, losses = policed_losses()
+  jitted = jax.jit(losses["autocast"])
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    before = str(jax.make_jaxpr(jitted)(params, x))
+    with pytest.raises(ValueError, match=r"got one with a 16-bit policy inside, .* plain model"):
+      check(jitted, "mixed_float16", params, x)
+    assert str(jax.make_jaxpr(jitted)(params, x)) == before
+    with pytest.raises(ValueError, match="tune must trace its function in float32"):
+      mpjax.inspect.tune(losses["autocast"], (params, x))
+    with pytest.raises(ValueError, match="record must trace its function in float32"):
+      mpjax.inspect.record(losses["autocast"], "mixed_float16")(params, x)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -225,7 +227,7 @@ def test_positions_and_unknown_operations_are_named_as_origins(backward):
   if not backward:
     assert causes[1].startswith("the unknown operation twice at ")
     assert [op.op for op in report.unknown] == ["twice"]
-    assert "does not know" in str(report) and "twice" in str(report)
+    assert "mpjax does not know" in str(report) and "twice" in str(report)
 
 
 def test_the_rules_of_a_map_are_listed_with_what_they_won():
@@ -302,3 +304,65 @@ def test_results_of_several_dtypes_have_a_backward_pass():
   fn = lambda w: (w.astype(jnp.bfloat16), w)
   report = explain(fn, "mixed_bfloat16", jnp.ones(3), grad=True)
   assert any(op.backward for op in report.ops)
+
+
+def kernel(a, b, out):
+  out[...] = a[...] @ b[...]
+
+
+def with_a_kernel(w, x):
+  shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return pl.pallas_call(kernel, out_shape=shape)(x @ w, w)
+
+
+def with_a_solve(w, x):
+  solve = lambda matvec, b: jnp.linalg.solve(w, b)
+  return lax.custom_linear_solve(lambda v: w @ v, (x @ w)[0], solve, symmetric=True)
+
+
+@pytest.mark.parametrize(("fn", "op"), [(with_a_kernel, "pallas_call"), (with_a_solve, "linear")])
+def test_matmuls_inside_of_what_runs_as_traced_count_as_float32(fn, op):
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  (traced,) = report.unknown
+  assert op in traced.op and traced.matmuls >= 1 and traced.line.function.startswith("with_a")
+  assert 0 < report.narrow_share < 1 and not report.keeps_promise
+  assert "100%" not in report.summary and "does what it promises" not in report.summary
+  assert op in report.summary and "mpjax.cast_inputs" in report.summary
+  assert sum(o.count for o in report.ops if o.op == "dot_general" and o.dtype == "float32") == (
+    traced.matmuls
+  )
+
+
+def test_in_a_float32_module_a_kernel_is_as_the_rule_says():
+  def fn(w, x):
+    with jax.named_scope("kernel"):
+      return with_a_kernel(w, x)
+
+  policies = mpjax.PolicyMap({"kernel": "float32"}, default="mixed_bfloat16")
+  assert explain(fn, policies, SQUARE, X).keeps_promise
+
+
+def test_a_kernel_that_is_handed_16_bits_counts_as_narrow():
+  def fn(w, x):
+    h = (x @ w).astype(jnp.bfloat16)
+    return with_a_kernel(w.astype(jnp.bfloat16), h)
+
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert report.narrow_share == 1.0 and report.flops == 3 * 2 * 2 * W * W
+
+
+def test_what_cannot_be_looked_into_is_no_hundred_percent_of_everything():
+  def fn(w, x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.asarray, shape, x @ w)
+
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert "1 of 1 matmuls and convolutions that can be seen" in report.summary
+  assert "pure_callback" in report.summary and not report.keeps_promise
+
+
+def test_what_a_marked_function_multiplies_is_counted_in_its_format():
+  fn = lambda w, x: mpjax.cast_inputs(lambda a, b: a @ b)(x @ w, w)
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert report.flops == 2 * 2 * 2 * W * W and report.narrow_share == 1.0
+  assert report.keeps_promise

@@ -1,0 +1,61 @@
+"""Sees that a function has a policy inside already, and takes it away for a reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax._core.scopes import AS_WRITTEN, Path
+from mpjax._engine import jaxprs
+from mpjax._engine.calls import Call
+from mpjax._engine.plan import Plan, Step
+from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
+
+
+def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
+  """The module and line of the first operation on 16 bits in a region that has its own policy."""
+  for step in plan.steps:
+    here = line_of(step.eqn, line)
+    if step.place.has_policy and _is_narrow(step):
+      return step.place.path, here
+    for body in step.bodies:
+      found = first_region(body, here)
+      if found is not None:
+        return found
+  return None
+
+
+def _is_narrow(step: Step) -> bool:
+  avals: list[Any] = [atom.aval for atom in (*step.eqn.invars, *step.eqn.outvars)]
+  dtypes = [getattr(aval, "dtype", None) for aval in avals]
+  return any(d is not None and d.itemsize == 2 and jnp.issubdtype(d, jnp.floating) for d in dtypes)
+
+
+def as_written(call: Call) -> Any:
+  """The jaxpr of a call without the policies inside of it, as far as they can be left out."""
+
+  def plain(*operands: Any) -> list[Any]:
+    with jax.named_scope(AS_WRITTEN):
+      return call.flat(*operands)
+
+  return jaxprs.trace(plain, call.operands)
+
+
+def refuse_regions(plan: Plan, tool: str, what: str) -> None:
+  """Refuse a function that has a 16-bit policy inside.
+
+  Raises:
+    ValueError: It has.
+  """
+  found = first_region(plan)
+  if found is not None:
+    path, line = found
+    where = f" in {'/'.join(path)}" if path else ""
+    raise ValueError(
+      f"{tool} must trace its function in float32; got one with a 16-bit policy inside, first at "
+      f"{line}{where}, so that {what} would be 16-bit too. Give it the function of the plain model "
+      'or loss, as it was before apply_policy or autocast (apply_policy(model, "float32") takes a '
+      "policy away), and the policy as an argument."
+    )

@@ -10,17 +10,21 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpjax import Policy
 from mpjax._demo.jobs import Job, UsageError
 from mpjax.inspect._targets import TARGETS
-from mpjax.plot import Curve, save_curves
+from mpjax.plot import save_curves
+
+if TYPE_CHECKING:
+  from mpjax._demo.compare import Comparison
 
 _USAGE, _INTERRUPTED = 2, 130
 _DEFAULT_POLICIES = "float32,mixed_bfloat16,mixed_float16"
@@ -183,7 +187,7 @@ def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
   )
   add("--seed", type=_count(0), default=0, metavar="N", help="initial values and batches (0)")
   add("--json", type=Path, metavar="FILE", help="write the rows of the table as JSON")
-  add("--plot", type=Path, metavar="FILE.png", help="draw the loss and scale curves")
+  add("--plot", type=Path, metavar="FILE.png", help="draw losses, held-out metric and loss scales")
   add("--checkpoint", type=Path, metavar="DIR", help="save the state ten times a run")
   add("--resume", action="store_true", help="go on from the checkpoints in DIR, if it has any")
 
@@ -251,16 +255,25 @@ def _compare(args: argparse.Namespace) -> int:
   progress = Progress(sys.stderr, max(map(len, args.policies)))
   report = compare(job, args.policies, plan, progress, args.checkpoint)
   if report.results:
-    print(format_report(report))
+    print(format_report(report, shutil.get_terminal_size().columns))
   if args.json is not None:
     _write_json(args.json, report.rows())
   if args.plot is not None and report.results:
-    _write_plot(args.plot, [result.curve for result in report.results])
+    _write_plot(args.plot, report)
   if report.interrupted:
     complete = sum(result.metric is not None for result in report.results)
     print(f"mpjax: interrupted: {complete} of {len(args.policies)} policies done", file=sys.stderr)
+    if report.compiling:
+      _leave_the_compiler()
     return _INTERRUPTED
   return 0
+
+
+def _leave_the_compiler() -> NoReturn:
+  """Ends the process at once: an interpreter that ends in order would wait for the compiler."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(_INTERRUPTED)
 
 
 def _cost(args: argparse.Namespace) -> int:
@@ -346,9 +359,19 @@ def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     raise UsageError(f"--json could not be written. {_reason(error, path)}") from error
 
 
-def _write_plot(path: Path, curves: Sequence[Curve]) -> None:
+def _write_plot(path: Path, report: Comparison) -> None:
+  metric = report.metric
+  held_out = [
+    None if result.metric is None else metric.factor * result.metric for result in report.results
+  ]
+  unit = f", {metric.unit}" if metric.unit else ""
   try:
-    save_curves(curves, path)
+    save_curves(
+      [result.curve for result in report.results],
+      path,
+      title=f"{report.job}: {report.plan.steps} steps of {report.plan.batch_size}",
+      held_out=(f"{metric.name.replace('_', ' ')}{unit}", held_out),
+    )
   except OSError as error:
     raise UsageError(f"--plot could not be written. {_reason(error, path)}") from error
 

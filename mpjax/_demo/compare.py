@@ -7,7 +7,8 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _FINAL_STEPS = 20
 _CHECKPOINTS = 10
 _TIMED_ROUNDS = 20
 _TIMED_SECONDS = 6.0
+_SECONDS_TO_HEAR_CTRL_C = 0.2
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Comparison:
     results: One result a policy, in the order asked for; the policies that took no step by the
       time of an interrupt are missing.
     interrupted: Whether Ctrl-C ended it early.
+    compiling: Whether a compiler was at work when it did, and still is.
   """
 
   job: str
@@ -107,6 +110,7 @@ class Comparison:
   plan: Plan
   results: tuple[Result, ...]
   interrupted: bool
+  compiling: bool = False
 
   def rows(self) -> list[dict[str, Any]]:
     """One JSON object a policy; what is unknown or not finite is ``None``."""
@@ -161,7 +165,7 @@ def compare(
   """
   runs: list[_Run] = []
   interrupted = False
-  with _deferred_interrupts() as interrupts, ExitStack() as stack:
+  with _deferred_interrupts(progress.say) as interrupts, ExitStack() as stack:
     # All are opened, and so checked, before the first policy takes its time.
     saved = {
       name: stack.enter_context(_checkpoints(checkpoint, job, policy, plan))
@@ -176,7 +180,7 @@ def compare(
     except KeyboardInterrupt:
       interrupted = True
   results = tuple(run.result() for run in runs if run.done)
-  return Comparison(job.name, job.metric, plan, results, interrupted)
+  return Comparison(job.name, job.metric, plan, results, interrupted, interrupts.left_behind)
 
 
 class _Run:
@@ -207,7 +211,7 @@ class _Run:
       KeyboardInterrupt: After the step at hand, if Ctrl-C was pressed.
     """
     self._restore()
-    self._compile()
+    self._compile(interrupts)
     if self.done:
       progress.update(self.done, *self._shown())
     every = max(1, self._plan.steps // _CHECKPOINTS)
@@ -264,10 +268,10 @@ class _Run:
     skipped = self.done - int(self._history["applied"].sum())
     return float(self._history["losses"][last]), float(self._history["scales"][last]), skipped
 
-  def _compile(self) -> None:
+  def _compile(self, interrupts: _Interrupts) -> None:
     batch = self._batch(0)
     began = time.perf_counter()
-    compiled = self._session.lower(batch).compile()
+    compiled = _elsewhere(self._session.lower(batch).compile, interrupts)
     self._compile_seconds = time.perf_counter() - began
     self._memory = compiled.memory_analysis()
 
@@ -301,8 +305,10 @@ def _time_in_turns(runs: list[_Run], interrupts: _Interrupts) -> None:
 class _Interrupts:
   """Whether Ctrl-C was pressed, to be asked where it is safe to stop."""
 
-  def __init__(self) -> None:
+  def __init__(self, say: Callable[[str], None]) -> None:
     self.pressed = False
+    self.left_behind = False
+    self._say = say
 
   def check(self) -> None:
     """Raises KeyboardInterrupt if Ctrl-C was pressed."""
@@ -313,16 +319,17 @@ class _Interrupts:
     """Notes the first Ctrl-C; the second one interrupts at once."""
     self.check()
     self.pressed = True
+    self._say("stopping after the step at hand; Ctrl-C again stops at once")
 
 
 @contextmanager
-def _deferred_interrupts() -> Iterator[_Interrupts]:
+def _deferred_interrupts(say: Callable[[str], None]) -> Iterator[_Interrupts]:
   """Makes Ctrl-C a question to ask between steps.
 
   An exception out of the middle of a trace or a compilation has crashed the interpreter as it
   ended (jaxlib 0.10.2), and a step that is cut in two would leave its donated state deleted.
   """
-  interrupts = _Interrupts()
+  interrupts = _Interrupts(say)
   if threading.current_thread() is not threading.main_thread():
     yield interrupts
     return
@@ -331,6 +338,28 @@ def _deferred_interrupts() -> Iterator[_Interrupts]:
     yield interrupts
   finally:
     signal.signal(signal.SIGINT, before)
+
+
+def _elsewhere(compile_step: Callable[[], Any], interrupts: _Interrupts) -> Any:
+  """Compiles in another thread, so that Ctrl-C is heard meanwhile.
+
+  Raises:
+    KeyboardInterrupt: If Ctrl-C was pressed; the compiler is then left behind, at work.
+  """
+  future: Future[Any] = Future()
+
+  def work() -> None:
+    try:
+      future.set_result(compile_step())
+    except BaseException as error:  # raised again where the result is asked for
+      future.set_exception(error)
+
+  threading.Thread(target=work, name="mpjax-compile", daemon=True).start()
+  while not wait([future], timeout=_SECONDS_TO_HEAR_CTRL_C).done:
+    if interrupts.pressed:
+      interrupts.left_behind = True
+      raise KeyboardInterrupt
+  return future.result()
 
 
 def _checkpoints(

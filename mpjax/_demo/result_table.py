@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from mpjax._demo.compare import Comparison, Result
 from mpjax.inspect._report import Table
 
 _UNKNOWN = "-"
+_DTYPES_FIT = 79
+_WIDEST_NOTE = 120
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
-def format_report(report: Comparison) -> str:
-  """Prints a report as a table, one row a policy, and what its columns mean."""
+def format_report(report: Comparison, width: int) -> str:
+  """Prints a report as a table, one row a policy, and what its columns mean.
+
+  Where the terminal is too narrow for one table it is two: what came out, and what it took.
+
+  Args:
+    report: What came of the run.
+    width: The columns of the terminal.
+  """
   header = ["policy", "par/comp/out", "steps", "skips", "scale", "loss", *_metric_header(report)]
   header += ["args MiB", "temp MiB", "step ms", "ratio", "compile s"]
   rows = [_cells(report, result) for result in report.results]
-  notes = [
+  whole = str(Table(header, rows, align="<<>"))
+  parts = [whole] if _width(whole) <= width else [_part(header, rows, p) for p in _parts(width)]
+  return "\n\n".join([*parts, *_notes(report, width)])
+
+
+def _width(text: str) -> int:
+  return max(map(len, text.splitlines()))
+
+
+def _parts(width: int) -> list[list[int]]:
+  """The columns of two tables; the dtypes, which a policy says itself, only where there is room."""
+  return [[0, *range(2, 8)], [0, 1, *range(8, 13)] if width >= _DTYPES_FIT else [0, *range(8, 13)]]
+
+
+def _part(header: list[str], rows: list[list[str]], columns: list[int]) -> str:
+  picked = [[row[column] for column in columns] for row in [header, *rows]]
+  return str(Table(picked[0], picked[1:], align="<<>" if 1 in columns else "<>"))
+
+
+def _notes(report: Comparison, width: int) -> list[str]:
+  notes = (
     f"{report.job}: {report.plan.steps} steps of {report.plan.batch_size}, "
     f"seed {report.plan.seed}. loss: mean of the last applied training steps; "
     f"{report.metric.name.replace('_', ' ')}: on held-out data.",
     "args, temp: memory of the compiled step, as the compiler states it; "
     "ratio: step time to the first row's.",
-  ]
-  return str(Table(header, rows, align="<<>", notes=notes))
+  )
+  return ["\n".join(textwrap.fill(note, min(width, _WIDEST_NOTE)) for note in notes)]
 
 
 def _metric_header(report: Comparison) -> list[str]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.inspect._check_report import CheckReport
+from mpjax.inspect._check_report import CheckReport, ModuleCheck
 from mpjax.inspect._flow_report import FlowReport
 from mpjax.inspect._locate import NonFiniteReport
-from mpjax.plot._axes import BLUE, RED, figure_class, new_axes
+from mpjax.plot._axes import BLUE, GREY, RED, SERIES, figure_class, new_axes
 from mpjax.plot._reports import (
   plot_cost,
   plot_frontier,
@@ -73,13 +73,22 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> from matplotlib.figure import Figure
+    >>> losses, ones = np.array([2.0, 1.0, 0.5]), np.ones(3)
+    >>> ax = plot_losses([Curve("float32", losses, ones, ones > 0)], ax=Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_ylabel()
+    ('step', 'training loss')
   """
   ax = new_axes() if ax is None else ax
   for number, curve in enumerate(curves):
     steps, style = _steps(curve), _style(number)
     ax.plot(steps, curve.losses, color=style["color"], alpha=0.2, linewidth=0.8)
-    mean = running_mean(curve.losses, 1 + len(curve.losses) // 40)
-    ax.plot(steps, mean, label=curve.label, **style)
+    width = 1 + len(curve.losses) // 40
+    ax.plot(steps, running_mean(curve.losses, width), label=curve.label, **style)
+  if curves:
+    ax.plot([], [], color=GREY, alpha=0.5, linewidth=0.8, label="each step; above: running means")
   if _span(curves) > _WIDE_SPAN:
     ax.set_yscale("log")
   ax.set(xlabel="step", ylabel="training loss")
@@ -99,9 +108,21 @@ def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> from matplotlib.figure import Figure
+    >>> scales, applied = np.array([8.0, 8.0, 4.0]), np.array([True, False, True])
+    >>> ax = plot_scales([Curve("float16", np.ones(3), scales, applied)], ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['float16', 'skipped']
   """
   ax = new_axes() if ax is None else ax
-  for number, curve in enumerate(curves):
+  return _draw_scales(ax, list(enumerate(curves)))
+
+
+def _draw_scales(ax: Axes, numbered: Sequence[tuple[int, Curve]]) -> Axes:
+  """Draws loss scales; the number of a run decides its color."""
+  for number, curve in numbered:
     steps, style = _steps(curve), _style(number)
     ax.plot(steps, curve.scales, drawstyle="steps-post", label=curve.label, **style)
     skipped = ~curve.applied
@@ -148,7 +169,8 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
 def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   """Plots the relative error of what each module is given and hands out.
 
-  A cross marks a module whose results overflow, a triangle one whose results underflow.
+  Of more than 30 modules the 30 with the largest errors are drawn, in the order of the model. A
+  cross marks a module whose results overflow, a triangle one whose results underflow.
 
   Args:
     report: What `mpjax.inspect.check` returned.
@@ -160,7 +182,7 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
   """
-  rows = report.rows
+  rows = _worst(report.rows)
   ax = new_axes(len(rows)) if ax is None else ax
   places = np.arange(len(rows))
   out = np.array([row.output.error for row in rows], float)
@@ -179,6 +201,8 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   ax.set_xscale("log")
   _name_rows(ax, [row.module for row in rows])
   ax.set(xlabel=f"relative error against {report.reference}")
+  if len(rows) < len(report.rows):
+    ax.set_title(f"the {len(rows)} of {len(report.rows)} modules that lose most", fontsize="medium")
   ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
   return ax
 
@@ -224,6 +248,14 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
 
 
 _SHOWN_SHARE = 0.01
+_ROWS_SHOWN = 30
+
+
+def _worst(rows: Sequence[ModuleCheck]) -> list[ModuleCheck]:
+  """At most so many rows as can be read: those with the largest errors, NaN first, in order."""
+  errors = [np.nan_to_num(row.output.error, nan=np.inf, posinf=np.inf) for row in rows]
+  kept = sorted(np.argsort(errors, kind="stable")[-_ROWS_SHOWN:])
+  return [rows[place] for place in kept]
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -253,22 +285,70 @@ def _limit(array: str) -> float:
   return float(jnp.finfo(formats.get(array.partition("[")[0], jnp.float32)).max)
 
 
-def save_curves(curves: Sequence[Curve], path: Path) -> None:
-  """Writes a picture of the losses and the loss scales of some runs, side by side.
+def save_curves(
+  curves: Sequence[Curve],
+  path: Path,
+  *,
+  title: str = "",
+  held_out: tuple[str, Sequence[float | None]] | None = None,
+) -> None:
+  """Writes a picture of some runs: losses, what came out on held-out data, and loss scales.
+
+  The loss scales have a panel only if one of them is not 1 throughout, or a step was skipped.
 
   Args:
     curves: The runs.
     path: A file whose suffix names a format that matplotlib writes.
+    title: What stands above the picture.
+    held_out: What was measured after training and its value for each run, ``None`` where it was
+      not; no panel without it.
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
     OSError: If the file cannot be written.
+
+  Example:
+    >>> import tempfile
+    >>> curve = Curve("float32", np.array([2.0, 1.0]), np.ones(2), np.ones(2, bool))
+    >>> path = Path(tempfile.mkdtemp()) / "curves.png"
+    >>> save_curves([curve], path, title="digits", held_out=("accuracy, %", [99.5]))
+    >>> path.exists()
+    True
   """
-  figure = figure_class()(figsize=(11, 4.2), layout="constrained")
-  left, right = figure.subplots(1, 2)
-  plot_losses(curves, ax=left)
-  plot_scales(curves, ax=right)
+  scaled = [
+    (number, curve)
+    for number, curve in enumerate(curves)
+    if (curve.scales != 1).any() or not curve.applied.all()
+  ]
+  widths = [1.5, *[0.8] * (held_out is not None), *[1.1] * bool(scaled)]
+  figure = figure_class()(figsize=(1.5 + 3.4 * sum(widths), 4.2), layout="constrained")
+  axes = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
+  plot_losses(curves, ax=axes[0])
+  if held_out is not None:
+    _plot_held_out(curves, *held_out, ax=axes[1])
+  if scaled:
+    _draw_scales(axes[-1], scaled)
+  figure.suptitle(title)
   figure.savefig(path, dpi=150)
+
+
+def _plot_held_out(
+  curves: Sequence[Curve], name: str, values: Sequence[float | None], *, ax: Axes
+) -> None:
+  """A dot a run, its number beside it, in the color of the run's curve."""
+  for number, value in enumerate(values):
+    if value is not None and np.isfinite(value):
+      ax.plot(value, number, "o", color=_style(number)["color"], markersize=9)
+      note = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center"}
+      ax.annotate(f"{value:.4g}", (value, number), **note)
+    else:
+      ax.text(0.5, number, "none", transform=ax.get_yaxis_transform(), ha="center", va="center")
+  _name_rows(ax, [curve.label for curve in curves])
+  ax.margins(x=0.35)
+  low, high = ax.get_xlim()
+  if "%" in name:
+    ax.set_xlim(low, min(high, 100 + 0.05 * (high - low)))
+  ax.set(xlabel=f"held-out {name}")
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
@@ -302,4 +382,5 @@ def _steps(curve: Curve) -> np.ndarray:
 
 def _style(number: int) -> dict[str, Any]:
   """Runs lie on top of each other when all is well, so their dashes differ too."""
-  return {"color": f"C{number}", "linestyle": _DASHES[number % 4], "linewidth": 1.6}
+  color = SERIES[number % len(SERIES)]
+  return {"color": color, "linestyle": _DASHES[number % 4], "linewidth": 1.6}

@@ -12,6 +12,10 @@ _ROW_INCHES = 0.28
 
 # Okabe and Ito, Color Universal Design (2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+PINK, SKY = "#CC79A7", "#56B4E9"
+
+# Of several runs, in this order: neighbors differ in lightness too.
+SERIES = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
 
 
 def figure_class() -> type[Figure]:

@@ -4,6 +4,9 @@ import dataclasses
 import io
 import json
 import math
+import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +89,7 @@ def test_a_run_that_diverges_is_reported_as_not_known():
   row = report.rows()[0]
   assert row["train_loss"] is None and row["metric"] is None
   assert row["complete"]
-  assert "nan" in format_report(report)
+  assert "nan" in format_report(report, 80)
 
 
 def test_ctrl_c_ends_after_the_step_at_hand_with_what_there_is():
@@ -96,7 +99,7 @@ def test_ctrl_c_ends_after_the_step_at_hand_with_what_there_is():
   assert result.steps == 6
   assert result.metric is None
   assert math.isfinite(result.train_loss)
-  assert "6/12" in format_report(report)
+  assert "6/12" in format_report(report, 80)
   assert report.rows()[0]["complete"] is False
 
 
@@ -183,12 +186,21 @@ def test_a_checkpoint_keeps_every_dtype_to_the_bit(tmp_path):
 
 
 def test_the_table_lines_up_and_tells_differences_to_the_first_row():
-  lines = format_report(run(LinearJob())).splitlines()
+  lines = format_report(run(LinearJob()), 160).splitlines()
   header, *rows = lines[:4]
   assert len({len(line) for line in (header, *rows)}) == 1
   assert header.split()[:3] == ["policy", "par/comp/out", "steps"]
   assert [row.split()[1] for row in rows] == ["f32/f32/f32", "f32/bf16/f32", "f32/f16/f32"]
   assert " 1.00x " in rows[0]
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 160])
+def test_the_table_fits_the_terminal_and_loses_no_column(width):
+  text = format_report(run(LinearJob()), width)
+  assert max(map(len, text.splitlines())) <= width
+  for column in ("skips", "scale", "loss", "error", "args MiB", "step ms", "ratio", "compile s"):
+    assert column in text
+  assert text.count("mixed_bfloat16") == (1 if width >= 160 else 2)
 
 
 def test_the_final_loss_is_a_mean_over_the_last_twenty_applied_steps():
@@ -205,13 +217,78 @@ class Terminal(io.StringIO):
     return True
 
 
+@pytest.mark.parametrize("columns", [60, 80, 160])
+def test_the_bar_fits_the_terminal_and_uses_it(columns, monkeypatch):
+  monkeypatch.setenv("COLUMNS", str(columns))
+  stream = Terminal()
+  progress = Progress(stream, 14)
+  with progress.run("mixed_bfloat16", 400):
+    progress.update(200, 0.5, 32768.0, 12)
+  shown = stream.getvalue().split("\n")[0].split("\r")[-1]
+  assert len(shown) == columns - 1
+  assert "200/400  loss 0.5000  scale 32768" in shown
+  assert shown.count("#") == {60: 0, 80: 3, 160: 20}[columns]
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO], ids=["terminal", "log"])
+def test_a_clock_runs_while_the_step_compiles(kind, monkeypatch):
+  monkeypatch.setattr("mpjax._demo.progress._TICK", 0.01)
+  monkeypatch.setattr("mpjax._demo.progress._TICK_IN_A_LOG", 0.01)
+  stream = kind()
+  progress = Progress(stream)
+  with progress.run("float32", 2):
+    until = time.monotonic() + 5
+    while "compiling, 0 s" not in stream.getvalue() and time.monotonic() < until:
+      time.sleep(0.01)
+  assert "compiling, 0 s" in stream.getvalue()
+
+
+def test_ctrl_c_is_answered_while_a_step_compiles_and_keeps_what_there_is():
+  class Slow(LinearJob):
+    def start(self, policy, steps, seed):
+      session = super().start(policy, steps, seed)
+      if len(self.sessions) == 2:
+        session.lower = lambda batch: SlowToCompile()
+      return session
+
+  class SlowToCompile:
+    def compile(self):
+      signal.raise_signal(signal.SIGINT)
+      released.wait(60)
+
+  released = threading.Event()
+  stream = io.StringIO()
+  try:
+    report = compare(Slow(), THREE, PLAN, Progress(stream))
+  finally:
+    released.set()
+  assert report.interrupted and report.compiling
+  assert [result.curve.label for result in report.results] == ["float32"]
+  assert "stopping after the step at hand" in stream.getvalue()
+
+
+def test_a_compiler_that_fails_says_why():
+  class Broken(LinearJob):
+    def start(self, policy, steps, seed):
+      session = super().start(policy, steps, seed)
+      session.lower = lambda batch: self
+      return session
+
+    def compile(self):
+      raise RuntimeError("out of registers")
+
+  with pytest.raises(RuntimeError, match="out of registers"):
+    run(Broken())
+
+
 def test_progress_in_a_log_is_a_line_at_every_quarter():
   stream = io.StringIO()
   progress = Progress(stream, 10)
   with progress.run("float32", 20):
     for done in range(1, 21):
       progress.update(done, 0.5, 8.0, 1)
-  lines = stream.getvalue().splitlines()
+  first, *lines = stream.getvalue().splitlines()
+  assert first.split() == ["float32", "compiling"]
   assert [line.split("] ")[1].split()[0] for line in lines] == ["5/20", "10/20", "15/20", "20/20"]
   assert all("loss 0.5000  scale 8  skips 1" in line for line in lines)
 

@@ -39,7 +39,7 @@ def labels(ax):
 @pytest.mark.parametrize("plot", [plot_losses, plot_scales])
 def test_a_plot_draws_on_the_axes_given_and_returns_them(ax, plot):
   assert plot([curve("float32"), curve("mixed_float16")], ax=ax) is ax
-  assert labels(ax) == ["float32", "mixed_float16"]
+  assert labels(ax)[:2] == ["float32", "mixed_float16"]
   assert ax.get_xlabel() == "step" and ax.get_ylabel()
 
 
@@ -79,6 +79,32 @@ def test_curves_are_saved_in_the_format_of_the_suffix(tmp_path, suffix, start):
   path = tmp_path / f"curves.{suffix}"
   save_curves([curve(), curve("mixed_float16", scale=2**15)], path)
   assert path.read_bytes().startswith(start)
+
+
+def test_losses_say_in_their_legend_what_is_raw_and_what_is_smoothed(ax):
+  assert labels(plot_losses([curve()], ax=ax))[-1] == "each step; above: running means"
+
+
+def panels(monkeypatch, tmp_path, curves, **options):
+  """The axes of a saved picture."""
+  made = []
+  monkeypatch.setattr(
+    Figure, "savefig", lambda figure, *args, **kwargs: made.append(figure), raising=True
+  )
+  save_curves(curves, tmp_path / "curves.png", **options)
+  return made[0].axes, made[0].get_suptitle()
+
+
+def test_a_picture_has_a_title_and_the_metric_and_no_panel_that_says_nothing(monkeypatch, tmp_path):
+  runs = [curve(), curve("mixed_float16", scale=2**15)]
+  options = {"title": "digits", "held_out": ("accuracy, %", [99.5, None])}
+  axes, title = panels(monkeypatch, tmp_path, runs, **options)
+  assert title == "digits"
+  assert [a.get_xlabel() for a in axes] == ["step", "held-out accuracy, %", "step"]
+  assert [text.get_text() for text in axes[1].texts] == ["99.5", "none"]
+  assert axes[2].get_lines()[0].get_color() == axes[0].get_lines()[3].get_color()
+  axes, _ = panels(monkeypatch, tmp_path, runs[:1])
+  assert len(axes) == 1
 
 
 def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch, tmp_path):

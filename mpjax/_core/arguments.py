@@ -3,11 +3,28 @@
 import math
 import numbers
 import operator
+import reprlib
 from typing import Any
 
 import jax
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # between these, 1 / scale is a normal float32 too
+
+
+def shown(value: Any) -> str:
+  """A user's value for a message: its repr if that is short, its beginning and its end otherwise.
+
+  Example:
+    >>> shown("mixed"), len(shown("x" * 10**6)) < 100
+    ("'mixed'", True)
+  """
+  return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 def power_of_two(name: str, value: Any) -> float:
@@ -26,13 +43,13 @@ def power_of_two(name: str, value: Any) -> float:
   number = float(value)
   if not (math.isfinite(number) and number > 0 and math.frexp(number)[0] == 0.5):
     raise ValueError(
-      f"{name} must be a positive power of two, so that scaling is exact. Got {value!r}. "
+      f"{name} must be a positive power of two, so that scaling is exact. Got {shown(value)}. "
       f"Choose {_nearest(number)}."
     )
   if not _SMALLEST <= number <= _LARGEST:
     raise ValueError(
       f"{name} must lie between 2**-126 and 2**126, where it and its inverse are float32. "
-      f"Got {value!r}. Choose a number in between."
+      f"Got {shown(value)}. Choose a number in between."
     )
   return number
 
@@ -59,10 +76,12 @@ def positive_integer(name: str, value: Any) -> int:
     _reject_type(name, value, "an integer")
   number = operator.index(value)
   if number < 1:
-    raise ValueError(f"{name} must be at least 1. Got {value!r}. Choose for example 1.")
+    raise ValueError(f"{name} must be at least 1. Got {shown(value)}. Choose for example 1.")
   return number
 
 
 def _reject_type(name: str, value: Any, what: str) -> None:
   kind = ValueError if isinstance(value, bool) else TypeError
-  raise kind(f"{name} must be {what}. Got {value!r} of type {type(value).__name__}. Pass {what}.")
+  raise kind(
+    f"{name} must be {what}. Got {shown(value)} of type {type(value).__name__}. Pass {what}."
+  )

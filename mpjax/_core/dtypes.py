@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._core.arguments import shown
+
 FLOAT32 = np.dtype(np.float32)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -48,13 +50,13 @@ def parse_dtype(value: Any) -> np.dtype:
     if name in _BY_NAME:
       return _BY_NAME[name]
     raise ValueError(
-      f"A dtype must be one of: {_LEGAL}. Got {str(value)!r}. Write one of these names."
+      f"A dtype must be one of: {_LEGAL}. Got {shown(str(value))}. Write one of these names."
     )
   dtype = _as_numpy(value)
   if dtype is None:
     raise TypeError(
       f"A dtype must be one of: {_LEGAL}, as a name, a np.dtype or a scalar type. "
-      f"Got {value!r} of type {type(value).__name__}. Pass for example 'bfloat16' or "
+      f"Got {shown(value)} of type {type(value).__name__}. Pass for example 'bfloat16' or "
       "jnp.bfloat16."
     )
   if dtype not in CASTABLE:

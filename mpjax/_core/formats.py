@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpjax._core.arguments import shown
 from mpjax._core.dtypes import FLOAT32
 
 _BY_NAME = {
@@ -59,7 +60,9 @@ def read_format(value: Any) -> Format:
   name = value.strip().lower() if isinstance(value, str) else jnp.dtype(value).name
   name = _SHORT.get(name, name)
   if name not in _BY_NAME:
-    raise ValueError(f"A format must be one of {', '.join(_BY_NAME)}. Got {value!r}. Name one.")
+    raise ValueError(
+      f"A format must be one of {', '.join(_BY_NAME)}. Got {shown(value)}. Name one."
+    )
   info = jnp.finfo(_BY_NAME[name])
   return Format(
     name=name,

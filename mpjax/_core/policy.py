@@ -1,16 +1,24 @@
 """The triple of dtypes: what parameters, computation and outputs are held in."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from mpjax._core.arguments import shown
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32, parse_dtype
 
 T = TypeVar("T")
 
-_PRESETS = {
+Preset = Literal["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]
+"""The policies that have a name."""
+
+_PRESETS: dict[str, tuple[np.dtype, np.dtype, np.dtype]] = {
   "float32": (FLOAT32, FLOAT32, FLOAT32),
   "bfloat16": (BFLOAT16, BFLOAT16, BFLOAT16),
   "float16": (FLOAT16, FLOAT16, FLOAT16),
@@ -62,12 +70,21 @@ class Policy:
   compute_dtype: np.dtype
   output_dtype: np.dtype
 
+  def __new__(cls, *args: Any, **kwargs: Any) -> Policy:
+    """Names `parse` to those who pass a spec."""
+    if len(args) == 1 and isinstance(args[0], str) and not kwargs:
+      raise TypeError(
+        f"Policy takes three dtypes: param, compute and output. Got one string, {shown(args[0])}. "
+        f"Write mpjax.Policy.parse({shown(args[0])})."
+      )
+    return super().__new__(cls)
+
   def __post_init__(self) -> None:
     for field in fields(self):
       object.__setattr__(self, field.name, parse_dtype(getattr(self, field.name)))
 
   @classmethod
-  def parse(cls, spec: str) -> "Policy":
+  def parse(cls, spec: Preset | str) -> Policy:
     """Reads a policy from a preset's name or from a spec string.
 
     Args:
@@ -89,7 +106,7 @@ class Policy:
       dtype(bfloat16)
     """
     if not isinstance(spec, str):
-      raise TypeError(f"{_FORMS}, in a string. Got {spec!r}. {_EXAMPLE}")
+      raise TypeError(f"{_FORMS}, in a string. Got {shown(spec)}. {_EXAMPLE}")
     preset = _PRESETS.get(spec.strip().lower())
     return cls(*preset) if preset else cls(**_read_assignments(spec))
 
@@ -123,17 +140,36 @@ def _read_assignments(spec: str) -> dict[str, np.dtype]:
   for part in spec.split(","):
     key, equals, name = (piece.strip() for piece in part.partition("="))
     if not equals:
-      raise ValueError(f"{_FORMS}. Got {part.strip()!r} in {spec!r}. {_EXAMPLE}")
+      raise ValueError(f"{_FORMS}. Got {_part(part, spec)}. {_closest(part)}{_EXAMPLE}")
     field = _KEYS.get(key.lower())
     if field is None:
-      raise ValueError(f"{_FORMS}. Got the unknown key {key!r} in {spec!r}. {_EXAMPLE}")
+      raise ValueError(f"{_FORMS}. Got the unknown key {_part(key, spec)}. {_EXAMPLE}")
     if field in dtypes:
-      raise ValueError(f"{_FORMS}. Got {key!r} a second time in {spec!r}. Drop one of them.")
+      raise ValueError(
+        f"{_FORMS}. Got {shown(key)} a second time in {shown(spec)}. Drop one of them."
+      )
     dtypes[field] = parse_dtype(name)
   missing = [key for key in ("params", "compute", "output") if _KEYS[key] not in dtypes]
   if missing:
-    raise ValueError(f"{_FORMS}. Got no {' and no '.join(missing)} in {spec!r}. {_EXAMPLE}")
+    raise ValueError(f"{_FORMS}. Got no {' and no '.join(missing)} in {shown(spec)}. {_EXAMPLE}")
   return dtypes
+
+
+def _part(part: str, spec: str) -> str:
+  """A part of a spec, and the spec if that is more."""
+  return shown(part.strip()) + (f" in {shown(spec)}" if part.strip() != spec else "")
+
+
+_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+
+
+def _closest(word: str) -> str:
+  """The presets that a word may have meant: by other names of their dtypes, then by spelling."""
+  words = word[:80].strip().lower().replace("-", "_").split("_")
+  name = "_".join(_SHORT_NAMES.get(w, w) for w in words if w != "mixed")
+  meant = [known for known in (f"mixed_{name}", name) if known in _PRESETS]
+  found = meant or difflib.get_close_matches("_".join(words), _PRESETS, n=2)
+  return f"Closest: {', '.join(found)}. " if found else ""
 
 
 def spec(policy: Policy) -> str:
@@ -162,7 +198,12 @@ def as_policy(policy: Policy | str) -> Policy:
     return policy
   if isinstance(policy, str):
     return Policy.parse(policy)
+  if isinstance(policy, Mapping):
+    raise TypeError(
+      f"A policy must be a mpjax.Policy or a spec string. Got a {type(policy).__name__}. Policies "
+      "by module path are mpjax.PolicyMap(rules, default=...)."
+    )
   raise TypeError(
-    f"A policy must be a mpjax.Policy or a spec string. Got {policy!r} of type "
+    f"A policy must be a mpjax.Policy or a spec string. Got {shown(policy)} of type "
     f"{type(policy).__name__}. {_EXAMPLE}"
   )

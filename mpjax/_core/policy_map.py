@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.policy import Policy, as_policy
+from mpjax._core.arguments import shown
+from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.primitives import DEFAULT_OPS, Rule, read_ops
 from mpjax._core.scopes import Path
 
@@ -62,8 +63,8 @@ class PolicyMap:
 
   def __init__(
     self,
-    rules: Mapping[str, Policy | str] | Iterable[tuple[str, Policy | str]],
-    default: Policy | str,
+    rules: Mapping[str, Policy | Preset | str] | Iterable[tuple[str, Policy | Preset | str]],
+    default: Policy | Preset | str,
     *,
     ops: Mapping[str, str] | Iterable[tuple[str, str]] = (),
   ) -> None:
@@ -168,7 +169,11 @@ class PolicyMap:
         raise ValueError(_unused(text, named, "operation", "Operations", sorted(seen)))
 
 
-def as_policy_map(policy: Policy | PolicyMap | str) -> PolicyMap:
+PolicyLike = Policy | PolicyMap | Preset | str
+"""What an argument ``policy`` may be."""
+
+
+def as_policy_map(policy: PolicyLike) -> PolicyMap:
   """Read a policy argument: a `PolicyMap` as it is, anything else as a map without rules."""
   return policy if isinstance(policy, PolicyMap) else PolicyMap({}, as_policy(policy))
 
@@ -202,7 +207,7 @@ def _heads(path: Path) -> list[str]:
 def _compiled(pattern: str) -> _Pattern:
   if not isinstance(pattern, str):
     raise TypeError(
-      f"A rule of a PolicyMap must be a path pattern; got {pattern!r}. Write it as a string, "
+      f"A rule of a PolicyMap must be a path pattern; got {shown(pattern)}. Write it as a string, "
       "e.g. 'encoder/.*' or 'exp@encoder/.*'."
     )
   op, at, path = pattern.rpartition("@")
@@ -210,7 +215,7 @@ def _compiled(pattern: str) -> _Pattern:
     return _Pattern(re.compile(path) if path or not at else None, re.compile(op) if at else None)
   except re.error as error:
     raise ValueError(
-      f"A rule of a PolicyMap must be a regular expression; {pattern!r} is none ({error}). "
+      f"A rule of a PolicyMap must be a regular expression; {shown(pattern)} is none ({error}). "
       "Escape special characters with a backslash."
     ) from error
 
@@ -218,9 +223,9 @@ def _compiled(pattern: str) -> _Pattern:
 def _unused(rule: str, named: str, what: str, plural: str, seen: list[str]) -> str:
   close = difflib.get_close_matches(named, seen, n=3)
   hint = f" Closest: {', '.join(close)}." if close else ""
-  shown = ", ".join(seen[:40]) + (f", and {len(seen) - 40} more" if len(seen) > 40 else "")
+  listed = ", ".join(seen[:40]) + (f", and {len(seen) - 40} more" if len(seen) > 40 else "")
   return (
-    f"Rule {rule!r} matched no {what}.{hint} {plural} seen: {shown or 'none'}. "
+    f"Rule {shown(rule)} matched no {what}.{hint} {plural} seen: {listed or 'none'}. "
     "Fix the pattern or drop the rule."
     + ("" if seen else " In plain functions jax.named_scope makes paths.")
   )

@@ -9,6 +9,8 @@ import enum
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from mpjax._core.arguments import shown
+
 
 class Rule(enum.Enum):
   """What a primitive does with float32 operands under a 16-bit policy."""
@@ -154,12 +156,12 @@ def read_ops(changes: Mapping[str, str]) -> Mapping[str, Rule]:
     if name not in DEFAULT_OPS:
       close = difflib.get_close_matches(str(name), DEFAULT_OPS, n=3)
       raise ValueError(
-        f"ops must name primitives of mpjax.DEFAULT_OPS; got {name!r}. "
+        f"ops must name primitives of mpjax.DEFAULT_OPS; got {shown(name)}. "
         + (f"Closest: {', '.join(close)}." if close else "Print it for the names.")
       )
     if rule not in _CLASSES:
       raise ValueError(
-        f"ops must map a primitive to one of {', '.join(_CLASSES)}; got {rule!r} for {name!r}. "
-        "mpjax.DEFAULT_OPS says what each has by default."
+        f"ops must map a primitive to one of {', '.join(_CLASSES)}; got {shown(rule)} for "
+        f"{name!r}. mpjax.DEFAULT_OPS says what each has by default."
       )
   return {**RULES, **{name: _CLASSES[rule] for name, rule in changes.items()}} if changes else RULES

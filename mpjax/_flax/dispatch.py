@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 from flax import linen as nn
 from flax import nnx
 
+from mpjax._core.arguments import shown
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
 from mpjax._flax import linen_modules, nnx_calls, nnx_models
 from mpjax._flax.nnx_calls import is_node
@@ -21,24 +22,53 @@ from mpjax._scaling import scaled_gradients
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _refuses_what_is_no_function(transform: F) -> F:
+  """Answers what users of torch type first, and modules, in one sentence."""
+
+  @functools.wraps(transform)
+  def checked(*args: Any, **kwargs: Any) -> Any:
+    foreign = [
+      name for name in ("device_type", "dtype", "enabled", "cache_enabled") if name in kwargs
+    ]
+    first = args[0] if args else kwargs.get("fn")
+    if foreign or first is None or isinstance(first, str | Policy | PolicyMap):
+      got = f"{foreign[0]}=" if foreign else "no function" if first is None else shown(first)
+      raise TypeError(
+        "autocast is no context manager: it takes a function and a policy and returns a function. "
+        f"Got {got}. Write mpjax.autocast(fn, policy)(*args); the policy 'float32' switches it off."
+      )
+    if isinstance(first, nn.Module | nnx.Module):
+      kind = "Linen module" if isinstance(first, nn.Module) else "NNX model"
+      raise TypeError(
+        f"autocast takes a function. Got the {kind} {type(first).__name__}. Use "
+        "mpjax.apply_policy(module, policy), or autocast a function that takes it or its variables."
+      )
+    return transform(*args, **kwargs)
+
+  return cast(F, checked)
+
+
+@_refuses_what_is_no_function
 @functools.wraps(autocast_of_pytrees)
 def autocast(
-  fn: Callable[P, R], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+  fn: Callable[P, R], policy: PolicyLike, *, argnums: int | Sequence[int] = 0
 ) -> Callable[P, R]:
   """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
   plain = autocast_of_pytrees(fn, policy, argnums=argnums)
+  mark(plain, as_policy_map(policy))
   if as_policy_map(policy).is_float32():
     return plain
   of_models = nnx_calls.autocast(fn, policy, argnums=argnums)
 
   @functools.wraps(fn)
-  def cast(*args: P.args, **kwargs: P.kwargs) -> R:
+  def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
     return (of_models if nnx_calls.has_nodes((args, kwargs)) else plain)(*args, **kwargs)
 
-  mark(cast, as_policy_map(policy))
-  return cast
+  mark(under_policy, as_policy_map(policy))
+  return under_policy
 
 
 @functools.wraps(scaled_gradients.value_and_grad)
@@ -66,7 +96,7 @@ def _is_state(x: Any) -> bool:
   return isinstance(x, nnx.State)
 
 
-def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
+def apply_policy(module: M, policy: PolicyLike) -> M:
   """Make a Flax module compute under a precision policy.
 
   Args:

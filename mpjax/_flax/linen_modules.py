@@ -16,8 +16,7 @@ from flax.linen.transforms import lift_transform
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
 from mpjax._engine.calls import STATE
@@ -29,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 _APPLIED = "applied"
 
 
-def apply_policy(module: M, policy: Policy | PolicyMap | str) -> M:
+def apply_policy(module: M, policy: PolicyLike) -> M:
   """Make a Linen module compute under a precision policy.
 
   The result is a module of the same class, with the same fields, the same parameter paths and the

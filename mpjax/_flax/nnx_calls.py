@@ -11,19 +11,18 @@ from flax import nnx
 from jax.extend import source_info_util
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
-from mpjax._flax.policed import mark
+from mpjax._flax.policed import mark, plain_class
 
 _PATH = "mpjax_path"
 
 
 def autocast(
-  fn: Callable[..., Any], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+  fn: Callable[..., Any], policy: PolicyLike, *, argnums: int | Sequence[int] = 0
 ) -> Callable[..., Any]:
   """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
 
@@ -40,7 +39,9 @@ def autocast(
   """
   policies = as_policy_map(policy)
   if policies.is_float32():
-    return in_a_region(fn)
+    region = in_a_region(fn)
+    mark(region, policies)
+    return region
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   @functools.wraps(fn)
@@ -109,13 +110,13 @@ def pure_call(
   def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     merged = nnx.merge(graphdef, params, rest)
     before = {tuple(path): _leaves(var) for path, var in nnx.to_flat_state(nnx.state(merged))}
-    attributes = _attributes(merged)
     _name_modules(merged)
     if plain is not None:
       object.__setattr__(merged[0], "__class__", plain)
+    as_given = structure(merged)
     inner, inner_kwargs = _fill(tree, (args, kwargs), merged)
     out = fn(*inner, **inner_kwargs)
-    _check_attributes(attributes, _attributes(merged))
+    check_structure(as_given, structure(merged))
     return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
 
   return PureCall(pure, (params, rest, *blanks), [True, STATE, list(flags), False], nodes)
@@ -141,25 +142,46 @@ def _leaves(var: Any) -> list[int]:
   return [id(leaf) for leaf in jax.tree.leaves(var)]
 
 
-def _attributes(nodes: Sequence[Any]) -> dict[str, Any]:
-  """The plain attributes of all modules: numbers, flags and strings."""
-  return {
-    "/".join(map(str, (*path, name))): value
-    for node in nodes
-    for path, module in nnx.iter_modules(node)
-    for name, value in vars(module).items()
-    if isinstance(value, bool | int | float | str) and name != _PATH
-  }
+def structure(nodes: Sequence[Any]) -> dict[str, Any]:
+  """All that a call may set in graph nodes beside the values of Variables, by its path.
+
+  Submodules by their class, and the plain attributes of all: numbers, flags, functions.
+  """
+  found: dict[str, Any] = {}
+  for node in nodes:
+    for path, module in nnx.iter_modules(node):
+      found["/".join(map(str, path))] = plain_class(type(module))
+      for name, value in vars(module).items():
+        if not (is_node(value) or isinstance(value, jax.Array) or _of_flax(name)):
+          found["/".join(map(str, (*path, name)))] = value
+  return found
 
 
-def _check_attributes(before: dict[str, Any], after: dict[str, Any]) -> None:
-  """Refuse what cannot be brought back, rather than lose it."""
-  changed = sorted(name for name in before if after.get(name) != before[name])
+def _of_flax(name: Any) -> bool:
+  """Whether an attribute is bookkeeping of Flax, of a table, or of ours."""
+  return str(name).startswith(("_pytree__", "_nnx_")) or name == _PATH
+
+
+def check_structure(before: dict[str, Any], after: dict[str, Any]) -> None:
+  """Refuse what cannot be brought back, rather than lose it.
+
+  Raises:
+    ValueError: A call has set, added or deleted a submodule or an attribute.
+  """
+  changed = [name for name in {**before, **after} if not _same(before, after, name)]
   if changed:
     raise ValueError(
-      "What a call under a policy changes in a model must be held in nnx.Variables; this call set "
-      f"the attribute {changed[0]!r}. Make it an nnx.Variable, or set it outside the call."
+      "What a call under a policy or in a train step changes in a model must be held in "
+      f"nnx.Variables; this call set, added or deleted {changed[0]!r}. Make it an nnx.Variable, or "
+      "set it outside the call."
     )
+
+
+def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+  if name not in before or name not in after:
+    return False
+  old, new = before[name], after[name]
+  return old is new or (isinstance(old, bool | int | float | str) and old == new)
 
 
 def _fill(tree: Any, blanks: tuple[Any, Any], nodes: Sequence[Any]) -> tuple[Any, Any]:

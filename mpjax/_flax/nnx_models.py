@@ -11,8 +11,7 @@ import jax
 from flax import nnx
 
 from mpjax._core.casting import cast_floating
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._engine.execute import runs_as_written
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
 from mpjax._flax.policed import facts, in_words, plain_class
@@ -22,9 +21,7 @@ M = TypeVar("M", bound=nnx.Module)
 _METHODS = "mpjax_methods"
 
 
-def apply_policy(
-  model: M, policy: Policy | PolicyMap | str, *, methods: str | Sequence[str] | None = None
-) -> M:
+def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] | None = None) -> M:
   """Make an NNX model compute under a precision policy.
 
   The result is an object of a subclass of the model's class. It shares its submodules and its

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpjax import Policy
+from mpjax import Policy, PolicyMap
 from mpjax._core.policy import as_policy
 
 MIXED = Policy(jnp.float32, jnp.bfloat16, jnp.float32)
@@ -154,3 +154,58 @@ def test_a_policy_argument_may_be_a_policy_or_a_string():
     TypeError, match=r"must be a mpjax.Policy or a spec string. Got 16 of type int"
   ):
     as_policy(16)
+
+
+@pytest.mark.parametrize(
+  ("word", "closest"),
+  [
+    ("bf16", "mixed_bfloat16, bfloat16"),
+    ("fp16", "mixed_float16, float16"),
+    ("half", "mixed_float16, float16"),
+    ("mixed_bf16", "mixed_bfloat16, bfloat16"),
+    ("bf16-mixed", "mixed_bfloat16, bfloat16"),
+    ("mixed_fp16", "mixed_float16, float16"),
+    ("mixed_bfloat", "mixed_bfloat16"),
+  ],
+)
+def test_a_word_that_is_no_preset_is_answered_with_the_closest(word, closest):
+  with pytest.raises(ValueError, match=rf"Got '{word}'\. Closest: {closest}"):
+    Policy.parse(word)
+
+
+def test_a_policy_made_of_one_spec_names_parse():
+  with pytest.raises(TypeError, match=r"three dtypes.*mpjax\.Policy\.parse\('mixed_bfloat16'\)"):
+    Policy("mixed_bfloat16")
+  with pytest.raises(TypeError, match="compute_dtype"):
+    Policy(param_dtype="float32")
+
+
+def test_a_dict_as_policy_names_policy_map():
+  with pytest.raises(TypeError, match=r"Got a dict\..*mpjax\.PolicyMap\(rules, default=...\)"):
+    as_policy({"head": "float32"})
+
+
+HUGE = "x" * 10**6
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda: Policy.parse(HUGE),
+    lambda: Policy.parse(f"{HUGE}=f32"),
+    lambda: Policy.parse(f"p=f32,c={HUGE},o=f32"),
+    lambda: Policy.parse([HUGE] * 1000),
+    lambda: Policy(HUGE),
+    lambda: Policy(HUGE, "bf16", "f32"),
+    lambda: as_policy({HUGE: HUGE}),
+    lambda: as_policy(np.zeros((1000, 1000))),
+    lambda: PolicyMap({f"({HUGE}": "float32"}, "float32"),
+    lambda: PolicyMap({HUGE: "float32"}, "float32").check_used([("head",)]),
+    lambda: PolicyMap({}, "float32", ops={HUGE: "full"}),
+    lambda: PolicyMap({}, "float32", ops={"exp": HUGE}),
+  ],
+)
+def test_no_message_repeats_a_megabyte(call):
+  with pytest.raises((ValueError, TypeError)) as error:
+    call()
+  assert len(str(error.value)) < 600

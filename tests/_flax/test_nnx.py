@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import mpjax
@@ -519,3 +520,53 @@ def test_copies_keep_the_policy_and_share_or_not_as_python_has_it(mixed, x):
   assert shallow.head.kernel is mixed.head.kernel
   assert deep.head.kernel is not mixed.head.kernel
   assert dots(shallow, x) == dots(deep, x) == NARROW
+
+
+# What cannot be brought back, and what autocast does not take ------------------------------------
+
+
+def add_module(model):
+  model.extra = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+
+CHANGES = {
+  "a new submodule": (add_module, "extra"),
+  "a new number": (lambda model: setattr(model, "count", 3), "count"),
+  "a new function": (lambda model: setattr(model.hidden, "then", jnp.tanh), "hidden/then"),
+  "a submodule gone": (lambda model: delattr(model, "dropout"), "dropout"),
+  "another flag": (lambda model: setattr(model.dropout, "deterministic", True), "deterministic"),
+}
+
+
+@pytest.mark.parametrize(("change", "name"), CHANGES.values(), ids=CHANGES)
+def test_a_change_of_structure_in_a_call_is_an_error(plain, change, name, x):
+  def loss(model, x):
+    out = model(x)
+    change(model)
+    return out.mean()
+
+  with pytest.raises(ValueError, match=rf"set, added or deleted '.*{name}"):
+    mpjax.autocast(loss, BF16)(plain, x)
+
+
+@pytest.mark.parametrize(
+  ("call", "says"),
+  [
+    (lambda: mpjax.autocast("mixed_bfloat16"), "Got 'mixed_bfloat16'"),
+    (lambda: mpjax.autocast(mpjax.Policy.parse(BF16)), "Got Policy"),
+    (lambda: mpjax.autocast(enabled=False), "Got enabled="),
+    (lambda: mpjax.autocast("cuda", dtype=jnp.bfloat16), "Got dtype="),
+    (lambda: mpjax.autocast(), "Got no function"),
+  ],
+)
+def test_autocast_as_torch_has_it_is_answered_with_what_to_write(call, says):
+  with pytest.raises(
+    TypeError, match=rf"no context manager.*{says}.*mpjax\.autocast\(fn, policy\)"
+  ):
+    call()
+
+
+def test_autocast_of_a_module_names_apply_policy(plain):
+  for module, kind in ((plain, "NNX model MLP"), (nn.Dense(3), "Linen module Dense")):
+    with pytest.raises(TypeError, match=rf"Got the {kind}\. Use mpjax\.apply_policy"):
+      mpjax.autocast(module, BF16)

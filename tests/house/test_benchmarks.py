@@ -9,7 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import flops, gpu, gpu_cell, hlo, meters, models, peers, report, workloads
+from benchmarks import (
+  convergence,
+  flops,
+  gpu,
+  gpu_cell,
+  hlo,
+  meters,
+  models,
+  peers,
+  report,
+  rounding,
+  workloads,
+)
 
 pytestmark = pytest.mark.usefixtures("loose")
 
@@ -143,6 +155,17 @@ def test_a_cell_of_the_gpu_table_has_its_columns():
   assert set(gpu.COLUMNS) <= set(row)
   assert row["steps"] == meters.GROUPS
   assert np.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize(
+  ("name", "size"),
+  [("float32", 12), ("bfloat16, Kahan", 12), ("bfloat16 and states stochastic", 6)],
+)
+def test_a_row_of_the_rounding_table_holds_the_bytes_that_it_names(name, size, monkeypatch):
+  picture, digit = np.ones((8, 64), np.float32), np.zeros(8, np.int32)
+  monkeypatch.setattr(convergence, "pictures", lambda: (picture, digit, np.arange(8) % 2 == 0))
+  (run,) = rounding.train(convergence.digits(10), name, [0], 10)
+  assert round(run.held, 1) == size and np.isfinite(run.loss)
 
 
 def test_a_report_holds_its_rows_and_where_they_were_measured(tmp_path):

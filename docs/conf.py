@@ -2,11 +2,12 @@
 
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent / "_ext")]
+
+import mpjax  # noqa: E402  # of this checkout
 
 # Pages that lie elsewhere in the repository: Sphinx reads what is below docs/ only.
 for source, pattern, folder in (
@@ -20,7 +21,7 @@ for source, pattern, folder in (
 project = "mpjax"
 author = "the mpjax authors"
 copyright = author  # noqa: A001  # Sphinx's name
-release = version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+release = version = mpjax.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
 nitpicky = False

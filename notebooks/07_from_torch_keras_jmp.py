@@ -136,7 +136,7 @@ print(report.tables()[1])
 # **What differs.** In Keras a layer casts what it is given to its compute dtype, and everything within, except where the
 # author of the layer thought of it, runs so. Here sums, logarithms and statistics run in float32 wherever they stand, and
 # labels and positions are not cast. `LossScaleOptimizer` wraps an optimizer; `dynamic_loss_scaling` is an optax
-# transformation around the whole chain, so it can be inside `optax.multi_transform` or around `optax.MultiSteps`.
+# transformation around the whole chain, so it stands outermost: around `optax.multi_transform`, around `optax.MultiSteps`.
 #
 # ## From jmp
 #

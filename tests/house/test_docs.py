@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import mpjax
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -166,3 +168,8 @@ def test_the_supported_versions_agree() -> None:
     (requirement,) = [d for d in project["dependencies"] if d.startswith(f"{name}>=")]
     oldest = requirement.split(">=")[1].split(",")[0]
     assert f"{name}=={oldest}" in script, f".ci/run does not test {name}=={oldest}"
+
+
+def test_the_citation_names_this_version() -> None:
+  citation = (ROOT / "CITATION.cff").read_text()
+  assert f"\nversion: {mpjax.__version__}\n" in citation

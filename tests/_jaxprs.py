@@ -58,6 +58,13 @@ def contractions(jaxpr: Any) -> list[Contraction]:
   ]
 
 
+def outer_products(jaxpr: Any) -> int:
+  """How many matmuls of a jaxpr contract dimensions of size one, or none."""
+  dots = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  contracted = [(e.invars[0].aval.shape, e.params["dimension_numbers"][0][0]) for e in dots]
+  return sum(all(shape[dim] == 1 for dim in dims) for shape, dims in contracted)
+
+
 def wide_contractions(jaxpr: Any, compute_dtype: str) -> list[Contraction]:
   """The matmuls and convolutions with a floating factor that is not of the compute dtype."""
   return [

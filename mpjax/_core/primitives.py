@@ -1,13 +1,15 @@
 """What each primitive does with float32 under a 16-bit policy.
 
-The table `RULES` maps the name of every JAX primitive to one of a few classes, `Rule`. It follows
-the lists that torch and TensorFlow agree on; where they differ an entry says why it is where it is.
+One table has a row of facts for every JAX primitive: its `Rule`, with the reason, and its traits.
+The rules follow the lists that torch and TensorFlow agree on, and where they differ the reason says
+why a primitive is where it is.
 """
 
 import difflib
 import enum
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from mpjax._core.arguments import shown
 
@@ -16,11 +18,12 @@ class Rule(enum.Enum):
   """What a primitive does with float32 operands under a 16-bit policy."""
 
   LOWER = "operands to the compute dtype; the result is narrow"
-  SCORES = "operands to the compute dtype; the result is data, its cotangent narrow"
+  WIDE = "operands to the compute dtype; the result is data, its cotangent narrow"
   RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"
   FULL = "operands to float32; the result is data"
   ALWAYS = "as FULL, whatever a rule for operations says: it has no 16-bit kernel"
   FOLLOW = "the join of the operands"
+  MULTIPLY = "as FOLLOW: a matmul that contracts nothing multiplies"
   NAMED = "as the rule of the policy map says that names the operation"
   EACH = "every result is held as the operand in its place"
   CONVERT = "a change of dtype"
@@ -36,100 +39,182 @@ class Rule(enum.Enum):
   TRACED = "exactly as traced, in float32"
 
 
-def _words(text: str) -> list[str]:
-  return text.split()
+class Trait(enum.Flag):
+  """What else is known of a primitive; whoever needs a set of primitives asks `having` for it."""
+
+  NONE = 0
+  MATMUL = enum.auto()
+  """A matmul or convolution."""
+  ARITHMETIC = enum.auto()
+  """Elementwise, and compilers compute it again by themselves rather than store it."""
+  TRANSCENDENTAL = enum.auto()
+  """Elementwise, and they store it."""
+  SATURATES = enum.auto()
+  """Becomes a constant for arguments that are far from zero."""
+  LOGARITHM = enum.auto()
+  """Infinite for an argument that a 16-bit sigmoid reaches."""
+  MULTIPLIES_UP = enum.auto()
+  """Multiplies many numbers with each other."""
+  MOVES = enum.auto()
+  """Each number of its one operand goes to one place of its result."""
+  KEEPS_NUMBERS = enum.auto()
+  """Moves, chooses or compares numbers, and makes no new ones."""
+  JIT = enum.auto()
+  """Calls a jitted function."""
+  REMAT = enum.auto()
+  """Calls a function whose values the backward pass computes again."""
+  INLINE = enum.auto()
+  """Calls a function that may as well stand in its place."""
 
 
-def _table(groups: dict[Rule, str]) -> dict[str, Rule]:
-  return {name: rule for rule, names in groups.items() for name in _words(names)}
+class Facts(NamedTuple):
+  """What is known of a primitive.
+
+  Attributes:
+    rule: What it does with float32 under a 16-bit policy.
+    reason: Why.
+    traits: What else it is.
+  """
+
+  rule: Rule
+  reason: str
+  traits: Trait = Trait.NONE
 
 
-RULES = _table(
-  {
-    Rule.LOWER: "dot_general conv_general_dilated ragged_dot ragged_dot_general",
-    # exp(11.1), tan, 256 squared and their kind exceed float16; bfloat16 has float32's range.
-    Rule.RANGE: "exp exp2 expm1 pow integer_pow polynomial cosh sinh tan one_minus_square",
-    Rule.FULL: " ".join(
-      [
-        # Squares nearly always feed a sum: a variance, a norm.
-        "square",
-        # Errors grow near 1 and near 0.
-        "log log1p log2 rsqrt erf_inv atanh acosh asinh lgamma digamma polygamma zeta igamma",
-        "igammac igamma_grad_a regularized_incomplete_beta bessel_i0e bessel_i1e random_gamma",
-        # 16-bit sums stall: 256 + 1 is 256 in bfloat16. lax.reduce_sum does not widen by itself.
-        "reduce_sum reduce_prod cumsum cumprod cumlogsumexp reduce_window_sum psum",
-        # add_any sums the cotangents of a value used many times: of a shared weight, say.
-        "add_any psum_invariant reduce_scatter scatter-add scatter-mul scatter-max scatter-min",
-        "select_and_scatter_add select_and_gather_add",
-        # The largest logit seeds softmax and logsumexp: x - max(x) must not round.
-        "reduce_max reduce_min",
-      ]
-    ),
-    Rule.ALWAYS: " ".join(
-      [
-        # No 16-bit kernels, and no use for them.
-        "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve",
-        "tridiagonal tridiagonal_solve complex",
-        # What the bits or the neighbors of a float32 are is a question about float32.
-        "bitcast_convert_type nextafter",
-      ]
-    ),
-    Rule.FOLLOW: " ".join(
-      [
-        "add sub mul div rem max min neg abs sign floor ceil round",
-        "sqrt cbrt erf erfc tanh logistic sin cos asin acos atan atan2 clamp select_n",
-        "eq ne lt le gt ge eq_to lt_to le_to is_finite argmax argmin stop_gradient",
-        "broadcast_in_dim reshape transpose squeeze expand_dims rev slice dynamic_slice",
-        "dynamic_update_slice concatenate split pad gather scatter copy copy_p tie_in name",
-        "reduce_window_max reduce_window_min cummax cummin reduce_precision top_k approx_top_k",
-        "sharding_constraint mesh_cast reshard layout_constraint tile stack unstack",
-        "all_gather all_gather_invariant all_to_all ppermute pmax pmin pbroadcast pvary pcast",
-        "ragged_all_to_all device_put dimension_as_value copy_to_host_async",
-      ]
-    ),
-    Rule.EACH: "sort optimization_barrier mpjax_fixed",
-    Rule.CONVERT: "convert_element_type",
-    Rule.CALL: "jit pjit closed_call core_call call eval_jaxpr remat remat2 checkpoint shard_map",
-    Rule.SCAN: "scan",
-    Rule.WHILE: "while",
-    Rule.COND: "cond",
-    Rule.CUSTOM_JVP: "custom_jvp_call",
-    Rule.CUSTOM_VJP: "custom_vjp_call",
-    Rule.CUSTOM_LIN: "custom_lin",
-    Rule.CUSTOM_VMAP: "custom_vmap_call",
-    Rule.MARKER: "mpjax_cast_inputs mpjax_cast_inputs_tangent",
-    # Decided, not forgotten: these hold Python functions, references or no floats at all.
-    Rule.TRACED: " ".join(
-      [
-        "reduce reduce_window select_and_scatter custom_linear_solve get swap addupdate",
-        "empty empty2 after_all create_token axis_index iota rng_uniform rng_bit_generator",
-        "random_bits random_fold_in random_seed random_split random_wrap random_unwrap",
-        "random_clone threefry2x32 real imag conj and or not xor clz population_count",
-        "shift_left shift_right_arithmetic shift_right_logical reduce_and reduce_or reduce_xor",
-        "debug_callback debug_print",
-        # A matmul whose tangent is float32 by intent, in a derivative that autocast made.
-        "mpjax_wide_tangent",
-      ]
-    ),
-  }
+_T = Trait
+_EXPONENTIAL = (
+  "float32: 16 bits round a decay such as exp(-0.001) to 1, and exp(11.1) exceeds float16"
+)
+_RANGE = "256 squared and its kind exceed float16; bfloat16 has the range of float32"
+_NEAR = "errors grow near 1 and near 0"
+_SUM = "16-bit sums stall: 256 + 1 is 256 in bfloat16"
+_COTANGENTS = "adds up many terms, as the cotangents of a weight that is used often"
+_LARGEST = "the largest logit seeds softmax and logsumexp: x - max(x) must not round"
+_NO_KERNEL = "has no 16-bit kernel, and no use for one"
+_BITS = "what the bits or the neighbors of a float32 are is a question about float32"
+_ELEMENTWISE = "as exact as its operands"
+_MOVED = "makes no new numbers"
+_DEVICES = "moves numbers between devices"
+_FUNCTION = "holds a Python function that was traced in float32, or references"
+_NO_FLOATS = "has nothing to do with floats"
+
+_ROWS: tuple[tuple[str, Facts], ...] = (
+  (
+    "dot_general conv_general_dilated ragged_dot ragged_dot_general",
+    Facts(Rule.LOWER, "fast in 16 bits, and adds up in float32", _T.MATMUL),
+  ),
+  ("exp exp2 expm1 pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
+  ("one_minus_square", Facts(Rule.FULL, "what is near 1 is subtracted from 1")),
+  ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
+  ("polynomial", Facts(Rule.RANGE, _RANGE)),
+  ("cosh sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
+  ("square", Facts(Rule.FULL, "nearly always feeds a sum: a variance, a norm", _T.ARITHMETIC)),
+  ("log log1p log2 atanh erf_inv", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
+  ("rsqrt acosh asinh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
+  (
+    "polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta bessel_i0e "
+    "bessel_i1e random_gamma",
+    Facts(Rule.FULL, _NEAR),
+  ),
+  (
+    "reduce_sum cumsum cumlogsumexp reduce_window_sum psum psum_invariant reduce_scatter",
+    Facts(Rule.FULL, _SUM),
+  ),
+  ("reduce_prod cumprod", Facts(Rule.FULL, "errors multiply up", _T.MULTIPLIES_UP)),
+  (
+    "add_any scatter-add scatter-mul scatter-max scatter-min select_and_scatter_add "
+    "select_and_gather_add",
+    Facts(Rule.FULL, _COTANGENTS),
+  ),
+  ("reduce_max reduce_min", Facts(Rule.FULL, _LARGEST)),
+  (
+    "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
+    "tridiagonal tridiagonal_solve complex",
+    Facts(Rule.ALWAYS, _NO_KERNEL),
+  ),
+  ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
+  ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.ARITHMETIC)),
+  ("rem floor ceil round atan2 reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
+  ("sqrt cbrt sin cos asin acos atan", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
+  (
+    "tanh logistic erf erfc",
+    Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.SATURATES),
+  ),
+  (
+    "eq ne lt le gt ge is_finite clamp select_n broadcast_in_dim stop_gradient",
+    Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.KEEPS_NUMBERS),
+  ),
+  ("copy", Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.MOVES | _T.KEEPS_NUMBERS)),
+  (
+    "reshape transpose squeeze expand_dims rev copy_p name",
+    Facts(Rule.FOLLOW, _MOVED, _T.MOVES | _T.KEEPS_NUMBERS),
+  ),
+  (
+    "slice dynamic_slice dynamic_update_slice concatenate split pad gather scatter tie_in tile "
+    "stack unstack argmax argmin top_k cummax cummin reduce_window_max reduce_window_min",
+    Facts(Rule.FOLLOW, _MOVED, _T.KEEPS_NUMBERS),
+  ),
+  ("eq_to lt_to le_to approx_top_k dimension_as_value", Facts(Rule.FOLLOW, _MOVED)),
+  (
+    "sharding_constraint mesh_cast reshard layout_constraint device_put all_gather "
+    "all_gather_invariant all_to_all ppermute pmax pmin pbroadcast pvary pcast",
+    Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS),
+  ),
+  ("ragged_all_to_all copy_to_host_async", Facts(Rule.FOLLOW, _DEVICES)),
+  ("sort optimization_barrier mpjax_fixed", Facts(Rule.EACH, "hands each operand on by itself")),
+  (
+    "convert_element_type",
+    Facts(Rule.CONVERT, "a change of dtype", _T.ARITHMETIC | _T.KEEPS_NUMBERS),
+  ),
+  ("jit pjit", Facts(Rule.CALL, "a function", _T.JIT)),
+  ("remat remat2 checkpoint", Facts(Rule.CALL, "a function", _T.REMAT)),
+  ("closed_call core_call call eval_jaxpr", Facts(Rule.CALL, "a function", _T.INLINE)),
+  ("shard_map", Facts(Rule.CALL, "a function of one device's parts")),
+  ("scan", Facts(Rule.SCAN, "a loop")),
+  ("while", Facts(Rule.WHILE, "a loop that does not say how often it runs")),
+  ("cond", Facts(Rule.COND, "a choice of functions")),
+  ("custom_jvp_call", Facts(Rule.CUSTOM_JVP, "a function with a rule of its own", _T.INLINE)),
+  ("custom_vjp_call", Facts(Rule.CUSTOM_VJP, "a function with a rule of its own")),
+  ("custom_lin", Facts(Rule.CUSTOM_LIN, "the tangents of such a function")),
+  ("custom_vmap_call", Facts(Rule.CUSTOM_VMAP, "a function with a rule of its own")),
+  (
+    "mpjax_cast_inputs mpjax_cast_inputs_tangent",
+    Facts(Rule.MARKER, "a function that asked for the compute dtype"),
+  ),
+  (
+    "reduce reduce_window select_and_scatter custom_linear_solve get swap addupdate debug_callback "
+    "debug_print",
+    Facts(Rule.TRACED, _FUNCTION),
+  ),
+  (
+    "empty empty2 after_all create_token axis_index iota rng_uniform rng_bit_generator random_bits "
+    "random_fold_in random_seed random_split random_wrap random_unwrap random_clone threefry2x32 "
+    "real imag conj xor clz population_count shift_left shift_right_arithmetic "
+    "shift_right_logical reduce_and reduce_or reduce_xor",
+    Facts(Rule.TRACED, _NO_FLOATS),
+  ),
+  ("and or not", Facts(Rule.TRACED, _NO_FLOATS, _T.ARITHMETIC)),
+  ("mpjax_wide_tangent", Facts(Rule.TRACED, "a derivative that a policy made, float32 by intent")),
 )
 
-
-ARITHMETIC = frozenset(
-  _words(
-    "add sub neg mul div max min abs sign square integer_pow clamp select_n broadcast_in_dim "
-    "convert_element_type stop_gradient copy eq ne lt le gt ge is_finite and or not"
-  )
+FACTS: Mapping[str, Facts] = MappingProxyType(
+  {name: facts for names, facts in _ROWS for name in names.split()}
 )
-"""Elementwise primitives that compilers compute again by themselves rather than store."""
+"""What is known of each primitive of JAX, by name; it stands nowhere else."""
 
-TRANSCENDENTAL = frozenset(
-  _words(
-    "sqrt rsqrt cbrt exp exp2 expm1 pow log log1p log2 tanh logistic erf erfc erf_inv sin cos tan "
-    "sinh cosh asin acos atan asinh acosh atanh lgamma digamma"
-  )
-)
-"""Elementwise primitives that they store."""
+RULES: Mapping[str, Rule] = MappingProxyType({name: facts.rule for name, facts in FACTS.items()})
+"""What each primitive does with float32 under a 16-bit policy, unless a policy map says else."""
+
+
+def having(traits: Trait) -> frozenset[str]:
+  """The names of the primitives that have any of some traits.
+
+  Example:
+    >>> sorted(having(Trait.SATURATES))
+    ['erf', 'erfc', 'logistic', 'tanh']
+  """
+  return frozenset(name for name, facts in FACTS.items() if facts.traits & traits)
+
 
 _CLASSES = {rule.name.lower(): rule for rule in (Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW)}
 

@@ -21,7 +21,11 @@ def module_path(name_stack: Any) -> Path:
   (``mlp/linear_0``, ``eqx.nn.MLP/eqx.nn.Linear``).
   """
   path: list[str] = []
-  for name, wrapped in _components(str(name_stack)):
+  around = False
+  for name, is_wrapped in _components(str(name_stack)):
+    wrapped, around = is_wrapped or around, False
+    if name == POLICY_REGION:  # what wraps it wraps the module in it
+      around = wrapped
     if not name or name in _NOT_MODULES:
       continue
     owner, method = _of_linen(name)

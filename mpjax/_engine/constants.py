@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
+from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import CONSTANT, DATA, Form, fits, join, saturated
@@ -57,23 +58,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """What is computed here; what other primitives make of constants is not known."""
 
-_KEEPS_NUMBERS = frozenset(
-  {
-    *("select_n", "clamp", "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims"),
-    *("rev", "slice", "dynamic_slice", "dynamic_update_slice", "concatenate", "split", "pad"),
-    *("gather", "scatter", "copy", "copy_p", "tie_in", "name", "stop_gradient", "cummax", "cummin"),
-    *("reduce_window_max", "reduce_window_min", "top_k", "tile", "stack", "unstack", "device_put"),
-    *("convert_element_type", "sharding_constraint", "mesh_cast", "reshard", "layout_constraint"),
-    *("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "pmax", "pmin", "pvary"),
-    *("pcast", "pbroadcast", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "argmax", "argmin"),
-  }
-)
-"""What moves, chooses or compares numbers makes no new ones."""
+_KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
 
 
-def _number(value: float) -> NumberSet:
-  """The values of a number."""
-  return frozenset({float(value)})
+def numbers_of(value: Any) -> NumberSet:
+  """The numbers that occur in a scalar of the trace; None for an array, whose are not followed."""
+  if isinstance(value, Tracer) or np.ndim(value):
+    return None
+  dtype = getattr(value, "dtype", np.dtype(type(value)))
+  real = isinstance(dtype, np.dtype) and dtype.kind in "iuf"
+  return frozenset({float(value)}) if real else None
 
 
 def _makes_numbers(primitive: str) -> bool:
@@ -133,7 +127,7 @@ class Numbers:
 
   def of(self, atom: Any) -> NumberSet:
     """The values of an operand."""
-    return _number(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
+    return numbers_of(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
 
   def define(self, var: Any, values: NumberSet) -> None:
     """Say what values a variable has."""
@@ -150,8 +144,29 @@ class Numbers:
       self.define(var, values)
     if values is None:
       return DATA if computed else CONSTANT
-    return join(map(self._adapting.form, values)) or CONSTANT
+    return self.form_of_all(values)
+
+  def follow(self, eqn: JaxprEqn) -> None:
+    """Follow integers: what is moved, chosen or computed of known ones is known."""
+    if len(eqn.outvars) != 1 or not _is_integer(eqn.outvars[0]) or eqn.outvars[0] in self._known:
+      return
+    name = eqn.primitive.name
+    atoms = [atom for atom in eqn.invars if _is_integer(atom) or _makes_numbers(name)]
+    known = [self.of(atom) for atom in atoms]
+    if known and all(numbers is not None for numbers in known):
+      self.define(eqn.outvars[0], _after(name, eqn.params, known))
+
+  def form_of_all(self, numbers: NumberSet) -> Form:
+    """How floats are held in which certain numbers occur: as data if these are not known."""
+    if numbers is None:
+      return DATA
+    return join(map(self._adapting.form, numbers)) or CONSTANT
 
   def form_of(self, atom: Any) -> Form | None:
     """How a literal is held, None for one that is not float32."""
     return self._adapting.form(atom.val) if jaxprs.is_float32(atom) else None
+
+
+def _is_integer(atom: Any) -> bool:
+  dtype = getattr(atom.aval, "dtype", None)
+  return isinstance(dtype, np.dtype) and bool(np.issubdtype(dtype, np.integer))

@@ -6,23 +6,26 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.extend import source_info_util
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
 from mpjax._engine import custom_rules, islands, jaxprs, repeats, softmax, versions
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
-from mpjax._engine.float32_products import unfolded
+from mpjax._engine.float32_products import but_on_gpus, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.kinds import PARAM
 from mpjax._engine.matmul_derivatives import Contraction, with_derivative, with_wide_cotangent
 from mpjax._engine.plan import Plan, Step
-from mpjax._engine.planner import Planner
+from mpjax._engine.planner import Known, Planner
 from mpjax._engine.repeats import Repeat, Unit
 from mpjax._engine.softmax import Softmax
 
@@ -86,7 +89,13 @@ def decide(
   """
   call = Call(fn, args, kwargs, flags)
   planner = Planner(policies, root, absolute, located)
-  plan = planner.plan(jaxprs.trace(call.flat, call.operands), call.forms, own=call.own)
+  jaxpr = jaxprs.trace(call.flat, call.operands)
+  of_call = Known(
+    summed=tuple(range(len(versions.open_jaxpr(jaxpr).outvars))),
+    parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
+    own=call.own,
+  )
+  plan = planner.plan(jaxpr, call.forms, known=of_call)
   if strict:
     policies.check_used((*planner.ops, *known), planner.ops)
   return Decided(call, planner, plan)
@@ -254,18 +263,35 @@ def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   return jaxprs.run_as_traced(step.eqn, operands)
 
 
-def _scores(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   del interpreter
-  narrow = step.params | {"preferred_element_type": operands[0].dtype}
+  factors, rest = operands[:2], operands[2:]
+  narrow = step.params | {"preferred_element_type": factors[0].dtype}
 
   def matmul(*pair: Any) -> Any:
-    return jaxprs.run_with(step.eqn, pair, step.params)[0]
+    return jaxprs.run_with(step.eqn, [*pair, *rest], step.params)[0]
 
   def moved(*pair: Any) -> Any:
-    return to_dtype(jaxprs.run_with(step.eqn, pair, narrow)[0], FLOAT32)
+    return to_dtype(jaxprs.run_with(step.eqn, [*pair, *rest], narrow)[0], FLOAT32)
 
-  return [with_derivative(unfolded(matmul), moved, moved)(*operands)]
+  is_conv = step.eqn.primitive.name == "conv_general_dilated"
+  run = but_on_gpus(matmul, moved) if is_conv else unfolded(matmul)
+  return [with_derivative(run, moved, moved)(*factors)]
+
+
+def _multiply(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
+  del interpreter
+  contracted, batch = step.params["dimension_numbers"]
+  shaped = []
+  free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contracted, batch, strict=True)]
+  for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
+    own = [dim for dim in range(x.ndim) if dim not in (*ones, *along)]
+    x = lax.squeeze(lax.transpose(x, (*along, *own, *ones)), range(x.ndim - len(ones), x.ndim))
+    start = len(along) + (free[0] if n == 0 else 0)
+    shaped.append(lax.expand_dims(x, range(start, start + free[1 - n])))
+  return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
 
 
 def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
@@ -278,7 +304,7 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
   return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {"jaxpr": jaxpr})
 
 
-_KEEPS_ITS_CALL = frozenset({"jit", "pjit", "remat", "remat2", "checkpoint"})
+_KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT)
 
 
 def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
@@ -316,7 +342,8 @@ def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 
 
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
-  Rule.SCORES: _scores,
+  Rule.WIDE: _wide,
+  Rule.MULTIPLY: _multiply,
   Rule.TRACED: _traced,
   Rule.CALL: _call,
   Rule.SCAN: _scan,

@@ -27,6 +27,22 @@ def unfolded(matmul: Matmul) -> Matmul:
   return run
 
 
+def but_on_gpus(matmul: Matmul, rounded: Matmul) -> Matmul:
+  """A convolution that returns float32, on GPUs one that rounds.
+
+  There XLA would run the whole of it in float32, since cuDNN returns what it takes.
+
+  Args:
+    matmul: The convolution with a float32 result.
+    rounded: The same, its result rounded and float32 again.
+  """
+
+  def run(left: Any, right: Any) -> Any:
+    return lax.platform_dependent(left, right, cuda=rounded, rocm=rounded, default=matmul)
+
+  return run
+
+
 def fixed(x: Any) -> Any:
   """An array whose dimensions stay in this order on a CPU."""
   return fixed_p.bind(x)

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import TRANSCENDENTAL
+from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, softmax
 from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
 from mpjax._engine.softmax import Softmax
+
+_TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 
 
 class Island(NamedTuple):
@@ -127,7 +129,7 @@ def _pays(steps: Any, island: Island) -> bool:
 
 def _is_costly(step: Step) -> bool:
   inner = any(_is_costly(inner) for body in step.bodies for inner in body.steps)
-  return inner or step.eqn.primitive.name in TRANSCENDENTAL
+  return inner or step.eqn.primitive.name in _TRANSCENDENTAL
 
 
 def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.scopes import Path
-from mpjax._engine.jaxprs import Literal, Var
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
 
 Governs = Callable[[Path], tuple[int | None, Policy]]
@@ -27,11 +27,28 @@ class Borders:
   def __init__(self, governs: Governs) -> None:
     self._governs = governs
     self._homes: dict[Var, Path] = {}
+    self._births: dict[Var, dict[tuple[int, ...], Path]] = {}
     self._entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
 
-  def settle(self, var: Var, path: Path) -> None:
-    """Note in which module a variable was computed."""
-    self._homes[var] = path
+  def settle(self, eqn: JaxprEqn, path: Path, *, multiplies: bool) -> None:
+    """Note in which module an equation stands, and where its results began.
+
+    Args:
+      eqn: The equation.
+      path: Its module.
+      multiplies: Whether it has a matmul in it: what comes out of one begins there.
+    """
+    begun: dict[tuple[int, ...], Path] = {}
+    read: Any = () if multiplies else eqn.invars
+    for atom in read:
+      if not isinstance(atom, Literal) and getattr(atom.aval, "ndim", 0):
+        for shape, birth in self._births.get(atom, {atom.aval.shape: ()}).items():
+          known = begun.get(shape, birth)
+          begun[shape] = known[: common_depth(known, birth)]
+    made: Any = eqn.outvars
+    for var in made:
+      self._homes[var] = path
+      self._births[var] = {var.aval.shape: path} if multiplies else begun
 
   def cross(self, atom: Any, form: Form | None, path: Path) -> Form | None:
     """The form of a value that is read in another module than it was computed in."""
@@ -46,9 +63,10 @@ class Borders:
   def _leave(self, atom: Any, form: Form | None, path: Path) -> Form | None:
     """The form of a value after it left every module between its home and a path.
 
-    Data goes on in 16 bits where every value of its shape came in as such: so do the results of
-    norms and activations, but no loss, statistic or routing weight, and not the float32 state of
-    a recurrent cell. A module that a rule matched hands out the rule's output dtype.
+    Data goes on in 16 bits where it is what came in, made over: every value of its shape came in as
+    such, and one of them leads to it with no matmul between. So do the results of norms and
+    activations, but no loss or statistic, no weights that a router computes, and not the float32
+    state of a recurrent cell. A module that a rule matched hands out the rule's output dtype.
     """
     home = self._home(atom)
     if form is None or form.kind < Kind.NARROW or len(home) == common_depth(home, path):
@@ -58,7 +76,10 @@ class Borders:
       if rule is not None and rule != self._governs(home[: depth - 1])[0]:
         form = held_as(policy.output_dtype)
       elif form.kind is Kind.DATA and policy.compute_dtype != FLOAT32:
-        dtype = self._entered.get(home[:depth], {}).get(atom.aval.shape)
+        shape = atom.aval.shape
+        dtype = self._entered.get(home[:depth], {}).get(shape)
+        birth = self._births.get(atom, {}).get(shape, home)
+        dtype = None if birth[:depth] == home[:depth] else dtype
         form = form if dtype is None else narrow(dtype)
     return form
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import ARITHMETIC, TRANSCENDENTAL, Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import versions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
@@ -110,7 +110,8 @@ def widened(body: Plan) -> Forms:
   )
 
 
-_FUNCTIONS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call"})
+_FUNCTIONS = having(Trait.JIT | Trait.INLINE)
+_ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
 
 
 def is_elementwise(step: Step) -> bool:
@@ -118,4 +119,4 @@ def is_elementwise(step: Step) -> bool:
   name = step.eqn.primitive.name
   if name in _FUNCTIONS and step.bodies:
     return all(is_elementwise(inner) for inner in step.bodies[0].steps)
-  return name in ARITHMETIC or name in TRANSCENDENTAL
+  return name in _ELEMENTWISE

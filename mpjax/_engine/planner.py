@@ -11,25 +11,51 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core import scopes
-from mpjax._core.dtypes import FLOAT16, FLOAT32
+from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine import constants, jaxprs, sharpening, versions
-from mpjax._engine.constants import Adapting, Numbers
+from mpjax._engine import constants, jaxprs, lookahead, sharpening, versions
+from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kernels import kernel_of
-from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind, join, narrow
+from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
+from mpjax._engine.lookahead import Needs
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.plan import ROOT, Forms, Place, Plan, Read, Step, widened
-from mpjax._engine.sharpening import Own
+from mpjax._engine.sharpening import Own, Sight
 
-_NONE = Own()
+
+class Known(NamedTuple):
+  """What the equation that holds a jaxpr knows of its operands and results, by index.
+
+  Attributes:
+    exact: Which results are needed exactly: see `lookahead`.
+    carried: Which operands a long loop carries.
+    summed: Which results are gradients, if they come out of a backward pass.
+    parameters: Which operands are parameters, or began as such before a loop.
+    kin: For each operand from which of these it was computed; empty if from none.
+    numbers: For each operand the numbers that occur in it, None where they are not known; empty
+      if they are known of none.
+    own: Which operands depend on nothing but a model's parameters and state.
+  """
+
+  exact: tuple[int, ...] = ()
+  carried: tuple[int, ...] = ()
+  summed: tuple[int, ...] = ()
+  parameters: tuple[int, ...] = ()
+  kin: tuple[int, ...] = ()
+  numbers: tuple[NumberSet, ...] = ()
+  own: Own = Own()
+
+
+NOTHING = Known()
 
 
 class _Decision(NamedTuple):
@@ -66,6 +92,7 @@ class Planner:
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
     self.adapting = Adapting(policies.narrow_dtypes())
+    self.needs = Needs(self.table)
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
@@ -76,8 +103,7 @@ class Planner:
     in_forms: Forms,
     place: Place = ROOT,
     out_forms: Forms | None = None,
-    exact: tuple[int, ...] = (),
-    own: Own = _NONE,
+    known: Known = NOTHING,
   ) -> Plan:
     """Plan a closed or open jaxpr.
 
@@ -86,13 +112,12 @@ class Planner:
       in_forms: How each operand is held, None for what is not float32.
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
-      exact: Which results go into a logarithm.
-      own: Which operands depend on nothing but a model's parameters and state.
+      known: What else is known of its operands and results.
     """
-    known = place if self._located else place._replace(path=())
-    key = (id(jaxpr), in_forms, known, out_forms, exact, own)
+    where = place if self._located else place._replace(path=())
+    key = (id(jaxpr), in_forms, where, out_forms, known)
     if key not in self._plans:
-      self._plans[key] = _Walk(self, jaxpr, in_forms, place, exact, own).plan(out_forms)
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place, known).plan(out_forms)
     return self._plans[key]
 
   def rule_at(self, path: Path, op: str | None = None) -> int | None:
@@ -126,19 +151,24 @@ class _Walk:
     jaxpr: Any,
     in_forms: Forms,
     place: Place,
-    exact: tuple[int, ...],
-    own: Own,
+    known: Known,
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    self.into_log = sharpening.into_log(inner, exact, planner.table)
-    self.own = sharpening.own_variables(inner, own)
+    self.exact = planner.needs.exact(jaxpr, known.exact, known.carried)
+    self.sums = planner.needs.summed(
+      inner, known.parameters, known.kin, known.summed, self.is_backward
+    )
+    self.own = sharpening.own_variables(inner, known.own)
     self.iterated = sharpening.power_iteration(inner, self.own.state)
     self.numbers = Numbers(planner.adapting)
+    for var, numbers in zip(inner.invars, known.numbers, strict=False):
+      self.numbers.define(var, numbers)
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.adapting.form(value) if jaxprs.is_float32(var) else None
+      self.numbers.define(var, numbers_of(value))
 
   def plan(self, out_forms: Forms | None) -> Plan:
     inner = versions.open_jaxpr(self.jaxpr)
@@ -147,6 +177,9 @@ class _Walk:
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
     return Plan(self.jaxpr, self.in_forms, steps, reads, held)
+
+  def is_backward(self, eqn: JaxprEqn) -> bool:
+    return self.place.backward or self.planner.place_of(eqn, self.place.path).backward
 
   def step(self, eqn: JaxprEqn) -> Step:
     inner = self.planner.place_of(eqn, self.place.path)
@@ -160,46 +193,24 @@ class _Walk:
     else:
       decision = _DECIDE[rule](self, eqn, forms, policy.compute_dtype, place)
     reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
+    self.numbers.follow(eqn)
+    home = () if place.backward or place.has_policy else path
+    self.borders.settle(eqn, home, multiplies=_multiplies(eqn, decision.bodies))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
-      self.borders.settle(var, () if place.backward or place.has_policy else path)
     return Step(
       eqn, rule, won, place, reads, forms, decision.outs, decision.params, decision.bodies
     )
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
-    name = eqn.primitive.name
-    rule = self.planner.table.get(name)
+    rule = self.planner.table.get(eqn.primitive.name)
     if rule is None:
       if any(forms):
-        self.planner.unknown[name] += 1
+        self.planner.unknown[eqn.primitive.name] += 1
       return Rule.TRACED
-    if rule in _WITH_BODIES and not all(hasattr(a.aval, "dtype") for a in eqn.invars):
-      return Rule.TRACED  # a mutable reference cannot change its dtype
-    if name == "name" and eqn.params["name"] == KEEP_FLOAT32:
-      return Rule.FULL
-    if sharpening.applies_a_function(eqn):
-      return Rule.ALWAYS
-    if rule is Rule.ALWAYS or (rule in _FLAT and compute == FLOAT32):
-      return rule if rule is Rule.ALWAYS else Rule.FULL
-    if name in sharpening.SATURATING and eqn.outvars[0] in self.into_log:
-      return Rule.FULL
-    if sharpening.is_square(eqn) or sharpening.picks_numbers(eqn, forms):
-      return Rule.FULL
-    if not self.planner.adapting.holds(sharpening.fill_value(eqn)):
-      return Rule.FULL
-    if rule is Rule.LOWER and sharpening.has_foreign_float(eqn, forms, compute):
-      return Rule.TRACED
-    if rule is Rule.LOWER and eqn.outvars[0] in self.iterated:
-      return Rule.FULL
-    if rule is Rule.LOWER and sharpening.is_grouped_scores(eqn, forms):
-      return Rule.SCORES
-    if rule is Rule.RANGE:
-      form = join(forms)
-      held = compute if form and form.kind < Kind.NARROW else form and form.dtype
-      return Rule.FULL if held == FLOAT16 else Rule.FOLLOW
-    return rule
+    sight = Sight(eqn, rule, forms, compute, self.exact, self.sums, self.iterated)
+    return sharpening.sharpened(sight, self.planner.adapting)
 
   # Reading a value where it is used ---------------------------------------------------------
 
@@ -224,13 +235,15 @@ class _Walk:
   # Deciding one equation -----------------------------------------------------------------------
 
   def lower(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """In 16 bits: those of the policy, or those that the author gave one of the operands."""
+    compute = sharpening.foreign_format(eqn, forms) or compute
     decision = self.uniform(eqn, forms, narrow(compute))
     if not any(forms):
       return decision
     return decision._replace(params=jaxprs.without_algorithm(decision.params))
 
-  def scores(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """Scores are float32, as JAX has them for 16-bit operands: none rounds before its softmax."""
+  def wide(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+    """Scores and what is added up are float32: they leave their matmul as it summed them up."""
     decision = self.lower(eqn, forms, compute, place)
     params = decision.params | {"preferred_element_type": FLOAT32}
     return decision._replace(outs=_for_float32(eqn.outvars, DATA), params=params)
@@ -242,6 +255,8 @@ class _Walk:
     form = join(forms) or DATA
     if form.kind is Kind.CONSTANT:
       form = self.numbers.form_after(eqn, forms)
+    if eqn.outvars[0] in self.sums.updates:
+      form = DATA
     decision = self.uniform(eqn, forms, form)
     if sharpening.looks_up_rows(eqn, forms) and compute != FLOAT32:
       return decision._replace(outs=(narrow(compute),))
@@ -286,71 +301,84 @@ class _Walk:
     if operand.aval.dtype == np.bool_:
       self.numbers.define(result, constants.MASK)
       return _Decision([None], (CONSTANT,), eqn.params)
-    if not isinstance(operand, Literal):
-      return _Decision([None], (DATA,), eqn.params)
-    self.numbers.define(result, self.numbers.of(operand))
-    return _Decision([None], (self.planner.adapting.form(operand.val),), eqn.params)
+    numbers = self.numbers.of(operand)
+    self.numbers.define(result, numbers)
+    return _Decision([None], (self.numbers.form_of_all(numbers),), eqn.params)
 
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    (jaxpr,) = (eqn.params[key] for key in _BODY if key in eqn.params)
-    exact = tuple(n for n, var in enumerate(eqn.outvars) if var in self.into_log)
+    (held,) = bodies_of(eqn)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
-    own = self.own.among(eqn.invars) if is_call else _NONE
-    body = self.body(jaxpr, forms, place, exact=exact, own=own)
+    known = self.known(eqn, eqn.invars, forms, own=self.own.among(eqn.invars) if is_call else Own())
+    body = self.planner.plan(held.jaxpr, forms, place, known=known)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.body(jaxpr, widened(body), place, exact=exact, own=own)
+      body = self.planner.plan(held.jaxpr, widened(body), place, known=known)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
+  def known(self, eqn: JaxprEqn, atoms: Sequence[Any], forms: Forms, own: Own) -> Known:
+    """What is known of the operands and results of a body that runs once for all of an equation."""
+    numbers = tuple(self.numbers.of(atom) for atom in atoms)
+    return Known(
+      exact=tuple(n for n, var in enumerate(eqn.outvars) if var in self.exact),
+      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
+      parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
+      kin=self.sums.kin(atoms),
+      numbers=numbers if any(n is not None for n in numbers) else (),
+      own=own,
+    )
+
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    consts, carry = versions.scan_shape(eqn)
-    before, after = forms[:consts], forms[consts + carry :]
-    jaxpr = eqn.params["jaxpr"]
-    own = self.own.among(eqn.invars).without(range(consts, consts + carry))
-    held = self.fixed_point(jaxpr, before, forms[consts : consts + carry], after, place, own)
-    operands = (*before, *held, *after)
-    stacked = self.body(jaxpr, operands, place, own=own).out_forms[carry:]
-    body = self.body(jaxpr, operands, place, (*held, *stacked), own=own)
-    return _Decision([f and f.dtype for f in operands], body.out_forms, eqn.params, (body,))
+    (body,) = bodies_of(eqn)
+    own = self.own.among(eqn.invars).without(body.carry)
+    return self.loop(eqn, forms, compute, place, own)
 
-  def loop(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    of_cond = eqn.params["cond_nconsts"]
-    of_body = of_cond + eqn.params["body_nconsts"]
-    jaxpr = eqn.params["body_jaxpr"]
-    held = self.fixed_point(jaxpr, forms[of_cond:of_body], forms[of_body:], (), place)
-    body = self.body(jaxpr, (*forms[of_cond:of_body], *held), place, held)
-    cond = self.body(eqn.params["cond_jaxpr"], (*forms[:of_cond], *held), place)
-    wanted = [f and f.dtype for f in (*forms[:of_body], *held)]
-    return _Decision(wanted, held, eqn.params, (cond, body))
+  def loop(
+    self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place, own: Own | None = None
+  ) -> _Decision:
+    *tests, body = bodies_of(eqn)
+    count, turns = len(body.carry), repetitions(eqn)
+    taken = body.split(forms)
+    long = self.long(body, turns, compute)
+    known = Known(
+      carried=tuple(body.carry) if turns is None or turns > terms_of(compute) else (),
+      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
+      parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
+      own=own or Own(),
+    )
 
-  def fixed_point(
-    self,
-    jaxpr: Any,
-    before: Forms,
-    carry: Forms,
-    after: Forms,
-    place: Place,
-    own: Own = _NONE,
-  ) -> Forms:
-    """The least forms of a carry that the loop's body keeps.
+    def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:
+      operands = (*taken.consts, *held, *taken.slices)
+      return self.planner.plan(body.jaxpr, operands, place, outs, known)
 
-    A carry that starts from a constant is an accumulator or the state of a recurrent cell: it
-    stays float32, for sums over many steps stall in 16 bits.
-    """
-    held = tuple(DATA if f is not None and f.kind is Kind.CONSTANT else f for f in carry)
-    while True:
-      outs = self.body(jaxpr, (*before, *held, *after), place, own=own).out_forms
-      grown = tuple(join(pair) for pair in zip(held, outs[: len(held)], strict=True))
-      if grown == held:
-        return held
-      held = grown
+    def turn(held: Sequence[Form | None]) -> Sequence[Form | None]:
+      """A parameter that a loop changes is a sum from then on."""
+      outs = plan(held).out_forms
+      return [_carried(*pair) for pair in zip(held, outs[:count], strict=True)]
+
+    start = [_accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
+    held = tuple(settled(start, turn, join))
+    stacked = plan(held).out_forms[count:]
+    bodies = [plan(held, (*held, *stacked))]
+    operands = list(forms)
+    for n, form in zip(body.carry, held, strict=True):
+      operands[body.operands[n]] = form
+    for test in tests:
+      bodies.insert(0, self.planner.plan(test.jaxpr, tuple(test.take(operands)), place))
+    wanted = [form and form.dtype for form in operands]
+    return _Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
+
+  def long(self, body: Body, turns: int | None, compute: np.dtype) -> list[bool]:
+    """Which values a loop carries that it adds more terms to than its format counts."""
+    most = terms_of(compute)
+    terms = lookahead.accumulates(body.jaxpr, body.carry)
+    return [bool(term) and (turns is None or turns * term > most) for term in terms]
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    branches = eqn.params["branches"]
-    own = self.own.among(eqn.invars[1:])
-    free = [self.body(branch, forms[1:], place, own=own).out_forms for branch in branches]
+    branches = [branch.jaxpr for branch in bodies_of(eqn)]
+    known = self.known(eqn, eqn.invars[1:], forms[1:], self.own.among(eqn.invars[1:]))
+    free = [self.planner.plan(b, forms[1:], place, known=known).out_forms for b in branches]
     outs = tuple(join(column) for column in zip(*free, strict=True))
-    bodies = tuple(self.body(branch, forms[1:], place, outs, own=own) for branch in branches)
+    bodies = tuple(self.planner.plan(b, forms[1:], place, outs, known) for b in branches)
     return _Decision([None] * len(forms), outs, eqn.params, bodies)
 
   def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
@@ -364,24 +392,14 @@ class _Walk:
     )
     return _Decision(wanted, outs, {"jaxpr": jaxpr})
 
-  def body(
-    self,
-    jaxpr: Any,
-    forms: Forms,
-    place: Place,
-    outs: Forms | None = None,
-    exact: tuple[int, ...] = (),
-    own: Own = _NONE,
-  ) -> Plan:
-    return self.planner.plan(jaxpr, forms, place, outs, exact, own)
-
 
 _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.LOWER: _Walk.lower,
-  Rule.SCORES: _Walk.scores,
+  Rule.WIDE: _Walk.wide,
   Rule.FULL: _Walk.full,
   Rule.ALWAYS: _Walk.full,
   Rule.FOLLOW: _Walk.follow,
+  Rule.MULTIPLY: _Walk.follow,
   Rule.EACH: _Walk.each,
   Rule.CONVERT: _Walk.convert,
   Rule.CALL: _Walk.call,
@@ -395,22 +413,40 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,
 }
-_BODY = ("jaxpr", "call_jaxpr", "call")
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
-_SHARES_READS = frozenset({"jit", "pjit"})
-_FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
-_NAMEABLE = frozenset({Rule.LOWER, Rule.SCORES, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
-_WITH_BODIES = frozenset(
-  {
-    Rule.CALL,
-    Rule.SCAN,
-    Rule.WHILE,
-    Rule.COND,
-    Rule.CUSTOM_JVP,
-    Rule.CUSTOM_VJP,
-    Rule.CUSTOM_VMAP,
-  }
-)
+_SHARES_READS = having(Trait.JIT)
+_MATMULS = having(Trait.MATMUL)
+_NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
+
+
+def terms_of(dtype: np.dtype) -> int:
+  """How many terms a sum in a format may have: half of what the format counts, one by one.
+
+  128 in bfloat16, where 256 + 1 is 256, and 1024 in float16.
+  """
+  return 2 ** int(jnp.finfo(dtype).nmant)
+
+
+def _accumulator(form: Form | None, is_long: bool) -> Form | None:
+  """How a carry is held that starts in a form.
+
+  One that starts from a constant is an accumulator or the state of a recurrent cell: it is
+  float32, as is a 16-bit one that more is added to than its format counts.
+  """
+  if form is None or form.kind is Kind.PARAM:
+    return form
+  return DATA if form.kind is Kind.CONSTANT or is_long else form
+
+
+def _carried(held: Form | None, out: Form | None) -> Form | None:
+  """How a carry is held that a body hands on in a form: a parameter that changes is float32."""
+  return out if held != PARAM or out == PARAM else DATA
+
+
+def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
+  """Whether an equation is a matmul or has one in a body."""
+  inside = (_multiplies(step.eqn, step.bodies) for body in bodies for step in body.steps)
+  return eqn.primitive.name in _MATMULS or any(inside)
 
 
 def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.environment import Key, nearest, shared
 from mpjax._engine.islands import Island
@@ -28,16 +28,17 @@ OFTEN = 4
 _SIMPLE = frozenset(
   {
     Rule.LOWER,
-    Rule.SCORES,
+    Rule.WIDE,
     Rule.FULL,
     Rule.ALWAYS,
     Rule.FOLLOW,
+    Rule.MULTIPLY,
     Rule.NAMED,
     Rule.EACH,
     Rule.CONVERT,
   }
 )
-_CALLS = frozenset({"jit", "pjit"})
+_CALLS = having(Trait.JIT)
 
 Unit = Step | Island | Softmax
 """What is executed at once: a step, or several that store less for the backward pass together."""

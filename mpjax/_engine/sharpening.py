@@ -1,39 +1,198 @@
-"""What an equation shows beyond its primitive's name: squares, lookups, ways into a logarithm."""
+"""What an equation shows beyond its primitive's name: squares, lookups, sums, outer products.
+
+`SHARPENINGS` is the list: the first that fits an equation replaces the rule of its primitive.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._core.primitives import Rule
+from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
+from mpjax._engine.constants import Adapting
 from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.kinds import Kind
+from mpjax._engine.keep_float32 import KEEP_FLOAT32
+from mpjax._engine.kinds import Kind, join
+from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 
-SATURATING = frozenset({"logistic", "tanh", "erf", "erfc"})
-"""What becomes a constant for arguments that are far from zero."""
+SATURATING = having(Trait.SATURATES)
+_FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
+_WITH_BODIES = frozenset(
+  {
+    Rule.CALL,
+    Rule.SCAN,
+    Rule.WHILE,
+    Rule.COND,
+    Rule.CUSTOM_JVP,
+    Rule.CUSTOM_VJP,
+    Rule.CUSTOM_VMAP,
+  }
+)
 
-_LOGARITHMS = frozenset({"log", "log1p", "log2", "atanh", "erf_inv"})
-_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CALL, Rule.CONVERT, Rule.CUSTOM_JVP})
 
+class Sight(NamedTuple):
+  """What is seen of an equation when its rule is chosen.
 
-def into_log(inner: Any, exact: tuple[int, ...], table: Mapping[str, Rule]) -> set[Any]:
-  """The variables from which elementwise operations alone lead into a logarithm.
-
-  A sigmoid or tanh among them runs in float32: in 16 bits it is 1 from an argument of 6 on, and
-  the loss of a confident wrong answer loses its gradient.
+  Attributes:
+    eqn: The equation.
+    rule: The rule of its primitive.
+    forms: How its operands are held.
+    compute: The compute dtype that governs it.
+    exact: The variables that are needed exactly.
+    sums: What is added up.
+    iterated: The results of the matmuls of power iterations.
   """
-  found: set[Any] = {inner.outvars[n] for n in exact if not isinstance(inner.outvars[n], Literal)}
-  for eqn in reversed(inner.eqns):
-    name = eqn.primitive.name
-    passes = table.get(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
-    if name in _LOGARITHMS or passes:
-      found.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-  return found
+
+  eqn: JaxprEqn
+  rule: Rule
+  forms: Forms
+  compute: np.dtype
+  exact: Collection[Any]
+  sums: Sums
+  iterated: Collection[Any]
+
+  @property
+  def name(self) -> str:
+    """The name of the primitive."""
+    return self.eqn.primitive.name
+
+  @property
+  def result(self) -> Any:
+    """The first result."""
+    return self.eqn.outvars[0]
+
+  @property
+  def is_lower(self) -> bool:
+    """Whether a matmul of float32 is to run in 16 bits."""
+    return self.rule is Rule.LOWER and any(self.forms)
+
+
+class Sharpening(NamedTuple):
+  """A rule for equations that their primitive's rule does not fit.
+
+  Attributes:
+    name: What they are.
+    fits: Whether an equation is one.
+    rule: The rule; None for that of the primitive, which nothing sharpens further.
+    reason: Why.
+  """
+
+  name: str
+  fits: Callable[[Sight], bool]
+  rule: Rule | None
+  reason: str
+
+
+SHARPENINGS: tuple[Sharpening, ...] = (
+  Sharpening(
+    "body of references",
+    lambda s: s.rule in _WITH_BODIES and not all(hasattr(a.aval, "dtype") for a in s.eqn.invars),
+    Rule.TRACED,
+    "a mutable reference cannot change its dtype",
+  ),
+  Sharpening(
+    "keep_float32",
+    lambda s: s.name == "name" and s.eqn.params["name"] == KEEP_FLOAT32,
+    Rule.FULL,
+    "its author said so",
+  ),
+  Sharpening(
+    "scatter of a function",
+    lambda s: applies_a_function(s.eqn),
+    Rule.ALWAYS,
+    "the function was traced in float32",
+  ),
+  Sharpening("no 16-bit kernel", lambda s: s.rule is Rule.ALWAYS, None, "as the table says"),
+  Sharpening(
+    "float32 policy",
+    lambda s: s.rule in _FLAT and s.compute == FLOAT32,
+    Rule.FULL,
+    "the policy computes in float32",
+  ),
+  Sharpening(
+    "near one or into a logarithm",
+    lambda s: s.name in SATURATING and s.result in s.exact,
+    Rule.FULL,
+    "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
+  ),
+  Sharpening(
+    "square", lambda s: is_square(s.eqn), Rule.FULL, "nearly always feeds a sum: a variance, a norm"
+  ),
+  Sharpening(
+    "picked numbers",
+    lambda s: picks_numbers(s.eqn, s.forms),
+    Rule.FULL,
+    "their cotangents meet those of the logsumexp before they round",
+  ),
+  Sharpening(
+    "matmul with another format",
+    lambda s: s.rule is Rule.LOWER and has_foreign_float(s.eqn, s.forms),
+    Rule.TRACED,
+    "float64, complex and 8-bit operands are their author's",
+  ),
+  Sharpening(
+    "power iteration",
+    lambda s: s.is_lower and s.result in s.iterated,
+    Rule.FULL,
+    "every weight is divided by the norm that it finds",
+  ),
+  Sharpening(
+    "what is added up",
+    lambda s: s.is_lower and s.sums.is_sum(s.eqn),
+    Rule.WIDE,
+    "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
+  ),
+  Sharpening(
+    "outer product",
+    lambda s: s.is_lower and contracts_nothing(s.eqn) and _is_float32(s.forms),
+    Rule.MULTIPLY,
+    "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
+    "grouped scores",
+    lambda s: s.is_lower and is_grouped_scores(s.eqn, s.forms),
+    Rule.WIDE,
+    "JAX has the scores of 16-bit attention in float32",
+  ),
+  Sharpening(
+    "leaves the range of float16",
+    lambda s: s.rule is Rule.RANGE and _held(s) == FLOAT16,
+    Rule.FULL,
+    "256 squared exceeds float16",
+  ),
+  Sharpening(
+    "within range", lambda s: s.rule is Rule.RANGE, Rule.FOLLOW, "bfloat16 has float32's range"
+  ),
+)
+"""What replaces the rule of a primitive where an equation shows more than its name, in order."""
+
+
+def sharpened(sight: Sight, adapting: Adapting) -> Rule:
+  """The rule of an equation: that of its primitive, or the first sharpening that fits."""
+  if not adapting.holds(fill_value(sight.eqn)):
+    return Rule.FULL
+  for sharpening in SHARPENINGS:
+    if sharpening.fits(sight):
+      return sharpening.rule or sight.rule
+  return sight.rule
+
+
+def _is_float32(forms: Forms) -> bool:
+  """Whether operands are held in float32 together."""
+  form = join(forms)
+  return form is not None and form.dtype == FLOAT32
+
+
+def _held(sight: Sight) -> np.dtype | None:
+  """The dtype that an equation's operands have together where they follow each other."""
+  form = join(sight.forms)
+  return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
 
 
 def is_square(eqn: JaxprEqn) -> bool:
@@ -61,17 +220,27 @@ def fill_value(eqn: JaxprEqn) -> float | None:
 def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
   """Whether a float32 matmul is the one that makes scores in `jax.nn.dot_product_attention`.
 
-  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head.
+  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head, in
+  whichever order they stand.
   """
   if eqn.primitive.name != "dot_general" or None in forms or not jaxprs.is_float32(eqn.outvars[0]):
     return False
   contracted, batch = eqn.params["dimension_numbers"]
   factors: Any = eqn.invars[:2]
   ranks = [len(atom.aval.shape) for atom in factors]
-  last = tuple((rank - 1,) for rank in ranks)
-  heads = (*range(ranks[1] - 3), ranks[1] - 2)
-  grouped = ranks[0] == ranks[1] + 1 and ranks[1] >= 3
-  return grouped and contracted == last and batch == (heads, heads)
+  keys = min(ranks)
+  heads = (*range(keys - 3), keys - 2)
+  grouped = max(ranks) == keys + 1 and keys >= 3
+  return grouped and contracted == tuple((rank - 1,) for rank in ranks) and batch == (heads, heads)
+
+
+def contracts_nothing(eqn: JaxprEqn) -> bool:
+  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  operand: Any = eqn.invars[0].aval
+  return all(operand.shape[dim] == 1 for dim in contracted)
 
 
 class Own(NamedTuple):
@@ -176,11 +345,21 @@ def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
   return rows > 1 and np.prod(eqn.params["slice_sizes"], dtype=int) > 1
 
 
-def has_foreign_float(eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> bool:
-  """Whether a matmul mixes float32 with a float of the caller's own choice, or makes a float64."""
+def foreign_format(eqn: JaxprEqn, forms: Forms) -> np.dtype | None:
+  """The 16-bit format that its author gave one operand of a matmul whose other is float32."""
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  formats = {atom.aval.dtype for atom, form in operands if form is None}
+  return formats.pop() if any(forms) and len(formats) == 1 and formats <= _NARROW else None
+
+
+def has_foreign_float(eqn: JaxprEqn, forms: Forms) -> bool:
+  """Whether a matmul mixes float32 with another float than 16 bits, or makes a float64 of it."""
   result: Any = eqn.outvars[0].aval
   operands: Any = zip(eqn.invars, forms, strict=True)
   dtypes = {a.aval.dtype for a, f in operands if f is None}
   if any(forms) and result.dtype == np.float64:
     return True
-  return any(jnp.issubdtype(d, np.inexact) and d != compute for d in dtypes)
+  return any(jnp.issubdtype(d, np.inexact) for d in dtypes - _NARROW)
+
+
+_NARROW = {BFLOAT16, FLOAT16}

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Step
 
-MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+MATMULS = having(Trait.MATMUL)
 
 
 def is_float(aval: Any) -> bool:

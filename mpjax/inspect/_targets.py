@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mpjax.inspect import _target_compiler
 
 _GIB = 2**30
-_FOLDER = Path(__file__).parent / "targets"
+_FOLDER = Path(__file__).parents[1] / "targets"
 
 
 class Target(NamedTuple):

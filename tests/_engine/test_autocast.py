@@ -31,8 +31,9 @@ def operands():
   return {"w": jnp.ones((8, 8)), "b": jnp.zeros((2, 8))}, jnp.ones((2, 8))
 
 
-def test_an_all_float32_policy_returns_the_function_itself():
-  assert mpjax.autocast(affine, "float32") is affine
+def test_an_all_float32_policy_changes_no_equation(operands):
+  plain, cast = (jax.make_jaxpr(f)(*operands) for f in (affine, mpjax.autocast(affine, "float32")))
+  assert str(plain) == str(cast)
 
 
 def test_results_have_the_output_dtype_and_gradients_that_of_the_parameters(operands):

@@ -1,0 +1,386 @@
+"""What no program may suffer under a 16-bit policy, whichever way it is written."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import mpjax
+from _jaxprs import equations
+from mpjax.inspect import explain
+
+both = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_users():
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+def cases(**functions):
+  return pytest.mark.parametrize("fn", functions.values(), ids=functions.keys())
+
+
+def matmuls(fn, *args):
+  found = equations(jax.make_jaxpr(fn)(*args))
+  return [e for e in found if e.primitive.name == "dot_general"]
+
+
+# Sums ---------------------------------------------------------------------------------------------
+
+W = jnp.full((4, 4), 0.5)
+DATA = jnp.ones((8, 4))
+loss = lambda w, x: jnp.mean((x @ w) ** 2)
+
+
+def sgd(w, x):
+  return w - 1e-3 * jax.grad(loss)(w, x)
+
+
+def by_hand(w, x):
+  y = x @ w
+  return w - 1e-3 * (x.T @ (y * (2 / y.size)))
+
+
+def rows(w, x):
+  """The delta rule, one example after the other."""
+  step = lambda w, u: (w - 1e-3 / 8 * jnp.outer(u, u @ w) / 2, None)
+  return lax.scan(step, w, x)[0]
+
+
+def optimizer(tx):
+  def step(w, x):
+    state = tx.init(w)
+    for _ in range(2):
+      updates, state = tx.update(jax.grad(loss)(w, x), state, w)
+      w = optax.apply_updates(w, updates)
+    return w
+
+  return step
+
+
+STEPS = {
+  "sgd": sgd,
+  "by_hand": by_hand,
+  "rows": rows,
+  "jitted": jax.jit(sgd),
+  "jitted_update": lambda w, x: jax.jit(lambda w, g: w - 1e-3 * g)(w, jax.grad(loss)(w, x)),
+  "added": lambda w, x: w + -1e-3 * jax.grad(loss)(w, x),
+  "remat": lambda w, x: w - 1e-3 * jax.grad(jax.checkpoint(loss))(w, x),
+  "decayed": lambda w, x: w * (1 - 1e-5) - 1e-3 * jax.grad(loss)(w, x),
+  "linear": lambda w, x: w - 1e-3 * jax.grad(lambda w: jnp.sum(jnp.sin(x @ w)))(w) / 32,
+  "momentum": optimizer(optax.sgd(1e-3, momentum=0.9)),
+  "adam": optimizer(optax.adam(1e-4)),
+}
+LOOPS = {
+  "once": lambda step: step,
+  "scan": lambda step: (
+    lambda w, x: lax.scan(lambda w, _: (step(w, x), None), w, None, length=50)[0]
+  ),
+  "fori": lambda step: lambda w, x: lax.fori_loop(0, 50, lambda _, w: step(w, x), w),
+  "while": lambda step: (
+    lambda w, x: lax.while_loop(lambda c: c[1] < 50, lambda c: (step(c[0], x), c[1] + 1), (w, 0))[0]
+  ),
+}
+
+
+@both
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+@cases(**STEPS)
+def test_a_gradient_step_moves_a_parameter_by_what_float32_moves_it(fn, loop, policy):
+  run = loop(fn)
+  change = np.asarray(run(W, DATA) - W)
+  np.testing.assert_allclose(mpjax.autocast(run, policy)(W, DATA) - W, change, rtol=0.03)
+
+
+@both
+def test_the_gradients_of_an_inner_loop_leave_their_matmuls_in_float32(policy):
+  """Model-agnostic meta-learning: a step inside of a loss that is differentiated itself."""
+
+  def meta(w, x):
+    return loss(sgd(w, x), x)
+
+  (*_, inner, _) = matmuls(mpjax.autocast(meta, policy), W, DATA)
+  assert inner.outvars[0].aval.dtype == jnp.float32
+  assert {v.aval.dtype.itemsize for v in inner.invars} == {2}
+  exact = jax.grad(meta)(W, DATA)
+  got = jax.grad(mpjax.autocast(meta, policy))(W, DATA)
+  np.testing.assert_allclose(got, exact, rtol=0.03)
+
+
+@both
+def test_a_bias_and_a_table_of_positions_still_follow_the_matmul(policy):
+  def fn(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"]) + p["positions"]
+
+  p = {"w": W, "b": jnp.ones(4), "positions": jnp.ones((1, 4))}
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(p, DATA)
+  adds = [e for e in equations(jaxpr) if e.primitive.name == "add"]
+  assert {e.outvars[0].aval.dtype.itemsize for e in adds} == {2}
+
+
+ONES = jnp.ones((4001, 1))
+one = jnp.ones((1, 1))
+_first = lambda y: (y[0], y[1:])
+_one_more = lambda h: (h[0] + 1, h[1] + 1)
+COUNTS = {
+  "parameter": lambda p, x: lax.scan(lambda h, u: (h + u, None), p, x @ one)[0],
+  "matmul": lambda p, x: lax.scan(lambda h, u: (h + u, None), x[:1] @ p - 1, x @ p)[0],
+  "first_element": lambda p, x: lax.scan(lambda h, u: (h + u, None), *_first(x @ p))[0],
+  "fori": lambda p, x: lax.fori_loop(0, 4000, lambda i, h: h + 1, x[0] @ p),
+  "while": lambda p, x: lax.while_loop(lambda h: h[1] < 4000, _one_more, (x[0] @ p, 0))[0],
+  "nested": lambda p, x: lax.scan(
+    lambda h, us: (lax.scan(lambda h, u: (h + u, None), h, us)[0], None),
+    x[0] @ p,
+    (x[:4000] @ p).reshape(80, 50, 1),
+  )[0],
+  "where": lambda p, x: lax.scan(
+    lambda h, u: (jnp.where(u > 0, h + u, h), None), x[0] @ p, x[:4000] @ p
+  )[0],
+}
+
+
+@both
+@cases(**COUNTS)
+def test_a_long_loop_counts(fn, policy):
+  p = jnp.ones((1, 1))
+  got = np.asarray(mpjax.autocast(fn, policy)(p, ONES)).ravel()[0]
+  assert got == pytest.approx(float(np.asarray(fn(p, ONES)).ravel()[0]), rel=1e-3)
+
+
+@both
+def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
+  def layers(ws, x):
+    return lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x @ ws[0], ws)[0]
+
+  ws = jnp.ones((12, 4, 4)) / 4
+  (scan,) = [
+    e
+    for e in equations(jax.make_jaxpr(mpjax.autocast(layers, policy))(ws, DATA))
+    if e.primitive.name == "scan"
+  ]
+  assert scan.outvars[0].aval.dtype.itemsize == 2
+
+
+@both
+@cases(
+  bisection=lambda w, x: _bisect(x @ w),
+  newton=lambda w, x: _until(lambda y: y - (y * y - x @ w) / (2 * y), x @ w),
+  fixed_point=lambda w, x: _until(lambda y: jnp.cos(y * 0.5 + 0.1 * (x @ w)), x @ w),
+)
+def test_a_loop_to_a_tolerance_ends_when_it_does_in_float32(fn, policy):
+  w, x = jnp.eye(4), jnp.full((1, 4), 0.707)
+  assert abs(int(mpjax.autocast(fn, policy)(w, x)) - int(fn(w, x))) <= 2
+
+
+def _until(turn, start):
+  def body(c):
+    return turn(c[0]), jnp.max(jnp.abs(turn(c[0]) - c[0])), c[2] + 1
+
+  return lax.while_loop(lambda c: (c[1] > 1e-4) & (c[2] < 10_000), body, (start, jnp.inf, 0))[2]
+
+
+def _bisect(h):
+  def body(c):
+    low, high, n = c
+    middle = (low + high) / 2
+    up = middle + jnp.tanh(middle) < h
+    return jnp.where(up, middle, low), jnp.where(up, high, middle), n + 1
+
+  wide = lambda c: (jnp.max(c[1] - c[0]) > 1e-4) & (c[2] < 10_000)
+  return lax.while_loop(wide, body, (h - 4, h + 4, 0))[2]
+
+
+# Products without a contraction -------------------------------------------------------------------
+
+FREQUENCIES = np.asarray(1 / 1e4 ** (np.arange(0, 4, 2) / 4), np.float32)
+OUTER = {
+  "einsum": lambda t, f: jnp.einsum("t,k->tk", t, f),
+  "batched": lambda t, f: jnp.einsum("bt,k->btk", t[None], f)[0],
+  "swapped": lambda t, f: jnp.einsum("k,t->tk", f, t),
+  "tensordot": lambda t, f: jnp.tensordot(t, f, axes=0),
+  "outer": jnp.outer,
+  "matmul": lambda t, f: t[:, None] @ f[None],
+  "dot": lambda t, f: jnp.dot(t[:, None], f[None]),
+  "dot_general": lambda t, f: lax.dot_general(t, f, (((), ()), ((), ()))),
+  "vmap": lambda t, f: jax.vmap(lambda u: u * f)(t),
+  "in_a_jit": jax.jit(lambda t, f: jnp.einsum("t,k->tk", t, f)),
+}
+
+
+@both
+@cases(**OUTER)
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32], ids=["integers", "floats"])
+def test_positions_survive_every_outer_product(fn, dtype, policy):
+  if dtype == jnp.int32 and fn is OUTER["dot_general"]:
+    positions = lambda: jnp.array([1001, 8191, 2**30], jnp.int32).astype(jnp.float32)
+  else:
+    positions = lambda: jnp.array([1001, 8191, 2**30], dtype)
+  angles = lambda w, t: fn(t, jnp.asarray(FREQUENCIES))
+  got = mpjax.autocast(angles, policy)(W, positions())
+  truth = np.outer(np.asarray(positions(), np.float64), FREQUENCIES)
+  np.testing.assert_allclose(got, truth, rtol=1e-6)
+
+
+@both
+def test_an_outer_product_of_what_is_narrow_stays_narrow(policy):
+  fn = lambda w, x: jnp.einsum("i,j->ij", x[0] @ w, x[1] @ w)
+  (first, _, outer) = matmuls(mpjax.autocast(fn, policy), W, DATA)
+  assert outer.invars[0].aval.dtype == first.invars[0].aval.dtype
+
+
+# Near one -----------------------------------------------------------------------------------------
+
+KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
+GATES = {"z": jnp.eye(4) * 0.1, "w": jnp.eye(4)}
+
+
+def scanned(turn):
+  def run(p, x):
+    return lax.scan(lambda h, u: (turn(p, h, u), None), jnp.zeros(4), x)[0]
+
+  return run
+
+
+def associative(decay):
+  def run(p, x):
+    a = decay(x @ p["z"])
+    combine = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+    return lax.associative_scan(combine, (a, (1 - a) * (x @ p["w"])))[1][-1]
+
+  return run
+
+
+sigmoid = jax.nn.sigmoid
+RECURRENCES = {
+  "gru": scanned(
+    lambda p, h, u: (lambda z: (1 - z) * h + z * jnp.tanh(u @ p["w"]))(sigmoid(u @ p["z"] - 6))
+  ),
+  "lstm": scanned(lambda p, h, u: sigmoid(u @ p["z"] + 6) * h + 0.01 * jnp.tanh(u @ p["w"])),
+  "jitted_gru": scanned(
+    lambda p, h, u: jax.jit(lambda z, h, n: (1 - z) * h + z * n)(
+      sigmoid(u @ p["z"] - 6), h, jnp.tanh(u)
+    )
+  ),
+  "decay": scanned(lambda p, h, u: jnp.exp(-jax.nn.softplus(u @ p["z"] - 6)) * h + 0.01 * u),
+  "mingru": associative(lambda y: sigmoid(y + 6)),
+  "exponential": associative(lambda y: jnp.exp(-jax.nn.softplus(y - 6))),
+  "cumprod": lambda p, x: jnp.cumprod(sigmoid(x @ p["z"] + 7), 0)[-1],
+  "unrolled": lambda p, x: functools.reduce(
+    lambda h, u: u * h, list(sigmoid(x[:64] @ p["z"] + 6)), jnp.ones(4)
+  ),
+}
+
+
+@both
+@cases(**RECURRENCES)
+def test_gates_and_decays_near_one_forget_at_the_rate_of_float32(fn, policy):
+  np.testing.assert_allclose(mpjax.autocast(fn, policy)(GATES, KEYS), fn(GATES, KEYS), rtol=0.03)
+
+
+@both
+def test_a_swish_and_a_gated_unit_stay_in_16_bits(policy):
+  def fn(p, x):
+    h = x @ p["w"]
+    return (jax.nn.silu(h) * (x @ p["z"]) + jax.nn.glu(h)[:, :1]) @ p["w"]
+
+  grad = jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS)
+  found = [e for e in equations(grad) if e.primitive.name == "logistic"]
+  assert {e.outvars[0].aval.dtype.itemsize for e in found} == {2}
+
+
+# Constants ----------------------------------------------------------------------------------------
+
+INTEGERS = {
+  "where": lambda h, m: jnp.where(m, h, 0),
+  "where_first": lambda h, m: jnp.where(m, 1, h),
+  "select": lambda h, m: lax.select(jnp.broadcast_to(m, h.shape), h, jnp.full_like(h, 0)),
+  "clip": lambda h, m: jnp.clip(h, 0, 6),
+  "pad": lambda h, m: jnp.pad(h, ((1, 1), (0, 0))),
+  "pad_value": lambda h, m: jnp.pad(h, ((1, 1), (0, 0)), constant_values=1),
+  "maximum": lambda h, m: jnp.maximum(h, 0),
+  "minimum": lambda h, m: jnp.minimum(h, jnp.array(6)),
+  "full": lambda h, m: h + jnp.full(h.shape, 2),
+  "set": lambda h, m: h.at[0].set(0),
+  "add": lambda h, m: h.at[0].add(1),
+  "jit": lambda h, m: jax.jit(lambda h, n: h * n)(h, 3),
+  "concatenate": lambda h, m: jnp.concatenate([h, jnp.zeros(h.shape, jnp.int32)]),
+  "power": lambda h, m: h * 2**3,
+  "roll_in": lambda h, m: jnp.where(m, jnp.roll(h, 1, 0), jnp.zeros((), jnp.int32)),
+}
+
+
+@both
+@cases(**INTEGERS)
+def test_integer_constants_adapt(fn, policy):
+  m = jnp.arange(4)[:, None] > 1
+  program = lambda w, x: fn(x @ w, m) @ w
+  assert not explain(program, policy, jnp.ones((8, 8)), jnp.ones((4, 8))).leaks
+
+
+@both
+def test_integers_that_are_data_stay_data(policy):
+  fn = lambda w, n: n * 1.0
+  assert float(mpjax.autocast(fn, policy)(W, jnp.array(4097))) == 4097.0
+  counted = lambda w: jnp.arange(5000)[4097] * 1.0
+  assert float(mpjax.autocast(counted, policy)(W)) == 4097.0
+
+
+# Formats and modules ------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("author", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@cases(
+  einsum=lambda x, w: jnp.einsum("bd,df->bf", x, w),
+  matmul=lambda x, w: x @ w,
+  dot_general=lambda x, w: lax.dot_general(
+    x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+  ),
+)
+def test_the_operands_of_a_matmul_have_one_16_bit_format(fn, author, policy):
+  (dot,) = matmuls(mpjax.autocast(lambda w, x: fn(x.astype(author), w), policy), W, DATA)
+  assert len({v.aval.dtype for v in dot.invars}) == 1
+  assert dot.invars[0].aval.dtype.itemsize == 2
+
+
+class Router(nn.Module):
+  experts: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.softmax(nn.Dense(self.experts)(x))
+
+
+class Mixture(nn.Module):
+  experts: int
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(8, name="inside")(x)
+    weights = Router(self.experts, name="router")(x)
+    return weights * jnp.float32(1)
+
+
+@both
+@pytest.mark.parametrize("experts", [4, 8])
+def test_the_weights_of_a_router_do_not_round_whatever_their_number(experts, policy):
+  model, x = Mixture(experts), jnp.ones((2, 8))
+  variables = model.init(jax.random.key(0), x)
+  (weights,) = [
+    e.outvars[0]
+    for e in equations(
+      jax.make_jaxpr(lambda v: mpjax.apply_policy(model, policy).apply(v, x))(variables)
+    )
+    if e.primitive.name == "mul" and "Mixture" in str(e.source_info.name_stack)
+  ][-1:]
+  assert weights.aval.dtype == jnp.float32
+  rounded = mpjax.apply_policy(model, policy).apply(variables, x)
+  half = np.asarray(rounded).astype(mpjax.Policy.parse(policy).compute_dtype).astype(np.float32)
+  assert not np.array_equal(rounded, half)

@@ -317,7 +317,7 @@ def test_an_attribute_that_a_call_sets_is_refused_not_lost():
       self.calls += 1
       return x
 
-  with pytest.raises(ValueError, match=r"set the attribute 'calls'. Make it an nnx.Variable"):
+  with pytest.raises(ValueError, match=r"'calls'. Make it an nnx.Variable"):
     mpjax.apply_policy(Counter(), BF16)(jnp.ones(2))
 
 

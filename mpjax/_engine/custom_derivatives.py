@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.jaxprs import JaxprEqn
@@ -66,8 +67,7 @@ def instantiated(x: Any) -> Any:
   """A tangent or cotangent, an array of zeros in place of one known to be zero."""
   if not isinstance(x, SymbolicZero):
     return x
-  aval: Any = x.aval
-  return jnp.zeros(aval.shape, aval.dtype)
+  return ad.zeros_like_aval(x.aval)
 
 
 def closed_over(eqn: JaxprEqn) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 
 from mpjax._engine import custom_derivatives
 from mpjax._engine.custom_derivatives import Slots, Vjp
@@ -77,7 +78,7 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   @jax.custom_vjp
   def call(residuals: list[Any], values: list[Any]) -> list[Any]:
     del residuals, values
-    return [jnp.zeros(aval.shape, aval.dtype) for aval in out_avals]
+    return [*map(ad.zeros_like_aval, out_avals)]
 
   def forward(residuals: list[Any], values: list[Any]) -> tuple[list[Any], list[Any]]:
     return call(residuals, values), residuals

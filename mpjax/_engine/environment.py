@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import lax
+from jax.sharding import get_abstract_mesh, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import jaxprs
@@ -82,5 +84,15 @@ class Environment:
 
 
 def to_dtype(x: Any, dtype: np.dtype) -> Any:
-  """An array in another dtype, itself if it has it already."""
-  return x if x.dtype == dtype else lax.convert_element_type(x, dtype)
+  """An array in another dtype, itself if it has it already.
+
+  It is cast on the mesh that its type names: one that goes into `jax.sharding.auto_axes` still has
+  explicit axes where the equation that reads it has none.
+  """
+  if x.dtype == dtype:
+    return x
+  mesh, current = jax.typeof(x).sharding.mesh, get_abstract_mesh()
+  if mesh.empty or current.empty or mesh == current:
+    return lax.convert_element_type(x, dtype)
+  with use_abstract_mesh(mesh):
+    return lax.convert_element_type(x, dtype)

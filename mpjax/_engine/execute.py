@@ -44,7 +44,8 @@ class Decided(NamedTuple):
       return self.call.result(outs, (None,) * len(outs))
     with jax.named_scope(POLICY_REGION):
       leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
-    return self.call.result(leaves, self.plan.out_forms)
+    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
+    return self.call.result(arrays, self.plan.out_forms)
 
 
 def runs_as_written() -> bool:

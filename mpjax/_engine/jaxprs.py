@@ -1,5 +1,6 @@
 """Reading, running and rebuilding equations through JAX's public interface."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -10,6 +11,7 @@ import jax.core
 import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 from mpjax._engine import versions
 
@@ -119,9 +121,28 @@ def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
   return jax.core.eval_jaxpr(alone, (), *first.values())
 
 
+# JAX 0.12 loses an explicit sharding in the derivatives of these when it computes them one
+# operation after the other, as it does for nobody else: `jax.numpy` calls them in a `jax.jit`.
+_TRACED_DERIVATIVES = frozenset({"max", "min"})
+
+
+@functools.cache
+def _jitted(primitive: Any) -> Callable[..., Any]:
+  """A primitive without parameters, whose derivative JAX traces."""
+  return jax.jit(lambda *operands: primitive.bind(*operands), inline=True)
+
+
+def is_sharded_explicitly(aval: Any) -> bool:
+  """Whether an array's type says how it is sharded, as those of what is computed from it must."""
+  return AxisType.Explicit in aval.sharding.mesh.axis_types
+
+
 def run_with(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
   """Bind an equation's primitive to other operands and parameters; always returns a list."""
-  out = eqn.primitive.bind(*operands, **params)
+  bind = eqn.primitive.bind
+  if eqn.primitive.name in _TRACED_DERIVATIVES and is_sharded_explicitly(eqn.outvars[0].aval):
+    bind = _jitted(eqn.primitive)
+  out = bind(*operands, **params)
   return list(out) if eqn.primitive.multiple_results else [out]
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule
@@ -146,12 +145,7 @@ def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | 
   alone = not others and index >= 0 and read.via is None
   if not (matmul and alone) or None in (*step.operands, *step.outs):
     return None
-  return None if _is_sharded_explicitly(result.aval) else index
-
-
-def _is_sharded_explicitly(aval: Any) -> bool:
-  """Whether an array's type says how it is sharded, so that every matmul's result must say it."""
-  return AxisType.Explicit in aval.sharding.mesh.axis_types
+  return None if jaxprs.is_sharded_explicitly(result.aval) else index
 
 
 def _maker(steps: Sequence[Step], makers: Mapping[Any, int], index: int, name: str) -> int | None:

@@ -415,3 +415,13 @@ def test_results_that_are_no_arrays_come_back_as_they_are(policy, operands):
   got = mpjax.autocast(fn, policy)(*operands)
   assert got[1:] == fn(*operands)[1:]
   assert got[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_constants_come_back_as_the_arrays_that_they_are(jit, policy, operands):
+  fn = lambda w, x: (jnp.asarray(1.0), jnp.asarray(3), jnp.int32(3), jnp.zeros(()), jnp.bool_(1))
+  got, want = jit(mpjax.autocast(fn, policy))(*operands), jit(fn)(*operands)
+  for a, b in zip(got, want, strict=True):
+    assert isinstance(a, jax.Array)
+    assert (a.shape, a.dtype, a.weak_type, a) == (b.shape, b.dtype, b.weak_type, b)

@@ -1,0 +1,180 @@
+"""On a mesh of explicit axes runs what runs there in float32, and its results lie as they lay."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
+from jax.sharding import PartitionSpec as P
+from test_coverage import CONSTRUCTS, NO_REVERSE, OPS, POLICIES, TRANSFORMS, make
+
+import battery
+import mpjax
+from _jaxprs import contractions, wide_contractions
+
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+@pytest.fixture(autouse=True)
+def _promotion_of_users():
+  """The functions here are written as users write them, under JAX's default settings."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+  """Two devices, whose axis is in every array's type."""
+  mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Explicit,))
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+@functools.cache
+def numbers():
+  """A parameter on every device, and data of which each has a row."""
+  w, x = jax.random.normal(jax.random.key(0), (2, 8, 8)) * 0.5
+  mesh = jax.sharding.get_mesh()
+  return [
+    jax.device_put(value, NamedSharding(mesh, spec))
+    for value, spec in ((w, P(None, None)), (x[:2] + 0.1, P("rows", None)))
+  ]
+
+
+def types(jaxpr):
+  """What each result is: its shape, dtype and place."""
+  return [(aval.shape, aval.dtype, aval.sharding.spec) for aval in jaxpr.out_avals]
+
+
+def traced(transformed, plain):
+  """The jaxpr of a function under a policy, or None where plain JAX refuses it, as it then does."""
+  try:
+    want = jax.make_jaxpr(plain)(*numbers())
+  except Exception as refused:  # whatever a case raises here is what must be raised
+    with pytest.raises(type(refused)):
+      jax.make_jaxpr(transformed)(*numbers())
+    return None
+  got = jax.make_jaxpr(transformed)(*numbers())
+  assert types(got) == types(want)
+  return got
+
+
+REFUSED = {"map", "shard_map", "pallas", "associative_scan"}
+"""What JAX refuses on such a mesh, of the matrix; and a convolution that has a batching rule."""
+
+
+@every_policy
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("construct", CONSTRUCTS)
+def test_the_coverage_matrix_holds(construct, op, policy):
+  fn = make(op, construct)
+  refused = construct in REFUSED or (construct, op) == ("custom_vmap", "conv")
+  for name in ("forward",) if construct in NO_REVERSE else TRANSFORMS:
+    jaxpr = traced(TRANSFORMS[name](fn, policy), TRANSFORMS[name](fn, "float32"))
+    assert (jaxpr is None) == refused
+    if jaxpr is not None:
+      assert contractions(jaxpr) and not wide_contractions(jaxpr, POLICIES[policy])
+
+
+def total(y):
+  return jnp.sum(jnp.abs(y) ** 2).astype(jnp.float32)
+
+
+def gradient(fn):
+  def loss(w, x):
+    leaves = jax.tree.leaves(fn(w, x))
+    return sum(total(y) for y in leaves if jnp.issubdtype(y.dtype, jnp.inexact))
+
+  return jax.grad(loss)
+
+
+@pytest.mark.parametrize("name", battery.CASES)
+def test_the_battery_runs(name):
+  fn = battery.CASES[name]
+  for policy in POLICIES:
+    traced(mpjax.autocast(fn, policy), fn)
+    if name not in battery.FORWARD_ONLY:
+      traced(gradient(mpjax.autocast(fn, policy)), gradient(fn))
+      traced(mpjax.autocast(gradient(fn), policy), gradient(fn))
+
+
+BY_ONE_OPERATION = {
+  "maximum": lambda h: jnp.maximum(h, 0.0),
+  "minimum": lambda h: jnp.minimum(h, jnp.float32(0.5)),
+  "maximum_of_two": lambda h: jnp.maximum(h, -h),
+  "clip": lambda h: jnp.clip(h, -1.0, 1.0),
+  "relu": jax.nn.relu,
+  "relu6": jax.nn.relu6,
+  "softmax": lambda h: jax.nn.softmax(h) ** 2,
+  "logsumexp": lambda h: jax.nn.logsumexp(h, axis=-1),
+  "cross_entropy": lambda h: optax.softmax_cross_entropy(h, jax.nn.softmax(-h)),
+  "largest": lambda h: jnp.max(h, axis=-1),
+  "attention": lambda h: jax.nn.dot_product_attention(*[h.reshape(2, 2, 1, 4)] * 3),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("fn", BY_ONE_OPERATION.values(), ids=BY_ONE_OPERATION.keys())
+def test_gradients_are_taken_operation_by_operation_too(fn, policy):
+  loss = lambda w, x: total(fn(x @ w))
+  want = jax.jit(jax.grad(loss))(*numbers())
+  for grad in (jax.grad(mpjax.autocast(loss, policy)), mpjax.autocast(jax.grad(loss), policy)):
+    got = grad(*numbers())
+    assert got.sharding == want.sharding
+    assert jnp.linalg.norm(got - want) <= 8 * jnp.finfo(POLICIES[policy]).eps * (
+      jnp.linalg.norm(want) + 1e-3
+    )
+
+
+def weighed(y):
+  return jnp.sum(y * jnp.cos(jnp.arange(y.shape[-1])))
+
+
+def normalized(h):
+  with jax.named_scope("norm"):
+    return h * lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
+
+
+INTO_AUTO_AXES = {
+  "function": lambda h: auto_axes(jnp.tanh, out_sharding=P("rows"))(normalized(h)),
+  "data": lambda h: auto_axes(jnp.tanh, out_sharding=P("rows"))(h * h),
+  "matmul": lambda h: auto_axes(lambda h: jnp.tanh(h @ h.T), out_sharding=P("rows"))(normalized(h)),
+  "two": lambda h: auto_axes(lambda a, b: a + b, out_sharding=P("rows"))(normalized(h), h),
+  "back": lambda h: normalized(auto_axes(normalized, out_sharding=P("rows"))(h)),
+  "scan": lambda h: lax.scan(
+    lambda c, _: (auto_axes(normalized, out_sharding=P("rows", None))(normalized(c)), None),
+    h,
+    None,
+    length=2,
+  )[0],
+  "remat": lambda h: jax.checkpoint(auto_axes(normalized, out_sharding=P("rows")))(normalized(h)),
+  "resharded": lambda h: reshard(normalized(h), P()),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("fn", INTO_AUTO_AXES.values(), ids=INTO_AUTO_AXES.keys())
+def test_a_value_may_leave_its_module_into_auto_axes(fn, policy):
+  loss = lambda w, x: weighed(fn(x @ w))
+  want = jax.grad(loss)(*numbers())
+  cast = mpjax.autocast(loss, policy)
+  for grad in (jax.grad(cast), jax.jit(jax.grad(cast)), mpjax.autocast(jax.grad(loss), policy)):
+    got = grad(*numbers())
+    error = jnp.linalg.norm(got - want)
+    assert error <= 8 * jnp.finfo(POLICIES[policy]).eps * jnp.linalg.norm(want)
+
+
+def second(fn):
+  return jax.jit(jax.grad(lambda w, x: jnp.sum(jax.grad(fn)(w, x) ** 2)))
+
+
+@every_policy
+def test_second_derivatives_run(policy):
+  for fn in (lambda h: jnp.max(h, axis=-1), jax.nn.softmax):
+    loss = lambda w, x, fn=fn: total(fn(x @ w))
+    want = second(loss)(*numbers())
+    got = second(mpjax.autocast(loss, policy))(*numbers())
+    assert jnp.linalg.norm(got - want) <= 0.1 * jnp.linalg.norm(want)

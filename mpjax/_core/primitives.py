@@ -35,8 +35,12 @@ class Rule(enum.Enum):
   CUSTOM_VJP = "a body with the user's own forward and backward pass"
   CUSTOM_LIN = "what is left of a custom_vjp where only its tangents are wanted: its transpose"
   CUSTOM_VMAP = "a body with the user's own batching"
+  REMAT_OPT = "a custom_vjp's forward pass, or its body where nothing of it is stored"
+  LINEAR_CALL = "a linear body with the user's own transpose"
+  CUSTOM_PARTITIONING = "a body that the user's own function runs on each device"
   MARKER = "hands the compute dtype to the marked function"
   TRACED = "exactly as traced, in float32"
+  FOREIGN = "as TRACED, and it may multiply: reports count its matmuls as float32"
 
 
 class Trait(enum.Flag):
@@ -63,6 +67,8 @@ class Trait(enum.Flag):
   """Calls a jitted function."""
   REMAT = enum.auto()
   """Calls a function whose values the backward pass computes again."""
+  MARKED = enum.auto()
+  """Calls a function that a compiler knows by name, or runs elsewhere."""
   INLINE = enum.auto()
   """Calls a function that may as well stand in its place."""
 
@@ -122,14 +128,14 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("reduce_prod cumprod", Facts(Rule.FULL, "errors multiply up", _T.MULTIPLIES_UP)),
   (
-    "add_any scatter-add scatter-mul scatter-max scatter-min select_and_scatter_add "
+    "add_any scatter-add scatter-sub scatter-mul scatter-max scatter-min select_and_scatter_add "
     "select_and_gather_add",
     Facts(Rule.FULL, _COTANGENTS),
   ),
   ("reduce_max reduce_min", Facts(Rule.FULL, _LARGEST)),
   (
     "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
-    "tridiagonal tridiagonal_solve complex",
+    "tridiagonal tridiagonal_solve complex geqp3 geqrf ormqr symmetric_product",
     Facts(Rule.ALWAYS, _NO_KERNEL),
   ),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
@@ -146,7 +152,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("copy", Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.MOVES | _T.KEEPS_NUMBERS)),
   (
-    "reshape transpose squeeze expand_dims rev copy_p name",
+    "reshape transpose squeeze expand_dims rev copy_p name xla_metadata_value",
     Facts(Rule.FOLLOW, _MOVED, _T.MOVES | _T.KEEPS_NUMBERS),
   ),
   (
@@ -170,6 +176,10 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("remat remat2 checkpoint", Facts(Rule.CALL, "a function", _T.REMAT)),
   ("closed_call core_call call eval_jaxpr", Facts(Rule.CALL, "a function", _T.INLINE)),
   ("shard_map", Facts(Rule.CALL, "a function of one device's parts")),
+  (
+    "composite compute_on xla_metadata_call",
+    Facts(Rule.CALL, "a function", _T.MARKED),
+  ),
   ("scan", Facts(Rule.SCAN, "a loop")),
   ("while", Facts(Rule.WHILE, "a loop that does not say how often it runs")),
   ("cond", Facts(Rule.COND, "a choice of functions")),
@@ -177,9 +187,45 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("custom_vjp_call", Facts(Rule.CUSTOM_VJP, "a function with a rule of its own")),
   ("custom_lin", Facts(Rule.CUSTOM_LIN, "the tangents of such a function")),
   ("custom_vmap_call", Facts(Rule.CUSTOM_VMAP, "a function with a rule of its own")),
+  ("remat_opt", Facts(Rule.REMAT_OPT, "the forward pass of such a function")),
+  ("linear_call", Facts(Rule.LINEAR_CALL, "a linear function with a transpose of its own")),
+  ("custom_partitioning", Facts(Rule.CUSTOM_PARTITIONING, "a function with parts of its own")),
   (
     "mpjax_cast_inputs mpjax_cast_inputs_tangent",
     Facts(Rule.MARKER, "a function that asked for the compute dtype"),
+  ),
+  (
+    "pallas_call core_map ffi_call call_exported call_tf rnn rnn_bwd pure_callback io_callback "
+    "call_hi_primitive call_hi_primitive_linearized run_state stage scaled_dot scaled_matmul "
+    "scaled_matmul_wrapper dot_product_attention_fwd_wrapper dot_product_attention_bwd_wrapper "
+    "dot_product_attention_fp8_fwd_wrapper dot_product_attention_fp8_bwd_wrapper spsolve",
+    Facts(Rule.FOREIGN, "a kernel or compiled code, to which `cast_inputs` hands 16 bits"),
+  ),
+  (
+    "bcoo_dot_general bcoo_dot_general_sampled bcoo_spdot_general bcsr_dot_general coo_matvec "
+    "coo_matmat csr_matvec csr_matmat",
+    Facts(Rule.FOREIGN, "sums up rows by a scatter in its result's dtype: 16-bit sums stall"),
+  ),
+  (
+    "bcoo_todense bcoo_fromdense bcoo_extract bcoo_transpose bcoo_sort_indices "
+    "bcoo_sum_duplicates bcsr_todense bcsr_fromdense bcsr_extract coo_todense coo_fromdense "
+    "csr_todense csr_fromdense todense",
+    Facts(Rule.TRACED, "a sparse array, in which duplicates sum up"),
+  ),
+  (
+    "all_gather_reduced preduced pbroadcast_dynamic precv psend reduced_vary_cast "
+    "reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p unreduced_psum unreduced_pmax "
+    "unreduced_pmin unreduced_reduce_scatter relayout with_memory_space_constraint",
+    Facts(Rule.TRACED, "how an array lies on devices, where its type says it"),
+  ),
+  (
+    "new_ref empty_ref free_ref freeze accum_grad_in_ref new_variable get_variable set_variable "
+    "new_box box_get box_set new_log log_read log_extend check inspect_sharding dce_sink tie",
+    Facts(Rule.TRACED, _FUNCTION),
+  ),
+  (
+    "mulhi threefry4x32 philox2x32 philox4x32 lu_pivots_to_permutation from_edtype to_edtype",
+    Facts(Rule.TRACED, _NO_FLOATS),
   ),
   (
     "reduce reduce_window select_and_scatter custom_linear_solve get swap addupdate debug_callback "

@@ -111,7 +111,7 @@ def _function(jaxpr: Any, operands: range) -> Body:
   return Body(jaxpr, operands, range(len(operands), len(operands)))
 
 
-_HOLDS = ("jaxpr", "call_jaxpr", "call")
+_HOLDS = ("jaxpr", "call_jaxpr", "call", "fwd_jaxpr", "callee")
 _BODIES: dict[Rule, Callable[[JaxprEqn], tuple[Body, ...]]] = {
   Rule.CALL: _call,
   Rule.SCAN: _scan,
@@ -120,6 +120,9 @@ _BODIES: dict[Rule, Callable[[JaxprEqn], tuple[Body, ...]]] = {
   Rule.CUSTOM_JVP: _call,
   Rule.CUSTOM_VJP: _call,
   Rule.CUSTOM_VMAP: _call,
+  Rule.REMAT_OPT: _call,
+  Rule.LINEAR_CALL: _call,
+  Rule.CUSTOM_PARTITIONING: _call,
 }
 
 

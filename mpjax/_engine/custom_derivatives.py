@@ -153,9 +153,14 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
   return Vjp(closed, lambda: jaxprs.trace(backward, [*residual_avals, *cotangent_avals]))
 
 
-def trace_transpose(eqn: JaxprEqn) -> Any:
-  """The jaxpr of the transpose of a ``custom_lin``: (residuals, cotangents) -> cotangents."""
-  count, outs = eqn.params["num_res"], slots(eqn.outvars)
+def trace_transpose(eqn: JaxprEqn, count: int) -> Any:
+  """The jaxpr of an equation's transpose: (residuals, cotangents) -> cotangents.
+
+  Args:
+    eqn: The equation, linear in its last operands.
+    count: How many residuals stand before these.
+  """
+  outs = slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
 
   def transpose(*flat: Any) -> list[Any]:

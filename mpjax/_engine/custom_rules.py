@@ -72,7 +72,7 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   def plan() -> Plan:
     forms, held = (*step.operands[:count], *outs.keep(step.outs)), step.operands[count:]
     return interpreter.planner.plan(
-      custom_derivatives.trace_transpose(eqn), forms, step.place, held
+      custom_derivatives.trace_transpose(eqn, count), forms, step.place, held
     )
 
   @jax.custom_vjp

@@ -16,7 +16,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
-from mpjax._engine import custom_rules, islands, jaxprs, repeats, softmax, versions
+from mpjax._engine import call_rules, custom_rules, islands, jaxprs, repeats, softmax, versions
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float32_products import but_on_gpus, unfolded
@@ -301,11 +301,12 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
     return _shard_map(interpreter, step, operands)
   if name not in _KEEPS_ITS_CALL:
     return interpreter.run(body, operands)
-  jaxpr, consts = versions.like(step.params["jaxpr"], interpreter.rebuild(body))
-  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {"jaxpr": jaxpr})
+  held = "jaxpr" if "jaxpr" in step.params else "call_jaxpr"
+  jaxpr, consts = versions.like(step.params[held], interpreter.rebuild(body))
+  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {held: jaxpr})
 
 
-_KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT)
+_KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
 
 
 def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
@@ -354,5 +355,8 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.CUSTOM_VJP: custom_rules.custom_vjp,
   Rule.CUSTOM_LIN: custom_rules.custom_lin,
   Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
+  Rule.REMAT_OPT: call_rules.remat_opt,
+  Rule.LINEAR_CALL: call_rules.linear_call,
+  Rule.CUSTOM_PARTITIONING: call_rules.custom_partitioning,
   Rule.MARKER: _marked,
 }

@@ -72,7 +72,7 @@ class Planner:
     policies: The map that answers what governs a path.
     adapting: Which numbers adapt to its formats.
     ops: The primitives that were planned in each module.
-    unknown: How often each primitive that the table does not know was met.
+    unknown: How often each primitive was met that autocast cannot rewrite.
 
   Args:
     policies: The map.
@@ -204,8 +204,8 @@ class _Walk:
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
-    rule = self.planner.table.get(eqn.primitive.name)
-    if rule is None:
+    rule = self.planner.table.get(eqn.primitive.name, Rule.FOREIGN)
+    if rule is Rule.FOREIGN:
       if any(forms):
         self.planner.unknown[eqn.primitive.name] += 1
       return Rule.TRACED
@@ -410,6 +410,9 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.CUSTOM_VJP: _Walk.call,
   Rule.CUSTOM_LIN: _Walk.custom_lin,
   Rule.CUSTOM_VMAP: _Walk.call,
+  Rule.REMAT_OPT: _Walk.call,
+  Rule.LINEAR_CALL: _Walk.call,
+  Rule.CUSTOM_PARTITIONING: _Walk.call,
   Rule.MARKER: _Walk.marker,
   Rule.TRACED: _Walk.traced,
 }

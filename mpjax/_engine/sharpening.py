@@ -32,6 +32,9 @@ _WITH_BODIES = frozenset(
     Rule.CUSTOM_JVP,
     Rule.CUSTOM_VJP,
     Rule.CUSTOM_VMAP,
+    Rule.REMAT_OPT,
+    Rule.LINEAR_CALL,
+    Rule.CUSTOM_PARTITIONING,
   }
 )
 

@@ -161,7 +161,7 @@ class _Walker:
       what = describe(_aval(step.eqn)) if kind == "integers" else name
       return frozenset([Birth(kind, what, line)])
     if step.rule is Rule.TRACED:
-      known = name in self.planner.table
+      known = self.planner.table.get(name, Rule.FOREIGN) is not Rule.FOREIGN
       return frozenset([Birth("operation" if known else "unknown", name, line)])
     if touched or MEANT in before or name == _KEEP:
       return frozenset([MEANT])
@@ -246,7 +246,8 @@ class _Walker:
     name = step.eqn.primitive.name
     if step.bodies or not has_floats(step.eqn):
       return
-    rule = "unknown" if name not in self.planner.table else step.rule.name.lower()
+    foreign = self.planner.table.get(name, Rule.FOREIGN) is Rule.FOREIGN
+    rule = "unknown" if foreign else step.rule.name.lower()
     key = OpKey(*step.place[:2], name, rule, runs_in(step).name, returns(step).name, step.won)
     entry = self.flow.ops.setdefault(key, OpCount())
     entry.count += 1

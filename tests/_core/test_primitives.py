@@ -1,13 +1,21 @@
 """The lattice of meanings, constants that fit, and the table of primitives."""
 
+import inspect
 import itertools
 
+import jax.experimental.compute_on
+import jax.experimental.custom_partitioning
+import jax.experimental.rnn
+import jax.experimental.sparse
+import jax.experimental.xla_metadata
+import jax.export
 import jax.extend.core.primitives
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.interpreters import ad, batching
 
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine.kinds import CONSTANT, DATA, PARAM, fits, join, narrow, saturated
@@ -89,6 +97,22 @@ def test_the_table_decides_every_public_primitive():
   assert not public - set(RULES), "decide these in mpjax/_core/primitives.py"
 
 
-def test_an_unknown_primitive_has_no_rule():
-  assert "pallas_call" not in RULES
+def test_the_table_decides_what_only_derivatives_and_outlying_modules_bring():
+  """Whatever can be differentiated, transposed or batched is registered in one of these."""
+  registries = (ad.primitive_jvps, ad.primitive_transposes, batching.fancy_primitive_batchers)
+  known = {p.name for registry in registries for p in registry if _is_of_jax(p, registry[p])}
+  assert known > {"remat_opt", "linear_call", "compute_on", "composite", "bcoo_dot_general"}
+  without = {"custom_partitioning", "call_exported"}  # neither a derivative nor a batching rule
+  assert not (known | without) - set(RULES), "decide these in mpjax/_core/primitives.py"
+
+
+def _is_of_jax(primitive, rule):
+  """Whether a rule is JAX's, and not one of a test or of another library."""
+  module = getattr(inspect.getmodule(getattr(rule, "func", rule)), "__name__", "jax")
+  return module.partition(".")[0] == "jax" and "pallas" not in module and "mosaic" not in module
+
+
+def test_a_kernel_runs_as_traced_and_is_reported():
+  assert RULES["pallas_call"] is RULES["call_exported"] is Rule.FOREIGN
+  assert RULES["remat_opt"] is Rule.REMAT_OPT
   assert RULES["dot_general"] is Rule.LOWER

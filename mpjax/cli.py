@@ -1,24 +1,26 @@
 """The command line: ``python -m mpjax compare`` and ``cost``, or ``mpjax compare``.
 
-What a person can put right ends in one line on stderr and exit status 2; Ctrl-C ends with what
-there is and exit status 130.
+Every failure that is none of mpjax's own ends in one line on stderr and exit status 2, among them
+an output that nobody reads any more; Ctrl-C ends with what there is and exit status 130.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mpjax import Policy
+from mpjax._demo.flags import count, flag, local_path
 from mpjax._demo.jobs import Job, UsageError
 from mpjax.inspect._targets import TARGETS
 from mpjax.plot import save_curves
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
   from mpjax._demo.compare import Comparison
 
 _USAGE, _INTERRUPTED = 2, 130
+_LONGEST = 1000
 _DEFAULT_POLICIES = "float32,mixed_bfloat16,mixed_float16"
 _DESCRIPTION = """\
 Trains one model from one seed under several precision policies, on real data that needs no
@@ -90,14 +93,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status: 0, 2 for what the person at the shell can put right, 130 after Ctrl-C.
   """
   try:
-    args = _parser().parse_args(argv)
-    return args.run(args)
+    try:
+      args = _parser().parse_args(argv)
+      return args.run(args)
+    finally:
+      if sys.stdout is not None:  # None where the shell closed it
+        sys.stdout.flush()
   except UsageError as error:
-    print(f"mpjax: error: {_one_line(str(error))}", file=sys.stderr)
-    return _USAGE
+    return _ended(f"error: {_one_line(str(error))}", _USAGE)
+  except OSError as error:
+    return _ended(f"error: reading or writing failed: {_one_line(str(error))}.", _USAGE)
   except KeyboardInterrupt:
-    print("mpjax: interrupted", file=sys.stderr)
-    return _INTERRUPTED
+    return _ended("interrupted", _INTERRUPTED)
+
+
+def _ended(message: str, status: int) -> int:
+  """Says why it ends, as far as somebody listens; a closed pipe must not fail Python's own end."""
+  with contextlib.suppress(OSError):
+    print(f"mpjax: {message}", file=sys.stderr, flush=True)
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+  return status
 
 
 def parse_policies(text: str) -> dict[str, Policy]:
@@ -176,19 +195,28 @@ def _add_compare_flags(parser: argparse.ArgumentParser) -> None:
   add("--job", choices=sorted(_JOBS), default="digits", help="what to train (digits)")
   add(
     "--policies",
-    type=_flag(parse_policies),
+    type=flag(parse_policies),
     default=_DEFAULT_POLICIES,
     metavar="SPECS",
     help=f"presets or spec strings; ';' between specs that hold commas ({_DEFAULT_POLICIES})",
   )
-  add("--steps", type=_count(1), metavar="N", help=f"training steps ({default('steps')})")
+  add("--steps", type=count(1), metavar="N", help=f"training steps ({default('steps')})")
+  add("--batch-size", type=count(1), metavar="N", help=f"examples a step ({default('batch_size')})")
   add(
-    "--batch-size", type=_count(1), metavar="N", help=f"examples a step ({default('batch_size')})"
+    "--seed",
+    type=count(0, 2**32 - 1),
+    default=0,
+    metavar="N",
+    help="initial values and batches (0)",
   )
-  add("--seed", type=_count(0), default=0, metavar="N", help="initial values and batches (0)")
-  add("--json", type=Path, metavar="FILE", help="write the rows of the table as JSON")
-  add("--plot", type=Path, metavar="FILE.png", help="draw losses, held-out metric and loss scales")
-  add("--checkpoint", type=Path, metavar="DIR", help="save the state ten times a run")
+  add("--json", type=local_path, metavar="FILE", help="write the rows of the table as JSON")
+  add(
+    "--plot",
+    type=local_path,
+    metavar="FILE.png",
+    help="draw losses, held-out metric and loss scales",
+  )
+  add("--checkpoint", type=local_path, metavar="DIR", help="save the state ten times a run")
   add("--resume", action="store_true", help="go on from the checkpoints in DIR, if it has any")
 
 
@@ -197,7 +225,7 @@ def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
   add("case", metavar="CASE", help="module:function that makes the step and its arguments")
   add(
     "--policies",
-    type=_flag(parse_policies),
+    type=flag(parse_policies),
     default=_COST_POLICIES,
     metavar="SPECS",
     help=f"presets or spec strings; ';' between specs that hold commas ({_COST_POLICIES})",
@@ -206,34 +234,13 @@ def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
   add("--python", metavar="FILE", help="an interpreter that has JAX with the target's compiler")
   add(
     "--donate",
-    type=_count(0),
+    type=count(0),
     action="append",
     default=[],
     metavar="N",
     help="the position of an argument that the step may overwrite; may be given again",
   )
-  add("--json", type=Path, metavar="FILE", help="write the rows of the table as JSON")
-
-
-def _flag(read: Callable[[str], object]) -> Callable[[str], object]:
-  """A reader of a flag's value whose ValueError argparse reports with its own message."""
-
-  def convert(text: str) -> object:
-    try:
-      return read(text)
-    except ValueError as error:
-      raise argparse.ArgumentTypeError(str(error)) from error
-
-  return convert
-
-
-def _count(least: int) -> Callable[[str], object]:
-  def read(text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-      raise ValueError(f"must be a whole number of at least {least}. Got {text!r}.")
-    return int(text)
-
-  return _flag(read)
+  add("--json", type=local_path, metavar="FILE", help="write the rows of the table as JSON")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -280,6 +287,8 @@ def _cost(args: argparse.Namespace) -> int:
   """The command `cost`."""
   if args.json is not None:
     _check_writable("--json", args.json)
+  if args.python is not None and args.target is None:
+    raise UsageError("--python is the interpreter that compiles for --target. Name a target too.")
   from mpjax._demo.cost_command import report_for
 
   report = report_for(args)
@@ -320,8 +329,8 @@ def _check_plot(path: Path) -> None:
 
 def _check_writable(flag: str, path: Path) -> None:
   """Opens a file for writing without touching what it holds."""
-  existed = path.exists()
   try:
+    existed = path.exists()
     with path.open("ab"):
       pass
   except OSError as error:
@@ -377,8 +386,9 @@ def _write_plot(path: Path, report: Comparison) -> None:
 
 
 def _reason(error: OSError, path: Path) -> str:
-  return f"{path}: {error.strerror or error}."
+  return f"{_one_line(str(path))[:200]}: {error.strerror or error}."
 
 
 def _one_line(message: str) -> str:
-  return " ".join(message.split())
+  line = " ".join(message.split())
+  return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,17 +74,21 @@ class Checkpoints:
     step = self._manager.latest_step()
     if step is None:
       return None
-    self._check_arrays(step, like)
+    with self._readable(step):
+      written = _shapes(self._manager.item_metadata(step)["arrays"])
+    self._check_arrays(written, like)
     target = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _by_name(like).items()}
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
-    arrays = self._manager.restore(step, args=items)["arrays"]
+    with self._readable(step):
+      arrays = self._manager.restore(step, args=items)["arrays"]
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in target])
 
   def _check_settings(self, step: int | None) -> None:
     if step is None:
       return
     items = ocp.args.Composite(settings=ocp.args.JsonRestore())
-    written = self._manager.restore(step, args=items)["settings"]
+    with self._readable(step):
+      written = self._manager.restore(step, args=items)["settings"]
     for key, now in self._settings.items():
       if written.get(key) != now:
         raise UsageError(
@@ -90,9 +96,19 @@ class Checkpoints:
           f"has {key} {written.get(key)}, this run {now}. Give the former, or another directory."
         )
 
-  def _check_arrays(self, step: int, like: Any) -> None:
+  @contextlib.contextmanager
+  def _readable(self, step: int) -> Iterator[None]:
+    """Reports what Orbax raises of files that are damaged, cut off or no checkpoint."""
+    try:
+      yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UsageError(
+        f"--resume needs checkpoints that can be read. Step {step} of {self._directory}: {error}. "
+        "Delete that step, or name another directory."
+      ) from error
+
+  def _check_arrays(self, written: dict[str, str], like: Any) -> None:
     """Orbax casts silently to the dtype that it is asked for; a mismatch is refused here."""
-    written = _shapes(self._manager.item_metadata(step)["arrays"])
     wanted = _shapes(_by_name(like))
     for name in sorted(written.keys() | wanted.keys()):
       if written.get(name) != wanted.get(name):

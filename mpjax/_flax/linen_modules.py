@@ -19,6 +19,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
+from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
 from mpjax._flax.policed import facts, in_words, plain_class
@@ -44,9 +45,9 @@ def apply_policy(module: M, policy: PolicyLike) -> M:
 
   Returns:
     The module under the policy, which replaces one that ``module`` had; submodules with policies
-    of their own keep them. An all-float32 policy takes the policy away: the result is the plain
-    module, ``module`` itself if it had none. A submodule taken out of the result with ``bind`` is
-    the plain one.
+    of their own keep them. Under an all-float32 policy the result computes what the plain module
+    does, and inside of a module or function under another policy too: the innermost policy governs.
+    A submodule taken out of the result with ``bind`` is the plain one.
 
   Raises:
     ValueError: A spec cannot be parsed; or, at ``init`` or a call, a rule matches no module.
@@ -62,11 +63,9 @@ def apply_policy(module: M, policy: PolicyLike) -> M:
   """
   policies = as_policy_map(policy)
   plain = plain_class(type(module))
-  if policies.is_float32() and plain is type(module):
-    return module
   fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
   attributes = {key: value for key, value in fields.items() if key not in ("name", "parent")}
-  cls: Any = plain if policies.is_float32() else _policy_class(plain, policies)
+  cls = _policy_class(plain, policies)
   if module.scope is None:
     return cls(**attributes, name=module.name, parent=module.parent)
   return _take_place(cls(**attributes, parent=module.scope), module)
@@ -89,7 +88,8 @@ def _policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
 
 def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   methods = {name: {"policies": policies, "method": name} for name in _method_names(plain)}
-  lifted: Any = lift_transform(_under_policy, plain, methods=methods)
+  is_region = policies.is_float32()
+  base: Any = plain if is_region else lift_transform(_under_policy, plain, methods=methods)
   entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
   namespace = {
     **facts(plain, policies, _policy_class),
@@ -99,8 +99,11 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
     "__doc__": plain.__doc__,
     "__init__": plain.__init__,  # it may set more than the fields (diffusers' configs)
   }
-  outer = {name: _outside_setup(plain, lifted, name) for name in methods}
-  return type(plain.__name__, (lifted,), namespace | entries | outer)
+  outer = {
+    name: _region(plain, name) if is_region else _outside_setup(plain, base, name)
+    for name in methods
+  }
+  return type(plain.__name__, (base,), namespace | entries | outer)
 
 
 def _shown(plain: type[nn.Module], policies: PolicyMap) -> dict[str, Callable[..., Any]]:
@@ -129,6 +132,18 @@ def _outside_setup(plain: type[nn.Module], lifted: Any, name: str) -> Callable[.
     unbound = getattr(self, "scope", None) is None
     owner = plain if unbound or self._state.in_setup else lifted
     return getattr(owner, name)(self, *args, **kwargs)
+
+  return method
+
+
+def _region(plain: type[nn.Module], name: str) -> Callable[..., Any]:
+  """A method as it is, marked as a region that a policy around it leaves alone."""
+  function = getattr(plain, name)
+
+  @nn.nowrap
+  @functools.wraps(function, updated=())
+  def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return in_a_region(getattr(plain, name))(self, *args, **kwargs)
 
   return method
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
+from mpjax._engine.autocast import in_a_region
 from mpjax._engine.execute import runs_as_written
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
 from mpjax._flax.policed import facts, in_words, plain_class
@@ -43,8 +44,9 @@ def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] |
 
   Returns:
     The model under the policy, which replaces one that ``model`` had; submodules with policies of
-    their own keep them. An all-float32 policy takes the policy away: the result is a plain model
-    that shares everything, ``model`` itself if it had none.
+    their own keep them. Under an all-float32 policy the result shares everything, computes what the
+    plain model does, and does so inside of a model or function under another policy too: the
+    innermost policy governs.
 
   Raises:
     ValueError: A spec cannot be parsed, a rule matches no module of the model, or the model has
@@ -64,9 +66,8 @@ def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] |
   names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
   _check_methods(plain, names)
   policies.check_used(module_paths(model))
-  if policies.is_float32():
-    return model if type(model) is plain else _of_class(copy.copy(model), plain)
-  return _of_class(_with_param_dtypes(model, policies), _policy_class(plain, policies, names))
+  shared = copy.copy(model) if policies.is_float32() else _with_param_dtypes(model, policies)
+  return _of_class(shared, _policy_class(plain, policies, names))
 
 
 def _of_class(model: M, cls: type[Any]) -> M:
@@ -80,13 +81,24 @@ def _of_class(model: M, cls: type[Any]) -> M:
 @functools.lru_cache(maxsize=256)
 def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
   """The subclass of a model class whose named methods run under a policy map."""
-  wrapped = {name: _under_policy(plain, policies, name) for name in methods}
+  under = _region if policies.is_float32() else _under_policy
+  wrapped = {name: under(plain, policies, name) for name in methods}
   own = facts(plain, policies, _policy_class, methods)
   cls = subclass(plain, {**own, _METHODS: methods, **wrapped})
   # Flax prints and tabulates a model by the name of its class, and needs it for nothing else.
   cls.__name__ = f"{plain.__name__}<{in_words(policies)}>"
   cls.__qualname__ = f"{plain.__qualname__}<{in_words(policies)}>"
   return cls
+
+
+def _region(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
+  """A method as it is, marked as a region that a policy around it leaves alone."""
+
+  @functools.wraps(getattr(plain, method))
+  def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return in_a_region(getattr(plain, method))(self, *args, **kwargs)
+
+  return call
 
 
 def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:

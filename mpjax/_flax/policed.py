@@ -26,8 +26,7 @@ def policy_of(x: Any) -> Policy | PolicyMap | None:
     x: A Linen module, an NNX model, or a function; anything else has no policy.
 
   Returns:
-    The `Policy`; the `PolicyMap` if it has rules or changes of operations. None if there is none,
-    as for what an all-float32 policy was applied to.
+    The `Policy`; the `PolicyMap` if it has rules or changes of operations. None if there is none.
 
   Example:
     >>> import mpjax

@@ -165,14 +165,14 @@ def cost(
     target: One of ``"gpu:a100"``, ``"gpu:h100"``, ``"gpu:v100"``, ``"tpu:v4"``, ``"tpu:v5e"``,
       ``"tpu:v5p"``, ``"tpu:v6e"``.
     argnums: Which arguments hold the parameters, for a step without ``policy``.
-    donate_argnums: Which arguments the step may overwrite, as for ``jax.jit``.
+    donate_argnums: Which arguments the step may overwrite, by position, as for ``jax.jit``.
     python: The interpreter that compiles for the target; the present one by default.
 
   Returns:
     The report.
 
   Raises:
-    ValueError: If the target or a policy is not known.
+    ValueError: If the target or a policy is not known, or there is no argument to donate.
     ModuleNotFoundError: If the target's compiler is not installed.
     RuntimeError: If the compiler fails for a reason other than the device's memory.
 
@@ -188,6 +188,7 @@ def cost(
   if described is not None:
     check_installed(described, python)
   donated = {donate_argnums} if isinstance(donate_argnums, int) else set(donate_argnums)
+  _check_donated(donated, len(args))
   programs = [_Program(_under(step, policy, argnums), args, donated) for policy in named.values()]
   if described is None:
     figures = [program.compile_here() for program in programs]
@@ -230,6 +231,15 @@ def _under(
   return lambda *args: step(*args, policy=policy)
 
 
+def _check_donated(donated: set[int], count: int) -> None:
+  outside = sorted(n for n in donated if not -count <= n < count)
+  if outside:
+    raise ValueError(
+      f"donate_argnums must be positions of the step's {count} arguments. Got {outside[0]}. Count "
+      "them from 0, the step itself left out."
+    )
+
+
 class _Program:
   """A step as a function from arrays to arrays, its other arguments held."""
 
@@ -247,7 +257,7 @@ class _Program:
     self.leaves = [leaf for flat in leaves for leaf in flat]
     self.shapes = [_shape(leaf) for leaf in self.leaves if _is_array(leaf)]
     owners = [n for n, flat in enumerate(leaves) for leaf in flat if _is_array(leaf)]
-    inside = {n % len(args) for n in donated if -len(args) <= n < len(args)}
+    inside = {n % len(args) for n in donated}
     self.donated = [place for place, n in enumerate(owners) if n in inside]
 
   def __call__(self, *arrays: Any) -> list[Any]:

@@ -55,7 +55,6 @@ def refuse_regions(plan: Plan, tool: str, what: str) -> None:
     where = f" in {'/'.join(path)}" if path else ""
     raise ValueError(
       f"{tool} must trace its function in float32; got one with a 16-bit policy inside, first at "
-      f"{line}{where}, so that {what} would be 16-bit too. Give it the function of the plain model "
-      'or loss, as it was before apply_policy or autocast (apply_policy(model, "float32") takes a '
-      "policy away), and the policy as an argument."
+      f"{line}{where}, so that {what} would be 16-bit too. Give it the function of the plain "
+      "model or loss, as it was before apply_policy or autocast, and the policy as an argument."
     )

@@ -7,6 +7,7 @@ import importlib.util
 import linecache
 import os
 import sysconfig
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +50,20 @@ def line_of(eqn: Any, outer: Line = UNKNOWN) -> Line:
     eqn: The equation.
     outer: The line of the equation whose body this one stands in; returned if it has none itself.
   """
-  traceback = eqn.source_info.traceback
-  for frame in traceback.frames if traceback is not None else ():
+  trace = eqn.source_info.traceback
+  for frame in trace.frames if trace is not None else ():
     if not _is_library(frame.file_name):
       return Line(frame.file_name, frame.line_num, frame.function_name.rpartition(".")[2])
   return outer
+
+
+def raised_at(error: BaseException) -> Line:
+  """The innermost line outside of libraries that an error went through."""
+  found = UNKNOWN
+  for frame in traceback.extract_tb(error.__traceback__):
+    if not _is_library(frame.filename):
+      found = Line(frame.filename, frame.lineno or 0, frame.name)
+  return found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpjax._core.arguments import shown
 from mpjax.inspect import _target_compiler
 
 _GIB = 2**30
@@ -149,7 +150,13 @@ def _job(target: Target, programs: Sequence[str], donated: Sequence[int]) -> dic
 
 def _run(command: Sequence[str], target: Target) -> None:
   environment = {**os.environ, **target.environment, "JAX_PLATFORMS": "cpu"}
-  result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  try:
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  except OSError as error:
+    raise RuntimeError(
+      f"python must be an interpreter that can be run. {shown(command[0])}: {error.strerror}. Give "
+      "the path of one that has JAX with the compiler."
+    ) from error
   if result.returncode:
     said = "\n".join((result.stderr or result.stdout).strip().splitlines()[-12:])
     extra = _NEEDS.get(target.platform, ((), "nothing else"))[1]

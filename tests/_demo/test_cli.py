@@ -21,6 +21,8 @@ def linear(monkeypatch):
   """Puts a job in the place of the built-in ones that compiles in no time."""
   job = LinearJob()
   monkeypatch.setattr(cli, "_load_job", lambda args: job)
+  # Tests share their process, which must not end because a compiler is still at work.
+  monkeypatch.setattr(cli, "_leave_the_compiler", lambda: None)
   return job
 
 
@@ -70,6 +72,12 @@ WRONG = {
   "half a step": (["compare", "--steps", "1.5"], "whole number"),
   "a negative seed": (["compare", "--seed", "-1"], "at least 0"),
   "a huge batch": (["compare", "--batch-size", "1000"], "at most 64"),
+  "more steps than there can be": (["compare", "--steps", "9" * 5000], "at most 1000000000"),
+  "a seed of 65 bits": (["compare", "--seed", str(2**64)], "at most 4294967295"),
+  "a name that is too long": (["compare", "--json", "{tmp}/" + "x" * 5000], "name too long"),
+  "a folder that is too long": (["compare", "--checkpoint", "{tmp}/" + "x" * 300], "name too long"),
+  "a remote folder": (["compare", "--checkpoint", "gs://bucket/run"], "a local file or folder"),
+  "a remote file": (["compare", "--json", "s3://bucket/rows.json"], "a local file or folder"),
   "resume without a directory": (["compare", "--resume"], "--resume needs --checkpoint"),
   "no folder for the JSON": (["compare", "--json", "{tmp}/no/rows.json"], "No such file"),
   "a folder as JSON": (["compare", "--json", "{tmp}"], "Is a directory"),
@@ -106,6 +114,34 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys, package,
   err = capsys.readouterr().err
   assert err.count("\n") == 1
   assert f'pip install "mpjax[{extra}]"' in err
+
+
+def test_an_output_that_nobody_reads_is_one_line_and_status_2(tmp_path):
+  (tmp_path / "closed_case.py").write_text(
+    "import jax.numpy as jnp\n\ndef make():\n  return jnp.sin, jnp.ones(3)\n"
+  )
+  read, write = os.pipe()
+  os.close(read)
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "mpjax", "cost", "closed_case:make"]
+  result = subprocess.run(
+    command, stdout=write, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path
+  )
+  os.close(write)
+  assert result.returncode == 2
+  assert result.stderr.count("\n") == 1 and "Broken pipe" in result.stderr
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line_and_status_2(linear, capsys, tmp_path):
+  flags = ["--policies", "float32", "--checkpoint", tmp_path / "run"]
+  assert compare(*flags) == 0
+  for file in (tmp_path / "run").rglob("*"):
+    if file.is_file() and "settings" in str(file):
+      file.write_bytes(b"{")
+  capsys.readouterr()
+  assert compare(*flags, "--resume") == 2
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1 and "--resume needs checkpoints that can be read" in err
 
 
 def test_the_table_goes_to_stdout_and_progress_to_stderr(linear, capsys):

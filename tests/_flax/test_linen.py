@@ -129,8 +129,16 @@ def test_a_model_whose_init_sets_more_than_its_fields_keeps_it(x):
   assert mixed.apply(variables, x, method=lambda module, x: module.head(x)).shape == (4, 5)
 
 
-def test_an_all_float32_policy_returns_the_module(plain):
-  assert mpjax.apply_policy(plain, "float32") is plain
+def test_under_an_all_float32_policy_a_module_computes_what_the_plain_one_does(plain, variables, x):
+  wide = mpjax.apply_policy(plain, "float32")
+  assert_same_bits(wide.init(jax.random.key(1), x), variables)
+  assert str(jax.make_jaxpr(wide.apply)(variables, x)) == str(
+    jax.make_jaxpr(plain.apply)(variables, x)
+  )
+  assert_same_bits(
+    wide.apply(variables, x, method=lambda module, x: module.head(module.hidden(x))),
+    plain.apply(variables, x, method=lambda module, x: module.head(module.hidden(x))),
+  )
 
 
 def test_init_gives_the_same_bits_as_the_plain_model(plain, mixed, variables, x):
@@ -331,6 +339,29 @@ def test_a_wrapped_module_inside_a_wrapped_module_keeps_its_own_policy(x):
   assert [dot.factors[0] for dot in found] == ["float16", "float16", "bfloat16"]
 
 
+@pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS.keys())
+@pytest.mark.parametrize("around", ["module", "loss", "both"])
+def test_the_innermost_policy_governs_float32_included(host, around, x):
+  model, variables = host("float32"), host().init(jax.random.key(0), x)
+  if around != "loss":
+    model = mpjax.apply_policy(model, BF16)
+  fn = lambda variables, x: model.apply(variables, x).sum()
+  fn = mpjax.autocast(fn, BF16) if around != "module" else fn
+  found = contractions(jax.make_jaxpr(jax.grad(fn))(variables, x))
+  assert [dot.factors[0] for dot in found[:3]] == ["float32", "float32", "bfloat16"]
+  assert sum(dot.factors == ("float32", "float32") for dot in found) == 5  # and their gradients
+  assert_same_bits(model.init(jax.random.key(0), x), variables)
+
+
+def test_a_policy_inside_float32_inside_a_policy_governs_its_own_module(x):
+  inner = mpjax.apply_policy(nn.Dense(6, name="innermost"), "mixed_float16")
+  wide = mpjax.apply_policy(nn.Sequential([nn.Dense(6), inner]), "float32")
+  model = mpjax.apply_policy(nn.Sequential([wide, nn.Dense(2)]), BF16)
+  variables = model.init(jax.random.key(0), x)
+  found = contractions(jax.make_jaxpr(model.apply)(variables, x))
+  assert [dot.factors[0] for dot in found] == ["float32", "float16", "bfloat16"]
+
+
 def test_one_wrapped_module_called_twice_shares_its_parameters(x):
   class Twice(nn.Module):
     policy: Any
@@ -348,17 +379,18 @@ def test_one_wrapped_module_called_twice_shares_its_parameters(x):
 class Layer(nn.Module):
   """A layer with the signature that `nn.scan` wants."""
 
-  policy: Any = "float32"
+  policy: Any = None
 
   @nn.compact
   def __call__(self, x, _):
-    return jnp.tanh(mpjax.apply_policy(nn.Dense(6), self.policy)(x)), None
+    layer = nn.Dense(6)
+    return jnp.tanh((mpjax.apply_policy(layer, self.policy) if self.policy else layer)(x)), None
 
 
 class Stack(nn.Module):
   """Layers under `nn.scan`, with or without `nn.remat`."""
 
-  policy: Any = "float32"
+  policy: Any = None
   remat: bool = False
 
   @nn.compact
@@ -513,7 +545,7 @@ class Empty(nn.Module):
 @pytest.mark.parametrize("policy", [BF16, mpjax.PolicyMap({"head": "float32"}, default=BF16)])
 def test_float32_takes_a_policy_away(plain, policy, variables, x):
   again = mpjax.apply_policy(mpjax.apply_policy(plain, policy), "float32")
-  assert type(again) is MLP and again == plain
+  assert isinstance(again, MLP) and again == mpjax.apply_policy(plain, "float32")
   assert dot_dtypes(again.apply, variables, x) == WIDE
 
 
@@ -541,7 +573,7 @@ def test_policy_of_a_module_is_its_own_policy(plain, mixed):
   assert mpjax.policy_of(mpjax.apply_policy(plain, rules)) == rules
   assert mpjax.policy_of(mixed.clone()) == mpjax.Policy.parse(BF16)
   assert mpjax.policy_of(plain) is None
-  assert mpjax.policy_of(mpjax.apply_policy(plain, "float32")) is None
+  assert mpjax.policy_of(mpjax.apply_policy(plain, "float32")) == mpjax.Policy.parse("float32")
 
 
 def test_policy_of_a_function_is_what_autocast_was_given():

@@ -107,8 +107,11 @@ def test_the_model_given_stays_as_it_was(plain, mixed, x):
   assert not [name for name in vars(plain.hidden) if "mpjax" in name]
 
 
-def test_an_all_float32_policy_returns_the_model(plain):
-  assert mpjax.apply_policy(plain, "float32") is plain
+def test_under_an_all_float32_policy_a_model_computes_what_the_plain_one_does(plain, x):
+  wide = mpjax.apply_policy(plain, "float32")
+  assert wide.head.kernel is plain.head.kernel
+  (ours, state), (fn, _) = pure(wide), pure(plain)
+  assert str(jax.make_jaxpr(ours)(state, x)) == str(jax.make_jaxpr(fn)(state, x))
 
 
 def test_an_update_of_either_reaches_the_other(plain, mixed, x):
@@ -247,15 +250,40 @@ def test_a_policy_is_replaced_by_another(mixed, x):
   assert dots(mpjax.apply_policy(mixed, "mixed_float16"), x) == {("float16", "float16")}
 
 
+class Host(nnx.Module):
+  """A model inside another."""
+
+  def __init__(self, inner, rngs):
+    self.inner = inner
+    self.outer = nnx.Linear(3, 2, rngs=rngs)
+
+  def __call__(self, x):
+    return self.outer(self.inner(x))
+
+
+@pytest.mark.parametrize("around", ["model", "loss", "both"])
+def test_the_innermost_policy_governs_float32_included(plain, x, around):
+  model = Host(mpjax.apply_policy(plain, "float32"), nnx.Rngs(1))
+  model = mpjax.apply_policy(model, BF16) if around != "loss" else model
+  loss = mpjax.autocast(loss_of, BF16) if around != "model" else loss_of
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  fn = lambda params, x: loss(nnx.merge(graph, params, rest, copy=True), x)
+  found = contractions(jax.make_jaxpr(jax.grad(fn))(params, x))
+  assert [dot.factors[0] for dot in found[:3]] == ["float32", "float32", "bfloat16"]
+  assert sum(dot.factors == ("float32", "float32") for dot in found) == 5  # and their gradients
+
+
+def test_a_policy_inside_float32_inside_a_policy_governs_its_own_model(plain, x):
+  wide = mpjax.apply_policy(
+    Host(mpjax.apply_policy(plain, "mixed_float16"), nnx.Rngs(1)), "float32"
+  )
+  model = mpjax.apply_policy(nnx.Sequential(wide, nnx.Linear(2, 2, rngs=nnx.Rngs(2))), BF16)
+  fn, state = pure(model)
+  found = contractions(jax.make_jaxpr(fn)(state, x))
+  assert [dot.factors[0] for dot in found] == ["float16", "float16", "float32", "bfloat16"]
+
+
 def test_a_wrapped_submodule_keeps_its_own_policy_and_paths(plain, x):
-  class Host(nnx.Module):
-    def __init__(self, inner, rngs):
-      self.inner = inner
-      self.outer = nnx.Linear(3, 2, rngs=rngs)
-
-    def __call__(self, x):
-      return self.outer(self.inner(x))
-
   host = Host(mpjax.apply_policy(plain, "mixed_float16"), nnx.Rngs(1))
   assert paths(host) == paths(Host(plain, nnx.Rngs(1)))
   for model, last in ((host, "float32"), (mpjax.apply_policy(host, BF16), "bfloat16")):
@@ -468,8 +496,8 @@ def test_the_state_of_a_model_is_a_pytree_of_parameters(x):
 def test_float32_takes_a_policy_away(plain, policy, x):
   mixed = mpjax.apply_policy(plain, policy)
   again = mpjax.apply_policy(mixed, "float32")
-  assert type(again) is MLP and again.head.kernel is plain.head.kernel
-  assert dots(again, x) == WIDE and mpjax.policy_of(again) is None
+  assert isinstance(again, MLP) and again.head.kernel is plain.head.kernel
+  assert dots(again, x) == WIDE and mpjax.policy_of(again) == mpjax.Policy.parse("float32")
   assert mpjax.policy_of(mixed) is not None
 
 

@@ -91,6 +91,12 @@ def test_every_target_is_described_and_says_what_to_install(target, monkeypatch)
   check_installed(described, "another/python")  # which finds out by itself
 
 
+@pytest.mark.parametrize("donated", [2, -3, (0, 5)])
+def test_an_argument_to_donate_that_is_not_there_is_refused(donated):
+  with pytest.raises(ValueError, match="positions of the step's 2 arguments"):
+    inspect.cost(lambda w, x: w @ x, jnp.ones((2, 2)), jnp.ones(2), donate_argnums=donated)
+
+
 def test_an_unknown_target_lists_those_known():
   with pytest.raises(ValueError, match=r"one of gpu:a100.*tpu:v6e\. Got 'gpu:b200'"):
     inspect.cost(loss, *shapes(), target="gpu:b200")
@@ -132,7 +138,13 @@ def case(tmp_path, monkeypatch):
     "def step(w, x): return jnp.mean(x @ w)\n"
     "def make(): return step, jax.ShapeDtypeStruct((8, 8), 'float32'), jnp.ones((2, 8))\n"
     "def wrong(): return step\n"
+    "def fails(): raise KeyError('a\\nb')\n"
+    "def ends(): raise SystemExit(0)\n"
+    "def mismatched(): return step, jnp.ones((8, 8)), jnp.ones((2, 3))\n"
+    "number = 3\n"
   )
+  (tmp_path / "cut_off.py").write_text("def make(:\n")
+  (tmp_path / "raises.py").write_text("1 / 0\n")
   monkeypatch.chdir(tmp_path)
   yield tmp_path
   sys.modules.pop("cost_case", None)
@@ -152,6 +164,18 @@ def test_the_command_prints_the_table_and_writes_its_rows(case, capsys):
     (["nowhere:make"], "can be imported from here. Got 'nowhere:make'"),
     (["cost_case:wrong"], "CASE must return a tuple"),
     (["cost_case:make", "--target", "gpu:h100"], 'pip install "mpjax[gpu]"'),
+    (["cut_off:make"], "SyntaxError"),
+    (["raises:make"], "ZeroDivisionError: division by zero (raises.py:1)"),
+    (["cost_case:number"], "CASE must name a function. 'cost_case:number' is int"),
+    (["cost_case:" + "x" * 5000], "has no attribute"),
+    (["x" * 5000 + ":make"], "can be imported from here"),
+    (["cost_case:fails"], "runs without arguments. 'cost_case:fails' raised: KeyError"),
+    (["cost_case:ends"], "raised: SystemExit"),
+    (["cost_case:mismatched"], "must compile. TypeError"),
+    (["cost_case:make", "--donate", "2"], "--donate must be the position of an argument"),
+    (["cost_case:make", "--python", "python3"], "Name a target too"),
+    (["cost_case:make", "--target", "gpu:h100", "--python", "/no/python"], "can be run"),
+    (["cost_case:make", "--target", "gpu:h100", "--python", "."], "can be run"),
   ],
 )
 def test_what_a_person_can_put_right_is_one_line_and_status_2(

@@ -77,7 +77,8 @@ def linear_call(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[
 
   @functools.cache
   def backward() -> Plan:
-    jaxpr = custom_derivatives.trace_transpose(eqn, count)
+    outs = custom_derivatives.slots(eqn.outvars)
+    jaxpr = custom_derivatives.trace_transpose(eqn, count, outs)
     forms = (*body.in_forms[:count], *step.outs)
     return interpreter.planner.plan(jaxpr, forms, step.place, body.in_forms[count:])
 

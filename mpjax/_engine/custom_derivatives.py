@@ -38,6 +38,10 @@ class Slots:
     pairs = zip(self.differentiable, asked, strict=True)
     return dataclasses.replace(self, differentiable=tuple(d and a for d, a in pairs))
 
+  def nonzero(self, values: Sequence[Any]) -> Slots:
+    """The slots of those tangents or cotangents that are not known to be zero."""
+    return self.only([not isinstance(value, SymbolicZero) for value in values])
+
   def keep(self, values: Sequence[Any]) -> list[Any]:
     """The entries that have tangents."""
     return [v for v, d in zip(values, self.differentiable, strict=True) if d]
@@ -61,13 +65,6 @@ def slots_of(avals: Sequence[Any]) -> Slots:
   return Slots(
     tuple(bool(jnp.issubdtype(a.dtype, jnp.inexact)) for a in avals), tuple(a.shape for a in avals)
   )
-
-
-def instantiated(x: Any) -> Any:
-  """A tangent or cotangent, an array of zeros in place of one known to be zero."""
-  if not isinstance(x, SymbolicZero):
-    return x
-  return ad.zeros_like_aval(x.aval)
 
 
 def closed_over(eqn: JaxprEqn) -> int:
@@ -118,8 +115,9 @@ class Vjp(NamedTuple):
 
   forward: Any
   """operands -> (outputs, residuals)"""
-  backward: Callable[[], Any]
-  """(residuals, cotangents) -> cotangents of the operands that were asked for"""
+  backward: Callable[[Slots], Any]
+  """From the results that have a cotangent: (residuals, cotangents) -> cotangents of the operands
+  that were asked for"""
 
 
 def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
@@ -129,8 +127,8 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
     eqn: The equation.
     ins: The operands whose cotangents are asked for, which its forward pass may know.
   """
-  outs = slots(eqn.outvars)
-  avals = [a.aval for a in eqn.invars]
+  avals: list[Any] = [a.aval for a in eqn.invars]
+  results: list[Any] = [v.aval for v in eqn.outvars]
   residual_tree = None
 
   def forward(*operands: Any) -> list[Any]:
@@ -140,27 +138,30 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
     residuals, residual_tree = jax.tree.flatten(pullback)
     return [*out, *residuals]
 
-  def backward(*flat: Any) -> list[Any]:
-    cotangents = flat[len(flat) - sum(outs.differentiable) :]
-    residuals = flat[: len(flat) - len(cotangents)]
-    pullback = jax.tree.unflatten(residual_tree, residuals)
-    return list(pullback(outs.fill(cotangents)))
-
   closed = jaxprs.trace(forward, avals)
-  inner = versions.open_jaxpr(closed)
-  residual_avals = [v.aval for v in inner.outvars[len(eqn.outvars) :]]
-  cotangent_avals = outs.keep([v.aval for v in eqn.outvars])
-  return Vjp(closed, lambda: jaxprs.trace(backward, [*residual_avals, *cotangent_avals]))
+  stored = [v.aval for v in versions.open_jaxpr(closed).outvars[len(results) :]]
+
+  def backward(outs: Slots) -> Any:
+    def back(*flat: Any) -> list[Any]:
+      pullback = jax.tree.unflatten(residual_tree, flat[: len(stored)])
+      given = iter(flat[len(stored) :])
+      pairs = zip(outs.differentiable, results, strict=True)
+      # A zero that JAX knows to be one: an array would count, for what a batch shares, each time.
+      return list(pullback([next(given) if d else ad.Zero(a.to_ct_aval()) for d, a in pairs]))
+
+    return jaxprs.trace(back, [*stored, *outs.keep(results)])
+
+  return Vjp(closed, backward)
 
 
-def trace_transpose(eqn: JaxprEqn, count: int) -> Any:
+def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> Any:
   """The jaxpr of an equation's transpose: (residuals, cotangents) -> cotangents.
 
   Args:
     eqn: The equation, linear in its last operands.
     count: How many residuals stand before these.
+    outs: The results that have a cotangent; those of the others are zero.
   """
-  outs = slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
 
   def transpose(*flat: Any) -> list[Any]:

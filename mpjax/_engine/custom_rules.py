@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import jax
 import jax.custom_batching
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
 from mpjax._engine import custom_derivatives
@@ -49,7 +48,7 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    ins = inputs.only([not isinstance(t, SymbolicZero) for t in tangents])
+    ins = inputs.nonzero(tangents)
     flat = interpreter.run(rule_plan(ins), [*captured, *primals, *ins.keep(tangents)])
     return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
 
@@ -69,11 +68,10 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   out_avals: list[Any] = outs.keep([v.aval for v in eqn.outvars])
 
   @functools.cache
-  def plan() -> Plan:
-    forms, held = (*step.operands[:count], *outs.keep(step.outs)), step.operands[count:]
-    return interpreter.planner.plan(
-      custom_derivatives.trace_transpose(eqn, count), forms, step.place, held
-    )
+  def plan(given: Slots) -> Plan:
+    forms, held = (*step.operands[:count], *given.keep(step.outs)), step.operands[count:]
+    transpose = custom_derivatives.trace_transpose(eqn, count, given)
+    return interpreter.planner.plan(transpose, forms, step.place, held)
 
   @jax.custom_vjp
   def call(residuals: list[Any], values: list[Any]) -> list[Any]:
@@ -81,12 +79,15 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     return [*map(ad.zeros_like_aval, out_avals)]
 
   def forward(residuals: list[Any], values: list[Any]) -> tuple[list[Any], list[Any]]:
-    return call(residuals, values), residuals
+    known, values = jax.tree.map(lambda primal: primal.value, (residuals, values))
+    return call(known, values), known
 
   def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[None, list[Any]]:
-    return None, interpreter.run(plan(), [*residuals, *cotangents])
+    full = outs.fill(cotangents)
+    given = outs.nonzero(full)
+    return None, interpreter.run(plan(given), [*residuals, *given.keep(full)])
 
-  call.defvjp(forward, backward)
+  call.defvjp(forward, backward, symbolic_zeros=True)
   along = functools.partial(call, operands[:count])
   _, found = jax.jvp(along, ([jnp.zeros_like(t) for t in tangents],), (tangents,))
   return outs.fill(found)
@@ -108,10 +109,10 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     return plan(traced(ins).forward, step.operands, step.place, (*step.outs, *residuals))
 
   @functools.cache
-  def backward_plan(ins: Slots) -> Plan:
-    forms = (*forward_plan(ins).out_forms[count:], *outs.keep(step.outs))
+  def backward_plan(ins: Slots, given: Slots) -> Plan:
+    forms = (*forward_plan(ins).out_forms[count:], *given.keep(step.outs))
     held = tuple(ins.keep(step.operands[known:]))
-    return plan(traced(ins).backward(), forms, step.place, held)
+    return plan(traced(ins).backward(given), forms, step.place, held)
 
   @jax.custom_vjp
   def call(*primals: Any) -> list[Any]:
@@ -124,8 +125,8 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
 
   def backward(residuals: tuple[Slots, list[Any]], cotangents: list[Any]) -> tuple[Any, ...]:
     ins, stored = residuals
-    given = [custom_derivatives.instantiated(ct) for ct in outs.keep(cotangents)]
-    flat = iter(interpreter.run(backward_plan(ins), [*stored, *given]))
+    given = outs.nonzero(cotangents)
+    flat = iter(interpreter.run(backward_plan(ins, given), [*stored, *given.keep(cotangents)]))
     return tuple(next(flat) if asked else None for asked in ins.differentiable)
 
   call.defvjp(forward, backward, symbolic_zeros=True)

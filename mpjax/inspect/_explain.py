@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.scopes import Path
 from mpjax.inspect import _flow
-from mpjax.inspect._flow_data import Flow, Widening
-from mpjax.inspect._flow_report import (
-  TOP,
-  CastFlow,
-  FlowReport,
-  IslandFlow,
-  Leak,
-  OpFlow,
-  UnknownOp,
-  rule_name,
-)
+from mpjax.inspect._flow_data import Flow, Remark, Widening
+from mpjax.inspect._flow_remarks import batch_first
+from mpjax.inspect._flow_report import TOP, FlowReport, rule_name
+from mpjax.inspect._flow_rows import CastFlow, IslandFlow, Leak, OpFlow, RemarkFlow, UnknownOp
 from mpjax.inspect._inspected import PolicyLike, Subject, subject_of
 from mpjax.inspect._source_lines import Line
 
@@ -48,8 +42,11 @@ def explain(
     **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
 
   Returns:
-    The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, and
-    nothing multiplies as traced, in float32.
+    The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, nothing
+    multiplies as traced, in float32, and ``report.remarks`` holds nothing but matmuls of integers.
+    A remark is made of a ``precision=`` that the policy overrides, of a loop that ends by comparing
+    floats which 16-bit matmuls move, of data that were taken for the parameters, and of regions
+    with a policy of their own, whose leaks are not looked for.
 
   Raises:
     ValueError: A rule of the policy map matches nothing; a module without a policy came with None;
@@ -70,8 +67,9 @@ def explain(
   subject = subject_of(fn, policy, args, kwargs, argnums)
   subject = subject.backward() if grad else subject
   decided = subject.decide_abstractly()
-  names = subject.operand_names()
-  return _report(subject, _flow.follow(decided.planner, decided.plan, names))
+  flow = _flow.follow(decided.planner, decided.plan, subject.operand_names())
+  flow.remarks.update(batch_first(subject, decided.plan))
+  return _report(subject, flow)
 
 
 def _report(subject: Subject, flow: Flow) -> FlowReport:
@@ -100,7 +98,7 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
       for key, entry in flow.ops.items()
     ),
     tuple(CastFlow(named(p), source, to, n) for (p, source, to), n in flow.casts.items()),
-    (*leaks[True], *foreign),
+    _folded((*leaks[True], *foreign)),
     leaks[False],
     tuple(IslandFlow(named(i.path), i.line, i.ops, i.cause) for i in flow.islands),
     tuple(
@@ -108,6 +106,7 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
       for (op, line, path), inside in flow.traced.items()
     ),
     flow.loops,
+    remarks=tuple(_remark(remark, n, named) for remark, n in flow.remarks.items()),
   )
 
 
@@ -133,6 +132,42 @@ def _leak(widening: Widening, named: _Namer) -> Leak:
     f"{reader[0]} {reader[1]}" if reader else "",
     widening.backward,
   )
+
+
+def _folded(leaks: Sequence[Leak]) -> tuple[Leak, ...]:
+  """The leaks with those of one line, as of a loop over layers, in one."""
+  groups: dict[Any, list[Leak]] = {}
+  for leak in leaks:
+    place = (leak.line, "") if leak.line.line else (leak.line, leak.module)
+    kinds = tuple(sorted({by.partition(" ")[0] for by in leak.widened_by}))
+    groups.setdefault((place, leak.op, leak.backward, kinds), []).append(leak)
+  return tuple(
+    dataclasses.replace(
+      group[0],
+      widened_by=tuple(dict.fromkeys(by for leak in group for by in leak.widened_by)),
+      bytes=sum(leak.bytes for leak in group),
+      also=sum(leak.also for leak in group),
+      modules=tuple(leak.module for leak in group),
+    )
+    for group in groups.values()
+  )
+
+
+_KEEPS = 'mpjax.autocast(fn, "float32") around it, or a float32 rule for its module, keeps it'
+_TEXTS = {
+  "precision": "{} is overridden by the policy; " + _KEEPS,
+  "integers": "{} runs as written; it is counted apart",
+  "loop": "a while loop ends by comparing floats that 16-bit matmuls move: it may run more or "
+  "fewer times than in float32, or for ever; " + _KEEPS,
+  "batch": "the policy {}; pass the parameters first, or set argnums",
+  "policy": "a part of it has a policy of its own, which governs there and was not looked into; "
+  "explain the module or function that has it, with None for the policy of a module",
+}
+
+
+def _remark(remark: Remark, count: int, named: _Namer) -> RemarkFlow:
+  text = _TEXTS[remark.kind].format(remark.what)
+  return RemarkFlow(remark.kind, named(remark.path), remark.line, text, count)
 
 
 def _foreign(module: str, op: str, line: Line) -> Leak:

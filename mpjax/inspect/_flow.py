@@ -7,7 +7,7 @@ multiplied wide although no operation of the primitive table asked for float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.plan import Plan, Read, Step
+from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
 from mpjax.inspect._flow_costs import (
   MATMULS,
@@ -27,6 +27,7 @@ from mpjax.inspect._flow_costs import (
   dtype_inside,
   flops,
   has_floats,
+  integer_operand,
   matmuls_inside,
   returns,
   runs_in,
@@ -39,9 +40,19 @@ from mpjax.inspect._flow_data import (
   Island,
   OpCount,
   OpKey,
+  Remark,
   Value,
   Widening,
+  born,
+  float_of_integers,
+  held_value,
+  is_data,
+  joined,
+  made_of_no_floats,
+  read_value,
+  widenings_in,
 )
+from mpjax.inspect._flow_remarks import remarks_on
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 _KEEP = "name"
@@ -72,7 +83,7 @@ def follow(planner: Planner, plan: Plan, names: Sequence[str]) -> Flow:
   walker = _Walker(planner)
   invars: Any = versions.open_jaxpr(plan.jaxpr).invars
   operands = [
-    _born(Birth("argument", f"{name} {describe(v.aval)}")) if _is_data(form) else NOTHING
+    born(Birth("argument", f"{name} {describe(v.aval)}")) if is_data(form) else NOTHING
     for name, v, form in zip(names, invars, plan.in_forms, strict=True)
   ]
   walker.walk(plan, operands, Spot())
@@ -101,25 +112,26 @@ class _Walker:
     inner = versions.open_jaxpr(plan.jaxpr)
     env: dict[Any, Value] = dict(zip(inner.invars, operands, strict=True))
     for var in inner.constvars:
-      env[var] = _born(Birth("constant", describe(var.aval)))
+      env[var] = born(Birth("constant", describe(var.aval)))
     islands = _Islands(self.planner)
     widened: set[Any] = set()
     for step in plan.steps:
       line = line_of(step.eqn, spot.line)
       values = [
-        _read(env, atom, read, form, line)
+        read_value(env, atom, read, form, line)
         for atom, read, form in zip(step.eqn.invars, step.reads, step.operands, strict=True)
       ]
       outs = self.step(step, values, spot, line)
       for var, form, value in zip(step.eqn.outvars, step.outs, outs, strict=True):
-        env[var] = _as_held(value, form)
+        env[var] = held_value(value, form)
       if spot.record:
         self.count(step, spot, widened)
+        self.flow.remarks.update(remarks_on(step, line, self.is_float32_scope(step)))
         self.count_widened(step, outs, spot)
         islands.add(step, line, [env[var] for var in step.eqn.outvars])
     self.flow.islands += islands.found() if spot.record else []
     return [
-      _read(env, atom, read, form, spot.line)
+      read_value(env, atom, read, form, spot.line)
       for atom, read, form in zip(inner.outvars, plan.out_reads, plan.out_forms, strict=True)
     ]
 
@@ -134,15 +146,18 @@ class _Walker:
     self, step: Step, form: Form | None, values: list[Value], spot: Spot, line: Line
   ) -> Value:
     if form is None:
-      return NOTHING
+      return made_of_no_floats(step.eqn.primitive.name, values, line)
     history = frozenset().union(*(v.history for v in values))
     touched = any(v.narrow or v.touched for v in values)
     if step.eqn.primitive.name in MATMULS:
+      touched = touched or runs_in(step).itemsize == 2
       self.matmul(step, values, history, line, spot)
       history = frozenset()
-    if not _is_data(form):
+    if not is_data(form):
       return Value(True, history=history, touched=touched)
     origins = self.origins(step, values, touched, spot, line)
+    if not origins and not any(v.narrow for v in values):  # numbers alone, of which none fits
+      origins = frozenset([Birth("operation", step.eqn.primitive.name, line)])
     history |= frozenset(o for o in origins if isinstance(o, int))
     return Value(not origins, origins, history, touched)
 
@@ -157,9 +172,10 @@ class _Walker:
     if step.rule in (Rule.FOLLOW, Rule.EACH) or (step.rule is Rule.CONVERT and any(step.operands)):
       return self.joined(step, values, before, spot, line)
     if step.rule is Rule.CONVERT:
-      kind = "integers" if jnp.issubdtype(_aval(step.eqn).dtype, jnp.integer) else "operation"
-      what = describe(_aval(step.eqn)) if kind == "integers" else name
-      return frozenset([Birth(kind, what, line)])
+      aval = _aval(step.eqn)
+      if jnp.issubdtype(aval.dtype, jnp.integer):
+        return frozenset([float_of_integers(values, aval, line)])
+      return frozenset([Birth("operation", name, line)])
     if step.rule is Rule.TRACED:
       known = self.planner.table.get(name, Rule.FOREIGN) is not Rule.FOREIGN
       return frozenset([Birth("operation" if known else "unknown", name, line)])
@@ -174,6 +190,8 @@ class _Walker:
     if MEANT in before or not any(v.narrow for v in values):
       return before
     births = {o for o in before if isinstance(o, Birth)}
+    if any(birth.kind == "random" for birth in births):  # what else made them is JAX's own
+      births = {birth for birth in births if birth.kind in ("random", "argument", "constant")}
     if not before:
       formats = {f.dtype.name for f in step.operands if f is not None and f.kind is Kind.NARROW}
       if len(formats) < 2:
@@ -205,7 +223,7 @@ class _Walker:
       self.flow.widenings[number].before_matmul = True
     for value in values:
       if not value.narrow and MEANT not in value.origins:
-        for number in _numbers(value.origins):
+        for number in widenings_in(value.origins):
           widening = self.flow.widenings[number]
           widening.reader = widening.reader or (step.eqn.primitive.name, line)
     if step.rule is Rule.TRACED and spot.record and not self.is_float32_scope(step):
@@ -225,8 +243,10 @@ class _Walker:
     for n, (body, plan) in enumerate(zip(bodies_of(step.eqn), step.bodies, strict=True)):
       consts, _, slices = body.split(values)
       outs = self.walk(plan, [*consts, *carry, *slices], spot.into(step, n, line))
+      if body.is_test and spot.record and any(out.decided for out in outs):
+        self.flow.remarks[Remark("loop", step.place.path, line)] += 1
       results += [] if body.is_test else [outs]
-    return [_join(column) for column in zip(*results, strict=True)]
+    return [joined(column) for column in zip(*results, strict=True)]
 
   def carry(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
     """What a loop carries, in whichever turn; nothing for other steps."""
@@ -237,18 +257,20 @@ class _Walker:
     inner = plan.in_forms[body.carry.start : body.carry.stop]
     held = _accumulators(body.split(step.operands).carry, inner, held)
     looking = spot.into(step, len(step.bodies) - 1, line, record=False)
-    return settled(held, lambda held: self.walk(plan, [*consts, *held, *slices], looking), _join)
+    return settled(held, lambda held: self.walk(plan, [*consts, *held, *slices], looking), joined)
 
   # Counting --------------------------------------------------------------------------------------
 
   def count(self, step: Step, spot: Spot, widened: set[Any]) -> None:
     self.count_casts(step, widened)
     name = step.eqn.primitive.name
-    if step.bodies or not has_floats(step.eqn):
+    integer = integer_operand(step.eqn)
+    if step.bodies or not (integer or has_floats(step.eqn)):
       return
     foreign = self.planner.table.get(name, Rule.FOREIGN) is Rule.FOREIGN
     rule = "unknown" if foreign else step.rule.name.lower()
-    key = OpKey(*step.place[:2], name, rule, runs_in(step).name, returns(step).name, step.won)
+    runs = integer or runs_in(step).name
+    key = OpKey(*step.place[:2], name, rule, runs, returns(step).name, step.won)
     entry = self.flow.ops.setdefault(key, OpCount())
     entry.count += 1
     entry.flops += spot.times * (flops(step.eqn) if name in MATMULS else 0)
@@ -279,7 +301,7 @@ class _Walker:
   def count_widened(self, step: Step, outs: Sequence[Value], spot: Spot) -> None:
     """What is float32 for no other reason than a widening takes twice its bytes."""
     for var, form, value in zip(step.eqn.outvars, step.outs, outs, strict=True):
-      numbers = _numbers(value.origins)
+      numbers = widenings_in(value.origins)
       if numbers and not step.bodies and not value.narrow and MEANT not in value.origins:
         self.flow.widenings[min(numbers)].bytes += spot.times * bytes_of(var, form) // 2
 
@@ -336,57 +358,13 @@ class _Islands:
 _SENSITIVE = frozenset({Rule.FULL, Rule.ALWAYS, Rule.NAMED})
 
 
-def _read(env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line: Line) -> Value:
-  """A value where it is used: after it left its module."""
-  if form is None or form.kind < Kind.NARROW:
-    return NOTHING
-  if isinstance(atom, Literal):
-    return _born(Birth("number", f"{float(atom.val):g}", line))
-  value = env[atom]
-  if read.via is not None and read.via == FLOAT32:
-    return value._replace(narrow=False, origins=frozenset([MEANT]))
-  return value if _is_data(form) else value._replace(narrow=True, origins=frozenset(), touched=True)
-
-
-def _as_held(value: Value, form: Form | None) -> Value:
-  if form is None or form.kind < Kind.NARROW:
-    return NOTHING
-  if _is_data(form):
-    return value
-  return Value(True, frozenset(), value.history, True)
-
-
 def _accumulators(outer: Sequence[Any], inner: Sequence[Any], held: list[Value]) -> list[Value]:
   """A carry that starts from a constant is an accumulator: its float32 is meant."""
-  meant = _born(MEANT)
+  meant = born(MEANT)
   return [
-    meant if o is not None and o.kind is Kind.CONSTANT and _is_data(i) else value
+    meant if o is not None and o.kind is Kind.CONSTANT and is_data(i) else value
     for o, i, value in zip(outer, inner, held, strict=True)
   ]
-
-
-def _born(birth: Birth) -> Value:
-  return Value(False, frozenset([birth]))
-
-
-def _join(values: Iterable[Value]) -> Value:
-  values = [v for v in values if v != NOTHING]
-  if not values:
-    return NOTHING
-  return Value(
-    all(v.narrow for v in values),
-    frozenset().union(*(v.origins for v in values)),
-    frozenset().union(*(v.history for v in values)),
-    any(v.touched for v in values),
-  )
-
-
-def _numbers(origins: Iterable[Any]) -> list[int]:
-  return [origin for origin in origins if isinstance(origin, int)]
-
-
-def _is_data(form: Form | None) -> bool:
-  return form is not None and form.kind is Kind.DATA
 
 
 def _aval(eqn: JaxprEqn) -> Any:

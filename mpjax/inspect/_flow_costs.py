@@ -50,6 +50,14 @@ def returns(step: Step) -> np.dtype:
   return FLOAT32
 
 
+def integer_operand(eqn: JaxprEqn) -> str:
+  """The dtype of a matmul's first integer operand; empty if it has none."""
+  if eqn.primitive.name not in MATMULS:
+    return ""
+  avals: list[Any] = [atom.aval for atom in eqn.invars[:2]]
+  return next((aval.dtype.name for aval in avals if aval.dtype.kind in "biu"), "")
+
+
 def matmuls_inside(
   eqn: JaxprEqn, params: dict[str, Any] | None = None
 ) -> Iterator[tuple[JaxprEqn, int]]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.scopes import Path
+from mpjax._engine.jaxprs import Literal
+from mpjax._engine.kinds import Form, Kind
+from mpjax._engine.plan import Read
 from mpjax.inspect._source_lines import UNKNOWN, Line
 
 
@@ -14,8 +21,8 @@ class Birth(NamedTuple):
   """Where float32 comes from.
 
   Attributes:
-    kind: "argument", "constant", "number", "integers", "operation", "unknown" or "formats"; or
-      "meant", if the table, a rule or a marker asks for it.
+    kind: "argument", "constant", "number", "integers", "random", "operation", "unknown" or
+      "formats"; or "meant", if the table, a rule or a marker asks for it.
     what: Its name and shape.
     line: The line that made it, where one did.
   """
@@ -26,7 +33,7 @@ class Birth(NamedTuple):
 
   def __str__(self) -> str:
     where = f" at {self.line}" if self.line.line else ""
-    return f"{_WORDS[self.kind]} {self.what}{where}"
+    return f"{_WORDS[self.kind]} {self.what}".rstrip() + where
 
 
 _WORDS = {
@@ -34,6 +41,7 @@ _WORDS = {
   "constant": "the constant",
   "number": "the number",
   "integers": "integers made float:",
+  "random": "random numbers",
   "operation": "the result of",
   "unknown": "the unknown operation",
   "formats": "two 16-bit formats:",
@@ -43,19 +51,106 @@ MEANT = Birth("meant", "")
 
 
 class Value(NamedTuple):
-  """What is known of a float value beside its form."""
+  """What is known of a value beside its form."""
 
   narrow: bool = False
   """Whether it is 16-bit in meaning, in whatever dtype a body of a jit takes it."""
   origins: frozenset[Any] = frozenset()
-  """If not: its births, and the numbers of the widenings that it came out of."""
+  """If not: its births, and the numbers of the widenings that it came out of. Of what is no float:
+  that it is random, or a number that stands in the program."""
   history: frozenset[int] = frozenset()
   """The widenings that led to it, sensitive operations between them or not."""
   touched: bool = False
   """Whether it comes from a narrow value."""
+  decided: bool = False
+  """Of a boolean: whether narrow values, compared with others, decided it."""
 
 
 NOTHING = Value()
+
+
+def born(birth: Birth) -> Value:
+  """A float32 value, or one that becomes float32, that was made here."""
+  return Value(False, frozenset([birth]))
+
+
+def is_data(form: Form | None) -> bool:
+  """Whether a value is float32 that was meant."""
+  return form is not None and form.kind is Kind.DATA
+
+
+def joined(values: Iterable[Value]) -> Value:
+  """What is known of a value that is one of several."""
+  known = [v for v in values if v != NOTHING]
+  if not known:
+    return NOTHING
+  return Value(
+    all(v.narrow for v in known),
+    frozenset().union(*(v.origins for v in known)),
+    frozenset().union(*(v.history for v in known)),
+    any(v.touched for v in known),
+    any(v.decided for v in known),
+  )
+
+
+def widenings_in(origins: Iterable[Any]) -> list[int]:
+  """The numbers of the widenings among the origins of a value."""
+  return [origin for origin in origins if isinstance(origin, int)]
+
+
+def read_value(
+  env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line: Line
+) -> Value:
+  """A value where it is used: after it left its module."""
+  if isinstance(atom, Literal) and (form is None or form.kind is Kind.DATA):
+    return born(Birth("number", f"{float(atom.val):g}", line)) if _is_real(atom) else NOTHING
+  if form is None:
+    return env[atom]
+  if form.kind < Kind.NARROW:
+    return NOTHING
+  value = env[atom]
+  if read.via is not None and read.via == FLOAT32:
+    return value._replace(narrow=False, origins=frozenset([MEANT]))
+  return value if is_data(form) else value._replace(narrow=True, origins=frozenset(), touched=True)
+
+
+def held_value(value: Value, form: Form | None) -> Value:
+  """A value as its form has it."""
+  if form is None or is_data(form):
+    return value
+  return NOTHING if form.kind < Kind.NARROW else Value(True, frozenset(), value.history, True)
+
+
+def _is_real(atom: Literal) -> bool:
+  return np.ndim(atom.val) == 0 and np.asarray(atom.val).dtype.kind in "iuf"
+
+
+def made_of_no_floats(name: str, values: Sequence[Value], line: Line) -> Value:
+  """What is known of a result that is no float: of its randomness, numbers and who decided it."""
+  if name in _RANDOM:
+    return born(Birth("random", "", line))
+  births = frozenset().union(*(v.origins for v in values))
+  kept = births if name in _MOVES else frozenset(b for b in births if _is_random(b))
+  compared = name in _COMPARISONS and any(v.narrow or v.touched for v in values)
+  decided = compared or any(v.decided for v in values)
+  return Value(False, kept, decided=decided) if kept or decided else NOTHING
+
+
+def float_of_integers(values: Sequence[Value], aval: Any, line: Line) -> Birth:
+  """Where a float comes from that was no float."""
+  known = [b for v in values for b in v.origins if isinstance(b, Birth)]
+  if known:
+    return known[0]
+  return Birth("integers", describe(aval), line)
+
+
+def _is_random(origin: Any) -> bool:
+  return isinstance(origin, Birth) and origin.kind == "random"
+
+
+_RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"})
+_COMPARISONS = frozenset({"lt", "le", "gt", "ge", "eq", "ne", "is_finite"})
+_MOVES = frozenset({"broadcast_in_dim", "reshape", "squeeze", "convert_element_type", "copy"})
 
 
 @dataclass
@@ -80,6 +175,22 @@ class Widening:
   def leaks(self) -> bool:
     """Whether float32 goes on: into a matmul, or along a stream of values that meets others."""
     return self.reader is not None or (self.again > 0 and self.before_matmul)
+
+
+class Remark(NamedTuple):
+  """Something that a policy overrides, or that cannot be promised under it.
+
+  Attributes:
+    kind: "precision", "integers", "loop", "batch" or "policy".
+    path: The module's path.
+    line: Where it is.
+    what: Which operation or value it is about.
+  """
+
+  kind: str
+  path: Path
+  line: Line
+  what: str = ""
 
 
 class OpKey(NamedTuple):
@@ -122,4 +233,5 @@ class Flow:
   islands: list[Island] = field(default_factory=list)
   foreign: list[tuple[Path, str, Line]] = field(default_factory=list)
   traced: dict[tuple[str, Line, Path], OpCount] = field(default_factory=dict)
+  remarks: Counter[Remark] = field(default_factory=Counter)
   loops: int = 0

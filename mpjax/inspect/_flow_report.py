@@ -8,137 +8,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax.inspect._flow_costs import MATMULS
+from mpjax.inspect._flow_rows import (
+  CastFlow,
+  IslandFlow,
+  Leak,
+  ModuleFlow,
+  OpFlow,
+  RemarkFlow,
+  RuleUse,
+  UnknownOp,
+)
 from mpjax.inspect._report import Report, Table, in_bytes, in_units
-from mpjax.inspect._source_lines import Line
 
 TOP = "(top)"
-
-
-@dataclass(frozen=True)
-class OpFlow:
-  """Operations of one kind in one module.
-
-  Attributes:
-    module: The module's path.
-    op: The primitive's name.
-    rule: What the table said: lower, full, follow, ...; "unknown" where it says nothing.
-    dtype: What they compute in.
-    returns: What they return.
-    won: The rule of the policy map that governs them, "default" for none.
-    backward: Whether they stand in the backward pass.
-    count: How many there are in the program.
-    flops: Multiplications and additions of matmuls and convolutions, loops multiplied out.
-    bytes: What they return, in bytes of floats, loops multiplied out, before any fusion.
-  """
-
-  module: str
-  op: str
-  rule: str
-  dtype: str
-  returns: str
-  won: str
-  backward: bool
-  count: int
-  flops: float
-  bytes: float
-
-
-@dataclass(frozen=True)
-class CastFlow:
-  """The casts in one module from one dtype to another."""
-
-  module: str
-  source: str
-  target: str
-  count: int
-
-
-@dataclass(frozen=True)
-class IslandFlow:
-  """Connected operations that run in float32 in a 16-bit module, and which one asked for it."""
-
-  module: str
-  line: Line
-  ops: tuple[str, ...]
-  cause: str
-
-
-@dataclass(frozen=True)
-class Leak:
-  """A place where a narrow value met float32 and became float32.
-
-  Attributes:
-    module: The module's path.
-    line: The line of the user's code.
-    op: The primitive that widened.
-    result: Its result's shape.
-    widened_by: The operand that did it: where its float32 was born.
-    bytes: How much more the values take that are float32 for no other reason.
-    also: How many more narrow values what came out of it widened.
-    read_by: The first matmul or convolution that must cast it, with its line; empty for none.
-    backward: Whether it stands in the backward pass.
-  """
-
-  module: str
-  line: Line
-  op: str
-  result: str
-  widened_by: tuple[str, ...]
-  bytes: int
-  also: int
-  read_by: str
-  backward: bool
-
-
-@dataclass(frozen=True)
-class ModuleFlow:
-  """A module's row: what its own operations are, and what those of its submodules are not."""
-
-  module: str
-  rule: str
-  compute: str
-  matmuls: int
-  narrow_matmuls: int
-  flops: float
-  narrow_flops: float
-  ops: dict[str, int]
-  bytes: dict[str, float]
-  casts: dict[str, int]
-  islands: int
-  leaks: int
-
-
-@dataclass(frozen=True)
-class RuleUse:
-  """What one rule of the policy map governs."""
-
-  rule: str
-  policy: str
-  modules: tuple[str, ...]
-  ops: int
-
-
-@dataclass(frozen=True)
-class UnknownOp:
-  """An operation that runs exactly as traced, in float32.
-
-  Attributes:
-    op: Its name: one that the table does not know, or that holds matmuls of its own.
-    module: The module's path.
-    line: The line of the user's code.
-    matmuls: How many float32 matmuls and convolutions can be seen in it.
-    flops: Their multiplications and additions.
-  """
-
-  op: str
-  module: str
-  line: Line
-  matmuls: int = 0
-  flops: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,12 +38,13 @@ class FlowReport(Report):
     policy: The policies.
     ops: Operations, by module, primitive and dtype.
     casts: Casts by module.
-    leaks: Where float32 leaked, in program order.
+    leaks: Where float32 leaked, in program order; a line once, however often it leaks.
     absorbed: Where narrow values met float32 just before it was needed anyway: losses, masks.
     islands: What runs in float32 because the table says so.
     unknown: Operations that ran as traced.
     loops: How many while loops there are; their bodies are counted once.
     depth: How many components of a path make a row; None for all.
+    remarks: What the policy overrides, and what cannot be promised under it.
   """
 
   name: str
@@ -168,16 +57,20 @@ class FlowReport(Report):
   unknown: tuple[UnknownOp, ...]
   loops: int = 0
   depth: int | None = None
+  remarks: tuple[RemarkFlow, ...] = ()
 
   @property
   def keeps_promise(self) -> bool:
-    """Whether every matmul runs as the policy says, and nothing widens against it."""
-    return not (self.leaks or self.unknown)
+    """Whether every matmul runs as the policy says, nothing widens against it or is overridden.
+
+    And whether that could be seen of all that runs, see `RemarkFlow`.
+    """
+    return not (self.leaks or self.unknown or any(r.breaks_promise for r in self.remarks))
 
   @property
   def flops(self) -> float:
-    """Multiplications and additions of all matmuls and convolutions."""
-    return sum(op.flops for op in self.ops)
+    """Multiplications and additions of all matmuls and convolutions of floats."""
+    return sum(op.flops for op in self.ops if _is_of_floats(op))
 
   @property
   def narrow_share(self) -> float:
@@ -188,18 +81,22 @@ class FlowReport(Report):
   @property
   def summary(self) -> str:
     """Whether the policy does what it promises, in a line."""
-    matmuls = [op for op in self.ops if op.op in MATMULS]
+    matmuls = [op for op in self.ops if op.op in MATMULS and _is_of_floats(op)]
     total = sum(op.count for op in matmuls)
     narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
+    integers = sum(op.count for op in self.ops if not _is_of_floats(op))
     facts = (
       f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
       f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
+      f"{f', and {integers} on integers as written' * bool(integers)}"
     )
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
     head = f"{self.name} under {rules}{spec(self.policy.default)}"
     if self.keeps_promise:
       return f"{head}: does what it promises. {facts}; nothing widens against it."
     verdict = "leaks" if self.leaks else "not all of it runs in 16 bits"
+    if not (self.leaks or self.unknown):
+      verdict = "with reservations"
     return f"{head}: {verdict}. {facts}, but {' and '.join(self._faults())}."
 
   @property
@@ -221,6 +118,9 @@ class FlowReport(Report):
         f"{', first' * (count > 1)}: {op.op} at {op.line} in {op.module} (mpjax.cast_inputs hands "
         "a function 16 bits)"
       )
+    for remark in {r.kind: r for r in self.remarks[::-1] if r.breaks_promise}.values():
+      where = f", at {remark.line}" if remark.line.line else ""
+      yield f"{remark.text} (in {remark.module}{where})"
 
   @property
   def rows(self) -> tuple[ModuleFlow, ...]:
@@ -252,10 +152,13 @@ class FlowReport(Report):
     return OpReport(self.name if module is None else module, tuple(chosen))
 
   def tables(self) -> Sequence[Table]:
-    """A row a module, the leaks, the rules, and what is unknown."""
+    """A row a module, the leaks, the remarks, the rules, and what is unknown."""
     tables = [self._modules_table()]
     if self.leaks:
       tables.append(_leaks_table(self.leaks))
+    if self.remarks:
+      rows = [[str(r.line), r.module, str(r.count), r.text] for r in self.remarks]
+      tables.append(Table(["line", "module", "times", "what"], rows, "<<><", "Remarks"))
     if self.policy.rules:
       rows = [[r.rule, r.policy, str(r.ops), _shortened(r.modules)] for r in self.rules]
       tables.append(Table(["rule", "policy", "ops", "modules"], rows, "<<><", "Rules"))
@@ -277,7 +180,7 @@ class FlowReport(Report):
 
   def _row(self, module: str) -> ModuleFlow:
     ops = [op for op in self.ops if self._folded(op.module) == module]
-    matmuls = [op for op in ops if op.op in MATMULS]
+    matmuls = [op for op in ops if op.op in MATMULS and _is_of_floats(op)]
     low = [op for op in matmuls if _is_narrow(op.dtype)]
     path = () if module == TOP else tuple(module.split("/"))
     rule = self.policy.rule_at(path)
@@ -294,7 +197,7 @@ class FlowReport(Report):
       _tally((op.returns, op.bytes) for op in ops),
       _tally((f"{cast.source}->{cast.target}", cast.count) for cast in casts),
       sum(self._folded(island.module) == module for island in self.islands),
-      sum(self._folded(leak.module) == module for leak in self.leaks),
+      sum(self._folded(m) == module for leak in self.leaks for m in leak.modules or [leak.module]),
     )
 
   def _modules_table(self) -> Table:
@@ -372,6 +275,10 @@ def _is_narrow(dtype: str) -> bool:
   return dtype in ("bfloat16", "float16")
 
 
+def _is_of_floats(op: OpFlow) -> bool:
+  return not (op.op in MATMULS and np.dtype(op.dtype).kind in "biu")
+
+
 def _is_under(module: str, parent: str) -> bool:
   return module == parent or module.startswith(parent + "/")
 
@@ -411,8 +318,8 @@ def _leaks_table(leaks: Sequence[Leak]) -> Table:
     [
       str(leak.line),
       leak.module + (" (backward)" if leak.backward else ""),
-      leak.op,
-      ", ".join(leak.widened_by),
+      leak.op + (f" ({leak.count} times)" if leak.count > 1 else ""),
+      _shortened(leak.widened_by, 3),
       in_bytes(leak.bytes),
       leak.read_by or f"{leak.also} more values",
     ]

@@ -63,7 +63,7 @@ class Subject(NamedTuple):
       flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
       spread = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
       places = [
-        n for n, x in enumerate(leaves) if spread[n] is True and _has_shape(x) and is_float(x)
+        n for n, x in enumerate(leaves) if spread[n] is True and has_shape(x) and is_float(x)
       ]
       if not places:
         raise ValueError(
@@ -111,11 +111,11 @@ class Subject(NamedTuple):
 
     def trace(arrays: list[Any]) -> None:
       rest = iter(arrays)
-      merged = [next(rest) if _has_shape(x) else x for x in leaves]
+      merged = [next(rest) if has_shape(x) else x for x in leaves]
       args, kwargs = jax.tree.unflatten(tree, merged)
       decided.append(self._replace(args=args, kwargs=kwargs).decide())
 
-    jax.eval_shape(trace, [x for x in leaves if _has_shape(x)])
+    jax.eval_shape(trace, [x for x in leaves if has_shape(x)])
     return decided[0]
 
   def operand_names(self) -> list[str]:
@@ -246,7 +246,8 @@ def _nnx_subject(
   )
 
 
-def _has_shape(x: Any) -> bool:
+def has_shape(x: Any) -> bool:
+  """Whether something is an array of a trace, or the shape of one."""
   return isinstance(x, jax.ShapeDtypeStruct) or is_traced(x)
 
 
@@ -268,7 +269,7 @@ def _names(label: Any, value: Any) -> list[str]:
     (path if label is not None else path[1:], leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]
   ]
-  return ["/".join(filter(None, [label, path_str(p)])) for p, leaf in paths if _has_shape(leaf)]
+  return ["/".join(filter(None, [label, path_str(p)])) for p, leaf in paths if has_shape(leaf)]
 
 
 def concrete(subject: Subject) -> None:

@@ -1,0 +1,153 @@
+"""What an explanation says beside dtypes: what a policy overrides, or what it cannot promise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+
+from mpjax._core.dtypes import describe
+from mpjax._engine import versions
+from mpjax._engine.bodies import bodies_of
+from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.plan import Plan, Step
+from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, runs_in
+from mpjax.inspect._flow_data import Remark
+from mpjax.inspect._inspected import Subject, has_shape
+from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
+
+
+def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
+  """What is to be said of a step by itself.
+
+  Args:
+    step: The step.
+    line: Its line.
+    is_float32: Whether it stands where the policy says float32, or in a region of its own policy.
+  """
+  if step.eqn.primitive.name not in MATMULS:
+    return
+  path, name = step.place.path, step.eqn.primitive.name
+  integer = integer_operand(step.eqn)
+  if integer:
+    yield Remark("integers", path, line, f"{name} of {integer}")
+  if step.place.has_policy:
+    if runs_in(step).itemsize == 2:
+      yield Remark("policy", path, UNKNOWN)
+  elif not is_float32 and any(step.operands) and runs_in(step).itemsize == 2:
+    wanted = _precision(step.eqn)
+    if wanted:
+      yield Remark("precision", path, line, f"{name} with precision={wanted}")
+
+
+def _precision(eqn: JaxprEqn) -> str:
+  """The precision or algorithm that a matmul asks for by its author's wish; empty for none."""
+  precision = eqn.params.get("precision")
+  chosen = precision if isinstance(precision, tuple) else (precision,)
+  asked = [p for p in chosen if p not in (None, lax.Precision.DEFAULT)]
+  return getattr(asked[0], "name", str(asked[0])) if asked else ""
+
+
+# A batch in the place of the parameters -----------------------------------------------------------
+
+
+def batch_first(subject: Subject, plan: Plan) -> list[Remark]:
+  """Says that an argument taken for parameters is a batch, where that is sure.
+
+  It is one bare array, and stands in a matmul as data do: on the left, contracted over its last
+  dimension, or as the image of a convolution. What it is multiplied by is a leaf of a later
+  argument that is a tree, as parameters are, and contracted over its first dimension. Or it holds
+  no floats at all, and a matmul reads such a leaf.
+  """
+  roles = _roles(subject)
+  if "batch" not in roles and "no floats" not in roles:
+    return []
+  names = subject.operand_names()
+  inner: Any = versions.open_jaxpr(plan.jaxpr)
+  described = [
+    f"{name} {describe(var.aval)}" for name, var in zip(names, inner.invars, strict=True)
+  ]
+  known = {var: n for n, var in enumerate(inner.invars)}
+  for step, line, left, right in _products(plan, known, UNKNOWN):
+    if right is None or roles[right] != "tree":
+      continue
+    weight = described[right]
+    if "no floats" in roles:
+      first = described[roles.index("no floats")]
+      what = (
+        f"looks for the parameters in {first}, where no floats are, and takes {weight} for data"
+      )
+    elif left is not None and roles[left] == "batch":
+      what = (
+        f"takes {described[left]} for the parameters, which is multiplied, as data are, by {weight}"
+      )
+    else:
+      continue
+    return [Remark("batch", step.place.path, line, what)]
+  return []
+
+
+def _roles(subject: Subject) -> list[str]:
+  """What each operand may be: "batch", "no floats", a leaf of a "tree", or nothing of these."""
+  if subject.root:
+    return []
+  flags, named = subject.flags
+  values: list[tuple[Any, Any]] = [
+    *zip(subject.args, flags, strict=True),
+    *((subject.kwargs[key], named.get(key, False)) for key in sorted(subject.kwargs)),
+  ]
+  if subject.absolute:  # the states of models, then the other arguments
+    (params, _), (rest, _), (args, inside), (kwargs, _) = values
+    values = [(params, False), (rest, None), *zip(args, inside, strict=True), (kwargs, False)]
+  roles = [role for value, flag in values for role in _roles_in(value, flag)]
+  # The parameters of models are known by their kind, wherever the models stand.
+  return ["" if subject.absolute and role == "no floats" else role for role in roles]
+
+
+def _roles_in(value: Any, is_parameters: bool | None) -> list[str]:
+  leaves = [leaf for leaf in jax.tree.leaves(value) if has_shape(leaf)]
+  if is_parameters is None:
+    return [""] * len(leaves)
+  is_tree = not jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+  if not is_parameters:
+    return ["tree" if is_tree else ""] * len(leaves)
+  if not any(is_float(leaf) for leaf in leaves):
+    return ["no floats"] * len(leaves)
+  return ["" if is_tree else "batch"] * len(leaves)
+
+
+def _products(
+  plan: Plan, known: dict[Any, int], outer: Line
+) -> Iterator[tuple[Step, Line, int | None, int | None]]:
+  """The matmuls that read operands of a function as data and as weights, with which these are."""
+
+  def number(atom: Any) -> int | None:
+    return None if isinstance(atom, Literal) else known.get(atom)
+
+  known = dict(known)
+  for step in plan.steps:
+    line, name = line_of(step.eqn, outer), step.eqn.primitive.name
+    if name in ("convert_element_type", "copy", "sharding_constraint"):
+      source = number(step.eqn.invars[0])
+      known |= {} if source is None else {step.eqn.outvars[0]: source}
+    elif name in MATMULS and _multiplies_as_layers_do(step.eqn):
+      yield step, line, number(step.eqn.invars[0]), number(step.eqn.invars[1])
+    for body, inner in zip(bodies_of(step.eqn) if step.bodies else (), step.bodies, strict=True):
+      invars = versions.open_jaxpr(inner.jaxpr).invars
+      pairs = list(zip(invars, map(number, body.take(step.eqn.invars)), strict=True))
+      constant = [n not in body.carry for n in range(len(pairs))]
+      inside = {
+        v: n for (v, n), kept in zip(pairs, constant, strict=True) if kept and n is not None
+      }
+      yield from _products(inner, inside, line)
+
+
+def _multiplies_as_layers_do(eqn: JaxprEqn) -> bool:
+  if eqn.primitive.name != "dot_general":
+    return True
+  (left, right), batch = eqn.params["dimension_numbers"]
+  ranks = [len(atom.aval.shape) for atom in eqn.invars[:2]]  # type: ignore[union-attr]
+  last, first = tuple(left) == (ranks[0] - 1,), tuple(right) == (0,)
+  return last and first and ranks[1] >= 2 and not any(map(len, batch))

@@ -1,0 +1,280 @@
+"""explain: what a policy overrides or cannot promise is said, and is no promise kept."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+import mpjax
+from mpjax.inspect import explain
+
+BOTH = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+BF16 = "mixed_bfloat16"
+W, X = jax.ShapeDtypeStruct((8, 8), jnp.float32), jax.ShapeDtypeStruct((2, 8), jnp.float32)
+IMAGE, FILTER = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 3, 8, 8), (3, 3, 3, 3)))
+TABLE = np.ones((1, 8), np.float32)
+ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+
+
+def kinds(report):
+  return [remark.kind for remark in report.remarks]
+
+
+def is_kept(report):
+  """Whether the report says so; all three ways to say it must agree."""
+  assert report.keeps_promise == ("does what it promises" in report.summary)
+  assert report.keeps_promise == (not any(r.breaks_promise for r in report.remarks))
+  return report.keeps_promise
+
+
+# What the author asked for -----------------------------------------------------------------------
+
+
+PRECISIONS = {
+  "matmul": lambda w, x: jnp.matmul(x, w, precision="highest"),
+  "einsum": lambda w, x: jnp.einsum("bd,dk->bk", x, w, precision=lax.Precision.HIGH),
+  "an algorithm": lambda w, x: lax.dot_general(
+    x, w, ROWS_BY_COLUMNS, precision=lax.DotAlgorithmPreset.F32_F32_F32
+  ),
+  "in a jit": lambda w, x: jax.jit(lambda x: jnp.dot(x, w, precision="float32"))(x),
+  "in a scan": lambda w, x: lax.scan(
+    lambda c, _: (jnp.dot(c, w, precision="highest"), None), x, None, length=3
+  )[0],
+}
+
+
+@BOTH
+@pytest.mark.parametrize("fn", PRECISIONS.values(), ids=PRECISIONS)
+def test_a_precision_that_is_overridden_is_said(policy, fn):
+  report = explain(fn, policy, W, X)
+  assert kinds(report) == ["precision"] and not is_kept(report)
+  assert report.remarks[0].line.file == __file__
+  assert "with precision=" in report.summary and "overridden by the policy" in str(report)
+
+
+def test_a_convolution_and_a_gradient_say_it_too():
+  fn = lambda w, x: lax.conv_general_dilated(x, w, (1, 1), "SAME", precision="highest")
+  report = explain(fn, BF16, FILTER, IMAGE, grad=True)
+  assert kinds(report) == ["precision"] and report.remarks[0].count == 2
+  assert "conv_general_dilated with precision=HIGHEST" in report.remarks[0].text
+
+
+def test_a_precision_that_holds_is_not_remarked():
+  fn = PRECISIONS["matmul"]
+  with_rule = mpjax.PolicyMap({"exact": "float32"}, default=BF16)
+  scoped = lambda w, x: jax.named_scope("exact")(fn)(w, x) @ w
+  inside = lambda w, x: mpjax.autocast(fn, "float32")(w, x) @ w
+  default = lambda w, x: jnp.matmul(x, w, precision="default")
+  for case, policy in ((scoped, with_rule), (inside, BF16), (default, BF16)):
+    report = explain(case, policy, W, X)
+    assert not report.remarks and is_kept(report)
+
+
+@pytest.mark.parametrize("other", [jnp.int8, jnp.float32], ids=["of integers", "mixed"])
+def test_matmuls_of_integers_are_counted_apart(other):
+  def fn(w, x, codes, values):
+    product = lax.dot_general(
+      values, codes, ROWS_BY_COLUMNS, preferred_element_type=jnp.promote_types(other, jnp.int32)
+    )
+    return x @ w, product
+
+  codes, values = jax.ShapeDtypeStruct((8, 8), jnp.int8), jax.ShapeDtypeStruct((2, 8), other)
+  with jax.numpy_dtype_promotion("standard"):
+    report = explain(fn, BF16, W, X, codes, values)
+  assert kinds(report) == ["integers"] and is_kept(report)
+  assert report.narrow_share == 1.0 and report.flops == 2 * 2 * 8 * 8
+  assert "1 of 1 matmuls" in report.summary and "1 on integers as written" in report.summary
+  assert [row.matmuls for row in report.rows] == [1]
+
+
+# Loops ------------------------------------------------------------------------------------------
+
+
+def to_a_tolerance(w, x):
+  test = lambda c: jnp.abs(c[0] - c[1]).max() > 1e-3
+  return lax.while_loop(test, lambda c: (jnp.tanh(c[0] @ w), c[0]), (x, x + 1))
+
+
+def to_a_flag(w, x):
+  def turn(c):
+    new = jnp.tanh(c[0] @ w)
+    return new, jnp.all(jnp.abs(new - c[0]) < 1e-3), c[2] + 1
+
+  return lax.while_loop(lambda c: ~c[1] & (c[2] < 100), turn, (x, jnp.array(False), 0))
+
+
+def to_what_a_matmul_chose(w, x):
+  limit = (x @ w).sum()
+  return lax.while_loop(lambda c: c < limit, lambda c: c + 1.0, jnp.float32(0))
+
+
+@BOTH
+@pytest.mark.parametrize("fn", [to_a_tolerance, to_a_flag, to_what_a_matmul_chose])
+def test_a_loop_that_ends_by_floats_of_16_bit_matmuls_is_said(policy, fn):
+  report = explain(fn, policy, W, X)
+  assert kinds(report) == ["loop"] and not is_kept(report)
+  assert report.remarks[0].line.function == fn.__name__
+  assert not explain(mpjax.autocast(fn, "float32"), policy, W, X).remarks
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda w, x: lax.fori_loop(0, x.shape[0], lambda i, c: jnp.tanh(c @ w), x),
+    lambda w, x: lax.while_loop(lambda c: c[0] < 5, lambda c: (c[0] + 1, c[1] @ w), (0, x)),
+    lambda w, x: lax.while_loop(lambda c: c[0] < 5.0, lambda c: (c[0] + 1, c[1] @ w), (0.0, x)),
+    lambda w, x: lax.scan(lambda c, _: (jnp.where(c > 0, c @ w, c), None), x, None, length=3)[0],
+  ],
+  ids=["fori", "while", "a float count", "scan"],
+)
+def test_a_loop_that_counts_is_not_remarked(fn):
+  assert "loop" not in kinds(explain(fn, BF16, W, X))
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+DENSE: Any = nn.Dense(8)
+BATCH_FIRST = {
+  "a matmul": (lambda x, p: jax.nn.relu(x @ p["w"]).sum(), X, {"w": W}),
+  "in a jit": (lambda x, p: jax.jit(lambda x, w: (x @ w).sum())(x, p["w"]), X, {"w": W}),
+  "a convolution": (
+    lambda x, p: lax.conv(x, p["w"], (1, 1), "SAME").sum(),
+    IMAGE,
+    {"w": FILTER},
+  ),
+  "einsum": (lambda x, p: jnp.einsum("bd,dk->bk", x, p[0]).sum(), X, [W, W]),
+  "Linen": (
+    lambda x, v: DENSE.apply(v, x).sum(),
+    X,
+    {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}},
+  ),
+  "NNX": (lambda x, model: model(x).sum(), X, nnx.Linear(8, 8, rngs=nnx.Rngs(0))),
+  "tokens": (
+    lambda tokens, p: (p["table"][tokens] @ p["w"]).sum(),
+    jax.ShapeDtypeStruct((3,), jnp.int32),
+    {"table": W, "w": W},
+  ),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("case", BATCH_FIRST)
+def test_a_batch_that_is_taken_for_the_parameters_is_said(case, grad):
+  fn, *args = BATCH_FIRST[case]
+  if grad and case == "tokens":
+    with pytest.raises(ValueError, match="Set argnums"):
+      explain(fn, BF16, *args, grad=True)
+    return
+  report = explain(fn, BF16, *args, grad=grad)
+  assert "batch" in kinds(report) and not is_kept(report)
+  assert "pass the parameters first, or set argnums" in report.summary
+
+
+SOUND = {
+  "argnums": (lambda x, p: (x @ p["w"]).sum(), X, {"w": W}, {"argnums": 1}),
+  "a weight and a batch": (lambda w, b: (b["x"] @ w).sum(), W, {"x": X}, {}),
+  "the weight on the left": (lambda w, b: (w @ b["x"].T).sum(), W, {"x": X}, {}),
+  "two arrays": (lambda w, x: (x @ w).sum(), W, X, {}),
+  "a tree": (lambda p, b: (p["w"] @ b["x"]).sum(), {"w": W}, {"x": W}, {}),
+  "NNX": (lambda m, x: m(x).sum(), nnx.Linear(8, 8, rngs=nnx.Rngs(0)), X, {}),
+  "tokens, then an NNX model": (
+    lambda t, m: m(jnp.zeros((3, 8))).sum() + t.sum(dtype=jnp.float32) * 0.0,
+    jax.ShapeDtypeStruct((3,), jnp.int32),
+    nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+    {},
+  ),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_parameters_that_stand_in_their_place_are_not_remarked(case):
+  fn, *args, options = SOUND[case]
+  assert not explain(fn, BF16, *args, **options).remarks
+
+
+# Policies inside ----------------------------------------------------------------------------------
+
+
+def leaky(params, x):
+  return (x @ params["kernel"] * TABLE) @ params["kernel"]
+
+
+@BOTH
+def test_a_region_with_its_own_policy_that_was_not_looked_into_is_said(policy):
+  variables = {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}}
+  model: Any = mpjax.apply_policy(DENSE, policy)
+  cases = [
+    (lambda v, x: model.apply(v, x).sum(), variables),
+    (lambda v, x: mpjax.autocast(leaky, policy)(v, x).sum(), variables["params"]),
+  ]
+  for fn, args in cases:
+    report = explain(fn, policy, args, X)
+    assert kinds(report) == ["policy"] and not is_kept(report)
+    assert "not looked into" in report.summary
+  assert is_kept(explain(model, None, variables, X))
+
+
+def test_a_float32_region_has_nothing_to_look_into():
+  fn = lambda p, x: mpjax.autocast(leaky, "float32")(p, x) @ p["kernel"]
+  report = explain(fn, BF16, {"kernel": W}, X)
+  assert not report.remarks and report.narrow_share == pytest.approx(1 / 3)
+
+
+# Leaks that a person recognizes -------------------------------------------------------------------
+
+
+def test_leaks_of_one_line_are_one_with_a_count():
+  def fn(params, x):
+    for n, w in enumerate(params):
+      with jax.named_scope(f"layer_{n}"):
+        x = (x @ w) * TABLE
+    return x @ params[0]
+
+  report = explain(fn, BF16, [W] * 4, X)
+  (leak,) = report.leaks
+  assert leak.count == 4 and leak.modules == tuple(f"layer_{n}" for n in range(4))
+  assert leak.module == "layer_0" and leak.bytes == 4 * 2 * 8 * 2
+  assert [row.leaks for row in report.rows] == [1, 1, 1, 1, 0]
+  assert "mul (4 times)" in str(report) and "1 place widens" in report.summary
+
+
+def test_leaks_of_two_lines_are_two():
+  def fn(w, x):
+    x = (x @ w) * TABLE
+    x = (x @ w) * TABLE
+    return x @ w
+
+  assert [leak.count for leak in explain(fn, BF16, W, X).leaks] == [1, 1]
+
+
+NOISE = {
+  "normal": lambda key: jax.random.normal(key, (2, 8)),
+  "uniform": lambda key: jax.random.uniform(key, (2, 8)),
+  "truncated": lambda key: jax.random.truncated_normal(key, -2.0, 2.0, (2, 8)),
+  "scaled": lambda key: 0.1 * jax.random.normal(key, (2, 8)) + 1.0,
+  "gumbel": lambda key: jax.random.gumbel(key, (2, 8)),
+}
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
+@pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+def test_random_numbers_are_called_so(noise, make):
+  fn = lambda w, x, key: (x @ w + noise(key)) @ w
+  (leak,) = explain(fn, BF16, W, X, make(0)).leaks
+  (cause,) = leak.widened_by
+  assert cause.startswith("random numbers at ")
+
+
+@pytest.mark.parametrize(
+  "fn", [jnp.maximum, lambda h, n: jnp.where(h > 0, h, n), lambda h, n: h + n]
+)
+def test_a_number_that_no_format_holds_is_named_by_its_value(fn):
+  report = explain(lambda w, x: fn(x @ w, 70001) @ w, "mixed_float16", W, X)
+  (cause,) = report.leaks[0].widened_by
+  assert cause.startswith("the number 70001")

@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import jax
+
 from mpjax import Policy
 from mpjax._demo.flags import count, flag, local_path
 from mpjax._demo.jobs import Job, UsageError
@@ -110,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended(message: str, status: int) -> int:
   """Says why it ends, as far as somebody listens; a closed pipe must not fail Python's own end."""
   with contextlib.suppress(OSError):
-    print(f"mpjax: {message}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # print would take stdout instead
+      print(f"mpjax: {message}", file=sys.stderr, flush=True)
   for stream in filter(None, (sys.stdout, sys.stderr)):
     try:
       stream.flush()
@@ -246,6 +249,7 @@ def _add_cost_flags(parser: argparse.ArgumentParser) -> None:
 def _compare(args: argparse.Namespace) -> int:
   """The command `compare`: checks everything that can be wrong, then trains."""
   _check_files(args)
+  _check_backend()
   job = _load_job(args)
   # Here and not above: `--help` need not wait for Orbax.
   from mpjax._demo.compare import Plan, compare
@@ -306,6 +310,13 @@ def _load_job(args: argparse.Namespace) -> Job:
   from mpjax._demo.text import Text
 
   return Text()
+
+
+def _check_backend() -> None:
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise UsageError(f"JAX must have a device to compute on. {error}") from error
 
 
 def _check_files(args: argparse.Namespace) -> None:

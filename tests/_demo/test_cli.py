@@ -132,6 +132,16 @@ def test_an_output_that_nobody_reads_is_one_line_and_status_2(tmp_path):
   assert result.stderr.count("\n") == 1 and "Broken pipe" in result.stderr
 
 
+def test_a_backend_that_is_not_there_is_one_line_and_status_2(linear, monkeypatch, capsys):
+  def devices():
+    raise RuntimeError("Unable to initialize backend 'nonsense'\n(set JAX_PLATFORMS)")
+
+  monkeypatch.setattr(cli.jax, "devices", devices)
+  assert compare() == 2
+  err = capsys.readouterr().err
+  assert err.count("\n") == 1 and "Unable to initialize backend 'nonsense'" in err
+
+
 def test_a_checkpoint_that_cannot_be_read_is_one_line_and_status_2(linear, capsys, tmp_path):
   flags = ["--policies", "float32", "--checkpoint", tmp_path / "run"]
   assert compare(*flags) == 0

@@ -39,6 +39,7 @@ class Rule(enum.Enum):
   LINEAR_CALL = "a linear body with the user's own transpose"
   CUSTOM_PARTITIONING = "a body that the user's own function runs on each device"
   MARKER = "hands the compute dtype to the marked function"
+  LOSS_SCALE = "as ALWAYS: the border of a region with a loss scale of its own, which governs there"
   TRACED = "exactly as traced, in float32"
   FOREIGN = "as TRACED, and it may multiply: reports count its matmuls as float32"
 
@@ -194,6 +195,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     "mpjax_cast_inputs mpjax_cast_inputs_tangent",
     Facts(Rule.MARKER, "a function that asked for the compute dtype"),
   ),
+  ("mpjax_loss_scale", Facts(Rule.LOSS_SCALE, "multiplies cotangents, in float32")),
   (
     "pallas_call core_map ffi_call call_exported call_tf rnn rnn_bwd pure_callback io_callback "
     "call_hi_primitive call_hi_primitive_linearized run_state stage scaled_dot scaled_matmul "

@@ -13,13 +13,18 @@ from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._core.scopes import POLICY_REGION
 from mpjax._engine.execute import decide
+from mpjax._engine.scaled_cotangents import read_loss_scale
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def autocast(
-  fn: Callable[P, R], policy: Policy | PolicyMap | str, *, argnums: int | Sequence[int] = 0
+  fn: Callable[P, R],
+  policy: Policy | PolicyMap | str,
+  *,
+  argnums: int | Sequence[int] = 0,
+  loss_scale: float | None = None,
 ) -> Callable[P, R]:
   """Transform a pure function so that it computes under a precision policy.
 
@@ -39,6 +44,13 @@ def autocast(
     argnums: Which positional arguments hold the parameters. Their float leaves adapt to what
       they meet and are cast at every use; floats in other arguments are data, which stays
       float32 until a matmul takes it.
+    loss_scale: A power of two by which cotangents are larger inside of ``fn``, for trainers that
+      own their gradients: float16 keeps what it would lose. A cotangent is multiplied where it
+      enters at a float result and divided, in float32, where it leaves at an argument or a traced
+      value that ``fn`` closes over; so every derivative is true, of any order and mode. Take it
+      outside: ``grad(autocast(fn, ...))``. What overflows float16 comes out as inf or NaN:
+      ``static_loss_scaling(tx, 1)`` around the optimizer then skips the step. Inside of another
+      ``loss_scale`` the inner one governs.
 
   Returns:
     A function with the signature of ``fn``. Its float32 results have the policy's output dtype.
@@ -47,8 +59,9 @@ def autocast(
     as well.
 
   Raises:
-    ValueError: A policy spec cannot be parsed; or, at the call, a rule of a `PolicyMap` matches
-      no scope of ``fn`` (modules of Linen, or ``jax.named_scope``).
+    ValueError: A policy spec cannot be parsed; ``loss_scale`` is no power of two; or, at the call,
+      a rule of a `PolicyMap` matches no scope of ``fn`` (modules of Linen, or
+      ``jax.named_scope``).
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -62,8 +75,17 @@ def autocast(
     >>> "bf16[2,4] = dot_general" in str(jax.make_jaxpr(mpjax.autocast(loss, "mixed_bfloat16"))(
     ...   params, x, y))
     True
+
+    A cotangent of 1e-9 is 0 in float16, and larger inside of a function with a loss scale.
+
+    >>> small = lambda params, x: jnp.mean((x @ params["w"]) * 1e-9)
+    >>> for loss_scale in (None, 2**20):
+    ...   of_float16 = mpjax.autocast(small, "mixed_float16", loss_scale=loss_scale)
+    ...   print(bool(jnp.any(jax.grad(of_float16)(params, x)["w"])))
+    False
+    True
   """
-  policies = as_policy_map(policy)
+  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
   if not callable(fn):
     raise TypeError(
       f"autocast takes a function; got {type(fn).__name__}. Call it as autocast(fn, policy)(*args)."
@@ -81,7 +103,7 @@ def autocast(
   @functools.wraps(fn)
   def cast(*args: P.args, **kwargs: P.kwargs) -> R:
     flags = parameter_flags(numbers, names, args, kwargs)
-    result = decide(fn, policies, args, kwargs, flags).run()
+    result = decide(fn, policies, args, kwargs, flags).run(scale)
     return result.cast(policies.default.output_dtype)
 
   return cast

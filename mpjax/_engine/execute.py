@@ -27,6 +27,7 @@ from mpjax._engine.matmul_derivatives import Contraction, with_derivative, with_
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Known, Planner
 from mpjax._engine.repeats import Repeat, Unit
+from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of, within
 from mpjax._engine.softmax import Softmax
 
 
@@ -37,15 +38,29 @@ class Decided(NamedTuple):
   planner: Planner
   plan: Plan
 
-  def run(self) -> Result:
-    """Execute the plan on the arguments of the call; the call itself where that is asked for."""
+  def run(self, loss_scale: float = UNSCALED) -> Result:
+    """Execute the plan on the arguments of the call; the call itself where that is asked for.
+
+    Args:
+      loss_scale: What cotangents are multiplied by inside, a power of two.
+    """
     if runs_as_written():
       outs = self.call.flat(*self.call.operands)
       return self.call.result(outs, (None,) * len(outs))
     with jax.named_scope(POLICY_REGION):
-      leaves = Interpreter(self.planner).run(self.plan, self.call.operands)
-    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
-    return self.call.result(arrays, self.plan.out_forms)
+      operands = [into(x, loss_scale) for x in self.call.operands]
+      captured = [
+        into(x, loss_scale) if isinstance(x, Tracer) else x
+        for x in versions.constants(self.plan.jaxpr)
+      ]
+      interpreter = Interpreter(self.planner, loss_scale=loss_scale)
+      leaves = interpreter.run(self.plan, operands, captured)
+      arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
+      outside = [
+        out_of(x, loss_scale) if form else to_dtype(out_of(x, loss_scale), x.dtype)
+        for x, form in zip(arrays, self.plan.out_forms, strict=True)
+      ]
+    return self.call.result(outside, self.plan.out_forms)
 
 
 def runs_as_written() -> bool:
@@ -109,21 +124,33 @@ class Interpreter:
     planner: The planner that made the plans.
     stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
       none is computed again in the backward pass: for reports, not for speed.
+    loss_scale: What cotangents are multiplied by inside.
   """
 
-  def __init__(self, planner: Planner, *, stepwise: bool = False) -> None:
-    self.planner = planner
+  def __init__(
+    self, planner: Planner, *, stepwise: bool = False, loss_scale: float = UNSCALED
+  ) -> None:
+    self.planner, self.loss_scale = planner, loss_scale
     self._stepwise = stepwise
     self._rebuilt: dict[int, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
     self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
 
-  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
-    """Execute a plan on operands that are held as its forms say."""
+  def run(
+    self, plan: Plan, operands: Sequence[Any], captured: Sequence[Any] | None = None
+  ) -> list[Any]:
+    """Execute a plan on operands that are held as its forms say.
+
+    Args:
+      plan: The plan.
+      operands: The operands.
+      captured: What stands for the constants of its jaxpr, if not they themselves.
+    """
     inner = versions.open_jaxpr(plan.jaxpr)
     values = Environment(self.planner.adapting.saturated)
     values.write(inner.invars, operands)
-    values.write(inner.constvars, versions.constants(plan.jaxpr))
+    constants = versions.constants(plan.jaxpr) if captured is None else captured
+    values.write(inner.constvars, constants)
     for unit in self._units_of(plan):
       self._run_unit(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
@@ -309,6 +336,10 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 _KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
 
 
+def _loss_scale(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  return jaxprs.run_with(step.eqn, operands, within(step.params, interpreter.loss_scale))
+
+
 def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   del interpreter
   return jaxprs.evaluate(step.params["jaxpr"], operands)
@@ -359,4 +390,5 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.LINEAR_CALL: call_rules.linear_call,
   Rule.CUSTOM_PARTITIONING: call_rules.custom_partitioning,
   Rule.MARKER: _marked,
+  Rule.LOSS_SCALE: _loss_scale,
 }

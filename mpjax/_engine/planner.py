@@ -398,6 +398,7 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
   Rule.WIDE: _Walk.wide,
   Rule.FULL: _Walk.full,
   Rule.ALWAYS: _Walk.full,
+  Rule.LOSS_SCALE: _Walk.full,
   Rule.FOLLOW: _Walk.follow,
   Rule.MULTIPLY: _Walk.follow,
   Rule.EACH: _Walk.each,

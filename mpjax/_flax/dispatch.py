@@ -54,14 +54,18 @@ def _refuses_what_is_no_function(transform: F) -> F:
 @_refuses_what_is_no_function
 @functools.wraps(autocast_of_pytrees)
 def autocast(
-  fn: Callable[P, R], policy: PolicyLike, *, argnums: int | Sequence[int] = 0
+  fn: Callable[P, R],
+  policy: PolicyLike,
+  *,
+  argnums: int | Sequence[int] = 0,
+  loss_scale: float | None = None,
 ) -> Callable[P, R]:
   """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
-  plain = autocast_of_pytrees(fn, policy, argnums=argnums)
+  plain = autocast_of_pytrees(fn, policy, argnums=argnums, loss_scale=loss_scale)
   mark(plain, as_policy_map(policy))
   if as_policy_map(policy).is_float32():
     return plain
-  of_models = nnx_calls.autocast(fn, policy, argnums=argnums)
+  of_models = nnx_calls.autocast(fn, policy, argnums=argnums, loss_scale=loss_scale)
 
   @functools.wraps(fn)
   def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -96,24 +100,34 @@ def _is_state(x: Any) -> bool:
   return isinstance(x, nnx.State)
 
 
-def apply_policy(module: M, policy: PolicyLike) -> M:
+def apply_policy(module: M, policy: PolicyLike, *, loss_scale: float | None = None) -> M:
   """Make a Flax module compute under a precision policy.
 
   Args:
     module: A Linen module (see `mpjax.linen.apply_policy`) or an NNX model (see
       `mpjax.nnx.apply_policy`, which also takes the names of methods other than ``__call__``).
     policy: A `Policy`, a `PolicyMap`, or a spec string.
+    loss_scale: A power of two by which cotangents are larger inside of the module, for trainers
+      that own their gradients. What comes out is true; see `mpjax.autocast`.
 
   Returns:
     A module of the same kind and class.
 
   Raises:
     TypeError: ``module`` is neither.
+    ValueError: ``loss_scale`` is no power of two.
+
+  Example:
+    >>> import mpjax
+    >>> from flax import linen as nn
+    >>> model = mpjax.apply_policy(nn.Dense(4), "mixed_float16", loss_scale=2**15)
+    >>> print(repr(model).splitlines()[1].strip())
+    # policy mixed_float16, loss scale 32768
   """
   if isinstance(module, nn.Module):
-    return linen_modules.apply_policy(module, policy)
+    return linen_modules.apply_policy(module, policy, loss_scale=loss_scale)
   if isinstance(module, nnx.Module):
-    return nnx_models.apply_policy(module, policy)
+    return nnx_models.apply_policy(module, policy, loss_scale=loss_scale)
   raise TypeError(
     f"apply_policy takes a Linen module or an NNX model; got {type(module).__name__}. For a "
     "function use mpjax.autocast; for a module class make an instance first."

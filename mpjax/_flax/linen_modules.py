@@ -22,14 +22,15 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
+from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import facts, in_words, plain_class
 
 M = TypeVar("M", bound=nn.Module)
 
-_APPLIED = "applied"
+_APPLIED, _LOSS_SCALE = "applied", "mpjax_loss_scale"
 
 
-def apply_policy(module: M, policy: PolicyLike) -> M:
+def apply_policy(module: M, policy: PolicyLike, *, loss_scale: float | None = None) -> M:
   """Make a Linen module compute under a precision policy.
 
   The result is a module of the same class, with the same fields, the same parameter paths and the
@@ -42,6 +43,8 @@ def apply_policy(module: M, policy: PolicyLike) -> M:
   Args:
     module: The module, unbound or made inside another module's ``setup`` or compact method.
     policy: A `Policy`, a `PolicyMap` whose paths are written from this module, or a spec string.
+    loss_scale: A power of two by which cotangents are larger inside of the module, for trainers
+      that own their gradients. What comes out is true; see `mpjax.autocast`.
 
   Returns:
     The module under the policy, which replaces one that ``module`` had; submodules with policies
@@ -50,7 +53,8 @@ def apply_policy(module: M, policy: PolicyLike) -> M:
     A submodule taken out of the result with ``bind`` is the plain one.
 
   Raises:
-    ValueError: A spec cannot be parsed; or, at ``init`` or a call, a rule matches no module.
+    ValueError: A spec cannot be parsed, or ``loss_scale`` is no power of two; or, at ``init`` or a
+      call, a rule matches no module.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -61,11 +65,11 @@ def apply_policy(module: M, policy: PolicyLike) -> M:
     >>> variables["params"]["kernel"].dtype.name, model.apply(variables, x).dtype.name
     ('float32', 'bfloat16')
   """
-  policies = as_policy_map(policy)
+  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
   plain = plain_class(type(module))
   fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
   attributes = {key: value for key, value in fields.items() if key not in ("name", "parent")}
-  cls = _policy_class(plain, policies)
+  cls = _policy_class(plain, policies, UNSCALED if policies.is_float32() else scale)
   if module.scope is None:
     return cls(**attributes, name=module.name, parent=module.parent)
   return _take_place(cls(**attributes, parent=module.scope), module)
@@ -81,19 +85,21 @@ def _take_place(new: M, old: nn.Module) -> M:
 
 
 @functools.lru_cache(maxsize=256)
-def _policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
+def _policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: float) -> Any:
   """The subclass of a module class whose methods run under a policy map."""
-  return _new_policy_class(plain, policies)
+  return _new_policy_class(plain, policies, loss_scale)
 
 
-def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
-  methods = {name: {"policies": policies, "method": name} for name in _method_names(plain)}
+def _new_policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: float) -> Any:
+  how = {"policies": policies, "loss_scale": loss_scale}
+  methods = {name: {**how, "method": name} for name in _method_names(plain)}
   is_region = policies.is_float32()
   base: Any = plain if is_region else lift_transform(_under_policy, plain, methods=methods)
   entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
   namespace = {
-    **facts(plain, policies, _policy_class),
-    **_shown(plain, policies),
+    **facts(plain, policies, _policy_class, loss_scale),
+    **_shown(plain, in_words(policies, loss_scale)),
+    _LOSS_SCALE: loss_scale,
     "__module__": plain.__module__,
     "__qualname__": plain.__qualname__,
     "__doc__": plain.__doc__,
@@ -106,18 +112,18 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap) -> Any:
   return type(plain.__name__, (base,), namespace | entries | outer)
 
 
-def _shown(plain: type[nn.Module], policies: PolicyMap) -> dict[str, Callable[..., Any]]:
+def _shown(plain: type[nn.Module], words: str) -> dict[str, Callable[..., Any]]:
   """Methods that print a module with its policy; its class keeps its name, which makes paths."""
 
   @nn.nowrap
   def show(self: Any) -> str:
     head, opened, rest = plain.__repr__(self).partition("(\n")
-    return f"{head if opened else head[:-2]}(\n    # policy {in_words(policies)}\n{rest or ')'}"
+    return f"{head if opened else head[:-2]}(\n    # policy {words}\n{rest or ')'}"
 
   @nn.nowrap
   @functools.wraps(plain.tabulate)
   def tabulate(self: Any, *args: Any, **kwargs: Any) -> str:
-    return f"\nPolicy: {in_words(policies)}{plain.tabulate(self, *args, **kwargs)}"
+    return f"\nPolicy: {words}{plain.tabulate(self, *args, **kwargs)}"
 
   return {"__repr__": show, "tabulate": tabulate}
 
@@ -162,7 +168,8 @@ def _entry(name: str, plain: type[nn.Module], lifted: Mapping[str, Any]) -> Call
     function = getattr(method, "__func__", method)
     extended = type(plain.__name__, (plain,), {_APPLIED: function, "__init__": plain.__init__})
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-    policed = _new_policy_class(extended, self.mpjax_policies)(**fields)
+    scale = getattr(self, _LOSS_SCALE)
+    policed = _new_policy_class(extended, self.mpjax_policies, scale)(**fields)
     return run(policed, *args, method=_APPLIED, **kwargs)
 
   return call
@@ -184,7 +191,7 @@ def _method_names(cls: type[nn.Module]) -> list[str]:
 
 
 def _under_policy(
-  core: Callable[..., Any], *, policies: PolicyMap, method: str
+  core: Callable[..., Any], *, policies: PolicyMap, method: str, loss_scale: float
 ) -> Callable[..., Any]:
   """Lift a function of scopes to run under a policy map."""
 
@@ -216,7 +223,7 @@ def _under_policy(
       return cast_floating(out, policies.default.output_dtype), _as_params(made, policies)
     known = _paths(scopes[-1].rng_counters)
     decided = decide(run, policies, operands, {}, flags, root=1, strict=strict, known=known)
-    out, updated = decided.run().cast((policies.default.output_dtype, FLOAT32))
+    out, updated = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
     as_it_is = runs_as_written()
     return out if as_it_is else cast_floating(out, policies.default.output_dtype), updated
 

@@ -16,13 +16,18 @@ from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_a
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
+from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import mark, plain_class
 
 _PATH = "mpjax_path"
 
 
 def autocast(
-  fn: Callable[..., Any], policy: PolicyLike, *, argnums: int | Sequence[int] = 0
+  fn: Callable[..., Any],
+  policy: PolicyLike,
+  *,
+  argnums: int | Sequence[int] = 0,
+  loss_scale: float | None = None,
 ) -> Callable[..., Any]:
   """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
 
@@ -33,11 +38,12 @@ def autocast(
     fn: A function of NNX models, other graph nodes (``nnx.Rngs``) and pytrees.
     policy: A `Policy`, a `PolicyMap` with paths from the first model, or a spec string.
     argnums: Which positional arguments hold parameters if they are pytrees of arrays.
+    loss_scale: A power of two by which cotangents are larger inside: see `mpjax.autocast`.
 
   Returns:
     A function with the signature of ``fn`` whose float32 results have the output dtype.
   """
-  policies = as_policy_map(policy)
+  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
   if policies.is_float32():
     region = in_a_region(fn)
     mark(region, policies)
@@ -48,7 +54,7 @@ def autocast(
   def cast(*args: Any, **kwargs: Any) -> Any:
     inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
     flags = [n in inside for n in range(len(args))]
-    return run(fn, policies, args, kwargs, flags, strict=True)
+    return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)
 
   mark(cast, policies)
   return cast
@@ -64,6 +70,7 @@ def run(
   strict: bool,
   plain: type[nnx.Module] | None = None,
   known: Iterable[Path] = (),
+  loss_scale: float = UNSCALED,
 ) -> Any:
   """Run a function of graph nodes and arrays, then bring the nodes' updates back."""
   call = pure_call(fn, args, kwargs, flags, plain)
@@ -77,7 +84,7 @@ def run(
     strict=strict,
     known=known,
   )
-  out, changed = decided.run().cast((policies.default.output_dtype, FLOAT32))
+  out, changed = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
   nnx.update(call.nodes, changed)
   return out
 

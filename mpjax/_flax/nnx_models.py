@@ -14,6 +14,7 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.execute import runs_as_written
+from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
 from mpjax._flax.policed import facts, in_words, plain_class
 
@@ -22,7 +23,13 @@ M = TypeVar("M", bound=nnx.Module)
 _METHODS = "mpjax_methods"
 
 
-def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] | None = None) -> M:
+def apply_policy(
+  model: M,
+  policy: PolicyLike,
+  *,
+  methods: str | Sequence[str] | None = None,
+  loss_scale: float | None = None,
+) -> M:
   """Make an NNX model compute under a precision policy.
 
   The result is an object of a subclass of the model's class. It shares its submodules and its
@@ -41,6 +48,8 @@ def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] |
       spec string.
     methods: The methods that run under the policy; by default ``__call__``, or those that ran
       under the policy that this one replaces.
+    loss_scale: A power of two by which cotangents are larger inside of these methods, for trainers
+      that own their gradients. What comes out is true; see `mpjax.autocast`.
 
   Returns:
     The model under the policy, which replaces one that ``model`` had; submodules with policies of
@@ -49,8 +58,8 @@ def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] |
     innermost policy governs.
 
   Raises:
-    ValueError: A spec cannot be parsed, a rule matches no module of the model, or the model has
-      no such method.
+    ValueError: A spec cannot be parsed, a rule matches no module of the model, the model has no
+      such method, or ``loss_scale`` is no power of two.
 
   Example:
     >>> import jax.numpy as jnp, mpjax
@@ -60,14 +69,15 @@ def apply_policy(model: M, policy: PolicyLike, *, methods: str | Sequence[str] |
     >>> model(jnp.ones((2, 8))).dtype.name, model.kernel is plain.kernel
     ('bfloat16', True)
   """
-  policies = as_policy_map(policy)
+  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
   plain = plain_class(type(model))
   chosen = getattr(type(model), _METHODS, ("__call__",)) if methods is None else methods
   names = (chosen,) if isinstance(chosen, str) else tuple(chosen)
   _check_methods(plain, names)
   policies.check_used(module_paths(model))
-  shared = copy.copy(model) if policies.is_float32() else _with_param_dtypes(model, policies)
-  return _of_class(shared, _policy_class(plain, policies, names))
+  is_float32 = policies.is_float32()
+  cls = _policy_class(plain, policies, names, UNSCALED if is_float32 else scale)
+  return _of_class(copy.copy(model) if is_float32 else _with_param_dtypes(model, policies), cls)
 
 
 def _of_class(model: M, cls: type[Any]) -> M:
@@ -79,19 +89,26 @@ def _of_class(model: M, cls: type[Any]) -> M:
 
 
 @functools.lru_cache(maxsize=256)
-def _policy_class(plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...]) -> Any:
+def _policy_class(
+  plain: type[nnx.Module], policies: PolicyMap, methods: tuple[str, ...], loss_scale: float
+) -> Any:
   """The subclass of a model class whose named methods run under a policy map."""
-  under = _region if policies.is_float32() else _under_policy
-  wrapped = {name: under(plain, policies, name) for name in methods}
-  own = facts(plain, policies, _policy_class, methods)
+  wrapped = {
+    name: _region(plain, name)
+    if policies.is_float32()
+    else _under_policy(plain, policies, name, loss_scale)
+    for name in methods
+  }
+  own = facts(plain, policies, _policy_class, methods, loss_scale)
   cls = subclass(plain, {**own, _METHODS: methods, **wrapped})
   # Flax prints and tabulates a model by the name of its class, and needs it for nothing else.
-  cls.__name__ = f"{plain.__name__}<{in_words(policies)}>"
-  cls.__qualname__ = f"{plain.__qualname__}<{in_words(policies)}>"
+  words = in_words(policies, loss_scale)
+  cls.__name__ = f"{plain.__name__}<{words}>"
+  cls.__qualname__ = f"{plain.__qualname__}<{words}>"
   return cls
 
 
-def _region(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
+def _region(plain: type[nnx.Module], method: str) -> Callable[..., Any]:
   """A method as it is, marked as a region that a policy around it leaves alone."""
 
   @functools.wraps(getattr(plain, method))
@@ -101,7 +118,9 @@ def _region(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callab
   return call
 
 
-def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> Callable[..., Any]:
+def _under_policy(
+  plain: type[nnx.Module], policies: PolicyMap, method: str, loss_scale: float
+) -> Callable[..., Any]:
   @functools.wraps(getattr(plain, method))
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
     function = getattr(plain, method)  # as it is now: nnx.tabulate replaces methods for a while
@@ -109,7 +128,17 @@ def _under_policy(plain: type[nnx.Module], policies: PolicyMap, method: str) -> 
     # Rules for modules were checked when the policy was applied; operations show in a call.
     strict = policies.has_op_rules and method == "__call__"
     known = module_paths(self) if strict else ()
-    out = run(function, policies, operands, kwargs, flags, strict=strict, plain=plain, known=known)
+    out = run(
+      function,
+      policies,
+      operands,
+      kwargs,
+      flags,
+      strict=strict,
+      plain=plain,
+      known=known,
+      loss_scale=loss_scale,
+    )
     return out if runs_as_written() else cast_floating(out, policies.default.output_dtype)
 
   return call

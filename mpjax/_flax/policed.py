@@ -10,6 +10,7 @@ from flax import nnx
 
 from mpjax._core.policy import Policy, spec
 from mpjax._core.policy_map import PolicyMap
+from mpjax._engine.scaled_cotangents import UNSCALED
 
 _PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
 
@@ -60,7 +61,7 @@ def plain_class(cls: type[Any]) -> type[Any]:
   return getattr(cls, _PLAIN, cls)
 
 
-def in_words(policies: PolicyMap) -> str:
+def in_words(policies: PolicyMap, loss_scale: float = UNSCALED) -> str:
   """A policy map in a few words, for a table or a repr.
 
   Example:
@@ -69,7 +70,8 @@ def in_words(policies: PolicyMap) -> str:
   """
   changes = (("rule", len(policies.rules)), ("op", len(policies.ops)))
   counts = [f"{count} {what}{'s' * (count > 1)}" for what, count in changes if count]
-  return ", ".join([spec(policies.default), *counts])
+  scale = [] if loss_scale == UNSCALED else [f"loss scale {loss_scale:.9g}"]
+  return ", ".join([spec(policies.default), *counts, *scale])
 
 
 def facts(plain: type[Any], policies: PolicyMap, make: Callable[..., Any], *more: Any) -> Any:

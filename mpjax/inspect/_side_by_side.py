@@ -344,7 +344,7 @@ FLOAT64 = np.dtype(np.float64)
 _DOUBLE = Form(Kind.DATA, FLOAT64)
 _AS_TRACED = frozenset(
   {
-    *(Rule.TRACED, Rule.ALWAYS, Rule.MARKER, Rule.WHILE, Rule.COND),
+    *(Rule.TRACED, Rule.ALWAYS, Rule.LOSS_SCALE, Rule.MARKER, Rule.WHILE, Rule.COND),
     *(Rule.CUSTOM_JVP, Rule.CUSTOM_VJP, Rule.CUSTOM_LIN, Rule.CUSTOM_VMAP),
   }
 )

@@ -217,7 +217,8 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   (
     "all_gather_reduced preduced pbroadcast_dynamic precv psend reduced_vary_cast "
     "reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p unreduced_psum unreduced_pmax "
-    "unreduced_pmin unreduced_reduce_scatter relayout with_memory_space_constraint",
+    "unreduced_pmin unreduced_reduce_scatter relayout with_memory_space_constraint "
+    "global_array_to_host_local_array host_local_array_to_global_array",
     Facts(Rule.TRACED, "how an array lies on devices, where its type says it"),
   ),
   (

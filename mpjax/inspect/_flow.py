@@ -7,7 +7,7 @@ multiplied wide although no operation of the primitive table asked for float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
 from mpjax.inspect._flow_costs import (
-  MATMULS,
   bytes_of,
   dtype_inside,
   flops,
   has_floats,
   integer_operand,
+  is_matmul,
   matmuls_inside,
   returns,
   runs_in,
@@ -56,6 +56,7 @@ from mpjax.inspect._flow_remarks import remarks_on
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 _KEEP = "name"
+_FOLLOWS = frozenset({Rule.FOLLOW, Rule.EACH, Rule.MULTIPLY})
 
 
 class Spot(NamedTuple):
@@ -149,7 +150,7 @@ class _Walker:
       return made_of_no_floats(step.eqn.primitive.name, values, line)
     history = frozenset().union(*(v.history for v in values))
     touched = any(v.narrow or v.touched for v in values)
-    if step.eqn.primitive.name in MATMULS:
+    if is_matmul(step):
       touched = touched or runs_in(step).itemsize == 2
       self.matmul(step, values, history, line, spot)
       history = frozenset()
@@ -169,7 +170,7 @@ class _Walker:
     before = frozenset().union(*(v.origins for v in values))
     if self.is_float32_scope(step):
       return frozenset([MEANT])
-    if step.rule in (Rule.FOLLOW, Rule.EACH) or (step.rule is Rule.CONVERT and any(step.operands)):
+    if step.rule in _FOLLOWS or (step.rule is Rule.CONVERT and any(step.operands)):
       return self.joined(step, values, before, spot, line)
     if step.rule is Rule.CONVERT:
       aval = _aval(step.eqn)
@@ -219,15 +220,22 @@ class _Walker:
   def matmul(
     self, step: Step, values: list[Value], history: frozenset[int], line: Line, spot: Spot
   ) -> None:
-    for number in history:
-      self.flow.widenings[number].before_matmul = True
+    for widening in self.of_this_pass(history, step):
+      widening.before_matmul = True
     for value in values:
       if not value.narrow and MEANT not in value.origins:
-        for number in widenings_in(value.origins):
-          widening = self.flow.widenings[number]
+        for widening in self.of_this_pass(widenings_in(value.origins), step):
           widening.reader = widening.reader or (step.eqn.primitive.name, line)
     if step.rule is Rule.TRACED and spot.record and not self.is_float32_scope(step):
       self.flow.foreign.append((step.place.path, step.eqn.primitive.name, line))
+
+  def of_this_pass(self, numbers: Iterable[int], step: Step) -> list[Widening]:
+    """The widenings that a matmul speaks against: in a backward pass, those of that pass alone.
+
+    A label widens where the loss needs float32 anyway; its cotangent is cast, as every one is.
+    """
+    found = [self.flow.widenings[number] for number in numbers]
+    return [widening for widening in found if widening.backward or not step.place.backward]
 
   def is_float32_scope(self, step: Step) -> bool:
     governed = self.planner.policies.policy_of(step.won).compute_dtype
@@ -273,7 +281,7 @@ class _Walker:
     key = OpKey(*step.place[:2], name, rule, runs, returns(step).name, step.won)
     entry = self.flow.ops.setdefault(key, OpCount())
     entry.count += 1
-    entry.flops += spot.times * (flops(step.eqn) if name in MATMULS else 0)
+    entry.flops += spot.times * (flops(step.eqn) if is_matmul(step) else 0)
     entry.bytes += spot.times * sum(
       bytes_of(v, f) for v, f in zip(step.eqn.outvars, step.outs, strict=True)
     )

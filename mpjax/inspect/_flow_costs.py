@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn
@@ -23,6 +23,11 @@ MATMULS = having(Trait.MATMUL)
 def is_float(aval: Any) -> bool:
   """Whether an abstract value holds floats."""
   return jnp.issubdtype(getattr(aval, "dtype", np.int32), jnp.inexact)
+
+
+def is_matmul(step: Step) -> bool:
+  """Whether a step is a matmul or convolution: one that contracts nothing multiplies, as `mul`."""
+  return step.eqn.primitive.name in MATMULS and step.rule is not Rule.MULTIPLY
 
 
 def has_floats(eqn: JaxprEqn) -> bool:

@@ -13,7 +13,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.plan import Plan, Step
-from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, runs_in
+from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, is_matmul, runs_in
 from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
@@ -27,7 +27,7 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     line: Its line.
     is_float32: Whether it stands where the policy says float32, or in a region of its own policy.
   """
-  if step.eqn.primitive.name not in MATMULS:
+  if not is_matmul(step):
     return
   path, name = step.place.path, step.eqn.primitive.name
   integer = integer_operand(step.eqn)

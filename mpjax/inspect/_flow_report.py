@@ -13,6 +13,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
+from mpjax._core.primitives import Rule
 from mpjax.inspect._flow_costs import MATMULS
 from mpjax.inspect._flow_rows import (
   CastFlow,
@@ -81,10 +82,10 @@ class FlowReport(Report):
   @property
   def summary(self) -> str:
     """Whether the policy does what it promises, in a line."""
-    matmuls = [op for op in self.ops if op.op in MATMULS and _is_of_floats(op)]
+    matmuls = [op for op in self.ops if _is_matmul(op) and _is_of_floats(op)]
     total = sum(op.count for op in matmuls)
     narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
-    integers = sum(op.count for op in self.ops if not _is_of_floats(op))
+    integers = sum(op.count for op in self.ops if _is_matmul(op) and not _is_of_floats(op))
     facts = (
       f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
       f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
@@ -180,7 +181,7 @@ class FlowReport(Report):
 
   def _row(self, module: str) -> ModuleFlow:
     ops = [op for op in self.ops if self._folded(op.module) == module]
-    matmuls = [op for op in ops if op.op in MATMULS and _is_of_floats(op)]
+    matmuls = [op for op in ops if _is_matmul(op) and _is_of_floats(op)]
     low = [op for op in matmuls if _is_narrow(op.dtype)]
     path = () if module == TOP else tuple(module.split("/"))
     rule = self.policy.rule_at(path)
@@ -275,8 +276,12 @@ def _is_narrow(dtype: str) -> bool:
   return dtype in ("bfloat16", "float16")
 
 
+def _is_matmul(op: OpFlow) -> bool:
+  return op.op in MATMULS and op.rule != Rule.MULTIPLY.name.lower()
+
+
 def _is_of_floats(op: OpFlow) -> bool:
-  return not (op.op in MATMULS and np.dtype(op.dtype).kind in "biu")
+  return np.dtype(op.dtype).kind not in "biu"
 
 
 def _is_under(module: str, parent: str) -> bool:

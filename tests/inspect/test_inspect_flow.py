@@ -366,3 +366,38 @@ def test_what_a_marked_function_multiplies_is_counted_in_its_format():
   report = explain(fn, "mixed_bfloat16", SQUARE, X)
   assert report.flops == 2 * 2 * 2 * W * W and report.narrow_share == 1.0
   assert report.keeps_promise
+
+
+PRODUCTS = {
+  "einsum": lambda a, b: jnp.einsum("t,k->tk", a, b),
+  "outer": jnp.outer,
+  "matmul": lambda a, b: a[:, None] @ b[None],
+  "tensordot": lambda a, b: jnp.tensordot(a, b, 0),
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_that_contracts_nothing_is_no_matmul(product):
+  def fn(w, x):
+    return (x @ w + product(x[:, 0], jnp.arange(8.0))) @ w
+
+  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+  assert report.narrow_share == 1.0 and report.flops == 2 * 2 * 2 * W * W
+  assert "2 of 2 matmuls" in report.summary
+  (leak,) = report.leaks  # a table of float32 widens, whichever way it is written
+  assert leak.op == "add"
+
+
+@pytest.mark.parametrize("way", ["forward", "gradient", "step"])
+def test_a_label_is_no_leak_in_the_gradient_of_a_loss_either(way):
+  def loss(params, x, y):
+    return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+  def step(params, x, y):
+    grads = jax.grad(loss)(params, x, y)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+  params = {"a": SQUARE, "b": SQUARE}
+  fn = step if way == "step" else loss
+  report = explain(fn, "mixed_bfloat16", params, X, X, grad=way == "gradient")
+  assert report.keeps_promise and report.narrow_share == 1.0

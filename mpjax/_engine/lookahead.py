@@ -309,9 +309,19 @@ def _is_one(eqn: JaxprEqn) -> bool:
 
 
 def _is_slope(eqn: JaxprEqn, readers: Mapping[Any, list[JaxprEqn | None]]) -> bool:
-  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid, as JAX writes it."""
+  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
+
+  That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.
+  """
   (gate,) = (a for a in eqn.invars if not isinstance(a, Literal))
+
+  def multiplies(user: JaxprEqn | None) -> bool:
+    return user is not None and user.primitive.name == "mul" and gate in user.invars
+
+  def leads_on(user: JaxprEqn | None) -> bool:
+    if user is None or user.primitive.name != "mul":
+      return False
+    return multiplies(user) or any(map(multiplies, readers.get(user.outvars[0], [])))
+
   users = readers.get(eqn.outvars[0], [])
-  return bool(users) and all(
-    user is not None and user.primitive.name == "mul" and gate in user.invars for user in users
-  )
+  return bool(users) and all(map(leads_on, users))

@@ -15,13 +15,9 @@ from mpjax._flax.policed import policy_of
 from mpjax._scaling.bfloat16_states import bfloat16_states
 from mpjax._scaling.device_gradients import reduce_gradients
 from mpjax._scaling.finiteness import all_finite, select
-from mpjax._scaling.loss_scaling import (
-  dynamic_loss_scaling,
-  loss_scale,
-  static_loss_scaling,
-  step_is_finite,
-)
+from mpjax._scaling.loss_scaling import dynamic_loss_scaling, static_loss_scaling
 from mpjax._scaling.master_weights import master_weights
+from mpjax._scaling.scaling_state import loss_scale, step_is_finite
 from mpjax._scaling.stochastic_rounding import stochastic_rounding
 from mpjax.training import TrainState, make_train_step
 

@@ -5,41 +5,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from mpjax._core.arguments import positive_integer
 from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._flax.nnx_calls import autocast
-from mpjax._scaling.device_gradients import read_reduce_dtype
-from mpjax._scaling.finiteness import nonfinite_leaves, select
-from mpjax._scaling.loss_scaling import find_scaling_state
+from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaled_gradients import split_aux
-from mpjax._train.accumulation import Window, check_flow
+from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._train.accumulation import Window, check_flow, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.low_precision_warning import warn_of_low_precision
+from mpjax._train.buffers import own_buffer, shared_buffers
 from mpjax._train.shardings import Placement, keep_placement, placement
+from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   PolicyLike,
   StepMetrics,
   autocast_loss,
-  check_param_dtype,
+  is_key,
   keep_if_skipped,
-  loss_and_grads,
   raise_if_stuck,
-  read_limit,
-  require_scaling,
-  step_metrics,
 )
 
 
 class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, batch)``."""
 
-  def __init__(self, jitted: Any, max_consecutive_skips: int | None) -> None:
+  def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
     self._jitted = jitted
     self._limit = max_consecutive_skips
+    self._donate = donate
 
   def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> StepMetrics:
     """Takes one step, updating ``model`` and ``optimizer`` in place.
@@ -55,7 +50,11 @@ class TrainStep:
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
     """
-    metrics, bad = self._jitted(model, optimizer, batch, _placement(model, optimizer, batch))
+    variables, others = _arrays((model, optimizer)), jax.tree.leaves(batch)
+    if self._donate:
+      _own_buffers((model, optimizer), variables, others)
+    where = placement([*variables.values()], others)
+    metrics, bad = self._jitted(model, optimizer, batch, where)
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
@@ -72,7 +71,9 @@ class TrainStep:
     Returns:
       A lowered function; its ``compile()`` tells memory and cost.
     """
-    return self._jitted.lower(model, optimizer, batch, _placement(model, optimizer, batch))
+    variables = _arrays((model, optimizer))
+    where = placement([*variables.values()], jax.tree.leaves(batch))
+    return self._jitted.lower(model, optimizer, batch, where)
 
 
 def make_train_step(
@@ -92,10 +93,12 @@ def make_train_step(
   statistics, random streams and whatever else the loss changes in the model arrive there.
 
   If the optimizer holds a loss scaler (`mpjax.dynamic_loss_scaling` as the outermost
-  transformation), the loss is scaled, and a step with non-finite gradients is skipped: every
-  Variable of model and optimizer, ``optimizer.step`` and the random streams included, stays as
-  it was; only the scaler moves. Without one, no operation of scaling or testing is in the
-  compiled step.
+  transformation), the loss is scaled, and a step is skipped if its gradients are not finite, or
+  another Variable of the model would get an inf or NaN where there was a number: every Variable
+  of model and optimizer, ``optimizer.step`` included, stays as it was; only the scaler and the
+  random streams move, so that the numbers that made a NaN are not drawn again. Without one, no
+  operation of scaling or testing is in the compiled step. What the optimizer may take beside
+  gradients, and what it leaves alone, is as for `mpjax.make_train_step`.
 
   With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, whose float32
   gradients are averaged before one step is applied or skipped; see `mpjax.make_train_step`, and
@@ -125,9 +128,9 @@ def make_train_step(
   Raises:
     ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
       ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
-      parameters do not have the policy's param dtype, ``accumulate`` does not divide the batch,
-      ``optax.MultiSteps`` is
-      around the loss scaler, or an optimizer without a loss scaler has float16 state.
+      trained parameters do not have the policy's param dtype, ``accumulate`` does not divide the
+      batch, the loss scaler is not the outermost transformation, the optimizer's ``wrt`` matches
+      no Variable, or an optimizer without a loss scaler has float16 state.
     TypeError: When called, if ``loss_fn`` returns something else than above, or a micro-batch
       changes the shape or dtype of a Variable.
 
@@ -142,21 +145,19 @@ def make_train_step(
     >>> metrics.applied, metrics.loss_scale, model.kernel.dtype
     (Array(True, dtype=bool), Array(32768., dtype=float32), dtype('float32'))
   """
-  limit = read_limit(max_consecutive_skips)
-  count = positive_integer("accumulate", accumulate)
-  wide_sums = read_reduce_dtype(reduce_dtype)
-  run = autocast_loss(loss_fn, policy, autocast)
+  settings = read_settings(policy, accumulate, max_consecutive_skips, reduce_dtype)
+  run = autocast_loss(loss_fn, settings.policies, autocast)
 
   def train_step(
     model: nnx.Module, optimizer: nnx.Optimizer, batch: Any, where: Placement
   ) -> tuple[Any, Any]:
-    before = find_scaling_state(optimizer.opt_state)
-    require_scaling(before, limit, optimizer.opt_state)
     paths = list(_arrays((model, optimizer)))
     graphdef, *parts = nnx.split(model, optimizer.wrt, ...)
-    check_param_dtype(parts[0], policy)
-    _check_opt_state(optimizer.opt_state, scaled=before is not None)
-    warn_of_low_precision(parts[0], optimizer.opt_state)
+    _check_wrt(parts, optimizer)
+    opt_state = nnx.as_pure(optimizer.opt_state)
+    _check_opt_state(opt_state)
+    core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(parts[0]), opt_state, where.spread)
+    before = _arrays(model), opt_state, optimizer.step[...]
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
       copy = nnx.merge(graphdef, wrt, rest, copy=True)
@@ -164,33 +165,50 @@ def make_train_step(
       loss, aux = split_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copy), aux)
 
-    old_variables = _arrays(model)
-    old_opt_state = nnx.as_pure(optimizer.opt_state)
-    old_step = optimizer.step[...]
-
     def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
-      (loss, (changed, aux)), grads = loss_and_grads(
-        compute, before, *parts, batch, wide=wide_sums and where.spread
-      )
+      (loss, (changed, aux)), grads = core.differentiate(compute, *parts, batch)
       if index is None:
         return Window(loss, [changed], ([], aux), grads)
       parts, added = _sorted_into(parts, changed)
       return Window(loss, parts, ([added], aux), grads)
 
-    loss, changed, (added, aux), grads = run_window(micro_step, count, parts[0], parts, batch)
+    def loss_at(params: nnx.State) -> Any:
+      wrt = jax.tree.unflatten(jax.tree.structure(parts[0]), jax.tree.leaves(params))
+      rest = parts[1]
+      return mean_loss(lambda part, _: compute(wrt, rest, part)[0], settings.accumulate, batch)
+
+    loss, changed, (added, aux), grads = run_window(
+      micro_step, settings.accumulate, parts[0], parts, batch
+    )
     for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
       nnx.update(model, state)
-    optimizer.update(model, grads, **_extra_args(optimizer, loss))
-    after = find_scaling_state(optimizer.opt_state)
-    if after is not None:
-      _restore(after.last_finite, model, old_variables)
-      _restore_optimizer(after.last_finite, optimizer, old_opt_state, old_step)
-    bad = None if limit is None else nonfinite_leaves(grads)
+    _update(core, model, optimizer, loss, grads, before[0], loss_at)
+    metrics, bad = core.report(loss, grads, optimizer.opt_state, aux)
+    if core.scaling is not None:
+      _restore(metrics.applied, model, optimizer, *before)
     _keep_placement((model, optimizer), paths, where)
-    return step_metrics(loss, grads, before, after, aux), bad
+    return metrics, bad
 
   jitted = nnx.jit(train_step, donate_argnums=(0, 1) if donate else (), static_argnums=3)
-  return TrainStep(jitted, limit)
+  return TrainStep(jitted, settings.limit, donate)
+
+
+def _update(
+  core: StepCore,
+  model: nnx.Module,
+  optimizer: nnx.Optimizer,
+  loss: jax.Array,
+  grads: nnx.State,
+  before: dict[Any, Any],
+  loss_at: Any,
+) -> None:
+  """Updates model and optimizer; what the optimizer leaves alone stays the same array."""
+  now, params = _arrays(model), nnx.as_pure(nnx.state(model, optimizer.wrt))
+  written = [[arrays[path] for path in before] for arrays in (now, before)]
+  args = (grads,) if isinstance(optimizer, nnx.ModelAndOptimizer) else (model, grads)
+  core.update(optimizer.update, args, loss, grads, (written[0], written[1]), loss_at)
+  if any(core.frozen):
+    nnx.update(model, core.choose_frozen(params, nnx.as_pure(nnx.state(model, optimizer.wrt))))
 
 
 def _arrays(nodes: Any) -> dict[Any, Any]:
@@ -198,8 +216,12 @@ def _arrays(nodes: Any) -> dict[Any, Any]:
   return dict(nnx.to_flat_state(nnx.as_pure(nnx.state(nodes))))
 
 
-def _placement(model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Placement:
-  return placement(list(_arrays((model, optimizer)).values()), batch)
+def _own_buffers(nodes: Any, variables: dict[Any, Any], others: list[Any]) -> None:
+  """Gives Variables that share an array, or share one with the batch, arrays of their own."""
+  paths = list(variables)
+  for n in shared_buffers(variables.values(), others):
+    variables[paths[n]] = own_buffer(variables[paths[n]])
+    nnx.update(nodes, nnx.from_flat_state([(paths[n], variables[paths[n]])]))
 
 
 def _keep_placement(nodes: Any, paths: list[Any], where: Placement) -> None:
@@ -211,9 +233,17 @@ def _keep_placement(nodes: Any, paths: list[Any], where: Placement) -> None:
   nnx.update(nodes, nnx.from_flat_state(zip(paths, kept, strict=True)))
 
 
-def _extra_args(optimizer: nnx.Optimizer, loss: jax.Array) -> dict[str, jax.Array]:
-  takes_value = isinstance(optimizer.tx, optax.GradientTransformationExtraArgs)
-  return {"value": loss} if takes_value else {}
+def _check_wrt(parts: list[nnx.State], optimizer: nnx.Optimizer) -> None:
+  """Refuses an optimizer that trains nothing of a model."""
+  if jax.tree.leaves(parts[0]):
+    return
+  kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(nnx.merge_state(*parts))})
+  wrt = getattr(optimizer.wrt, "__name__", optimizer.wrt)
+  raise ValueError(
+    f"The optimizer's wrt must match a Variable of the model. Got wrt={wrt}, and a model of "
+    f"{', '.join(kinds) or 'no Variable'}. Make the optimizer with a wrt that selects what it is "
+    "to train."
+  )
 
 
 def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.State], nnx.State]:
@@ -232,25 +262,37 @@ def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.S
   return sorted_parts, nnx.from_flat_state(now)
 
 
-def _restore(applied: jax.Array, model: nnx.Module, old: dict[Any, Any]) -> None:
-  """Puts the Variables of a skipped step back; one that the step has added stays."""
-  now = _arrays(model)
-  kept = select(applied, [now[path] for path in old], list(old.values()))
-  nnx.update(model, nnx.from_flat_state(zip(old, kept, strict=True)))
-
-
-def _restore_optimizer(
-  applied: jax.Array, optimizer: nnx.Optimizer, old_opt_state: Any, old_step: jax.Array
+def _restore(
+  applied: jax.Array,
+  model: nnx.Module,
+  optimizer: nnx.Optimizer,
+  old: dict[Any, Any],
+  old_opt_state: Any,
+  old_step: jax.Array,
 ) -> None:
-  """Puts the optimizer of a skipped step back; only its loss scaler has moved."""
-  kept = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
-  nnx.update(optimizer.opt_state, nnx.state(kept))
+  """Puts back what a skipped step wrote: all but the loss scaler, random streams and new Variables.
+
+  Random streams move on, or the step that follows would draw what made this one's NaN.
+  """
+  now = _arrays(model)
+  kept = [
+    path for path, variable in nnx.to_flat_state(nnx.state(model)) if not _is_random(variable)
+  ]
+  kept = [path for path in kept if path in old]
+  chosen = select(applied, [now[path] for path in kept], [old[path] for path in kept])
+  nnx.update(model, nnx.from_flat_state(zip(kept, chosen, strict=True)))
+  opt_state = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
+  nnx.update(optimizer.opt_state, nnx.state(opt_state))
   optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
 
 
-def _check_opt_state(opt_state: Any, *, scaled: bool) -> None:
+def _is_random(variable: nnx.Variable) -> bool:
+  return isinstance(variable, nnx.RngState) or is_key(variable.get_value())
+
+
+def _check_opt_state(opt_state: Any) -> None:
   """Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754)."""
-  if scaled:
+  if find_scaling_state(opt_state) is not None:
     return
   for path, leaf in leaf_paths(opt_state):
     if getattr(leaf, "dtype", None) == FLOAT16:

@@ -11,8 +11,8 @@ from jax import tree_util
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import BFLOAT16, FLOAT32, is_castable
 from mpjax._core.tree_paths import path_str
-from mpjax._scaling.loss_scaling import as_transformation
 from mpjax._scaling.master_weights import MasterWeightsState
+from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import (
   first_key,
   rounded_stochastically,

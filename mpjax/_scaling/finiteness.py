@@ -46,6 +46,31 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
   return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
 
 
+def stays_finite(new: Any, old: Any) -> jax.Array | None:
+  """Tests that no number of a tree became inf or NaN that was neither before.
+
+  An infinity that a state holds on purpose, as a running minimum starts from it, passes.
+
+  Args:
+    new: A tree of arrays.
+    old: The tree whose place it takes: same structure and shapes.
+
+  Returns:
+    bool[], or ``None`` if no leaf that can be infinite differs from its old one.
+
+  Example:
+    >>> old = {"mean": jnp.zeros(2), "lowest": jnp.array(jnp.inf)}
+    >>> bool(stays_finite({**old, "mean": jnp.ones(2)}, old))
+    True
+    >>> bool(stays_finite({**old, "mean": jnp.array([1.0, jnp.nan])}, old))
+    False
+  """
+  pairs = zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True)
+  moved = [(a, b) for a, b in pairs if a is not b and _can_be_infinite(a)]
+  kept = [jnp.all(_finite_numbers(a) | ~_finite_numbers(b)) for a, b in moved]
+  return jnp.all(jnp.stack(kept)) if kept else None
+
+
 def _can_be_infinite(leaf: Any) -> bool:
   if isinstance(leaf, float | complex):
     return True
@@ -54,9 +79,13 @@ def _can_be_infinite(leaf: Any) -> bool:
 
 
 def _is_finite(leaf: Any) -> jax.Array:
+  return jnp.all(_finite_numbers(leaf))
+
+
+def _finite_numbers(leaf: Any) -> jax.Array:
   x = jnp.asarray(leaf)
   narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 2
-  return jnp.all(jnp.isfinite(x.astype(jnp.float32) if narrow else x))
+  return jnp.isfinite(x.astype(jnp.float32) if narrow else x)
 
 
 def select(pred: jax.typing.ArrayLike, on_true: T, on_false: T) -> T:

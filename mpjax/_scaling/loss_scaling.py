@@ -18,34 +18,11 @@ from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._scaling.finiteness import all_finite, select
+from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
+from mpjax._scaling.states import LossScalingState, find_states
 
 AxisName = str | Sequence[str]
-
-
-class LossScalingState(NamedTuple):
-  """The state of a loss scaler: six strongly typed scalar arrays and the optimizer's state.
-
-  Settings live in the transformation, so nothing is lost when the state passes through
-  ``jax.jit`` or a checkpoint.
-
-  Attributes:
-    scale: f32[], the scale that the next loss must be multiplied by.
-    good_steps: i32[], optimizer steps since the scale last changed or a step was skipped.
-    consecutive_skips: i32[], skipped steps since the last applied one.
-    total_skips: i32[], skipped steps since the beginning.
-    hysteresis: i32[], non-finite steps left until the scale is backed off.
-    last_finite: bool[], whether the last update was applied; True before the first.
-    inner_state: The state of the wrapped transformation, as it would be without scaling.
-  """
-
-  scale: jax.Array
-  good_steps: jax.Array
-  consecutive_skips: jax.Array
-  total_skips: jax.Array
-  hysteresis: jax.Array
-  last_finite: jax.Array
-  inner_state: Any
 
 
 def dynamic_loss_scaling(
@@ -73,16 +50,24 @@ def dynamic_loss_scaling(
   scaler sees scaled gradients and may hide an overflow from it. ``inner`` is initialized and
   called with float32 views of 16-bit parameters, so its moments are float32 (in float16,
   Adam's epsilon is zero, optax#1754); `mpjax.stochastic_rounding` in it makes these views by
-  itself. Extra arguments of ``update`` pass through to it.
+  itself. Extra arguments of ``update`` pass through to it; ``grad``,
+  which line searches take, is scaled as the updates are and unscaled with them, while ``value``,
+  ``value_fn``, ``grad_fn`` and ``obj_fn`` are those of the loss itself. (The gradients that
+  ``optax.value_and_grad_from_state`` returns are not scaled: multiply them by `loss_scale`.)
+
+  Beside the gradients, ``update`` takes ``also_finite``, a bool scalar: a step is skipped if it is
+  False. So new BatchNorm statistics can be part of the test:
+  ``tx.update(grads, state, params, also_finite=mpjax.all_finite(statistics))``.
+
+  It must be the outermost transformation; `loss_scale` and the train steps refuse another place.
+  Its settings are not part of its state: a state that was saved under others follows those of the
+  transformation that it is passed to from the first update on.
 
   To accumulate gradients, give `mpjax.make_train_step` ``accumulate=k``, which drops the whole
   window of a non-finite micro-batch. ``optax.MultiSteps`` belongs inside: a non-finite micro-batch
   is left out of its window, which takes one more instead, and the scale grows by optimizer steps,
-  not by micro-steps. Around the scaler it keeps the first non-finite micro-batch in its
-  accumulator for ever (it clears it by a product with 0): nothing non-finite is applied, but every
-  later step is skipped. With ``should_skip_update_fn=optax.skip_not_finite`` it keeps none, but
-  the scaler never learns of an overflow, so that only a static scale works there. The train steps
-  refuse both.
+  not by micro-steps. Around the scaler it is refused: there it keeps the first non-finite
+  micro-batch in its accumulator for ever (it clears it by a product with 0).
 
   The default start is below torch's 2**16, which overflows float16 on the first step of a loss
   that is itself float16; the other settings are theirs, the ceiling is Apex's.
@@ -166,50 +151,6 @@ def static_loss_scaling(
   return _loss_scaling(inner, power_of_two("scale", scale), None, axis_name)
 
 
-def loss_scale(opt_state: Any) -> jax.Array:
-  """The scale that the loss of the next step must be multiplied by.
-
-  Args:
-    opt_state: The state of an optimizer that has one loss scaler anywhere inside: within a
-      chain or a wrapper, or the ``opt_state`` of Flax's ``TrainState`` or ``nnx.Optimizer``.
-
-  Returns:
-    f32[].
-
-  Raises:
-    ValueError: If there is no loss scaler in ``opt_state``, or more than one.
-
-  Example:
-    >>> tx = dynamic_loss_scaling(optax.adam(1e-3))
-    >>> loss_scale(tx.init({"w": jnp.ones(2)}))
-    Array(32768., dtype=float32)
-  """
-  return _require_scaling_state(opt_state).scale
-
-
-def step_is_finite(opt_state: Any) -> jax.Array:
-  """Whether the last update was applied; False if it was skipped as not finite.
-
-  What is kept beside the parameters, such as BatchNorm statistics, must not move either on a
-  skipped step: ``select(step_is_finite(opt_state), new, old)``.
-
-  Args:
-    opt_state: See `loss_scale`.
-
-  Returns:
-    bool[], True before the first update.
-
-  Raises:
-    ValueError: If there is no loss scaler in ``opt_state``, or more than one.
-
-  Example:
-    >>> tx = dynamic_loss_scaling(optax.adam(1e-3))
-    >>> step_is_finite(tx.init({"w": jnp.ones(2)}))
-    Array(True, dtype=bool)
-  """
-  return _require_scaling_state(opt_state).last_finite
-
-
 class _Settings(NamedTuple):
   """What a dynamic scaler was made with; held by its closure, not by its state."""
 
@@ -233,7 +174,7 @@ def _loss_scaling(
       good_steps=jnp.zeros((), jnp.int32),
       consecutive_skips=jnp.zeros((), jnp.int32),
       total_skips=jnp.zeros((), jnp.int32),
-      hysteresis=jnp.full((), settings.hysteresis if settings else 1, jnp.int32),
+      hysteresis=jnp.zeros((), jnp.int32),
       last_finite=jnp.ones((), jnp.bool_),
       inner_state=jax.tree.map(_strong, inner.init(cast_floating(params, FLOAT32))),
     )
@@ -242,17 +183,25 @@ def _loss_scaling(
     updates: optax.Updates,
     state: Any,  # a LossScalingState; optax types every state alike
     params: optax.Params | None = None,
+    *,
+    also_finite: jax.typing.ArrayLike | None = None,
+    untested: Sequence[bool] = (),
     **extra_args: Any,
   ) -> tuple[optax.Updates, LossScalingState]:
     grads = _unscale(updates, state.scale)
+    if "grad" in extra_args:
+      same = extra_args["grad"] is updates
+      extra_args["grad"] = grads if same else _unscale(extra_args["grad"], state.scale)
     # A scale below 1 can overflow here what came in finite, hence the test after unscaling;
     # inf and NaN stay what they are.
-    finite = _agree(all_finite(grads), axis_name)
+    finite = all_finite(_without(grads, untested))
+    finite = finite if also_finite is None else finite & also_finite
+    finite = _agree(finite, axis_name)
     new_updates, new_inner = inner.update(
       grads, state.inner_state, seen_parameters(state.inner_state, params), **extra_args
     )
     stepped = finite & _optimizer_stepped(state.inner_state, new_inner)
-    state = _adjust(state, finite, stepped, settings)
+    state = _adjust(state, finite, stepped, settings or start)
     return (
       jax.tree.map(lambda u: _zero_unless(finite, u), new_updates),
       state._replace(inner_state=select(finite, new_inner, state.inner_state)),
@@ -261,28 +210,20 @@ def _loss_scaling(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
-  """An optax transformation, or ``optax.MultiSteps``, as one that takes extra arguments.
-
-  Raises:
-    TypeError: If it is neither.
-  """
-  if isinstance(inner, optax.MultiSteps):
-    # Its own conversion to a transformation drops extra arguments.
-    update: Any = inner.update
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-  if isinstance(inner, optax.GradientTransformation):
-    return optax.with_extra_args_support(inner)
-  raise TypeError(
-    "The optimizer must be an optax.GradientTransformation. Got "
-    f"{inner!r} of type {type(inner).__name__}. Pass for example optax.adam(1e-3)."
-  )
+def _without(grads: Any, untested: Sequence[bool]) -> Any:
+  """The gradients that are tested: all, or the leaves that are not flagged as untested."""
+  if not any(untested):
+    return grads
+  return [g for g, out in zip(jax.tree.leaves(grads), untested, strict=True) if not out]
 
 
 def _adjust(
-  state: LossScalingState, finite: jax.Array, stepped: jax.Array, settings: _Settings | None
+  state: LossScalingState, finite: jax.Array, stepped: jax.Array, settings: _Settings | float
 ) -> LossScalingState:
-  """Moves the counters, and the scale if it is a dynamic one."""
+  """Moves the counters and the scale; a restored one moves into what these settings allow.
+
+  ``settings`` is the scale itself if that is static.
+  """
   skipped = (~finite).astype(jnp.int32)
   state = state._replace(
     consecutive_skips=(state.consecutive_skips + 1) * skipped,
@@ -290,18 +231,19 @@ def _adjust(
     last_finite=finite,
     good_steps=(state.good_steps + stepped.astype(jnp.int32)) * (1 - skipped),
   )
-  if settings is None:
-    return state
+  if not isinstance(settings, _Settings):
+    return state._replace(
+      scale=jnp.full((), settings, FLOAT32), hysteresis=jnp.zeros((), jnp.int32)
+    )
   grow = stepped & (state.good_steps >= settings.interval)
-  left = jnp.maximum(state.hysteresis - skipped, 0)
-  back_off = ~finite & (left == 0)
-  grown = jnp.minimum(state.scale * settings.growth, settings.ceiling)
-  backed_off = jnp.maximum(state.scale * settings.backoff, settings.floor)
+  used = state.hysteresis + skipped
+  back_off = ~finite & (used >= settings.hysteresis)
+  factor = jnp.where(grow, settings.growth, jnp.where(back_off, settings.backoff, 1.0))
   refill = finite if settings.consecutive else grow
   return state._replace(
-    scale=jnp.where(grow, grown, jnp.where(back_off, backed_off, state.scale)),
+    scale=jnp.clip(state.scale * factor, settings.floor, settings.ceiling),
     good_steps=jnp.where(grow, 0, state.good_steps),
-    hysteresis=jnp.where(refill, settings.hysteresis, left),
+    hysteresis=jnp.where(refill, 0, used),
   )
 
 
@@ -349,56 +291,6 @@ def _zero_unless(finite: jax.Array, update: Any) -> Any:
 def _strong(leaf: Any) -> Any:
   """A weakly typed array would change its type, and be traced again, after one update."""
   return lax.convert_element_type(leaf, leaf.dtype) if getattr(leaf, "weak_type", False) else leaf
-
-
-def find_scaling_state(opt_state: Any) -> LossScalingState | None:
-  """Finds the state of the one loss scaler anywhere inside an optimizer state.
-
-  Returns:
-    The state, its scalars as arrays even where Flax wraps them in Variables; ``None`` if there
-    is no loss scaler.
-
-  Raises:
-    ValueError: If there is more than one.
-  """
-  found = _scaling_states(opt_state)
-  if not found:
-    return None
-  if len(found) > 1:
-    raise ValueError(
-      "The optimizer state must hold one loss scaler. "
-      f"Got {len(found)}. Wrap the outermost transformation only, or pass the part of the "
-      "state that belongs to one of them."
-    )
-  *scalars, inner_state = found[0]
-  return LossScalingState._make([*(jax.tree.leaves(x)[0] for x in scalars), inner_state])
-
-
-def _require_scaling_state(opt_state: Any) -> LossScalingState:
-  state = find_scaling_state(opt_state)
-  if state is None:
-    raise ValueError(
-      "The optimizer state must hold a loss scaler. Got a "
-      f"{type(opt_state).__name__} without one. Wrap the optimizer: "
-      "mpjax.dynamic_loss_scaling(tx), and pass its state."
-    )
-  return state
-
-
-def _scaling_states(tree: Any) -> list[LossScalingState]:
-  found = find_states(tree, LossScalingState)
-  return found + [below for state in found for below in _scaling_states(state.inner_state)]
-
-
-def is_inside_multisteps(opt_state: Any) -> bool:
-  """Whether an ``optax.MultiSteps`` is around a loss scaler."""
-  return any(_scaling_states(found) for found in find_states(opt_state, optax.MultiStepsState))
-
-
-def find_states(tree: Any, kind: type) -> list[Any]:
-  """The states of one type anywhere inside an optimizer state, but not those inside of these."""
-  leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
-  return [leaf for leaf in leaves if isinstance(leaf, kind)]
 
 
 def _check_order(start: float, settings: _Settings) -> None:

@@ -14,7 +14,7 @@ from jax import lax
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
-from mpjax._scaling.loss_scaling import as_transformation
+from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import way_to
 
 

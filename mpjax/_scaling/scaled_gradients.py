@@ -28,7 +28,8 @@ def value_and_grad(
     unscaled.
 
   Raises:
-    TypeError: When called, if the loss is not a real floating-point scalar.
+    TypeError: When called, if the loss is not a real floating-point scalar, or no ``loss_scale``
+      is passed.
 
   Example:
     >>> loss_fn = lambda w: (w * w).astype(jnp.float16)
@@ -43,8 +44,14 @@ def value_and_grad(
     return loss * scale.astype(loss.dtype), (loss, aux)
 
   def value_and_scaled_grad(
-    *args: Any, loss_scale: jax.typing.ArrayLike, **kwargs: Any
+    *args: Any, loss_scale: jax.typing.ArrayLike | None = None, **kwargs: Any
   ) -> tuple[Any, Any]:
+    if loss_scale is None:
+      raise TypeError(
+        "The gradients are those of a scaled loss, which needs the scale. Got no loss_scale. Pass "
+        "loss_scale=mpjax.loss_scale(opt_state); where one step is to serve policies that need no "
+        "scale too, wrap their optimizer: mpjax.static_loss_scaling(tx, 1)."
+      )
     scale = jnp.asarray(loss_scale, FLOAT32)
     grad = jax.grad(lambda *a: scaled_loss(scale, a, kwargs), argnums, has_aux=True)
     grads, (loss, aux) = grad(*args)

@@ -11,7 +11,7 @@ from jax import tree_util
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import path_str
-from mpjax._scaling.loss_scaling import LossScalingState, as_transformation, find_states
+from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import (
   StochasticRoundingState,
   first_key,
@@ -20,6 +20,7 @@ from mpjax._scaling.rounding import (
   step_key,
   way_to,
 )
+from mpjax._scaling.states import LossScalingState, find_states
 
 
 def stochastic_rounding(

@@ -74,6 +74,19 @@ def accumulate(micro_step: MicroStep, count: int, params: Any, flow: Any, batch:
   return Window(jnp.mean(losses), flow, extras, grads)
 
 
+def mean_loss(loss_of: Callable[[Any, jax.Array | None], Any], count: int, batch: Any) -> Any:
+  """The mean of the losses of a batch's micro-batches.
+
+  Args:
+    loss_of: Called with a micro-batch and its number, as a micro-step is.
+    count: The number of micro-batches.
+    batch: As for `accumulate`.
+  """
+  if count == 1:
+    return loss_of(batch, None)
+  return jnp.mean(lax.map(lambda i: loss_of(_part(batch, i, count), i), jnp.arange(count)))
+
+
 def check_divides(batch: Any, count: int) -> None:
   """Refuses a batch that cannot be split into ``count`` micro-batches of one size.
 

@@ -1,4 +1,4 @@
-"""Warnings for 16-bit parameters and moments where they are known to fail."""
+"""Warnings for 16-bit parameters, moments and gradients where they are known to fail."""
 
 import warnings
 from typing import Any
@@ -6,17 +6,18 @@ from typing import Any
 import jax
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
+from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
-from mpjax._scaling.loss_scaling import find_states
 from mpjax._scaling.master_weights import MasterWeightsState
 from mpjax._scaling.rounding import StochasticRoundingState
+from mpjax._scaling.states import find_states
 
 _SECOND_MOMENT = "nu"  # as optax names it in the states of Adam and its relatives
 
 
 class LowPrecisionWarning(UserWarning):
-  """Training will lose what it adds up, because it is added up in 16 bits.
+  """Training will lose numbers that 16 bits do not hold: small sums, or small gradients.
 
   To train so all the same: ``warnings.simplefilter("ignore", LowPrecisionWarning)``.
   """
@@ -74,6 +75,22 @@ def _without_rounded(opt_state: Any) -> Any:
     return jax.tree.map(lambda x: None if getattr(x, "dtype", None) == BFLOAT16 else x, node)
 
   return jax.tree.map(without, opt_state, is_leaf=is_rounding)
+
+
+def warn_of_unscaled_float16(policies: PolicyMap | None) -> None:
+  """Warns of a policy that computes in float16, for a step whose optimizer has no loss scaler."""
+  if policies is None:
+    return
+  chosen = [policies.default, *(policy for _, policy in policies.rules)]
+  if any(policy.compute_dtype == FLOAT16 for policy in chosen):
+    warnings.warn(UNSCALED_FLOAT16, LowPrecisionWarning, stacklevel=2)
+
+
+UNSCALED_FLOAT16 = (
+  "A float16 loss should be scaled before it is differentiated: gradients below 6e-8 are 0 in "
+  "float16. Got an optimizer without a loss scaler. Wrap it: mpjax.dynamic_loss_scaling(tx), or "
+  "compute in bfloat16. Ignore mpjax.training.LowPrecisionWarning to train so all the same."
+)
 
 
 def _warn(found: list[tuple[str, Any]], what: str, instead: str) -> None:

@@ -1,5 +1,6 @@
 """Where the arrays of a train step are, and that they stay there."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +21,14 @@ class Placement(NamedTuple):
   shardings: tuple[NamedSharding | None, ...] = ()
 
 
-def placement(state: Any, batch: Any) -> Placement:
-  """Reads the devices of a step's arguments.
+def placement(state: Sequence[Any], batch: Sequence[Any]) -> Placement:
+  """Reads the devices of a step's arguments, of which it takes the leaves.
 
   A tracer says nothing of them, so a step inside another ``jax.jit`` counts as spread, and where
   its results are is left to that.
   """
-  leaves = jax.tree.leaves(state)
-  shardings = tuple(map(_kept_sharding, leaves))
-  spread = any(map(_is_spread, leaves)) or any(map(_is_spread, jax.tree.leaves(batch)))
+  shardings = tuple(map(_kept_sharding, state))
+  spread = any(map(_is_spread, state)) or any(map(_is_spread, batch))
   return Placement(spread, shardings if any(shardings) else ())
 
 

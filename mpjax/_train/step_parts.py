@@ -1,4 +1,4 @@
-"""What the train steps of Linen and of NNX share: gradients, metrics, skips, the abort."""
+"""What a train step reports, refuses and keeps: metrics, argument checks, skips, the abort."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,17 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._scaling.device_gradients import widen
 from mpjax._scaling.faults import FaultState
 from mpjax._scaling.finiteness import select
-from mpjax._scaling.loss_scaling import LossScalingState, is_inside_multisteps
-from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
+from mpjax._scaling.states import LossScalingState
 
 PolicyLike = Policy | PolicyMap | str
 
@@ -27,7 +24,8 @@ class StepMetrics(NamedTuple):
 
   Attributes:
     loss: f32[], the unscaled loss before the update.
-    grad_norm: f32[], the 2-norm of all unscaled gradients; inf or NaN on a skipped step.
+    grad_norm: f32[], the 2-norm of the unscaled gradients of all trained parameters. With a loss
+      scaler it is inf where a gradient is inf or NaN, so that ``jax.debug_nans`` stops no skip.
     loss_scale: f32[], the scale that this step used; 1 without a loss scaler.
     applied: bool[], False if the step was skipped; always True without a loss scaler.
     consecutive_skips: i32[], skipped steps up to this one; 0 if it was applied.
@@ -60,27 +58,26 @@ class NonFiniteError(FloatingPointError):
 
 
 def autocast_loss(
-  loss_fn: Callable[..., Any], policy: PolicyLike | None, autocast: Callable[..., Any]
+  loss_fn: Callable[..., Any], policies: PolicyMap | None, autocast: Callable[..., Any]
 ) -> Callable[..., Any]:
   """Runs a whole loss function under a policy, by one of the autocasts; its results stay float32.
 
   The policy's output dtype is what a model returns; the loss, the auxiliary output and BatchNorm
   statistics that a loss function returns are none of that.
   """
-  if policy is None:
+  if policies is None:
     return loss_fn
-  policies = as_policy_map(policy)
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
   return autocast(loss_fn, policies.with_default(default))
 
 
-def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:
-  """Refuses parameters that are not held in the dtype that one policy for all asks for.
+def check_param_dtype(params: Any, policies: PolicyMap | None) -> None:
+  """Refuses trained parameters that are not held in the dtype that one policy for all asks for.
 
   Raises:
     ValueError: If a float leaf has another dtype; the message names it.
   """
-  if policy is None or (policies := as_policy_map(policy)).rules:
+  if policies is None or policies.rules:
     return
   for path, leaf in leaf_paths(params):
     held = cast_floating(leaf, policies.default.param_dtype)
@@ -89,41 +86,6 @@ def check_param_dtype(params: Any, policy: PolicyLike | None) -> None:
         f"Parameters must be held in {policies.default.param_dtype.name}, the policy's param "
         f"dtype. Got {path}: {describe(leaf)}. Create the state from policy.cast_to_param(params)."
       )
-
-
-def loss_and_grads(
-  loss_fn: Callable[..., tuple[Any, Any]],
-  scaling: LossScalingState | None,
-  *args: Any,
-  wide: bool = False,
-) -> tuple[tuple[jax.Array, Any], Any]:
-  """Differentiates a loss with respect to its first argument.
-
-  Args:
-    loss_fn: Returns a pair: the loss and whatever else the step needs.
-    scaling: The state of the loss scaler, or ``None`` without one.
-    *args: The arguments of ``loss_fn``.
-    wide: Whether weight gradients leave their matmuls, and so are summed over devices, in
-      float32.
-
-  Returns:
-    ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
-    float32 where they were 16-bit.
-  """
-  scale = None if scaling is None else scaling.scale
-
-  def grads_of(scale: Any, *args: Any) -> tuple[Any, Any]:
-    if scale is not None:
-      out, grads = value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scale)
-      return out, (cast_floating(grads, FLOAT32) if wide else grads)
-    out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
-    return out, cast_floating(grads, FLOAT32)
-
-  def float32_loss_fn(*args: Any) -> tuple[jax.Array, Any]:
-    loss, rest = loss_fn(*args)
-    return float32_loss(loss), rest
-
-  return (widen(grads_of) if wide else grads_of)(scale, *args)
 
 
 def step_metrics(
@@ -144,9 +106,10 @@ def step_metrics(
       total_skips=jnp.zeros((), jnp.int32),
       aux=aux,
     )
+  norm = global_norm(grads, 1 / before.scale)
   return StepMetrics(
     loss=loss,
-    grad_norm=global_norm(grads, 1 / before.scale),
+    grad_norm=jnp.where(jnp.isnan(norm), jnp.inf, norm),
     loss_scale=before.scale,
     applied=after.last_finite,
     consecutive_skips=after.consecutive_skips,
@@ -170,8 +133,9 @@ def global_norm(tree: Any, factor: jax.Array | None = None) -> jax.Array:
   if not leaves:
     return jnp.zeros((), FLOAT32)
   largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
-  # The smallest normal number keeps an all-zero tree from dividing by zero.
-  unit = jnp.maximum(largest, jnp.finfo(FLOAT32).smallest_normal)
+  # Zeros are not divided by zero, nor an infinity by itself.
+  limits = jnp.finfo(FLOAT32)
+  unit = jnp.clip(largest, limits.smallest_normal, limits.max)
   squares = [jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]
   return (unit if factor is None else unit * factor) * jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
@@ -191,27 +155,17 @@ def keep_if_skipped(applied: jax.Array, new_opt_state: Any, old_opt_state: Any) 
   return jax.tree.map(choose, new_opt_state, old_opt_state, is_leaf=moves)
 
 
-def read_limit(max_consecutive_skips: int | None) -> int | None:
-  """The argument ``max_consecutive_skips``: ``None`` or an integer of at least 1."""
-  if max_consecutive_skips is None:
-    return None
-  return positive_integer("max_consecutive_skips", max_consecutive_skips)
+def is_key(leaf: Any) -> bool:
+  """Whether a leaf is an array of typed random keys."""
+  return jnp.issubdtype(getattr(leaf, "dtype", FLOAT32), jax.dtypes.prng_key)
 
 
-def require_scaling(scaling: LossScalingState | None, limit: int | None, opt_state: Any) -> None:
-  """Refuses a limit on skips where nothing is ever skipped, and a loss scaler that sees no faults.
+def require_scaling(scaling: LossScalingState | None, limit: int | None) -> None:
+  """Refuses a limit on skips where nothing is ever skipped.
 
   Raises:
-    ValueError: If there is a limit and no loss scaler, or ``optax.MultiSteps`` around it.
+    ValueError: If there is a limit and no loss scaler.
   """
-  if is_inside_multisteps(opt_state):
-    raise ValueError(
-      "A train step needs the loss scaler around optax.MultiSteps. Got it inside, where it never "
-      "sees the micro-batch that overflowed: optax keeps the NaN in its accumulator for ever, or "
-      "leaves the micro-batch out without lowering the scale. Make the step with accumulate=k and "
-      "the optimizer without MultiSteps; or wrap MultiSteps: "
-      "mpjax.dynamic_loss_scaling(optax.MultiSteps(tx, k))."
-    )
   if limit is not None and scaling is None:
     raise ValueError(
       "max_consecutive_skips needs an optimizer with a loss scaler, which skips non-finite "
@@ -239,10 +193,11 @@ def raise_if_stuck(
     return
   flags = jax.device_get(bad)
   paths = [path for (path, _), flag in zip(leaf_paths(params), flags, strict=True) if flag]
-  shown = ", ".join(paths[:10]) + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
+  where = "what is written beside the parameters" if not paths else ", ".join(paths[:10])
+  shown = where + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
   raise NonFiniteError(
     f"The gradients must be finite at least once in {limit} steps. Got {skips} skipped steps in a "
-    f"row; the last had inf or NaN in {shown or 'no leaf'}, at loss {float(metrics.loss):g} and "
+    f"row; the last had inf or NaN in {shown}, at loss {float(metrics.loss):g} and "
     f"loss scale {float(metrics.loss_scale):g}. Look for what overflows there, lower the learning "
     "rate or train in bfloat16; the error's `state` holds everything up to here.",
     state,

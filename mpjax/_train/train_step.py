@@ -9,30 +9,27 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine.autocast import autocast
-from mpjax._scaling.device_gradients import read_reduce_dtype
-from mpjax._scaling.finiteness import nonfinite_leaves, select
-from mpjax._scaling.loss_scaling import as_transformation, find_scaling_state
+from mpjax._scaling.finiteness import select
+from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
-from mpjax._train.accumulation import Window
+from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._scaling.states import LossScalingState
+from mpjax._train.accumulation import Window, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.low_precision_warning import warn_of_low_precision
+from mpjax._train.buffers import own_buffer, shared_buffers
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
+from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   PolicyLike,
   StepMetrics,
   autocast_loss,
-  check_param_dtype,
+  is_key,
   keep_if_skipped,
-  loss_and_grads,
   raise_if_stuck,
-  read_limit,
-  require_scaling,
-  step_metrics,
 )
 
 
@@ -81,6 +78,7 @@ class TrainState:
 
     Raises:
       TypeError: If ``tx`` is not an optax transformation.
+      ValueError: If it holds a loss scaler that is not the outermost transformation.
 
     Example:
       >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
@@ -88,6 +86,7 @@ class TrainState:
       (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
     """
     opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
+    find_scaling_state(opt_state)
     state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
     return place_beside(jax.tree.map(_owned, state), params)
 
@@ -96,7 +95,7 @@ def _owned(leaf: Any) -> Any:
   """A strongly typed array of its own; what is no array passes."""
   if not hasattr(leaf, "dtype"):
     return leaf
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+  if is_key(leaf):
     return jnp.copy(leaf)
   return jnp.array(leaf, dtype=leaf.dtype, copy=True)
 
@@ -104,9 +103,10 @@ def _owned(leaf: Any) -> Any:
 class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``."""
 
-  def __init__(self, jitted: Any, max_consecutive_skips: int | None) -> None:
+  def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
     self._jitted = jitted
     self._limit = max_consecutive_skips
+    self._donate = donate
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
@@ -122,7 +122,12 @@ class TrainStep:
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
     """
-    state, metrics, bad = self._jitted(state, batch, placement(state, batch))
+    leaves, structure = jax.tree.flatten(state)
+    others = jax.tree.leaves(batch)
+    if self._donate and (shared := shared_buffers(leaves, others)):
+      leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
+      state = structure.unflatten(leaves)
+    state, metrics, bad = self._jitted(state, batch, placement(leaves, others))
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
@@ -140,7 +145,8 @@ class TrainStep:
     Returns:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
-    traced = self._jitted.trace(state, batch, placement(state, batch))
+    where = placement(jax.tree.leaves(state), jax.tree.leaves(batch))
+    traced = self._jitted.trace(state, batch, where)
     return traced.lower(lowering_platforms=lowering_platforms)
 
 
@@ -168,12 +174,20 @@ def make_train_step(
   ``has_aux=True``     the same                                    a tuple with ``aux`` at its end
   ===================  ==========================================  =============================
 
-  The key of a step is ``jax.random.fold_in(state.rng, state.step)``. If ``tx`` holds a loss
+  The key of a step is ``jax.random.fold_in(state.rng, n)``, where n counts the steps before it,
+  applied and skipped ones: the key that made a NaN does not come back. If ``tx`` holds a loss
   scaler (`mpjax.dynamic_loss_scaling` as the outermost transformation), the loss is scaled, and a
-  step with non-finite gradients is skipped: parameters, optimizer state, ``model_state``, the
-  step count, and so the next step's key too, stay as they were; only the scaler moves. Without
-  one, no operation of scaling or testing is in the compiled step. Gradients reach ``tx`` in
-  float32, and it is called with the extra argument ``value``, the loss.
+  step is skipped if its gradients are not finite, or its new ``model_state`` holds an inf or NaN
+  where there was a number: parameters, optimizer state, ``model_state`` and the step count stay
+  as they were; only the scaler moves, and typed keys in ``model_state``. Without one, no
+  operation of scaling or testing is in the compiled step.
+
+  Gradients reach ``tx`` in float32, and beside them, if it takes them, the extra arguments
+  ``value`` and ``grad``, the loss and its gradients, and ``value_fn``, ``obj_fn`` and ``grad_fn``,
+  the loss of this batch and its gradients as functions of the parameters, for line searches such
+  as that of ``optax.lbfgs``. A parameter that ``tx`` leaves alone, as under
+  ``optax.partition`` with ``optax.set_to_zero``, keeps its dtype and its buffer, whatever these
+  are; its gradient is neither computed nor part of the norm, unless ``tx`` reads it all the same.
 
   With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, which run one
   after the other in a ``jax.lax.scan``: activations take the memory of one micro-batch. Their
@@ -208,17 +222,17 @@ def make_train_step(
     ``step(state, batch) -> (state, metrics)``.
 
   Warns:
-    LowPrecisionWarning: When traced, if parameters are bfloat16 or float16 and the optimizer has
-      neither `mpjax.stochastic_rounding` nor `mpjax.master_weights`, whatever the policy says, or
-      moments have a 16-bit format that fails without `mpjax.bfloat16_states`. The policies
-      ``"bfloat16"`` and ``"float16"`` are meant for inference.
+    LowPrecisionWarning: When traced, if trained parameters are bfloat16 or float16 and the
+      optimizer has neither `mpjax.stochastic_rounding` nor `mpjax.master_weights`, whatever the
+      policy says, if moments have a 16-bit format that fails without `mpjax.bfloat16_states`, or
+      if the policy computes in float16 and ``tx`` has no loss scaler. The policies ``"bfloat16"``
+      and ``"float16"`` are meant for inference.
 
   Raises:
     ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or
       ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
-      parameters do not have the policy's param dtype, ``accumulate`` does not divide the batch,
-      or ``optax.MultiSteps`` is
-      around the loss scaler.
+      trained parameters do not have the policy's param dtype, ``accumulate`` does not divide the
+      batch, or the loss scaler is not the outermost transformation.
     TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` returns
       something else than above.
 
@@ -232,10 +246,8 @@ def make_train_step(
     (dtype('float32'), dtype('float32'), Array(True, dtype=bool))
   """
   tx = as_transformation(tx)
-  limit = read_limit(max_consecutive_skips)
-  count = positive_integer("accumulate", accumulate)
-  wide_sums = read_reduce_dtype(reduce_dtype)
-  run = autocast_loss(loss_fn, policy, autocast)
+  settings = read_settings(policy, accumulate, max_consecutive_skips, reduce_dtype)
+  run = autocast_loss(loss_fn, settings.policies, autocast)
 
   def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
     args = (params, batch) if model_state is None else (params, model_state, batch)
@@ -245,46 +257,54 @@ def make_train_step(
   def train_step(
     state: TrainState, batch: Any, where: Placement
   ) -> tuple[TrainState, StepMetrics, Any]:
-    before = find_scaling_state(state.opt_state)
-    require_scaling(before, limit, state.opt_state)
-    check_param_dtype(state.params, policy)
-    warn_of_low_precision(state.params, state.opt_state)
-    step_rng = _fold(state.rng, state.step)
+    core = StepCore.begin(settings, tx, state.params, state.opt_state, where.spread)
+    step_rng = _step_rng(state, core.scaling)
 
     def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:
-      rng = step_rng if index is None else _fold(step_rng, index)
-      args = (state.params, model_state, part, rng)
-      (loss, (model_state, aux)), grads = loss_and_grads(
-        compute, before, *args, wide=wide_sums and where.spread
-      )
+      args = (state.params, model_state, part, _fold(step_rng, index))
+      (loss, (model_state, aux)), grads = core.differentiate(compute, *args)
       return Window(loss, model_state, aux, grads)
 
+    def loss_at(params: Any) -> Any:
+      def loss_of(part: Any, index: jax.Array | None) -> Any:
+        return compute(params, state.model_state, part, _fold(step_rng, index))[0]
+
+      return mean_loss(loss_of, settings.accumulate, batch)
+
     loss, model_state, aux, grads = run_window(
-      micro_step, count, state.params, state.model_state, batch
+      micro_step, settings.accumulate, state.params, state.model_state, batch
     )
     seen = seen_parameters(state.opt_state, state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, seen, value=loss)
+    written = (model_state, state.model_state)
+    updates, opt_state = core.update(
+      tx.update, (grads, state.opt_state, seen), loss, grads, written, loss_at
+    )
     new = dataclasses.replace(
       state,
       step=state.step + 1,
-      params=_moved(state.params, updates),
+      params=core.choose_frozen(state.params, _moved(state.params, updates)),
       opt_state=opt_state,
       model_state=model_state,
     )
-    after = find_scaling_state(opt_state)
-    if after is not None:
-      new = _unless_skipped(after.last_finite, new, state)
-    bad = None if limit is None else nonfinite_leaves(grads)
-    new = keep_placement(new, where.shardings)
-    return new, step_metrics(loss, grads, before, after, aux), bad
+    metrics, bad = core.report(loss, grads, opt_state, aux)
+    if core.scaling is not None:
+      new = _unless_skipped(metrics.applied, new, state)
+    return keep_placement(new, where.shardings), metrics, bad
 
   donated = (0,) if donate else ()
   jitted = jax.jit(train_step, donate_argnums=donated, static_argnums=2)
-  return TrainStep(jitted, limit)
+  return TrainStep(jitted, settings.limit, donate)
 
 
-def _fold(rng: Any, number: jax.Array) -> Any:
-  return None if rng is None else jax.random.fold_in(rng, number)
+def _step_rng(state: TrainState, scaling: LossScalingState | None) -> Any:
+  """The key of a step: another after each step, whether that was applied or skipped."""
+  if scaling is None:
+    return _fold(state.rng, state.step)
+  return _fold(state.rng, state.step + scaling.total_skips)
+
+
+def _fold(rng: Any, number: jax.Array | None) -> Any:
+  return rng if rng is None or number is None else jax.random.fold_in(rng, number)
 
 
 def _moved(params: Any, updates: Any) -> Any:
@@ -295,8 +315,14 @@ def _moved(params: Any, updates: Any) -> Any:
 
 def _unless_skipped(applied: jax.Array, new: TrainState, old: TrainState) -> TrainState:
   opt_state = keep_if_skipped(applied, new.opt_state, old.opt_state)
-  new, old = (dataclasses.replace(state, opt_state=None) for state in (new, old))
+  model_state = jax.tree.map(_key_or_old, new.model_state, old.model_state)
+  new = dataclasses.replace(new, opt_state=None)
+  old = dataclasses.replace(old, opt_state=None, model_state=model_state)
   return dataclasses.replace(select(applied, new, old), opt_state=opt_state)
+
+
+def _key_or_old(new: Any, old: Any) -> Any:
+  return new if is_key(new) else old
 
 
 def _unpack(out: Any, model_state: Any, has_aux: bool) -> tuple[Any, tuple[Any, Any]]:

@@ -13,7 +13,7 @@ from jax import lax
 from mpjax._core.arguments import positive_integer
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.formats import Format, read_format, rounded
-from mpjax._scaling.loss_scaling import as_transformation
+from mpjax._scaling.optimizers import as_transformation
 from mpjax.inspect._histogram import Histogram, add_counts, histogram
 
 FORMATS = ("bfloat16", "float16")

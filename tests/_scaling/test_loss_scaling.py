@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-from mpjax._scaling.loss_scaling import LossScalingState, find_scaling_state
+from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._scaling.states import LossScalingState
 
 GOOD = jnp.array([1.0, -2.0])
 BAD = {

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import mpjax
-from mpjax._scaling import loss_scaling
+from mpjax._scaling import scaling_state, states
 from mpjax._scaling.master_weights import MasterWeightsState, _bfloat16, _float16
 from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
 
@@ -157,15 +157,15 @@ PARAMS = {"w": jnp.array([1.0, -2.0, 1e-3]), "b": jnp.array([0.5])}
 
 
 def scale_of(state):
-  found = loss_scaling.find_scaling_state(state)
+  found = scaling_state.find_scaling_state(state)
   return 1.0 if found is None else found.scale
 
 
 def masters_of(state):
-  (found,) = loss_scaling.find_states(state, MasterWeightsState) or [
+  (found,) = states.find_states(state, MasterWeightsState) or [
     f
-    for s in loss_scaling.find_states(state, loss_scaling.LossScalingState)
-    for f in loss_scaling.find_states(s.inner_state, MasterWeightsState)
+    for s in states.find_states(state, states.LossScalingState)
+    for f in states.find_states(s.inner_state, MasterWeightsState)
   ]
   return found.masters
 

@@ -165,67 +165,37 @@ def test_the_accumulator_inside_is_float32_for_float16_gradients():
   assert {x.dtype for x in jax.tree.leaves(state.inner_state.acc_grads)} == {np.dtype("float32")}
 
 
-def test_multisteps_outside_accumulates_scaled_gradients_of_one_scale():
-  tx = optax.MultiSteps(
-    mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=8, growth_interval=2), 2
-  )
-  state = tx.init(PARAMS)
-  params = PARAMS
-  trail = []
-  for _ in range(4):
-    updates, state = tx.update(scaled(TRUE, state), state, params)
-    params = optax.apply_updates(params, updates)
-    trail.append(float(mpjax.loss_scale(state)))
-  close(params, jax.tree.map(lambda p, g: p - 2 * g, PARAMS, TRUE))
-  assert trail == [8, 8, 8, 16]
-
-
-def test_multisteps_outside_keeps_a_nan_for_ever_but_never_applies_it():
-  """optax clears its accumulator by ``(1 - emit) * acc``, and 0 * nan is nan."""
+def test_multisteps_outside_would_keep_a_nan_for_ever():
+  """optax clears its accumulator by ``(1 - emit) * acc``, and 0 * nan is nan: hence the refusal."""
   tx = optax.MultiSteps(mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=8), 2)
   state = tx.init(PARAMS)
   params = PARAMS
   for event in ".n" + "." * 8:
-    grads = TRUE if event == "." else spoiled(TRUE)
-    updates, state = tx.update(scaled(grads, state), state, params)
+    updates, state = tx.update(TRUE if event == "." else spoiled(TRUE), state, params)
     params = optax.apply_updates(params, updates)
   assert np.isnan(np.asarray(state.acc_grads["w"][0]))
   assert bits(params) == bits(PARAMS)
-  assert not mpjax.step_is_finite(state)
   assert int(state.inner_opt_state.consecutive_skips) == 5
-
-
-def test_multisteps_outside_recovers_if_it_skips_what_is_not_finite_itself():
-  tx = optax.MultiSteps(
-    mpjax.static_loss_scaling(optax.sgd(1.0), 8), 2, should_skip_update_fn=optax.skip_not_finite
-  )
-  state = tx.init(PARAMS)
-  params = PARAMS
-  for event in ".n.":
-    grads = TRUE if event == "." else spoiled(TRUE)
-    updates, state = tx.update(scaled(grads, state), state, params)
-    params = optax.apply_updates(params, updates)
-  close(params, jax.tree.map(lambda p, g: p - g, PARAMS, TRUE))
-  assert (int(state.gradient_step), int(state.mini_step)) == (1, 0)
 
 
 # Where the state may lie --------------------------------------------------------------------------
 
-SCALER = {
+NO_FAULTS = mpjax.testing.inject_faults(mpjax.testing.FaultSchedule.at({}))
+LEGAL = {
   "alone": lambda tx: tx,
-  "chain": lambda tx: optax.chain(tx, optax.scale(1.0)),
-  "MultiSteps": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
-  "inject_hyperparams": lambda tx: optax.inject_hyperparams(
-    lambda factor: optax.chain(tx, optax.scale(factor))
-  )(factor=1.0),
-  "multi_transform": lambda tx: optax.partition({"all": tx}, lambda p: dict.fromkeys(p, "all")),
-  "masked": lambda tx: optax.masked(tx, lambda p: dict.fromkeys(p, True)),
-  "ema": lambda tx: optax.chain(tx, optax.ema(0.5, debias=True)),
+  "chain of one": optax.chain,
+  "inject_faults": lambda tx: optax.chain(NO_FAULTS, tx),
+  "inject_faults, named": lambda tx: optax.named_chain(("faults", NO_FAULTS), ("scaler", tx)),
+  "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda unused: tx)(unused=1.0),
+  "master_weights": mpjax.master_weights,
+  "all of them": lambda tx: optax.chain(
+    NO_FAULTS, mpjax.master_weights(optax.inject_hyperparams(lambda unused: tx)(unused=1.0))
+  ),
 }
 
 
-@pytest.mark.parametrize("wrap", SCALER.values(), ids=SCALER.keys())
-def test_the_scaler_is_found_and_works_inside_of_what_wraps_it(wrap):
+@pytest.mark.parametrize("wrap", LEGAL.values(), ids=LEGAL.keys())
+def test_what_hands_gradients_on_may_stand_around_the_scaler(wrap):
   tx = wrap(mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=8))
   state = tx.init(PARAMS)
   assert float(mpjax.loss_scale(state)) == 8
@@ -234,8 +204,56 @@ def test_the_scaler_is_found_and_works_inside_of_what_wraps_it(wrap):
   assert mpjax.step_is_finite(state)
   _, state = tx.update(spoiled(TRUE), state, PARAMS)
   assert not mpjax.step_is_finite(state)
-  assert mpjax.loss_scale(state).dtype == jnp.float32
   assert float(jax.jit(mpjax.loss_scale)(state)) == 4
+
+
+REFUSED = {
+  "clip outside": (lambda tx: optax.chain(optax.clip(1.0), tx), r"at '1'.*optax.chain\(...\)"),
+  "decay outside": (lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1)), "at '0'"),
+  "ema outside": (lambda tx: optax.chain(tx, optax.ema(0.5)), "at '0'"),
+  "named chain": (lambda tx: optax.named_chain(("c", optax.clip(1.0)), ("s", tx)), "at 's'"),
+  "partition": (
+    lambda tx: optax.partition({"w": tx, "b": optax.sgd(0.1)}, labels),
+    r"one branch of optax.partition.*dynamic_loss_scaling\(optax.partition",
+  ),
+  "masked": (lambda tx: optax.masked(tx, not_frozen), r"dynamic_loss_scaling\(optax.masked"),
+  "MultiSteps": (
+    lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "inside optax.MultiSteps.*accumulate=k",
+  ),
+  "apply_if_finite": (lambda tx: optax.apply_if_finite(tx, 3), "state ApplyIfFiniteState"),
+  "chain in inject_hyperparams": (
+    lambda tx: optax.inject_hyperparams(lambda f: optax.chain(tx, optax.scale(f)))(f=1.0),
+    "at 'inner_state/0'",
+  ),
+  "chain in master_weights": (
+    lambda tx: mpjax.master_weights(optax.chain(optax.clip(1.0), tx)),
+    "at 'inner_state/1'",
+  ),
+}
+
+
+@pytest.mark.parametrize(("wrap", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_the_scaler_in_any_other_place_is_refused_with_what_to_write(wrap, message):
+  tx = wrap(mpjax.dynamic_loss_scaling(optax.sgd(1.0)))
+  message = f"must be the outermost transformation. Got it.*{message}"
+  for refuse in (mpjax.loss_scale, mpjax.step_is_finite):
+    with pytest.raises(ValueError, match=message):
+      refuse(tx.init(PARAMS))
+  with pytest.raises(ValueError, match=message):
+    mpjax.TrainState.create(PARAMS, tx)
+  model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+  if "labels" in wrap.__code__.co_names or "not_frozen" in wrap.__code__.co_names:
+    return  # they are by the names of PARAMS
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  with pytest.raises(ValueError, match=message):
+    mpjax.nnx.make_train_step(lambda m, x: jnp.mean(m(x)))(model, optimizer, jnp.ones((3, 2)))
+
+
+def test_a_whole_train_state_is_told_to_pass_its_optimizers():
+  state = mpjax.TrainState.create(PARAMS, mpjax.dynamic_loss_scaling(optax.sgd(1.0)))
+  with pytest.raises(ValueError, match=r"Got a TrainState that has one\. Pass"):
+    mpjax.loss_scale(state)
 
 
 def test_two_optimizers_share_one_scale():
@@ -257,8 +275,8 @@ def test_two_optimizers_have_each_their_own_scale():
   _, state = tx.update(spoiled(TRUE), state, PARAMS)
   with pytest.raises(ValueError, match="pass the part of the state"):
     mpjax.loss_scale(state)
-  assert float(mpjax.loss_scale(state.inner_states["w"])) == 4
-  assert float(mpjax.loss_scale(state.inner_states["b"])) == 8
+  own = {name: branch.inner_state for name, branch in state.inner_states.items()}
+  assert {name: float(mpjax.loss_scale(s)) for name, s in own.items()} == {"w": 4, "b": 8}
 
 
 # The loops of Flax --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-from mpjax._scaling import loss_scaling
+from mpjax._scaling import scaling_state, states
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.rounding import StochasticRoundingState, round_by_bits
 from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
@@ -346,7 +346,7 @@ PLACES = {
 
 
 def scale_of(state):
-  found = loss_scaling.find_scaling_state(state)
+  found = scaling_state.find_scaling_state(state)
   return 1.0 if found is None else found.scale
 
 
@@ -392,7 +392,7 @@ def test_a_skip_moves_neither_parameter_nor_moment_nor_the_next_steps_bits(place
 
   def unscaled(state):
     """Everything but the scaler's own figures."""
-    is_scaler = lambda x: isinstance(x, loss_scaling.LossScalingState)
+    is_scaler = lambda x: isinstance(x, states.LossScalingState)
     return jax.tree.map(lambda x: x.inner_state if is_scaler(x) else x, state, is_leaf=is_scaler)
 
   before = bits((params, unscaled(state)))
@@ -510,9 +510,9 @@ def test_any_optimizer_trains_as_it_does_with_float32_states(name):
   for wrapped, dtype in ((mpjax.bfloat16_states(inner), "float32"), (six_bytes(inner), "bfloat16")):
     params, state = trained(wrapped, dtype)
     assert float(loss(params)) < 1.03 * float(loss(plain)) + 0.01 < float(loss(WIDE))
-    (found,) = loss_scaling.find_states(state, BFloat16StatesState) or [
-      loss_scaling.find_states(s.inner_state, BFloat16StatesState)[0]
-      for s in loss_scaling.find_states(state, StochasticRoundingState)
+    (found,) = states.find_states(state, BFloat16StatesState) or [
+      states.find_states(s.inner_state, BFloat16StatesState)[0]
+      for s in states.find_states(state, StochasticRoundingState)
     ]
     for got, leaf in zip(*map(jax.tree.leaves, (found.inner_state, reference)), strict=True):
       # Of w the second moment of adafactor is factored.

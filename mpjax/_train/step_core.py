@@ -1,0 +1,264 @@
+"""What a train step does between its arguments and its results, for Linen and NNX alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax._core.arguments import positive_integer
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32, is_castable
+from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._scaling.device_gradients import read_reduce_dtype, widen
+from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
+from mpjax._scaling.optimizers import update_with
+from mpjax._scaling.rounding import seen_parameters
+from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
+from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._scaling.states import LossScalingState, find_states
+from mpjax._train.left_alone import left_alone
+from mpjax._train.low_precision_warning import warn_of_low_precision, warn_of_unscaled_float16
+from mpjax._train.step_parts import (
+  PolicyLike,
+  StepMetrics,
+  check_param_dtype,
+  require_scaling,
+  step_metrics,
+)
+
+
+class StepSettings(NamedTuple):
+  """The arguments that both makers of train steps take, read.
+
+  Attributes:
+    policies: The policy of the loss, or ``None``.
+    accumulate: The number of micro-batches of a step.
+    limit: The number of skips in a row that raises, or ``None``.
+    wide_sums: Whether gradients are summed over devices in float32.
+  """
+
+  policies: PolicyMap | None
+  accumulate: int
+  limit: int | None
+  wide_sums: bool
+
+
+def read_settings(
+  policy: PolicyLike | None, accumulate: int, max_consecutive_skips: int | None, reduce_dtype: Any
+) -> StepSettings:
+  """Reads the arguments of a maker of train steps.
+
+  Raises:
+    ValueError: If one cannot be read; the message names it.
+    TypeError: If a number is none.
+  """
+  limit = max_consecutive_skips
+  return StepSettings(
+    policies=None if policy is None else as_policy_map(policy),
+    accumulate=positive_integer("accumulate", accumulate),
+    limit=None if limit is None else positive_integer("max_consecutive_skips", limit),
+    wide_sums=read_reduce_dtype(reduce_dtype),
+  )
+
+
+@dataclass(frozen=True)
+class StepCore:
+  """A step that is being traced: what it found in its arguments, and what follows from that.
+
+  Attributes:
+    settings: What the step was made with.
+    tx: The optimizer.
+    scaling: The state of the loss scaler before the step, or ``None``.
+    frozen: Which leaves of the parameters the optimizer leaves alone; empty for none.
+    spread: Whether arguments are on several devices.
+  """
+
+  settings: StepSettings
+  tx: optax.GradientTransformation
+  scaling: LossScalingState | None
+  frozen: tuple[bool, ...]
+  spread: bool
+
+  @classmethod
+  def begin(
+    cls,
+    settings: StepSettings,
+    tx: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    spread: bool,
+  ) -> "StepCore":
+    """Checks the arguments of a step.
+
+    Raises:
+      ValueError: If the scaler is not outermost, a limit has no scaler, or a trained parameter
+        has another dtype than the policy's.
+    """
+    scaling = find_scaling_state(opt_state)
+    require_scaling(scaling, settings.limit)
+    core = cls(settings, tx, scaling, (), spread)
+    core = cls(settings, tx, scaling, core._find_frozen(params, opt_state), spread)
+    trained = core.trained(params)
+    check_param_dtype(trained, settings.policies)
+    warn_of_low_precision(trained, opt_state)
+    if scaling is None:
+      warn_of_unscaled_float16(settings.policies)
+    return core
+
+  def trained(self, params: Any) -> Any:
+    """A tree with ``None`` in place of the parameters that the optimizer leaves alone."""
+    return self.choose_frozen(jax.tree.map(lambda _: None, params), params)
+
+  def choose_frozen(self, frozen: Any, trained: Any) -> Any:
+    """The leaves of one tree where parameters are frozen, and of the other where they are not."""
+    if not any(self.frozen):
+      return trained
+    leaves, structure = jax.tree.flatten(trained)
+    others = jax.tree.leaves(frozen, is_leaf=lambda x: x is None)
+    flags = zip(self.frozen, others, leaves, strict=True)
+    return structure.unflatten([a if flag else b for flag, a, b in flags])
+
+  def differentiate(
+    self, loss_fn: Callable[..., tuple[Any, Any]], *args: Any
+  ) -> tuple[tuple[jax.Array, Any], Any]:
+    """Differentiates a loss with respect to its first argument.
+
+    Args:
+      loss_fn: Returns a pair: the loss and whatever else the step needs.
+      *args: Its arguments.
+
+    Returns:
+      ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
+      float32 where they were 16-bit. Spread over devices, weight gradients leave their matmuls,
+      and so are summed, in float32.
+    """
+    wide = self.settings.wide_sums and self.spread
+
+    def grads_of(scale: Any, *args: Any) -> tuple[Any, Any]:
+      if scale is not None:
+        out, grads = value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scale)
+        return out, (cast_floating(grads, FLOAT32) if wide else grads)
+      out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
+      return out, cast_floating(grads, FLOAT32)
+
+    def float32_loss_fn(*args: Any) -> tuple[jax.Array, Any]:
+      loss, rest = loss_fn(*args)
+      return float32_loss(loss), rest
+
+    scale = None if self.scaling is None else self.scaling.scale
+    return (widen(grads_of) if wide else grads_of)(scale, *args)
+
+  def update(
+    self,
+    update: Callable[..., Any],
+    args: tuple[Any, ...],
+    loss: jax.Array,
+    grads: Any,
+    state: tuple[Any, Any],
+    loss_at: Callable[[Any], Any],
+  ) -> Any:
+    """Calls the optimizer with its arguments and with what it may take beside them.
+
+    Args:
+      update: The optimizer's update, or what calls it.
+      args: Its positional arguments.
+      loss: f32[], the loss.
+      grads: The gradients, scaled if there is a scaler.
+      state: What the step writes beside parameters and optimizer, and what that was before.
+      loss_at: The loss of this step's batch, as a function of the parameters.
+
+    Returns:
+      What ``update`` returns.
+    """
+    return self._update(update, args, loss, grads, stays_finite(*state), loss_at, self.frozen)
+
+  def report(
+    self, loss: jax.Array, grads: Any, opt_state: Any, aux: Any
+  ) -> tuple[StepMetrics, jax.Array | None]:
+    """The metrics of a step that has come to ``opt_state``, and which gradients were not finite."""
+    after = find_scaling_state(opt_state)
+    metrics = step_metrics(loss, self.trained(grads), self.scaling, after, aux)
+    return metrics, None if self.settings.limit is None else nonfinite_leaves(grads)
+
+  def _update(
+    self,
+    update: Callable[..., Any],
+    args: tuple[Any, ...],
+    loss: jax.Array,
+    grads: Any,
+    also_finite: jax.Array | None,
+    loss_at: Callable[[Any], Any],
+    untested: tuple[bool, ...],
+  ) -> Any:
+    if not isinstance(self.tx, optax.GradientTransformationExtraArgs):
+      return update(*args)
+    functions = _LossFunctions(loss_at, None if self.scaling is None else self.scaling.scale)
+    extra = {
+      "value": loss,
+      "grad": grads,
+      "value_fn": functions.value,
+      "grad_fn": functions.grad,
+      "obj_fn": functions.value,
+    }
+    if self.scaling is None:
+      return update_with(extra, update, *args)
+    return update_with(extra, update, *args, also_finite=also_finite, untested=untested)
+
+  def _find_frozen(self, params: Any, opt_state: Any) -> tuple[bool, ...]:
+    """Looks where parameters may be frozen: under a mask, or held in 16 bits."""
+    leaves = jax.tree.leaves(params)
+    narrow = any(is_castable(leaf) and leaf.dtype != FLOAT32 for leaf in leaves)
+    if not narrow and not find_states(opt_state, (optax.MaskedState, optax.PartitionState)):
+      return ()
+    wide, seen = cast_floating(params, FLOAT32), seen_parameters(opt_state, params)
+    nothing_tested = (True,) * len(leaves)
+
+    def update(grads: Any) -> tuple[Any, Any]:
+      args = (grads, opt_state, seen)
+      loss = jnp.zeros((), FLOAT32)
+      return self._update(self.tx.update, args, loss, grads, None, _no_loss, nothing_tested)
+
+    return left_alone(update, wide)
+
+
+def _no_loss(params: Any) -> jax.Array:
+  """A loss to look at an optimizer with: which it is does not matter to what is frozen."""
+  return sum((jnp.sum(jnp.real(p)) for p in jax.tree.leaves(params)), start=jnp.zeros(()))
+
+
+class _LossFunctions(NamedTuple):
+  """The loss of a batch as optimizers call it; its gradients survive in float16."""
+
+  loss_at: Callable[[Any], Any]
+  scale: jax.Array | None
+
+  def value(self, params: Any) -> jax.Array:
+    """The loss; differentiated, in either mode, it is differentiated scaled."""
+    if self.scale is None:
+      return float32_loss(self.loss_at(params))
+
+    @jax.custom_jvp
+    def value(params: Any) -> jax.Array:
+      return float32_loss(self.loss_at(params))
+
+    @value.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+      loss, grads = self._value_and_grad(*primals)
+      pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(tangents[0]), strict=True)
+      return loss, sum(
+        (jnp.real(jnp.sum(g * t.astype(g.dtype))) for g, t in pairs), start=jnp.zeros_like(loss)
+      )
+
+    return value(params)
+
+  def grad(self, params: Any, *_: Any) -> Any:
+    """The gradients of the loss, unscaled, in float32."""
+    return self._value_and_grad(params)[1]
+
+  def _value_and_grad(self, params: Any) -> tuple[jax.Array, Any]:
+    scale = jnp.ones((), FLOAT32) if self.scale is None else self.scale
+    loss, grads = value_and_grad(self.loss_at)(params, loss_scale=scale)
+    return loss, jax.tree.map(lambda g: g / scale.astype(g.dtype), cast_floating(grads, FLOAT32))

@@ -1,0 +1,220 @@
+"""What both train steps owe: skips that heal, frozen parameters, settings of restored states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mpjax
+from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
+
+X = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
+
+
+def loss_fn(params, x):
+  return jnp.mean((x @ params["w"] - 1.0) ** 2)
+
+
+def pointers(tree):
+  return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
+
+
+# A skip heals -------------------------------------------------------------------------------------
+
+
+def test_the_keys_of_a_run_with_skips_are_all_different_and_resume_where_they_were():
+  tx = mpjax.static_loss_scaling(optax.sgd(0.1), 1)
+
+  def loss(params, x, *, rng):
+    bad = jnp.where(x[0, 0] > 5, jnp.nan, 1.0)
+    return loss_fn(params, x) * bad, jax.random.key_data(rng)
+
+  step = make_train_step(loss, tx, has_aux=True, donate=False)
+  state, keys = TrainState.create({"w": jnp.ones((4, 1))}, tx, rng=jax.random.key(3)), []
+  for i in range(8):
+    state, metrics = step(state, X + 10 * (i in (2, 3, 6)))
+    keys.append(metrics.aux.tolist())
+  folded = [jax.random.fold_in(jax.random.key(3), i) for i in range(8)]
+  assert keys == [jax.random.key_data(key).tolist() for key in folded]
+  assert (int(state.step), int(metrics.total_skips)) == (5, 3)
+
+
+def test_a_typed_key_in_the_model_state_moves_on_when_a_step_is_skipped():
+  def loss(params, model_state, x):
+    key, _ = jax.random.split(model_state["key"])
+    return loss_fn(params, x), {"key": key, "mean": model_state["mean"] + 1}
+
+  tx = mpjax.static_loss_scaling(optax.sgd(0.1), 1)
+  start = {"key": jax.random.key(0), "mean": jnp.zeros(())}
+  state = TrainState.create({"w": jnp.ones((4, 1))}, tx, model_state=start)
+  state, metrics = make_train_step(loss, tx)(state, X * jnp.nan)
+  assert not metrics.applied
+  assert float(state.model_state["mean"]) == 0
+  assert not bool(state.model_state["key"] == start["key"])
+
+
+def test_an_infinity_that_a_state_holds_on_purpose_is_no_reason_to_skip():
+  def loss(params, model_state, x):
+    return loss_fn(params, x), {**model_state, "seen": model_state["seen"] + jnp.min(x)}
+
+  tx = mpjax.static_loss_scaling(optax.sgd(0.1), 1)
+  start = {"lowest": jnp.array(jnp.inf), "seen": jnp.zeros(())}
+  state = TrainState.create({"w": jnp.ones((4, 1))}, tx, model_state=start)
+  step = make_train_step(loss, tx, max_consecutive_skips=3)
+  state, metrics = step(state, X)
+  assert metrics.applied
+  _, metrics = make_train_step(
+    lambda p, s, x: (loss_fn(p, x), {**s, "seen": s["seen"] * jnp.nan}), tx
+  )(state, X)
+  assert not metrics.applied
+
+
+def test_statistics_of_nnx_that_are_not_finite_are_a_skip():
+  model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, mpjax.static_loss_scaling(optax.sgd(0.1), 1), wrt=nnx.Param)
+
+  def loss(model, x):
+    out = jnp.mean(model(x) ** 2)
+    model.mean[...] = model.mean[...] * jnp.where(x[0, 0] > 5, jnp.nan, 1.0)
+    return out
+
+  step = mpjax.nnx.make_train_step(loss)
+  assert step(model, optimizer, X).applied
+  before = np.array(model.mean[...])
+  metrics = step(model, optimizer, X + 10)
+  assert not metrics.applied
+  assert np.isfinite(metrics.grad_norm)
+  np.testing.assert_array_equal(model.mean[...], before)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_jax_debug_nans_stops_no_skip_of_an_overflow(accumulate):
+  tx = mpjax.dynamic_loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+  step = make_train_step(lambda p, x: jnp.sum(p["w"][None] * x), tx, accumulate=accumulate)
+  state = TrainState.create({"w": jnp.ones(2)}, tx)
+  with jax.debug_nans(True):
+    _, metrics = step(state, jnp.array([[1e36, 1.0], [1e36, 1.0]]))
+  assert not metrics.applied
+  assert np.isposinf(metrics.grad_norm)
+
+
+# float16 without a scaler -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "policy", ["mixed_float16", mpjax.PolicyMap({"head": "mixed_float16"}, default="float32")]
+)
+def test_float16_without_a_scaler_warns_and_names_it(policy):
+  tx = optax.sgd(0.1)
+
+  def loss(params, x):
+    with jax.named_scope("head"):
+      return loss_fn(params, x)
+
+  state = TrainState.create({"w": jnp.ones((4, 1))}, tx)
+  with pytest.warns(LowPrecisionWarning, match="mpjax.dynamic_loss_scaling"):
+    make_train_step(loss, tx, policy=policy)(state, X)
+  model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  if isinstance(policy, str):
+    with pytest.warns(LowPrecisionWarning, match="without a loss scaler"):
+      mpjax.nnx.make_train_step(lambda m, x: jnp.mean(m(x)), policy=policy)(model, optimizer, X)
+
+
+def test_a_missing_scale_is_told_which_scaler_serves_several_policies():
+  with pytest.raises(TypeError, match=r"mpjax.static_loss_scaling\(tx, 1\)"):
+    mpjax.value_and_grad(loss_fn)({"w": jnp.ones((4, 1))}, X)
+  with pytest.raises(ValueError, match=r"mpjax.static_loss_scaling\(tx, 1\)"):
+    mpjax.loss_scale(optax.sgd(0.1).init({}))
+
+
+# Frozen parameters --------------------------------------------------------------------------------
+
+
+def labels(params):
+  return {name: "train" if name.startswith("lora") else "frozen" for name in params}
+
+
+def lora_loss(params, x):
+  hidden = x.astype(jnp.float32) @ params["base"].astype(jnp.float32)
+  return jnp.mean((hidden + x @ params["lora_a"] @ params["lora_b"] - 1.0) ** 2)
+
+
+def lora_params():
+  base = jnp.ones((4, 3), jnp.bfloat16)
+  return {"base": base, "lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
+def test_a_frozen_bfloat16_base_keeps_dtype_and_buffer_and_gets_no_gradient(policy, scaled):
+  tx = optax.partition({"train": optax.adam(0.1), "frozen": optax.set_to_zero()}, labels)
+  tx = mpjax.dynamic_loss_scaling(tx) if scaled else tx
+  state = TrainState.create(lora_params(), tx)
+  base = pointers(state.params["base"])
+  state, metrics = make_train_step(lora_loss, tx, policy=policy)(state, X)
+  assert metrics.applied
+  assert state.params["base"].dtype == jnp.bfloat16
+  assert pointers(state.params["base"]) == base
+  np.testing.assert_array_equal(state.params["base"].astype(jnp.float32), 1.0)
+  trained = {name: lora_params()[name] for name in ("lora_a", "lora_b")}
+  grads = jax.grad(lambda p: lora_loss({**lora_params(), **p}, X))(trained)
+  np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=0.02)
+
+
+def test_a_frozen_gradient_that_a_clip_reads_is_part_of_what_it_clips():
+  branches = {"train": optax.sgd(1.0), "frozen": optax.set_to_zero()}
+  tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.partition(branches, labels))
+  params = {name: p.astype(jnp.float32) for name, p in lora_params().items()}
+  state, _ = make_train_step(lora_loss, tx)(TrainState.create(params, tx), X)
+  updates, _ = tx.update(jax.grad(lora_loss)(params, X), tx.init(params), params)
+  expected = optax.apply_updates(params, updates)
+  for name, value in expected.items():
+    np.testing.assert_allclose(state.params[name], value, rtol=1e-6)
+
+
+def test_a_frozen_lora_base_of_nnx_is_left_where_it_is():
+  base = nnx.Linear(4, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+  model = nnx.LoRA(4, 2, 3, base_module=base, rngs=nnx.Rngs(1))
+  tx = mpjax.dynamic_loss_scaling(optax.adam(0.1))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+  before = pointers(base.kernel[...])
+  step = mpjax.nnx.make_train_step(lambda m, x: jnp.mean((m(x) - 1) ** 2), policy="mixed_bfloat16")
+  assert step(model, optimizer, X).applied
+  assert model.base_module.kernel.dtype == jnp.bfloat16
+  assert pointers(base.kernel[...]) == before
+
+
+def test_a_wrt_that_matches_nothing_is_refused():
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.LoRAParam)
+  with pytest.raises(ValueError, match="Got wrt=LoRAParam, and a model of Param"):
+    mpjax.nnx.make_train_step(lambda m, x: jnp.mean(m(x)))(model, optimizer, X)
+
+
+# Restored states ----------------------------------------------------------------------------------
+
+
+def test_a_restored_state_follows_the_settings_of_the_scaler_that_it_is_passed_to():
+  params, good, bad = {"w": jnp.ones(2)}, {"w": jnp.ones(2)}, {"w": jnp.array([1.0, jnp.inf])}
+  old = mpjax.dynamic_loss_scaling(optax.sgd(0.1), init_scale=2**20).init(params)
+  lower = mpjax.dynamic_loss_scaling(optax.sgd(0.1), max_scale=2**16)
+  assert float(mpjax.loss_scale(lower.update(good, old, params)[1])) == 2.0**16
+  higher = mpjax.dynamic_loss_scaling(
+    optax.sgd(0.1), init_scale=2**22, min_scale=2**22, max_scale=2**24
+  )
+  assert float(mpjax.loss_scale(higher.update(good, old, params)[1])) == 2.0**22
+  static = mpjax.static_loss_scaling(optax.sgd(0.1), 2**10)
+  updates, new = static.update(good, old, params)
+  np.testing.assert_array_equal(updates["w"], -0.1 * 2.0**-20 * jnp.ones(2))
+  assert float(mpjax.loss_scale(new)) == 2.0**10
+  patient = mpjax.dynamic_loss_scaling(optax.sgd(0.1), hysteresis=3)
+  scales = []
+  for _ in range(3):
+    _, old = patient.update(bad, old, params)
+    scales.append(float(mpjax.loss_scale(old)))
+  assert scales == [2.0**20, 2.0**20, 2.0**19]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
-from mpjax._scaling import scaling_state, states
+from mpjax._scaling import optimizers, scaling_state, states
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.rounding import StochasticRoundingState, round_by_bits
 from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
@@ -166,7 +166,7 @@ def test_a_zero_update_leaves_every_bit_and_nothing_finite_becomes_nan():
 
 def descend(tx, params, steps, grads=None):
   """The parameters and state after some updates, in one scan."""
-  update = loss_scaling.as_transformation(tx).update
+  update = optimizers.as_transformation(tx).update
   grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
 
   def body(carry, _):

@@ -136,6 +136,7 @@ def make_train_step(
 
   Example:
     >>> import mpjax
+    >>> import optax
     >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
     >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

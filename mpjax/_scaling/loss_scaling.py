@@ -97,6 +97,7 @@ def dynamic_loss_scaling(
     TypeError: If an argument is no number, or ``inner`` no optax transformation.
 
   Example:
+    >>> from mpjax import loss_scale, step_is_finite
     >>> tx = dynamic_loss_scaling(optax.sgd(1.0), init_scale=8)
     >>> params = {"w": jnp.ones(2)}
     >>> state = tx.init(params)
@@ -144,6 +145,7 @@ def static_loss_scaling(
     TypeError: If ``scale`` is no number, or ``inner`` no optax transformation.
 
   Example:
+    >>> from mpjax import loss_scale
     >>> state = static_loss_scaling(optax.sgd(1.0), 1).init({"w": jnp.ones(2)})
     >>> loss_scale(state)
     Array(1., dtype=float32)

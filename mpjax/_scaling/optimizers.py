@@ -1,10 +1,13 @@
 """Optimizers of optax, as the scaler and the train steps call them."""
 
-import re
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import optax
+
+OFFERED = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
+"""The extra arguments that the train steps pass to every optimizer, for those that use them."""
 
 
 def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
@@ -17,40 +20,47 @@ def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
     # Its own conversion to a transformation drops extra arguments.
     update: Any = inner.update
     return optax.GradientTransformationExtraArgs(inner.init, update)
-  if isinstance(inner, optax.GradientTransformation):
-    return optax.with_extra_args_support(inner)
-  raise TypeError(
-    "The optimizer must be an optax.GradientTransformation. Got "
-    f"{inner!r} of type {type(inner).__name__}. Pass for example optax.adam(1e-3)."
-  )
+  if not isinstance(inner, optax.GradientTransformation):
+    raise TypeError(
+      "The optimizer must be an optax.GradientTransformation. Got "
+      f"{inner!r} of type {type(inner).__name__}. Pass for example optax.adam(1e-3)."
+    )
+  inner = optax.with_extra_args_support(inner)
+  if all(_takes(inner, name) for name in OFFERED):
+    return inner
+
+  def update_with_what_it_takes(
+    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+  ) -> tuple[optax.Updates, Any]:
+    return inner.update(updates, state, params, **those_taken(inner, extra_args))
+
+  return optax.GradientTransformationExtraArgs(inner.init, update_with_what_it_takes)
 
 
-def update_with(
-  extra: Mapping[str, Any], update: Callable[..., Any], *args: Any, **required: Any
-) -> Any:
-  """Calls an optimizer's update with those extra arguments that it takes.
+def those_taken(tx: optax.GradientTransformation, extra: Mapping[str, Any]) -> dict[str, Any]:
+  """The extra arguments without those that train steps offer and this transformation cannot take.
 
-  Most transformations take whatever comes, and use what they need; `optax.contrib.sam` and chains
-  that hold it refuse what they do not know. What a chain holds is not to be seen from outside,
-  hence a call to find out: a refused argument is left out, and the next call has the others.
+  optax asks every transformation of extra arguments to take any, and use what it knows; one like
+  ``optax.contrib.sam`` has a signature that names all it takes. What a caller adds of his own is
+  passed on, so that a misspelled name is refused as it is without mpjax.
 
   Args:
-    extra: Arguments by name, all of which may be left out.
-    update: The function.
-    *args: Its positional arguments.
-    **required: Arguments by name that it must take.
+    tx: The transformation.
+    extra: Arguments by name.
 
-  Returns:
-    What it returns.
+  Example:
+    >>> offered = {"value": 1.0, "grad_fn": abs}
+    >>> list(those_taken(optax.polyak_sgd(), offered))
+    ['value', 'grad_fn']
+    >>> sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1))
+    >>> list(those_taken(sam, offered))
+    ['grad_fn']
   """
-  taken = dict(extra)
-  while True:
-    try:
-      return update(*args, **required, **taken)
-    except TypeError as error:
-      refused = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
-      if refused is None or taken.pop(refused[1], _MISSING) is _MISSING:
-        raise
+  return {name: x for name, x in extra.items() if name not in OFFERED or _takes(tx, name)}
 
 
-_MISSING = object()
+def _takes(tx: optax.GradientTransformation, name: str) -> bool:
+  if not isinstance(tx, optax.GradientTransformationExtraArgs):
+    return False
+  parameters = inspect.signature(tx.update).parameters
+  return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

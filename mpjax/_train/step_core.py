@@ -14,7 +14,7 @@ from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._scaling.device_gradients import read_reduce_dtype, widen
 from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
-from mpjax._scaling.optimizers import update_with
+from mpjax._scaling.optimizers import those_taken
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
 from mpjax._scaling.scaling_state import find_scaling_state
@@ -196,16 +196,17 @@ class StepCore:
     if not isinstance(self.tx, optax.GradientTransformationExtraArgs):
       return update(*args)
     functions = _LossFunctions(loss_at, None if self.scaling is None else self.scaling.scale)
-    extra = {
+    offered = {
       "value": loss,
       "grad": grads,
       "value_fn": functions.value,
       "grad_fn": functions.grad,
       "obj_fn": functions.value,
     }
+    extra = those_taken(self.tx, offered)
     if self.scaling is None:
-      return update_with(extra, update, *args)
-    return update_with(extra, update, *args, also_finite=also_finite, untested=untested)
+      return update(*args, **extra)
+    return update(*args, also_finite=also_finite, untested=untested, **extra)
 
   def _find_frozen(self, params: Any, opt_state: Any) -> tuple[bool, ...]:
     """Looks where parameters may be frozen: under a mask, or held in 16 bits."""
@@ -235,8 +236,13 @@ class _LossFunctions(NamedTuple):
   loss_at: Callable[[Any], Any]
   scale: jax.Array | None
 
-  def value(self, params: Any) -> jax.Array:
-    """The loss; differentiated, in either mode, it is differentiated scaled."""
+  def value(self, params: Any, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+    """The loss; differentiated, in either mode, it is differentiated scaled.
+
+    The line searches of optax hand ``value_fn`` the extra arguments that are not theirs, and
+    refuse those that its signature does not name.
+    """
+    del grad_fn, obj_fn
     if self.scale is None:
       return float32_loss(self.loss_at(params))
 

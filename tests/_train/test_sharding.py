@@ -191,7 +191,7 @@ def convolve(kernel, x):
 
 
 def test_the_kernel_gradients_of_convolutions_are_summed_in_the_dtype_asked_for():
-  mesh, tx = make_mesh(), optax.sgd(0.1)
+  mesh, tx = make_mesh(), mpjax.static_loss_scaling(optax.sgd(0.1), 1)
   kernel = jax.device_put(jnp.ones((3, 4, 8)), NamedSharding(mesh, P()))
   x = jax.device_put(jnp.ones((16, 6, 4)), NamedSharding(mesh, P("data")))
   loss = lambda kernel, x: jnp.mean(convolve(kernel, x) ** 2)

@@ -196,6 +196,38 @@ def test_a_wrt_that_matches_nothing_is_refused():
     mpjax.nnx.make_train_step(lambda m, x: jnp.mean(m(x)))(model, optimizer, X)
 
 
+# Optimizers that take more than gradients ---------------------------------------------------------
+
+
+def sam():
+  adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+  return optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2, opaque_mode=True)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("make", [sam, optax.lbfgs, optax.polyak_sgd], ids=lambda f: f.__name__)
+def test_optimizers_get_the_extra_arguments_that_they_take(make, scaled):
+  tx = mpjax.dynamic_loss_scaling(make()) if scaled else make()
+  step = make_train_step(loss_fn, tx)
+  state = TrainState.create({"w": jnp.ones((4, 1))}, tx)
+  model = nnx.Linear(4, 1, use_bias=False, rngs=nnx.Rngs(0))
+  model.kernel[...] = jnp.ones((4, 1))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  nnx_step = mpjax.nnx.make_train_step(lambda m, x: jnp.mean((m(x) - 1.0) ** 2))
+  for _ in range(5):
+    state, metrics = step(state, X)
+    nnx_metrics = nnx_step(model, optimizer, X)
+  assert metrics.applied
+  assert float(metrics.loss) < float(loss_fn({"w": jnp.ones((4, 1))}, X))
+  np.testing.assert_allclose(nnx_metrics.loss, metrics.loss, rtol=1e-5)
+
+
+def test_an_argument_of_the_caller_that_an_optimizer_does_not_take_is_not_hidden():
+  tx, params = mpjax.static_loss_scaling(sam(), 1), {"w": jnp.ones(2)}
+  with pytest.raises(TypeError, match="gradfn"):
+    tx.update(params, tx.init(params), params, gradfn=lambda p, i: p)
+
+
 # Restored states ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
-"""Tools for tests of training: faults at chosen steps, to test that a run survives them."""
+"""Tools for tests of training: a step is right at any loss scale, and survives faults."""
 
+from mpjax._flax.scale_invariance import assert_scale_invariant
 from mpjax._scaling.faults import (
   FAULTS,
   FaultSchedule,
@@ -9,4 +10,12 @@ from mpjax._scaling.faults import (
   inject_gradients,
 )
 
-__all__ = ["FAULTS", "FaultSchedule", "FaultState", "inject", "inject_faults", "inject_gradients"]
+__all__ = [
+  "FAULTS",
+  "FaultSchedule",
+  "FaultState",
+  "assert_scale_invariant",
+  "inject",
+  "inject_faults",
+  "inject_gradients",
+]

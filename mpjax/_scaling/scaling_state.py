@@ -140,6 +140,26 @@ _INSTEAD: dict[type, tuple[str, str]] = {
 }
 
 
+def misplaced_scaler(tree: Any) -> str | None:
+  """What is wrong with the place of a loss scaler anywhere in a tree, ``None`` if nothing is.
+
+  For states of which it is not known where an optimizer's begins: in a tuple the scaler may stand
+  beside parameters, but not beside states of optax.
+  """
+  if isinstance(tree, LossScalingState) or not find_states(tree, LossScalingState):
+    return None
+  parts = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
+  others = [x for x in parts if not find_states(x, (LossScalingState, FaultState))]
+  in_chain = type(tree) is tuple and others and all(map(_is_of_optax, others))
+  if in_chain or (_is_of_optax(tree) and not isinstance(tree, _MAY_BE_AROUND)):
+    return _place_message(tree, tree)
+  return next(filter(None, map(misplaced_scaler, parts)), None)
+
+
+def _is_of_optax(state: Any) -> bool:
+  return isinstance(state, tuple) and type(state).__module__.startswith("optax")
+
+
 def _check_place(opt_state: Any) -> None:
   """Refuses a loss scaler that is not the outermost transformation.
 

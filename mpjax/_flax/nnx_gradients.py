@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from mpjax._core.dtypes import FLOAT32
 from mpjax._flax.nnx_calls import is_node
-from mpjax._scaling.scaled_gradients import float32_loss, split_aux
+from mpjax._scaling.scaled_gradients import float32_loss, read_scale, split_aux
 
 
 def value_and_grad(
@@ -47,6 +45,7 @@ def value_and_grad(
 
   Example:
     >>> import mpjax, optax
+    >>> import jax.numpy as jnp
     >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
     >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -60,9 +59,9 @@ def value_and_grad(
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   def value_and_scaled_grad(
-    *args: Any, loss_scale: jax.typing.ArrayLike, **kwargs: Any
+    *args: Any, loss_scale: jax.typing.ArrayLike | None = None, **kwargs: Any
   ) -> tuple[Any, Any]:
-    scale = jnp.asarray(loss_scale, FLOAT32)
+    scale = read_scale(loss_scale)
     names = tuple(kwargs)
 
     def scaled_loss(*operands: Any) -> tuple[jax.Array, Any]:

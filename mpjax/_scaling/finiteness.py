@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from mpjax._core.arguments import shown
 from mpjax._core.dtypes import describe
 from mpjax._core.tree_paths import leaf_paths
 
@@ -104,17 +105,29 @@ def select(pred: jax.typing.ArrayLike, on_true: T, on_false: T) -> T:
     A tree of the same structure and dtypes.
 
   Raises:
+    TypeError: If ``pred`` is no bool scalar.
     ValueError: If the structures differ, or a dtype does; the message names the paths.
 
   Example:
     >>> select(jnp.array(False), {"w": jnp.float32(jnp.nan)}, {"w": jnp.float32(1)})
     {'w': Array(1., dtype=float32)}
   """
+  _check_predicate(pred)
   structure = jax.tree.structure(on_true)
   if structure != jax.tree.structure(on_false):
     raise ValueError(_structure_message(on_true, on_false))
   pairs = zip(leaf_paths(on_true), jax.tree.leaves(on_false), strict=True)
   return structure.unflatten([_choose(pred, path, a, b) for (path, a), b in pairs])
+
+
+def _check_predicate(pred: Any) -> None:
+  dtype = jnp.dtype(bool) if isinstance(pred, bool) else getattr(pred, "dtype", None)
+  if dtype != jnp.bool_ or jnp.shape(pred) != ():
+    raise TypeError(
+      "The predicate must be one boolean, for the whole tree. Got "
+      f"{describe(pred) if dtype is not None else shown(pred)}. Reduce it with jnp.all, or choose "
+      "element by element with jnp.where."
+    )
 
 
 def _choose(pred: jax.typing.ArrayLike, path: str, a: Any, b: Any) -> Any:

@@ -46,18 +46,33 @@ def value_and_grad(
   def value_and_scaled_grad(
     *args: Any, loss_scale: jax.typing.ArrayLike | None = None, **kwargs: Any
   ) -> tuple[Any, Any]:
-    if loss_scale is None:
-      raise TypeError(
-        "The gradients are those of a scaled loss, which needs the scale. Got no loss_scale. Pass "
-        "loss_scale=mpjax.loss_scale(opt_state); where one step is to serve policies that need no "
-        "scale too, wrap their optimizer: mpjax.static_loss_scaling(tx, 1)."
-      )
-    scale = jnp.asarray(loss_scale, FLOAT32)
+    scale = read_scale(loss_scale)
     grad = jax.grad(lambda *a: scaled_loss(scale, a, kwargs), argnums, has_aux=True)
     grads, (loss, aux) = grad(*args)
     return ((loss, aux) if has_aux else loss), grads
 
   return value_and_scaled_grad
+
+
+def read_scale(loss_scale: Any) -> jax.Array:
+  """Reads the keyword ``loss_scale`` of a function that returns scaled gradients: f32[].
+
+  Raises:
+    TypeError: If there is none, or it is not a real scalar.
+  """
+  if loss_scale is None:
+    raise TypeError(
+      "The gradients are those of a scaled loss, which needs the scale. Got no loss_scale. Pass "
+      "loss_scale=mpjax.loss_scale(opt_state); where one step is to serve policies that need no "
+      "scale too, wrap their optimizer: mpjax.static_loss_scaling(tx, 1)."
+    )
+  if getattr(loss_scale, "shape", None) != () and not isinstance(loss_scale, int | float):
+    raise TypeError(
+      "loss_scale must be a scalar. Got "
+      f"{describe(loss_scale) if hasattr(loss_scale, 'dtype') else type(loss_scale).__name__}. "
+      "Pass loss_scale=mpjax.loss_scale(opt_state)."
+    )
+  return jnp.asarray(loss_scale, FLOAT32)
 
 
 def split_aux(out: Any) -> tuple[Any, Any]:

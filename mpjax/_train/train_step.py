@@ -77,7 +77,7 @@ class TrainState:
       The state.
 
     Raises:
-      TypeError: If ``tx`` is not an optax transformation.
+      TypeError: If ``tx`` is not an optax transformation, or ``params`` is one.
       ValueError: If it holds a loss scaler that is not the outermost transformation.
 
     Example:
@@ -85,6 +85,11 @@ class TrainState:
       >>> state.step, state.params
       (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
     """
+    if isinstance(params, optax.GradientTransformation | optax.MultiSteps):
+      raise TypeError(
+        "A state is created from parameters and an optimizer, in this order. Got the optimizer "
+        "first. Write TrainState.create(params, tx)."
+      )
     opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
     find_scaling_state(opt_state)
     state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
@@ -121,7 +126,10 @@ class TrainStep:
 
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
+      TypeError: If ``state`` is no ``TrainState``.
+      ValueError: If its ``opt_state`` is that of another optimizer.
     """
+    _check_is_state(state, batch)
     leaves, structure = jax.tree.flatten(state)
     others = jax.tree.leaves(batch)
     if self._donate and (shared := shared_buffers(leaves, others)):
@@ -145,9 +153,44 @@ class TrainStep:
     Returns:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
+    _check_is_state(state, batch)
     where = placement(jax.tree.leaves(state), jax.tree.leaves(batch))
     traced = self._jitted.trace(state, batch, where)
     return traced.lower(lowering_platforms=lowering_platforms)
+
+
+def _check_is_state(state: Any, batch: Any) -> None:
+  """Refuses what is no ``TrainState``.
+
+  Raises:
+    TypeError: If so; the message says what to pass.
+  """
+  if isinstance(state, TrainState):
+    return
+  got, instead = (
+    f"{type(state).__module__}.{type(state).__name__}",
+    "Make one: mpjax.TrainState.create(params, tx)",
+  )
+  if isinstance(batch, TrainState):
+    got, instead = "the batch first", "Write step(state, batch)"
+  raise TypeError(f"A step takes an mpjax.TrainState and a batch. Got {got}. {instead}.")
+
+
+def _check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
+  """Refuses the state of another optimizer.
+
+  Raises:
+    ValueError: If the optimizer's own state would have other leaves.
+  """
+  own = jax.eval_shape(lambda params: tx.init(cast_floating(params, FLOAT32)), state.params)
+  wanted, got = ([path for path, _ in leaf_paths(tree)] for tree in (own, state.opt_state))
+  if wanted != got:
+    differing = sorted(set(wanted) ^ set(got)) or ["their order"]
+    raise ValueError(
+      "The state must be that of the step's optimizer. Got another, which differs in "
+      f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. Create it with this "
+      "optimizer: mpjax.TrainState.create(params, tx)."
+    )
 
 
 def make_train_step(
@@ -257,6 +300,7 @@ def make_train_step(
   def train_step(
     state: TrainState, batch: Any, where: Placement
   ) -> tuple[TrainState, StepMetrics, Any]:
+    _check_optimizer(tx, state)
     core = StepCore.begin(settings, tx, state.params, state.opt_state, where.spread)
     step_rng = _step_rng(state, core.scaling)
 

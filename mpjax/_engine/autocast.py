@@ -62,6 +62,8 @@ def autocast(
     ValueError: A policy spec cannot be parsed; ``loss_scale`` is no power of two; or, at the call,
       a rule of a `PolicyMap` matches no scope of ``fn`` (modules of Linen, or
       ``jax.named_scope``).
+    TypeError: At the call, ``fn`` returns a function or object that holds arrays of the call
+      outside of its pytree, which ``jax.jit`` could not return either.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax

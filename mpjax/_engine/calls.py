@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._engine import escapes
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.kinds import DATA, PARAM, Form
 from mpjax._engine.plan import Forms
@@ -77,15 +78,20 @@ class Call:
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
     self.out_leaves: list[Any] = []
+    self.hidden: list[tuple[str, Any]] = []
 
   def flat(self, *arrays: Any) -> list[Any]:
-    """The function from arrays to arrays; what else it takes and returns is kept here."""
+    """The function from arrays to arrays; what else it takes and returns is kept here.
+
+    Traced values in objects that it returns come last: see `escapes.check`.
+    """
     rest = iter(arrays)
     leaves = [next(rest) if is_traced(x) else x for x in self.leaves]
     args, kwargs = jax.tree.unflatten(self.tree, leaves)
     out, self.out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
     self.out_leaves = [None if is_traced(x) else x for x in out]
-    return [x for x in out if is_traced(x)]
+    self.hidden = escapes.hidden(self.out_leaves, self.out_tree)
+    return [*filter(is_traced, out), *(value for _, value in self.hidden)]
 
   def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
     """Put static results back between the arrays."""

@@ -16,7 +16,16 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
-from mpjax._engine import call_rules, custom_rules, islands, jaxprs, repeats, softmax, versions
+from mpjax._engine import (
+  call_rules,
+  custom_rules,
+  escapes,
+  islands,
+  jaxprs,
+  repeats,
+  softmax,
+  versions,
+)
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float32_products import but_on_gpus, unfolded
@@ -102,10 +111,12 @@ def decide(
 
   Raises:
     ValueError: A rule of the policy map matched no scope.
+    TypeError: A result holds arrays outside of its pytree.
   """
   call = Call(fn, args, kwargs, flags)
   planner = Planner(policies, root, absolute, located)
   jaxpr = jaxprs.trace(call.flat, call.operands)
+  escapes.check(call.hidden, jaxpr)
   of_call = Known(
     summed=tuple(range(len(versions.open_jaxpr(jaxpr).outvars))),
     parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),

@@ -224,4 +224,5 @@ def _result_names(subject: Subject, decided: Decided) -> list[str]:
   tree = jax.tree.unflatten(call.out_tree, leaves)
   result, updated = tree if subject.absolute else (tree, ())
   names = [f"result/{path}".rstrip("/") for path, _ in leaf_paths(result)]
-  return [*names, *(f"updated {path}" for path, _ in leaf_paths(updated))]
+  names += [f"updated {path}" for path, _ in leaf_paths(updated)]
+  return [*names, *(f"array in {holder}" for holder, _ in call.hidden)]

@@ -56,6 +56,15 @@ def _components(stack: str) -> Iterator[tuple[str, bool]]:
       start = end + 1
 
 
+NARROW_SUMS = "mpjax.narrow_sums"
+"""The scope in which the gradients of parameters have the dtype of their matmuls."""
+
+
+def has_narrow_sums(name_stack: Any) -> bool:
+  """Whether gradients are asked for in the dtype of their matmuls."""
+  return NARROW_SUMS in str(name_stack)
+
+
 def has_policy(name_stack: Any) -> bool:
   """Whether an equation stands in a region that has a policy of its own."""
   return POLICY_REGION in str(name_stack)
@@ -77,7 +86,9 @@ def _of_linen(name: str) -> tuple[str, str]:
   return (name, "") if "." in method else (owner, method)
 
 
-_NOT_MODULES = frozenset({"rematted_computation", "checkpoint", POLICY_REGION, AS_WRITTEN})
+_NOT_MODULES = frozenset(
+  {"rematted_computation", "checkpoint", POLICY_REGION, AS_WRITTEN, NARROW_SUMS}
+)
 
 
 def _unwrap(component: str) -> tuple[str, bool]:

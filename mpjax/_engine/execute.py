@@ -32,7 +32,12 @@ from mpjax._engine.float32_products import but_on_gpus, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.jaxprs import JaxprEqn
 from mpjax._engine.kinds import PARAM
-from mpjax._engine.matmul_derivatives import Contraction, with_derivative, with_wide_cotangent
+from mpjax._engine.matmul_derivatives import (
+  Contraction,
+  product_of,
+  with_derivative,
+  with_wide_cotangent,
+)
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Known, Planner
 from mpjax._engine.repeats import Repeat, Unit
@@ -191,7 +196,10 @@ class Interpreter:
 
   def run_step(self, step: Step, values: Environment) -> None:
     """Execute one step on the values that the steps before it wrote."""
-    read = [values.read(a, r) for a, r in zip(step.eqn.invars, step.reads, strict=True)]
+    reads = list(step.reads)
+    if step.parameter is not None:  # it rounds inside, and its cotangent does not
+      reads[step.parameter] = reads[step.parameter]._replace(to=None)
+    read = [values.read(a, r) for a, r in zip(step.eqn.invars, reads, strict=True)]
     outs = _RUN.get(step.rule, _bind)(self, step, read)
     held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
     values.write(step.eqn.outvars, held)
@@ -302,6 +310,15 @@ def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   return jaxprs.run_as_traced(step.eqn, operands)
 
 
+def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul in 16 bits; the gradient of a parameter leaves its own in float32."""
+  if step.parameter is None:
+    return _bind(interpreter, step, operands)
+  wide, other = operands[step.parameter], operands[1 - step.parameter]
+  product = product_of(step.eqn, step.params, step.parameter, other.dtype)
+  return [with_wide_cotangent(product)(wide, other)]
+
+
 def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   del interpreter
@@ -386,6 +403,7 @@ def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 
 
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.LOWER: _lower,
   Rule.WIDE: _wide,
   Rule.MULTIPLY: _multiply,
   Rule.TRACED: _traced,

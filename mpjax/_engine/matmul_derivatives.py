@@ -20,8 +20,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import jaxprs, versions
 from mpjax._engine.environment import to_dtype
-from mpjax._engine.float32_products import Matmul, fixed
+from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed
+from mpjax._engine.jaxprs import JaxprEqn, Literal
 
 Dims = tuple[int, ...]
 
@@ -119,8 +122,9 @@ class Contraction(NamedTuple):
       preferred_element_type=self.dtype,
     )
 
-  def transpose(self, cotangent: Any, other: Any, rank: int) -> Any:
-    """The float32 cotangent of the wide operand, which has ``rank`` dimensions."""
+  def transpose(self, cotangent: Any, other: Any, aval: Any) -> Any:
+    """The float32 cotangent of the wide operand."""
+    rank = len(aval.shape)
     batch, contracted = (
       [f"{kind}{n}" for n in range(len(dims[0]))] for kind, dims in self._kinds()
     )
@@ -177,14 +181,124 @@ def _turned(x: Any, labels: Sequence[str], order: Sequence[str]) -> Any:
   return jnp.transpose(x, [labels.index(label) for label in order])
 
 
-def with_wide_cotangent(contraction: Contraction) -> Matmul:
+class Convolution(NamedTuple):
+  """A convolution in a 16-bit format, of a wide operand, which is float32, and another.
+
+  Attributes:
+    primitive: The primitive.
+    params: Its parameters, sorted by name.
+    wide: Which operand is wide, 0 or 1.
+    dtype: The format.
+    mapped: For each `jax.vmap` around it, the outermost last, which operands it maps: a bit each.
+  """
+
+  primitive: Primitive
+  params: tuple[tuple[str, Any], ...]
+  wide: int
+  dtype: np.dtype
+  mapped: tuple[tuple[bool, bool], ...] = ()
+
+  def run(self, wide: Any, other: Any) -> Any:
+    """The convolution: the wide operand is rounded."""
+    return self._bind(to_dtype(wide, self.dtype), other)
+
+  def _bind(self, narrow: Any, other: Any) -> Any:
+    pair = (narrow, other) if self.wide == 0 else (other, narrow)
+    run: Matmul = functools.partial(self.primitive.bind, **dict(self.params))
+    for first, second in self.mapped:
+      run = jax.vmap(run, (0 if first else None, 0 if second else None))
+    return run(*pair)
+
+  def transpose(self, cotangent: Any, other: Any, aval: Any) -> Any:
+    """The float32 cotangent of the wide operand.
+
+    It is a convolution and moves, as JAX writes it, with another dtype of the result.
+    """
+    operand = jax.ShapeDtypeStruct(aval.shape, self.dtype)
+
+    def transposed(cotangent: Any, other: Any) -> Any:
+      return jax.linear_transpose(lambda x: self._bind(x, other), operand)(cotangent)[0]
+
+    traced = jaxprs.trace(transposed, [cotangent, other])
+    return to_dtype(_summing_in_float32(traced, [cotangent, other])[0], FLOAT32)
+
+  def batched(self, *operands: int) -> Convolution:
+    """The same with one more dimension ahead of some operands."""
+    return self._replace(mapped=(*self.mapped, (0 in operands, 1 in operands)))
+
+
+def _summing_in_float32(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+  """Evaluate the transpose of a convolution, whose result leaves it in float32."""
+  inner = versions.open_jaxpr(jaxpr)
+  known = dict(zip(inner.constvars, versions.constants(jaxpr), strict=True))
+  known |= dict(zip(inner.invars, operands, strict=True))
+
+  def read(atom: Any) -> Any:
+    return atom.val if isinstance(atom, Literal) else known[atom]
+
+  for eqn in inner.eqns:
+    values = [read(atom) for atom in eqn.invars]
+    if eqn.primitive.name == "conv_general_dilated":
+      outs = [_convolved(eqn, values)]
+    elif eqn.primitive.name in _DTYPE_FREE:
+      outs = jaxprs.run_with(eqn, values, eqn.params)
+    else:
+      atoms: Any = eqn.invars
+      held = [to_dtype(x, atom.aval.dtype) for x, atom in zip(values, atoms, strict=True)]
+      outs = jaxprs.run_as_traced(eqn, held)
+    known |= dict(zip(eqn.outvars, outs, strict=True))
+  return [read(atom) for atom in inner.outvars]
+
+
+def _convolved(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+  def returning(dtype: np.dtype) -> Matmul:
+    params = eqn.params | {"preferred_element_type": dtype}
+    return lambda *pair: to_dtype(jaxprs.run_with(eqn, pair, params)[0], FLOAT32)
+
+  return but_on_gpus(returning(FLOAT32), returning(values[0].dtype))(*values)
+
+
+_DTYPE_FREE = having(Trait.MOVES) | {"reduce_sum", "broadcast_in_dim", "slice", "squeeze"}
+
+
+def product_of(eqn: JaxprEqn, params: Mapping[str, Any], wide: int, dtype: np.dtype) -> Product:
+  """The matmul or convolution of an equation, in a 16-bit format, with a wide operand."""
+  if eqn.primitive.name == "dot_general":
+    return Contraction.of(params, wide, dtype)
+  return Convolution(eqn.primitive, tuple(sorted(params.items())), wide, dtype)
+
+
+Product = Contraction | Convolution
+
+
+@functools.lru_cache(maxsize=1024)
+def with_wide_cotangent(contraction: Product) -> Matmul:
   """The matmul of a wide operand and another, whose wide cotangent does not round.
 
-  The derivative of a softmax takes a mean from the cotangent of its weights. If that was rounded
-  before, the small difference has the rounding error of the large cotangent.
+  So the gradients of a parameter add up in float32: over its uses, over devices. And the derivative
+  of a softmax takes a mean from the cotangent of its weights: if that was rounded before, the small
+  difference has the rounding error of the large cotangent.
   """
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
-  return with_derivative(contraction.run, along_wide, contraction.run)
+
+  @jax.custom_jvp
+  def attach(result: Any, wide: Any, other: Any, rounded: Any) -> Any:
+    del wide, other, rounded
+    return result
+
+  def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    result, _, other, rounded = primals
+    along = (along_wide, contraction.run)
+    terms = _bilinear(*along, (rounded, other), tangents[1:3], SymbolicZero)
+    return attach(*primals), jnp.zeros_like(result) if terms is None else terms
+
+  attach.defjvp(rule, symbolic_zeros=True)
+
+  def run(wide: Any, other: Any) -> Any:
+    rounded = to_dtype(_constant(wide), contraction.dtype)
+    return attach(contraction.run(rounded, _constant(other)), wide, other, rounded)
+
+  return run
 
 
 _tangent_p = Primitive("mpjax_wide_tangent")
@@ -192,38 +306,38 @@ _tangent_p = Primitive("mpjax_wide_tangent")
 
 
 @_tangent_p.def_impl
-def _impl(wide: Any, other: Any, *, contraction: Contraction) -> Any:
+def _impl(wide: Any, other: Any, *, contraction: Product) -> Any:
   return contraction.run(wide, other)
 
 
 @_tangent_p.def_abstract_eval
-def _abstract_eval(wide: Any, other: Any, *, contraction: Contraction) -> Any:
+def _abstract_eval(wide: Any, other: Any, *, contraction: Product) -> Any:
   (aval,) = jax.make_jaxpr(contraction.run)(wide, other).out_avals
   return aval
 
 
-def _jvp(primals: Any, tangents: Any, *, contraction: Contraction) -> Any:
+def _jvp(primals: Any, tangents: Any, *, contraction: Product) -> Any:
   run = functools.partial(_tangent_p.bind, contraction=contraction)
   return run(*primals), _bilinear(run, run, primals, tangents, ad.Zero)
 
 
-def _transpose(cotangent: Any, wide: Any, other: Any, *, contraction: Contraction) -> Any:
+def _transpose(cotangent: Any, wide: Any, other: Any, *, contraction: Product) -> Any:
   if isinstance(cotangent, ad.Zero):
     return None, None
   if ad.is_undefined_primal(wide):
-    return contraction.transpose(cotangent, other, len(wide.aval.shape)), None
+    return contraction.transpose(cotangent, other, wide.aval), None
   along = jax.linear_transpose(functools.partial(contraction.run, wide), other.aval)
   return None, *along(cotangent)
 
 
-def _batch(args: Any, dims: Any, *, contraction: Contraction) -> Any:
+def _batch(args: Any, dims: Any, *, contraction: Product) -> Any:
   """An operand that has no examples is not copied for each: theirs is a free dimension."""
   moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
   mapped = [
     n for n, d in zip((contraction.wide, 1 - contraction.wide), dims, strict=True) if d is not None
   ]
   out = _tangent_p.bind(*moved, contraction=contraction.batched(*mapped))
-  if len(mapped) == 2:
+  if len(mapped) == 2 or isinstance(contraction, Convolution):
     return out, 0
   batch = len(contraction.batch[0])
   free_of_left = args[contraction.wide].ndim - batch - len(contraction.contracted[0])

@@ -62,6 +62,8 @@ class Step:
   outs: Forms
   params: dict[str, Any]
   bodies: tuple[Plan, ...] = ()
+  parameter: int | None = None
+  """Which operand of a matmul is a parameter, if its cotangent leaves the matmul in float32."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import source_info_util
+from jax.sharding import AxisType
 
 from mpjax._core import scopes
 from mpjax._core.dtypes import FLOAT32
@@ -93,6 +95,7 @@ class Planner:
     self.table = policies.table()
     self.adapting = Adapting(policies.narrow_dtypes())
     self.needs = Needs(self.table)
+    self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[Any, Place] = {}
@@ -199,8 +202,28 @@ class _Walk:
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
     return Step(
-      eqn, rule, won, place, reads, forms, decision.outs, decision.params, decision.bodies
+      eqn,
+      rule,
+      won,
+      place,
+      reads,
+      forms,
+      decision.outs,
+      decision.params,
+      decision.bodies,
+      self.parameter(eqn, rule, forms),
     )
+
+  def parameter(self, eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
+    """The one operand of a matmul that is a parameter, whose gradient is to be float32.
+
+    None where types say how arrays lie on devices: there the gradient is as JAX makes it.
+    """
+    if rule is not Rule.LOWER or not self.planner.wide_gradients or len(forms) != 2:
+      return None
+    found = [n for n, form in enumerate(forms) if form == PARAM]
+    placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
+    return found[0] if len(found) == 1 and None not in forms and not placed else None
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
@@ -445,6 +468,13 @@ def _accumulator(form: Form | None, is_long: bool) -> Form | None:
 def _carried(held: Form | None, out: Form | None) -> Form | None:
   """How a carry is held that a body hands on in a form: a parameter that changes is float32."""
   return out if held != PARAM or out == PARAM else DATA
+
+
+def _is_placed(aval: Any, eqn: JaxprEqn) -> bool:
+  """Whether the type of a matmul's operand says on which devices it lies."""
+  axes = aval.sharding.mesh.axis_types
+  in_shard_map = AxisType.Manual in axes and eqn.primitive.name != "dot_general"
+  return AxisType.Explicit in axes or in_shard_map
 
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

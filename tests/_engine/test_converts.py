@@ -44,16 +44,12 @@ def step(model, policy):
   return jax.jit(jax.grad(loss)).lower(variables, x)
 
 
-# What this machine's compiler makes of bfloat16 says little: it computes it in float32.
-@pytest.mark.parametrize(
-  ("stage", "policy"),
-  [("lowered", "mixed_bfloat16"), ("lowered", "mixed_float16"), ("compiled", "mixed_float16")],
-)
+# As lowered: what a CPU's compiler makes of 16 bits says little, for it multiplies in float32.
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("model", [Mlp, Convolutions])
-def test_an_all_narrow_function_has_no_more_converts_than_by_hand(model, stage, policy):
+def test_an_all_narrow_function_has_no_more_converts_than_by_hand(model, policy):
   def converts(lowered):
-    text = lowered.as_text() if stage == "lowered" else lowered.compile().as_text()
-    return len(re.findall(r"\bconvert\(|stablehlo\.convert ", text))
+    return len(re.findall(r"stablehlo\.convert ", lowered.as_text()))
 
   ours, by_hand = step(model(), policy), step(model(COMPUTE[policy]), "float32")
   assert 0 < converts(ours) <= converts(by_hand)

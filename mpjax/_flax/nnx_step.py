@@ -53,7 +53,7 @@ class TrainStep:
     variables, others = _arrays((model, optimizer)), jax.tree.leaves(batch)
     if self._donate:
       _own_buffers((model, optimizer), variables, others)
-    where = placement([*variables.values()], others)
+    where = placement([*variables.values()])
     metrics, bad = self._jitted(model, optimizer, batch, where)
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
@@ -72,7 +72,7 @@ class TrainStep:
       A lowered function; its ``compile()`` tells memory and cost.
     """
     variables = _arrays((model, optimizer))
-    where = placement([*variables.values()], jax.tree.leaves(batch))
+    where = placement([*variables.values()])
     return self._jitted.lower(model, optimizer, batch, where)
 
 
@@ -157,7 +157,7 @@ def make_train_step(
     _check_wrt(parts, optimizer)
     opt_state = nnx.as_pure(optimizer.opt_state)
     _check_opt_state(opt_state)
-    core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(parts[0]), opt_state, where.spread)
+    core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(parts[0]), opt_state)
     before = _arrays(model), opt_state, optimizer.step[...]
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:

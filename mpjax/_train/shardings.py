@@ -13,23 +13,20 @@ class Placement(NamedTuple):
   """What a step must know of its arguments' devices when it is traced; hashable.
 
   Attributes:
-    spread: Whether some array is on more than one device, or may be.
     shardings: The sharding of each leaf of the state, ``None`` where there is none to keep.
   """
 
-  spread: bool
   shardings: tuple[NamedSharding | None, ...] = ()
 
 
-def placement(state: Sequence[Any], batch: Sequence[Any]) -> Placement:
-  """Reads the devices of a step's arguments, of which it takes the leaves.
+def placement(state: Sequence[Any]) -> Placement:
+  """Reads where the leaves of a step's state are.
 
-  A tracer says nothing of them, so a step inside another ``jax.jit`` counts as spread, and where
-  its results are is left to that.
+  A tracer says nothing of it, so where the results of a step inside another ``jax.jit`` are is left
+  to that.
   """
   shardings = tuple(map(_kept_sharding, state))
-  spread = any(map(_is_spread, state)) or any(map(_is_spread, batch))
-  return Placement(spread, shardings if any(shardings) else ())
+  return Placement(shardings if any(shardings) else ())
 
 
 def keep_placement(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
@@ -62,13 +59,6 @@ def place_beside(tree: Any, params: Any) -> Any:
     return jax.device_put(leaf, everywhere)
 
   return jax.tree.map(place, tree)
-
-
-def _is_spread(leaf: Any) -> bool:
-  if isinstance(leaf, jax.core.Tracer):
-    return True
-  sharding = getattr(leaf, "sharding", None)
-  return sharding is not None and sharding.num_devices > 1
 
 
 def _named_sharding(leaf: Any) -> NamedSharding | None:

@@ -12,7 +12,7 @@ from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.policy_map import PolicyMap, as_policy_map
-from mpjax._scaling.device_gradients import read_reduce_dtype, widen
+from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
 from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
 from mpjax._scaling.optimizers import those_taken
 from mpjax._scaling.rounding import seen_parameters
@@ -73,14 +73,12 @@ class StepCore:
     tx: The optimizer.
     scaling: The state of the loss scaler before the step, or ``None``.
     frozen: Which leaves of the parameters the optimizer leaves alone; empty for none.
-    spread: Whether arguments are on several devices.
   """
 
   settings: StepSettings
   tx: optax.GradientTransformation
   scaling: LossScalingState | None
   frozen: tuple[bool, ...]
-  spread: bool
 
   @classmethod
   def begin(
@@ -89,7 +87,6 @@ class StepCore:
     tx: optax.GradientTransformation,
     params: Any,
     opt_state: Any,
-    spread: bool,
   ) -> "StepCore":
     """Checks the arguments of a step.
 
@@ -99,8 +96,8 @@ class StepCore:
     """
     scaling = find_scaling_state(opt_state)
     require_scaling(scaling, settings.limit)
-    core = cls(settings, tx, scaling, (), spread)
-    core = cls(settings, tx, scaling, core._find_frozen(params, opt_state), spread)
+    core = cls(settings, tx, scaling, ())
+    core = cls(settings, tx, scaling, core._find_frozen(params, opt_state))
     trained = core.trained(params)
     check_param_dtype(trained, settings.policies)
     warn_of_low_precision(trained, opt_state)
@@ -132,24 +129,18 @@ class StepCore:
 
     Returns:
       ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
-      float32 where they were 16-bit. Spread over devices, weight gradients leave their matmuls,
-      and so are summed, in float32.
+      float32 where they were 16-bit.
     """
-    wide = self.settings.wide_sums and self.spread
-
-    def grads_of(scale: Any, *args: Any) -> tuple[Any, Any]:
-      if scale is not None:
-        out, grads = value_and_grad(loss_fn, has_aux=True)(*args, loss_scale=scale)
-        return out, (cast_floating(grads, FLOAT32) if wide else grads)
-      out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
-      return out, cast_floating(grads, FLOAT32)
+    run = loss_fn if self.settings.wide_sums else with_narrow_sums(loss_fn)
+    if self.scaling is not None:
+      return value_and_grad(run, has_aux=True)(*args, loss_scale=self.scaling.scale)
 
     def float32_loss_fn(*args: Any) -> tuple[jax.Array, Any]:
-      loss, rest = loss_fn(*args)
+      loss, rest = run(*args)
       return float32_loss(loss), rest
 
-    scale = None if self.scaling is None else self.scaling.scale
-    return (widen(grads_of) if wide else grads_of)(scale, *args)
+    out, grads = jax.value_and_grad(float32_loss_fn, has_aux=True)(*args)
+    return out, cast_floating(grads, FLOAT32)
 
   def update(
     self,

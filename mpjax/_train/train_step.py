@@ -135,7 +135,7 @@ class TrainStep:
     if self._donate and (shared := shared_buffers(leaves, others)):
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)
-    state, metrics, bad = self._jitted(state, batch, placement(leaves, others))
+    state, metrics, bad = self._jitted(state, batch, placement(leaves))
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
@@ -154,7 +154,7 @@ class TrainStep:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
     _check_is_state(state, batch)
-    where = placement(jax.tree.leaves(state), jax.tree.leaves(batch))
+    where = placement(jax.tree.leaves(state))
     traced = self._jitted.trace(state, batch, where)
     return traced.lower(lowering_platforms=lowering_platforms)
 
@@ -253,13 +253,13 @@ def make_train_step(
     max_consecutive_skips: After this many skipped steps in a row, raise on the host. Each step
       then waits for its result.
     donate: Whether the step reuses the buffers of the state that it is given.
-    reduce_dtype: In which dtype the compiler sums the gradients of matmul weights and convolution
-      kernels over devices where batch or parameters are spread over several: ``"float32"``, or
+    reduce_dtype: In which dtype the gradients of weights and kernels leave the matmuls and
+      convolutions of a policy, and so the compiler sums them over devices: ``"float32"``, or
       ``"compute"`` for what the policy's matmuls return, which halves the traffic. Gradients
       that the policy computes in float32 (of norms and embeddings) are sent so in either case;
       on GPUs those of convolutions in what they return, for XLA would run the whole of them in
-      float32 otherwise. A step inside another ``jax.jit`` or scan counts as spread; one on a
-      single device is not.
+      float32 otherwise. A model's own ``dtype=`` decides for itself, and so do ragged matmuls and
+      meshes of the type Explicit.
 
   Returns:
     ``step(state, batch) -> (state, metrics)``.
@@ -301,7 +301,7 @@ def make_train_step(
     state: TrainState, batch: Any, where: Placement
   ) -> tuple[TrainState, StepMetrics, Any]:
     _check_optimizer(tx, state)
-    core = StepCore.begin(settings, tx, state.params, state.opt_state, where.spread)
+    core = StepCore.begin(settings, tx, state.params, state.opt_state)
     step_rng = _step_rng(state, core.scaling)
 
     def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:

@@ -319,6 +319,19 @@ def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[An
   return [with_wide_cotangent(product)(wide, other)]
 
 
+def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """An elementwise operation; a parameter that it spreads rounds after it was spread.
+
+  ``add h:bf16[8,4] b:f32[1,4]`` becomes ``c:f32[8,4] = broadcast_in_dim b``, then
+  ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32.
+  """
+  if step.parameter is not None and step.outs[0] is not None:
+    shape = step.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+    spread = lax.broadcast_in_dim(operands[step.parameter], shape, range(len(shape)))
+    operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
+  return _bind(interpreter, step, operands)
+
+
 def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   del interpreter
@@ -404,6 +417,7 @@ def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 
 _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.LOWER: _lower,
+  Rule.FOLLOW: _follow,
   Rule.WIDE: _wide,
   Rule.MULTIPLY: _multiply,
   Rule.TRACED: _traced,

@@ -223,7 +223,8 @@ def _updates(
   for target, change in (read, read[::-1]):
     bits = pure.get(target, 0)
     related = origins.get(change, 0) & (bits | _BORN)
-    if bits and change not in pure and related and _is_whole(target, bits, invars):
+    grows = jaxprs.size(target) != jaxprs.size(eqn.outvars[0])
+    if bits and change not in pure and related and not grows and _is_whole(target, bits, invars):
       return {eqn.outvars[0]: change}
   return {}
 

@@ -63,7 +63,7 @@ class Step:
   params: dict[str, Any]
   bodies: tuple[Plan, ...] = ()
   parameter: int | None = None
-  """Which operand of a matmul is a parameter, if its cotangent leaves the matmul in float32."""
+  """Which operand is a parameter, if its cotangent is to be summed in float32."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -215,15 +215,20 @@ class _Walk:
     )
 
   def parameter(self, eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
-    """The one operand of a matmul that is a parameter, whose gradient is to be float32.
+    """The one operand that is a parameter, whose gradient an equation sums: it is to be float32.
 
-    None where types say how arrays lie on devices: there the gradient is as JAX makes it.
+    That of a matmul, or of an equation that spreads it, as a bias. None where types say how arrays
+    lie on devices: there the gradient is as JAX makes it.
     """
-    if rule is not Rule.LOWER or not self.planner.wide_gradients or len(forms) != 2:
+    if rule not in (Rule.LOWER, Rule.FOLLOW) or len(forms) != 2 or None in forms:
+      return None
+    if not self.planner.wide_gradients or PARAM not in forms or forms == (PARAM, PARAM):
       return None
     found = [n for n, form in enumerate(forms) if form == PARAM]
+    if rule is Rule.FOLLOW and not _is_spread(eqn, found[0]):
+      return None
     placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
-    return found[0] if len(found) == 1 and None not in forms and not placed else None
+    return None if placed else found[0]
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
@@ -468,6 +473,13 @@ def _accumulator(form: Form | None, is_long: bool) -> Form | None:
 def _carried(held: Form | None, out: Form | None) -> Form | None:
   """How a carry is held that a body hands on in a form: a parameter that changes is float32."""
   return out if held != PARAM or out == PARAM else DATA
+
+
+def _is_spread(eqn: JaxprEqn, operand: int) -> bool:
+  """Whether an equation repeats an operand along dimensions in which that has size one."""
+  given: Any = eqn.invars[operand].aval
+  made: Any = eqn.outvars[0].aval
+  return len(eqn.outvars) == 1 and given.ndim == made.ndim and given.shape != made.shape
 
 
 def _is_placed(aval: Any, eqn: JaxprEqn) -> bool:

@@ -29,7 +29,7 @@ default_role = "py:obj"  # docstrings name what they mean in single backticks
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # .ci/notebooks.py executes them and compares their outputs
+nb_execution_mode = "off"  # .ci/notebooks.py executes them
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"

@@ -139,8 +139,8 @@ def _reasons() -> dict[str, str]:
   """The reason of each primitive, where its row in the code states one."""
   from mpjax._core import primitives
 
-  rows = getattr(primitives, "PRIMITIVES", {})
-  return {name: str(row.reason) for name, row in dict(rows).items() if getattr(row, "reason", None)}
+  rows = primitives.FACTS
+  return {name: row.reason for name, row in rows.items()}
 
 
 def _definitions(rows: list[tuple[str, str]]) -> nodes.Node:

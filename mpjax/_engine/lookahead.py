@@ -235,45 +235,6 @@ def _is_whole(var: Var, bits: int, invars: Sequence[Any]) -> bool:
   return jaxprs.size(var) in sizes
 
 
-def accumulates(jaxpr: Any, carry: range) -> tuple[float, ...]:
-  """How many terms a turn of a loop may add to each value that it carries; 0 if it adds none.
-
-  A value is added to if elementwise arithmetic leads to it from what is carried; loops inside
-  count as often as they run.
-
-  Args:
-    jaxpr: The body.
-    carry: Which of its operands its first results become in the next turn.
-  """
-  return tuple(_through(jaxpr, carry, len(carry)))
-
-
-def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Any, float]) -> list[float]:
-  """How many terms were added to each result of an equation that reads what is carried."""
-  bodies = [body for body in bodies_of(eqn) if not body.is_test]
-  if not bodies:
-    adds = eqn.primitive.name not in _KEEP_NUMBERS
-    return [max(before, float(adds))] * len(eqn.outvars)
-  counts = []
-  for body in bodies:
-    taken = body.take(eqn.invars)
-    reading = [n for n, a in enumerate(taken) if not isinstance(a, Literal) and a in terms]
-    counts.append(_through(body.jaxpr, reading, len(eqn.outvars)))
-  turns = float("inf") if eqn.primitive.name == "while" else eqn.params.get("length") or 1
-  return [max(before, turns * max(column)) for column in zip(*counts, strict=True)]
-
-
-def _through(jaxpr: Any, reading: Iterable[int], results: int) -> list[float]:
-  """How many terms a jaxpr adds to those operands that are carried, in each of its results."""
-  inner = versions.open_jaxpr(jaxpr)
-  terms: dict[Any, float] = {inner.invars[n]: 0.0 for n in reading}
-  for eqn in inner.eqns:
-    known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
-    if known and eqn.primitive.name not in _MATMULS:
-      terms |= dict(zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True))
-  return [0.0 if isinstance(a, Literal) else terms.get(a, 0.0) for a in inner.outvars[:results]]
-
-
 def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:
   readers: dict[Any, list[JaxprEqn | None]] = {}
   for eqn in inner.eqns:

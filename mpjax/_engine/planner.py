@@ -11,10 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
-from jax.sharding import AxisType
 
 from mpjax._core import scopes
 from mpjax._core.dtypes import FLOAT32
@@ -22,14 +20,16 @@ from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine import constants, jaxprs, lookahead, sharpening, versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine import constants, jaxprs, sharpening, versions
+from mpjax._engine.bodies import bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kernels import kernel_of
 from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
 from mpjax._engine.lookahead import Needs
+from mpjax._engine.loop_carries import accumulator, carried, long_sums, terms_of
 from mpjax._engine.module_exits import Borders, held_as
+from mpjax._engine.parameter_gradients import parameter_of
 from mpjax._engine.plan import ROOT, Forms, Place, Plan, Read, Step, widened
 from mpjax._engine.sharpening import Own, Sight
 
@@ -211,24 +211,8 @@ class _Walk:
       decision.outs,
       decision.params,
       decision.bodies,
-      self.parameter(eqn, rule, forms),
+      parameter_of(eqn, rule, forms) if self.planner.wide_gradients else None,
     )
-
-  def parameter(self, eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
-    """The one operand that is a parameter, whose gradient an equation sums: it is to be float32.
-
-    That of a matmul, or of an equation that spreads it, as a bias. None where types say how arrays
-    lie on devices: there the gradient is as JAX makes it.
-    """
-    if rule not in (Rule.LOWER, Rule.FOLLOW) or len(forms) != 2 or None in forms:
-      return None
-    if not self.planner.wide_gradients or PARAM not in forms or forms == (PARAM, PARAM):
-      return None
-    found = [n for n, form in enumerate(forms) if form == PARAM]
-    if rule is Rule.FOLLOW and not _is_spread(eqn, found[0]):
-      return None
-    placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
-    return None if placed else found[0]
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
@@ -366,7 +350,7 @@ class _Walk:
     *tests, body = bodies_of(eqn)
     count, turns = len(body.carry), repetitions(eqn)
     taken = body.split(forms)
-    long = self.long(body, turns, compute)
+    long = long_sums(body, turns, compute)
     known = Known(
       carried=tuple(body.carry) if turns is None or turns > terms_of(compute) else (),
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
@@ -381,9 +365,9 @@ class _Walk:
     def turn(held: Sequence[Form | None]) -> Sequence[Form | None]:
       """A parameter that a loop changes is a sum from then on."""
       outs = plan(held).out_forms
-      return [_carried(*pair) for pair in zip(held, outs[:count], strict=True)]
+      return [carried(*pair) for pair in zip(held, outs[:count], strict=True)]
 
-    start = [_accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
+    start = [accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
     held = tuple(settled(start, turn, join))
     stacked = plan(held).out_forms[count:]
     bodies = [plan(held, (*held, *stacked))]
@@ -394,12 +378,6 @@ class _Walk:
       bodies.insert(0, self.planner.plan(test.jaxpr, tuple(test.take(operands)), place))
     wanted = [form and form.dtype for form in operands]
     return _Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
-
-  def long(self, body: Body, turns: int | None, compute: np.dtype) -> list[bool]:
-    """Which values a loop carries that it adds more terms to than its format counts."""
-    most = terms_of(compute)
-    terms = lookahead.accumulates(body.jaxpr, body.carry)
-    return [bool(term) and (turns is None or turns * term > most) for term in terms]
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     branches = [branch.jaxpr for branch in bodies_of(eqn)]
@@ -449,44 +427,6 @@ _DECIDE: dict[Rule, Callable[..., _Decision]] = {
 _SHARES_READS = having(Trait.JIT)
 _MATMULS = having(Trait.MATMUL)
 _NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
-
-
-def terms_of(dtype: np.dtype) -> int:
-  """How many terms a sum in a format may have: half of what the format counts, one by one.
-
-  128 in bfloat16, where 256 + 1 is 256, and 1024 in float16.
-  """
-  return 2 ** int(jnp.finfo(dtype).nmant)
-
-
-def _accumulator(form: Form | None, is_long: bool) -> Form | None:
-  """How a carry is held that starts in a form.
-
-  One that starts from a constant is an accumulator or the state of a recurrent cell: it is
-  float32, as is a 16-bit one that more is added to than its format counts.
-  """
-  if form is None or form.kind is Kind.PARAM:
-    return form
-  return DATA if form.kind is Kind.CONSTANT or is_long else form
-
-
-def _carried(held: Form | None, out: Form | None) -> Form | None:
-  """How a carry is held that a body hands on in a form: a parameter that changes is float32."""
-  return out if held != PARAM or out == PARAM else DATA
-
-
-def _is_spread(eqn: JaxprEqn, operand: int) -> bool:
-  """Whether an equation repeats an operand along dimensions in which that has size one."""
-  given: Any = eqn.invars[operand].aval
-  made: Any = eqn.outvars[0].aval
-  return len(eqn.outvars) == 1 and given.ndim == made.ndim and given.shape != made.shape
-
-
-def _is_placed(aval: Any, eqn: JaxprEqn) -> bool:
-  """Whether the type of a matmul's operand says on which devices it lies."""
-  axes = aval.sharding.mesh.axis_types
-  in_shard_map = AxisType.Manual in axes and eqn.primitive.name != "dot_general"
-  return AxisType.Explicit in axes or in_shard_map
 
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

@@ -125,6 +125,20 @@ def test_a_bias_and_a_table_of_positions_still_follow_the_matmul(policy):
   assert {e.outvars[0].aval.dtype.itemsize for e in adds} == {2}
 
 
+@both
+def test_a_bias_that_is_spread_has_its_gradient_summed_in_float32(policy):
+  fn = mpjax.autocast(lambda b, x: (x @ W + b[None]).sum(), policy)
+  grad = jax.grad(fn)(jnp.zeros(4), jnp.ones((4096, 4)))
+  np.testing.assert_array_equal(grad, np.full(4, 4096.0))
+
+
+@both
+def test_a_class_token_is_put_before_the_sequence(policy):
+  fn = lambda p, x: jnp.concatenate([p["token"], x @ p["w"]]).sum(0)
+  p = {"token": jnp.ones((1, 4)), "w": W}
+  np.testing.assert_allclose(mpjax.autocast(fn, policy)(p, DATA), fn(p, DATA), rtol=1e-2)
+
+
 ONES = jnp.ones((4001, 1))
 one = jnp.ones((1, 1))
 _first = lambda y: (y[0], y[1:])

@@ -1,0 +1,94 @@
+"""How the values that a loop carries are held: a sum that its format cannot count is float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import versions
+from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.kinds import DATA, PARAM, Form, Kind
+
+_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
+_MATMULS = having(Trait.MATMUL)
+
+
+def terms_of(dtype: np.dtype) -> int:
+  """How many terms a sum in a format may have: half of what the format counts, one by one.
+
+  128 in bfloat16, where 256 + 1 is 256, and 1024 in float16.
+  """
+  return 2 ** int(jnp.finfo(dtype).nmant)
+
+
+def long_sums(body: Body, turns: int | None, dtype: np.dtype) -> list[bool]:
+  """Which values a loop carries that it adds more terms to than a format counts.
+
+  Args:
+    body: The loop's body.
+    turns: How often it runs, None if it does not say.
+    dtype: The format.
+  """
+  most = terms_of(dtype)
+  terms = accumulates(body.jaxpr, body.carry)
+  return [bool(term) and (turns is None or turns * term > most) for term in terms]
+
+
+def accumulator(form: Form | None, is_long: bool) -> Form | None:
+  """How a carry is held that starts in a form.
+
+  One that starts from a constant is an accumulator or the state of a recurrent cell: it is
+  float32, as is a 16-bit one that more is added to than its format counts.
+  """
+  if form is None or form.kind is Kind.PARAM:
+    return form
+  return DATA if form.kind is Kind.CONSTANT or is_long else form
+
+
+def carried(held: Form | None, out: Form | None) -> Form | None:
+  """How a carry is held that a body hands on in a form: a parameter that changes is float32."""
+  return out if held != PARAM or out == PARAM else DATA
+
+
+def accumulates(jaxpr: Any, carry: range) -> tuple[float, ...]:
+  """How many terms a turn of a loop may add to each value that it carries; 0 if it adds none.
+
+  A value is added to if elementwise arithmetic leads to it from what is carried; loops inside
+  count as often as they run.
+
+  Args:
+    jaxpr: The body.
+    carry: Which of its operands its first results become in the next turn.
+  """
+  return tuple(_through(jaxpr, carry, len(carry)))
+
+
+def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Any, float]) -> list[float]:
+  """How many terms were added to each result of an equation that reads what is carried."""
+  bodies = [body for body in bodies_of(eqn) if not body.is_test]
+  if not bodies:
+    adds = eqn.primitive.name not in _KEEP_NUMBERS
+    return [max(before, float(adds))] * len(eqn.outvars)
+  counts = []
+  for body in bodies:
+    taken = body.take(eqn.invars)
+    reading = [n for n, a in enumerate(taken) if not isinstance(a, Literal) and a in terms]
+    counts.append(_through(body.jaxpr, reading, len(eqn.outvars)))
+  turns = float("inf") if eqn.primitive.name == "while" else eqn.params.get("length") or 1
+  return [max(before, turns * max(column)) for column in zip(*counts, strict=True)]
+
+
+def _through(jaxpr: Any, reading: Iterable[int], results: int) -> list[float]:
+  """How many terms a jaxpr adds to those operands that are carried, in each of its results."""
+  inner = versions.open_jaxpr(jaxpr)
+  terms: dict[Any, float] = {inner.invars[n]: 0.0 for n in reading}
+  for eqn in inner.eqns:
+    known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
+    if known and eqn.primitive.name not in _MATMULS:
+      terms |= dict(zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True))
+  return [0.0 if isinstance(a, Literal) else terms.get(a, 0.0) for a in inner.outvars[:results]]

@@ -36,11 +36,13 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
   """Every equation of a jaxpr and of the jaxprs inside it, at any depth.
 
   Scan, while, cond, jit, remat, shard_map, custom_jvp and custom_vjp (the primal function; the
-  rules stand in the jaxpr of the gradient) and kernels keep theirs in parameters.
+  rules stand in the jaxpr of the gradient) and kernels keep theirs in parameters. Of branches by
+  platform one is compiled, and counts: the last, which is for those not named.
   """
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     yield eqn
-    for value in eqn.params.values():
+    by_platform = eqn.params.get("branches_platforms") is not None
+    for value in [eqn.params["branches"][-1]] if by_platform else eqn.params.values():
       for inner in sub_jaxprs(value):
         yield from equations(inner)
 
@@ -56,6 +58,15 @@ def contractions(jaxpr: Any) -> list[Contraction]:
     for eqn in equations(jaxpr)
     if eqn.primitive.name in CONTRACTIONS
   ]
+
+
+def as_many_matmuls(ours: Any, plain: Any) -> bool:
+  """Whether a jaxpr has the matmuls of another, those that contract nothing left out.
+
+  Such a one is a multiplication, and so may be the two of its derivative.
+  """
+  before, after = (len(contractions(jaxpr)) for jaxpr in (plain, ours))
+  return after > 0 and before - 3 * outer_products(plain) <= after <= before
 
 
 def outer_products(jaxpr: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import AxisType
 
 from mpjax._core.primitives import Rule, Trait, having
-from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.jaxprs import JaxprEqn, is_float32
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.plan import Forms
 
@@ -22,7 +22,7 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
   """
   if rule not in (Rule.LOWER, Rule.FOLLOW) or len(forms) != 2 or None in forms:
     return None
-  if PARAM not in forms or forms == (PARAM, PARAM):
+  if PARAM not in forms or forms == (PARAM, PARAM) or not is_float32(eqn.outvars[0]):
     return None
   found = [n for n, form in enumerate(forms) if form == PARAM]
   if rule is Rule.FOLLOW and not _is_spread(eqn, found[0]):

@@ -48,7 +48,7 @@ class Borders:
     made: Any = eqn.outvars
     for var in made:
       self._homes[var] = path
-      self._births[var] = {var.aval.shape: path} if multiplies else begun
+      self._births[var] = {getattr(var.aval, "shape", ()): path} | begun
 
   def cross(self, atom: Any, form: Form | None, path: Path) -> Form | None:
     """The form of a value that is read in another module than it was computed in."""

@@ -398,3 +398,28 @@ def test_the_weights_of_a_router_do_not_round_whatever_their_number(experts, pol
   rounded = mpjax.apply_policy(model, policy).apply(variables, x)
   half = np.asarray(rounded).astype(mpjax.Policy.parse(policy).compute_dtype).astype(np.float32)
   assert not np.array_equal(rounded, half)
+
+
+class Positions(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return x + jnp.asarray(
+      np.sin(np.arange(x.shape[1]))[:, None] * np.ones(x.shape[2]), jnp.float32
+    )
+
+
+class Embedded(nn.Module):
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Embed(16, 8, name="embed")(tokens)
+    return nn.Dense(8, name="dense")(nn.relu(Positions(name="positions")(x)))
+
+
+@both
+def test_embeddings_go_on_in_16_bits_behind_a_module_that_adds_a_table(policy):
+  model, tokens = Embedded(), jnp.ones((2, 4), jnp.int32)
+  variables = model.init(jax.random.key(0), tokens)
+  cast = mpjax.apply_policy(model, policy)
+  jaxpr = jax.make_jaxpr(lambda v: cast.apply(v, tokens))(variables)
+  (relu,) = [e for e in equations(jaxpr) if e.primitive.name == "max"]
+  assert relu.outvars[0].aval.dtype.itemsize == 2

@@ -327,7 +327,8 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   """
   if step.parameter is not None and step.outs[0] is not None:
     shape = step.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-    spread = lax.broadcast_in_dim(operands[step.parameter], shape, range(len(shape)))
+    parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
+    spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
     operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
   return _bind(interpreter, step, operands)
 

@@ -133,6 +133,12 @@ def test_a_bias_that_is_spread_has_its_gradient_summed_in_float32(policy):
 
 
 @both
+def test_so_has_a_number_that_scales_all(policy):
+  fn = mpjax.autocast(lambda s, x: (s * (x @ W)).sum(), policy)
+  assert float(jax.grad(fn)(jnp.float32(1), jnp.ones((4096, 4)))) == 4096 * 4 * 2
+
+
+@both
 def test_a_class_token_is_put_before_the_sequence(policy):
   fn = lambda p, x: jnp.concatenate([p["token"], x @ p["w"]]).sum(0)
   p = {"token": jnp.ones((1, 4)), "w": W}

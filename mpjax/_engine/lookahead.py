@@ -26,7 +26,6 @@ _LOGARITHMS = having(Trait.LOGARITHM)
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
 _SATURATE = having(Trait.SATURATES)
-_MATMULS = having(Trait.MATMUL)
 _FUNCTIONS = having(Trait.JIT | Trait.REMAT | Trait.INLINE)
 _ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 # What a gradient passes on its way to where it is added up.

@@ -35,7 +35,7 @@ PLATFORM = {"cpu": "cpu", "h100": "cuda", "v100": "cuda", "v5e": "tpu", "v6e": "
 def prepare(target: str, *, quick: bool = False) -> None:
   """Sets the environment variables of a target; call it before JAX is imported.
 
-  Flags of XLA that are set already stay.
+  Flags of XLA that are set already stay, and so does `JAX_PLATFORMS`.
 
   Args:
     target: one of `TARGETS`.
@@ -47,7 +47,8 @@ def prepare(target: str, *, quick: bool = False) -> None:
     settings.pop("XLA_FLAGS", ""),
     *(_QUICK if quick else ()),
   ]
-  os.environ.update(settings, JAX_PLATFORMS="cpu", XLA_FLAGS=" ".join(filter(None, flags)))
+  os.environ.update(settings, XLA_FLAGS=" ".join(filter(None, flags)))
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def target_device(target: str) -> Any:

@@ -2,16 +2,20 @@
 
     python -m benchmarks.gpu --minutes 9 --out benchmarks/results
 
-Each cell is a process of its own, so that one's memory is not another's. The most telling cells
+Each cell is a process of its own, so that one's memory is not another's; the next ones start and
+trace while one compiles and measures, which a lock keeps to one at a time. The most telling cells
 come first; when the minutes are over the script ends, and started again with the same --out it
 goes on with the cells that are missing. `--tiny` tries it all on any machine.
 """
 
 import argparse
+import concurrent.futures
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +38,17 @@ COLUMNS = {
 _LATE = "not done after"
 _TINY_BYTES = 2**24
 TORCH = ("torch, float32", "torch.amp", "torch.amp, compiled")
+FULL = ["gpt-124m", "llama-200m", "llama-200m-cudnn", "resnet-50", "vit-base", "lstm-2x1024"]
+FULL += ["optimizer-30m", "optimizer-1000m"]
+TINY = ["gpt", "llama", "resnet", "optimizer-1m"]
+HELD = (
+  "float32",
+  "bfloat16, to the nearest",
+  "bfloat16, Kahan",
+  "bfloat16, stochastic",
+  "float32, states stochastic",
+  "bfloat16 and states stochastic",
+)
 KEY = ("workload", "kind", "peer", "policy", "precision")
 
 
@@ -41,21 +56,21 @@ def cells(names: list[str], seconds: float) -> list[dict[str, Any]]:
   """All cells, the most telling first: main peers on every workload, then the others."""
   from benchmarks import peers
 
+  bf16, f16 = "mixed_bfloat16", "mixed_float16"
   main = [peers.BY_HAND, peers.INSIDE]
-  others = [name for name in peers.PEERS if name not in (peers.FLOAT32, *main)]
+  first = [peers.FLOAT32, *main, "torch.amp", peers.STEP]
+  others = [name for name in peers.PEERS if name not in first]
   stages = [
-    [("fixed", peers.FLOAT32, "mixed_bfloat16", precision) for precision in ("default", "highest")]
-    + [("fixed", peer, "mixed_bfloat16", "default") for peer in [*main, "torch.amp"]],
-    [("scatter", peers.FLOAT32, "mixed_bfloat16", "default")]
-    + [("fixed", peer, "mixed_float16", "default") for peer in [*main, "torch.amp"]]
-    + [("fixed", "by hand + DynamicScale", "mixed_float16", "default")]
-    + [("fixed", "torch, float32", "mixed_bfloat16", p) for p in ("default", "highest")],
-    [("fixed", peer, "mixed_bfloat16", "default") for peer in others]
-    + [("fixed", "torch.amp, compiled", "mixed_bfloat16", "default")],
-    [("fixed", peer, "mixed_float16", "default") for peer in others],
-    [
-      ("largest", peer, "mixed_bfloat16", "default") for peer in (peers.FLOAT32, *main, "torch.amp")
-    ],
+    [("fixed", peer, bf16, "default") for peer in first],
+    [("optimizer", row, "", "default") for row in HELD],
+    [("fixed", peers.FLOAT32, bf16, "highest"), ("scatter", peers.FLOAT32, bf16, "default")],
+    [("fixed", peer, f16, "default") for peer in ("by hand + DynamicScale", *main, "torch.amp")],
+    [("fixed", peer, bf16, "default") for peer in ("jmp", "mpx", peers.HAIKU)],
+    [("largest", peer, bf16, "default") for peer in (peers.FLOAT32, *main)],
+    [("fixed", peer, bf16, "default") for peer in [*others, "torch.amp, compiled"]],
+    [("fixed", "torch, float32", bf16, precision) for precision in ("default", "highest")],
+    [("fixed", peer, f16, "default") for peer in [peers.STEP, *others]],
+    [("largest", "torch.amp", bf16, "default")],
   ]
   found = [
     {"workload": name, **dict(zip(KEY[1:], cell, strict=True)), "seconds": seconds}
@@ -67,7 +82,7 @@ def cells(names: list[str], seconds: float) -> list[dict[str, Any]]:
 
 
 def _unique(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-  return list({_key(cell): cell for cell in reversed(found)}.values())[::-1]
+  return list({_key(cell): cell for cell in found}.values())
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
@@ -78,27 +93,52 @@ def _possible(cell: dict[str, Any]) -> bool:
   """Whether a cell's tool is installed, serves its policy and has this kind of figure."""
   from benchmarks import peers, workloads
 
+  of_optimizers = cell["workload"].startswith("optimizer")
+  if cell["kind"] == "optimizer" or of_optimizers:
+    return of_optimizers and cell["kind"] == "optimizer"
   if cell["kind"] == "scatter":
     return cell["workload"].startswith("gpt")
-  if cell["peer"] in TORCH:
-    return importlib.util.find_spec("torch") is not None
   workload = {**workloads.FULL, **workloads.TINY}[cell["workload"]]()
+  if cell["peer"] in TORCH:
+    known = cell["workload"].startswith(("gpt", "vit", "resnet", "lstm"))
+    return known and importlib.util.find_spec("torch") is not None
+  wide = cell["peer"] in (peers.FLOAT32, peers.HAIKU_FLOAT32)
+  if wide and workload.sizes.get("kernel") == "cudnn":
+    return False  # it has no float32 form
   return peers.serves(peers.PEERS[cell["peer"]], cell["policy"], workload)
 
 
-def run(cell: dict[str, Any], seconds: float, limit: int | None = None) -> report.Row:
+def run(
+  cell: dict[str, Any], seconds: float, scratch: Path, limit: int | None = None
+) -> report.Row:
   """Measures a cell in a process of its own; a failure is a row that says so.
 
   Args:
     cell: what to measure.
     seconds: after so many it is given up.
+    scratch: a folder for the lock of the card and for what the compiler has tuned: the same
+      matmul is tuned once, so that no peer has the luck of a better draw.
     limit: bytes that the largest batch may take; those of the card otherwise.
   """
   module = "torch_cell" if cell["peer"] in TORCH else "gpu_cell"
   given = {**cell, "compiled": cell["peer"].endswith("compiled"), "limit": limit}
+  given["lock"] = str(scratch / "lock")
+  settings = {
+    "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+    "JAX_TRACEBACK_FILTERING": "off",  # the last line is the error
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+  }
   command = [sys.executable, "-m", f"benchmarks.{module}", json.dumps(given)]
   try:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    done = subprocess.run(
+      command,
+      capture_output=True,
+      text=True,
+      timeout=seconds,
+      check=False,
+      env={**os.environ, **settings},
+    )
   except subprocess.TimeoutExpired:
     return {**cell, "error": f"{_LATE} {seconds:.0f} s"}
   if done.returncode:
@@ -141,35 +181,46 @@ def main() -> None:
   parser.add_argument("--tiny", action="store_true", help="tiny workloads, on any machine")
   parser.add_argument("--minutes", type=float, default=9)
   parser.add_argument("--seconds", type=float, default=3, help="measured for each cell")
+  parser.add_argument("--jobs", type=int, default=4, help="cells traced while one is measured")
   parser.add_argument("--peers", nargs="+", help="only cells of these")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
   ends = time.monotonic() + 60 * arguments.minutes
-  names = arguments.workload or (
-    ["gpt", "resnet"] if arguments.tiny else ["gpt-124m", "resnet-50", "vit-base", "lstm-2x1024"]
-  )
+  names = arguments.workload or (TINY if arguments.tiny else FULL)
   path = arguments.out / "gpu.json"
   rows = report.rows_in(path)
   rows = [row for row in rows if not (row["error"] or "").startswith(_LATE)]
   done = {_key(row) for row in rows}
-  for cell in cells(names, arguments.seconds):
+  wanted = [
+    cell
+    for cell in cells(names, arguments.seconds)
+    if _key(cell) not in done and (not arguments.peers or cell["peer"] in arguments.peers)
+  ]
+  limit = _TINY_BYTES if arguments.tiny else None
+  scratch = Path(tempfile.gettempdir()) / "mpjax-gpu-cells"
+  scratch.mkdir(exist_ok=True)
+
+  def measured(cell: dict[str, Any]) -> report.Row | None:
     left = ends - time.monotonic()
-    if _key(cell) in done or (arguments.peers and cell["peer"] not in arguments.peers):
-      continue
-    if left < 20:
-      print("The minutes are over; start it again to go on.", file=sys.stderr)
-      break
-    rows.append(run(cell, left, _TINY_BYTES if arguments.tiny else None))
-    print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    report.write(
-      "gpu",
-      "On a GPU",
-      "python -m benchmarks.gpu --minutes 9",
-      meters.card(),
-      rows,
-      markdown(rows),
-      arguments.out,
-    )
+    return run(cell, left, scratch, limit) if left > 20 else None
+
+  with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+    for row in pool.map(measured, wanted):
+      if row is None:
+        continue
+      rows.append(row)
+      print(json.dumps(row), file=sys.stderr, flush=True)
+      report.write(
+        "gpu",
+        "On a GPU",
+        "python -m benchmarks.gpu --minutes 9",
+        meters.card(),
+        rows,
+        markdown(rows),
+        arguments.out,
+      )
+  if len(rows) < len(done) + len(wanted):
+    print("The minutes are over; start it again to go on.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """One cell of the GPU table, measured in a process of its own; `gpu.py` gives it as JSON."""
 
+import collections
 import json
 import math
+import re
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import meters, peers, workloads
+from benchmarks import hlo, meters, peers, workloads
 
 _ALIGN = 8
 
@@ -22,13 +25,13 @@ def workload_of(cell: dict[str, Any], batch: int | None = None) -> workloads.Wor
   return makers[cell["workload"]](**({"batch": batch} if batch else {}))
 
 
-def compiled_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[Any, Any]:
-  """A peer's training on a workload and its compiled step, the state donated."""
+def lowered_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[Any, Any]:
+  """A peer's training on a workload and its lowered step, the state donated."""
   peer = peers.PEERS[cell["peer"]]
   training = peer.build(workload, cell["policy"], optax.adamw(1e-3), peers.Scaling())
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
   step = jax.jit(training.step, donate_argnums=0)
-  return training, step.lower(state, workload.inputs, workload.labels).compile()
+  return training, step.lower(state, workload.inputs, workload.labels)
 
 
 def needed(compiled: Any) -> int:
@@ -38,9 +41,25 @@ def needed(compiled: Any) -> int:
   return memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
 
 
+def of_text(text: str) -> dict[str, Any]:
+  """What a compiled step's text tells: bytes moved, and the libraries' kernels by name."""
+  called = re.findall(r'custom_call_target="([^"]+)"', text)
+  return {"moved_bytes": hlo.moved(text), "calls": dict(collections.Counter(called))}
+
+
 def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
   """Step time, energy and memory of a peer on a workload."""
-  training, compiled = compiled_step(cell, workload)
+  training, lowered = lowered_step(cell, workload)
+  with meters.alone(cell.get("lock")):
+    return _timed(cell, workload, training, lowered)
+
+
+def _timed(
+  cell: dict[str, Any], workload: workloads.Workload, training: Any, lowered: Any
+) -> dict[str, Any]:
+  began = time.perf_counter()
+  compiled = lowered.compile()
+  compile_s = time.perf_counter() - began
   inputs, labels = (jnp.asarray(array) for array in workloads.batch_of(workload))
   state = jax.jit(training.init)(jax.random.key(0), inputs)
   current = [state, jnp.zeros(())]
@@ -56,6 +75,8 @@ def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
   return {
     **found,
     "batch": workload.inputs.shape[0],
+    "compile_s": compile_s,
+    **of_text(compiled.as_text()),
     "peak_bytes": stats.get("peak_bytes_in_use"),
     "compiler_bytes": needed(compiled),
     "loss": float(current[1]),
@@ -68,7 +89,9 @@ def largest(cell: dict[str, Any]) -> dict[str, Any]:
   if limit is None:
     raise ValueError("The cell must have a limit in bytes where the device states none. Add it.")
   first = workload_of(cell).inputs.shape[0]
-  sizes = [needed(compiled_step(cell, workload_of(cell, n))[1]) for n in (first, 2 * first)]
+  steps = [lowered_step(cell, workload_of(cell, n))[1] for n in (first, 2 * first)]
+  with meters.alone(cell.get("lock")):
+    sizes = [needed(step.compile()) for step in steps]
   slope = (sizes[1] - sizes[0]) / first
   batch = math.floor((limit - sizes[0]) / slope + first)
   for share in (1.0, 0.95, 0.9, 0.8):
@@ -100,7 +123,35 @@ def scatter(cell: dict[str, Any]) -> dict[str, Any]:
     "one_token_ms": (scattered, jnp.zeros_like(tokens)),
     "matmul_ms": (multiplied, tokens),
   }
-  return {name: _time_of(fn, arg, cell["seconds"]) for name, (fn, arg) in cases.items()}
+  with meters.alone(cell.get("lock")):
+    return {name: _time_of(fn, arg, cell["seconds"]) for name, (fn, arg) in cases.items()}
+
+
+def optimizer(cell: dict[str, Any]) -> dict[str, Any]:
+  """AdamW's step alone, parameters and moments held as a row of `rounding.ROWS` has them."""
+  from benchmarks import rounding
+
+  leaves, size = workload_of(cell).inputs.shape
+  tx = optax.adamw(1e-3)
+
+  def begin(key: jax.Array) -> Any:
+    params = [jax.random.normal(k, (size,)) for k in jax.random.split(key, leaves)]
+    held, _ = rounding.optimizer_step(cell["peer"], params, tx)
+    return held, jax.tree.map(lambda x: x / 100, held[0])
+
+  _, step = rounding.optimizer_step(cell["peer"], [jnp.zeros(1)], tx)
+  lowered = jax.jit(step, donate_argnums=0).lower(*jax.eval_shape(begin, jax.random.key(0)))
+  with meters.alone(cell.get("lock")):
+    compiled = lowered.compile()
+    held, grads = jax.jit(begin)(jax.random.key(0))
+    current = [held]
+
+    def once() -> None:
+      current[0] = compiled(current[0], grads)
+
+    found = meters.measure(once, lambda: jax.block_until_ready(current[0]), cell["seconds"])
+  bytes_held = sum(x.nbytes for x in jax.tree.leaves(current[0]))
+  return {**found, "compiler_bytes": needed(compiled), "held_bytes": bytes_held / (leaves * size)}
 
 
 def _time_of(fn: Callable[..., Any], argument: jax.Array, seconds: float) -> float:
@@ -117,6 +168,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
   "fixed": lambda cell: timed(cell, workload_of(cell)),
   "largest": largest,
   "scatter": scatter,
+  "optimizer": optimizer,
 }
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 GROUPS = 5
@@ -33,6 +34,19 @@ def card() -> str:
     name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
     return f"{name}, driver {pynvml.nvmlSystemGetDriverVersion()}"
   return "no NVIDIA card"
+
+
+@contextlib.contextmanager
+def alone(path: str | None) -> Iterator[None]:
+  """Holds a file's lock, so that no other process that asks for it uses the device meanwhile."""
+  if path is None:
+    yield
+    return
+  import fcntl
+
+  with Path(path).open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
 
 
 def measure(step: Callable[[], None], wait: Callable[[], None], seconds: float) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+import mpjax
+
 
 class Block(nn.Module):
   """A pre-norm transformer block: [batch, length, width] -> the same shape.
@@ -74,6 +76,103 @@ class Transformer(nn.Module):
     for _ in range(self.layers):
       x = Block(self.heads, dtype=self.dtype, wide_softmax=self.wide_softmax)(x)
     return embed.attend(nn.LayerNorm(dtype=self.dtype)(x))
+
+
+class LlamaBlock(nn.Module):
+  """A block of Llama (Touvron et al., 2023): [batch, length, width] -> the same shape.
+
+  RMSNorm, rotary positions, several query heads to one of keys and values, a gated perceptron.
+
+  Attributes:
+    heads: query heads.
+    groups: heads of keys and values.
+    hidden: features of the perceptron.
+    kernel: the `implementation` of `jax.nn.dot_product_attention`; None for attention that is
+      spelled out in einsums.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  heads: int
+  groups: int
+  hidden: int
+  kernel: Any = None
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Adds attention, then the perceptron, to the stream."""
+    width = x.shape[-1]
+
+    def dense(features: int | tuple[int, int], axis: Any = -1) -> nn.Module:
+      return nn.DenseGeneral(features, axis, use_bias=False, dtype=self.dtype)
+
+    y = nn.RMSNorm(dtype=self.dtype)(x)
+    query = rotated(dense((self.heads, width // self.heads))(y))
+    key, value = (dense((self.groups, width // self.heads))(y) for _ in range(2))
+    attend = spelled_out if self.kernel is None else mpjax.cast_inputs(self._fused)
+    x = x + dense(width, (-2, -1))(attend(query, rotated(key), value))
+    y = nn.RMSNorm(dtype=self.dtype)(x)
+    return x + dense(width)(nn.silu(dense(self.hidden)(y)) * dense(self.hidden)(y))
+
+  def _fused(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(
+      query, key, value, is_causal=True, implementation=self.kernel
+    )
+
+
+def rotated(x: jax.Array) -> jax.Array:
+  """Rotary positions (Su et al., 2021) in float32: [batch, length, heads, features]."""
+  half = x.shape[-1] // 2
+  rate = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * rate
+  first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+  return turned.astype(x.dtype)
+
+
+def spelled_out(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Causal attention of grouped heads by two einsums and a softmax in the operands' dtype."""
+  batch, length, heads, features = query.shape
+  query = query.reshape(batch, length, key.shape[2], -1, features) * features**-0.5
+  scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key)
+  seen = jnp.tril(jnp.ones((length, length), bool))
+  scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
+  mixed = jnp.einsum("bgrqk,bkgd->bqgrd", jax.nn.softmax(scores), value)
+  return mixed.reshape(batch, length, heads, features)
+
+
+class Llama(nn.Module):
+  """A causal language model like Llama: i32[batch, length] -> logits[batch, length, vocabulary].
+
+  Attributes:
+    layers: blocks.
+    width: features of the stream.
+    heads: as in `LlamaBlock`.
+    groups: as in `LlamaBlock`.
+    hidden: as in `LlamaBlock`.
+    vocabulary: tokens.
+    kernel: as in `LlamaBlock`.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  layers: int = 12
+  width: int = 1024
+  heads: int = 16
+  groups: int = 4
+  hidden: int = 2816
+  vocabulary: int = 32000
+  kernel: Any = None
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps tokens to the logits of each next token."""
+    x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+    for _ in range(self.layers):
+      x = LlamaBlock(self.heads, self.groups, self.hidden, self.kernel, self.dtype)(x)
+    x = nn.RMSNorm(dtype=self.dtype)(x)
+    return nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)(x)
 
 
 class VisionTransformer(nn.Module):

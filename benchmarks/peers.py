@@ -345,6 +345,24 @@ def mpjax_statistics(workload: Workload, policy: str, tx: Any, scaling: Scaling)
   return mpjax_inside(workload, policy, mpjax.inspect.collect_statistics(tx), scaling)
 
 
+def mpjax_step(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`mpjax.make_train_step`, with its norms, metrics and skips."""
+  model = linen(workload)
+  plain = loss_of(workload, model)
+  if scales(policy):
+    tx = mpjax.dynamic_loss_scaling(tx, init_scale=scaling.start, growth_interval=scaling.interval)
+  compiled = mpjax.make_train_step(
+    lambda params, model_state, batch: plain(params, model_state, *batch), tx, policy=policy
+  )
+
+  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
+    before = mpjax.TrainState(state.scaler, state.params, state.opt_state, state.model_state)
+    after, metrics = compiled(before, (inputs, labels))
+    return State(after.params, after.model_state, after.opt_state, after.step), metrics.loss
+
+  return _training(model, tx, step, jnp.zeros((), jnp.int32))
+
+
 class Peer(NamedTuple):
   """A tool.
 
@@ -368,10 +386,14 @@ BY_HAND = "Flax `dtype=` by hand"
 WIDE_SOFTMAX = "by hand, float32 softmax"
 INSIDE = "mpjax, loss inside"
 OUTSIDE = "mpjax, loss outside"
+STEP = "mpjax.make_train_step"
 SCALED = "mpjax, loss scaled"
 STATISTICS = "mpjax, statistics collected"
 HAIKU = "Haiku policy"
 HAIKU_FLOAT32 = "Haiku, float32"
+# What `haiku_models.py` holds.
+HAIKU_MODELS = ("Transformer", "VisionTransformer", "ResNet", "RecurrentModel")
+HAIKU_MODELS += ("Parameters", "Lookup", "Shared", "Tabled")
 
 ALL = (
   Peer(FLOAT32, float32),
@@ -381,10 +403,11 @@ ALL = (
   Peer("by hand + DynamicScale", dynamic_scale, policies=("mixed_float16",)),
   Peer("jmp", jmp_policy, ("jmp",)),
   Peer("mpx", mpx_scaling, ("mpx",)),
-  Peer(HAIKU_FLOAT32, haiku_float32, ("haiku", "jmp")),
-  Peer(HAIKU, haiku_policy, ("haiku", "jmp")),
+  Peer(HAIKU_FLOAT32, haiku_float32, ("haiku", "jmp"), models=HAIKU_MODELS),
+  Peer(HAIKU, haiku_policy, ("haiku", "jmp"), models=HAIKU_MODELS),
   Peer(INSIDE, mpjax_inside),
   Peer(OUTSIDE, mpjax_outside),
+  Peer(STEP, mpjax_step),
   Peer(SCALED, mpjax_scaled, policies=("mixed_bfloat16",), models=("VisionTransformer",)),
   Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
 )

@@ -27,7 +27,7 @@ import optax  # noqa: E402
 from jax import lax  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import convergence, peers  # noqa: E402
+from benchmarks import convergence, meters, peers  # noqa: E402
 
 TASKS = ("digits", "text")
 CHUNK = 100
@@ -100,6 +100,29 @@ ROWS: dict[str, tuple[str, Wrap]] = {
     lambda tx: mpjax.stochastic_rounding(mpjax.bfloat16_states(tx)),
   ),
 }
+
+
+def optimizer_step(name: str, params: Any, tx: Any) -> tuple[Any, Any]:
+  """One way of holding parameters and moments as a step of the optimizer alone.
+
+  Args:
+    name: a row of `ROWS`.
+    params: f32 arrays, or their shapes under `jax.eval_shape`.
+    tx: the optimizer.
+
+  Returns:
+    What it holds, `(params, state)`, and `step(held, grads) -> held`, the gradients in the
+    parameters' dtype.
+  """
+  dtype, wrap = ROWS[name]
+  tx = wrap(tx)
+
+  def step(held: Any, grads: Any) -> Any:
+    updates, state = tx.update(grads, held[1], held[0])
+    return optax.apply_updates(held[0], updates), state
+
+  params = mpjax.cast_floating(params, dtype)
+  return (params, tx.init(params)), step
 
 
 class Run(NamedTuple):
@@ -210,7 +233,7 @@ def main() -> None:
       "rounding",
       "The same training with fewer bytes a parameter",
       "python -m benchmarks.rounding",
-      "CPU",
+      f"{jax.default_backend().upper()}, {meters.card()}",
       rows,
       report.table(rows, COLUMNS),
       arguments.out,

@@ -101,7 +101,9 @@ def main() -> None:
   # JAX's default on these cards is TF32, which is "high" here.
   torch.set_float32_matmul_precision("highest" if cell["precision"] == "highest" else "high")
   torch.backends.cudnn.allow_tf32 = cell["precision"] != "highest"
-  print(json.dumps({"framework": f"torch {torch.__version__}", **KINDS[cell["kind"]](cell)}))
+  with meters.alone(cell.get("lock")):
+    figures = KINDS[cell["kind"]](cell)
+  print(json.dumps({"framework": f"torch {torch.__version__}", **figures}))
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ FULL: dict[str, Callable[..., Workload]] = {
   "gpt-small": lambda batch=16, layers=4: language(
     "gpt-small", models.Transformer, batch, 512, 8192, layers=layers
   ),
+  "llama-200m": lambda batch=4, layers=12: language(
+    "llama-200m", models.Llama, batch, 2048, 32000, layers=layers
+  ),
+  "llama-200m-cudnn": lambda batch=4, layers=12: language(
+    "llama-200m-cudnn", models.Llama, batch, 2048, 32000, layers=layers, kernel="cudnn"
+  ),
   "vit-base": lambda batch=32: vision("vit-base", models.VisionTransformer, batch, 224, 1000),
   "resnet-50": lambda batch=32: vision("resnet-50", models.ResNet, batch, 224, 1000),
   "lstm-2x1024": lambda batch=64: language("lstm-2x1024", models.RecurrentModel, batch, 128, 10000),
@@ -94,6 +100,18 @@ FULL: dict[str, Callable[..., Workload]] = {
 TINY: dict[str, Callable[..., Workload]] = {
   "gpt": lambda batch=4, layers=1: language(
     "gpt", models.Transformer, batch, 16, 64, layers=layers, width=32, heads=2
+  ),
+  "llama": lambda batch=4, layers=1: language(
+    "llama",
+    models.Llama,
+    batch,
+    16,
+    64,
+    layers=layers,
+    width=32,
+    heads=4,
+    groups=2,
+    hidden=64,
   ),
   "vit": lambda batch=4: vision(
     "vit", models.VisionTransformer, batch, 16, 10, layers=1, width=32, heads=2, patch=4

@@ -16,6 +16,7 @@ from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._train.accumulation import Window, check_flow, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
 from mpjax._train.buffers import own_buffer, shared_buffers
+from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
@@ -35,6 +36,7 @@ class TrainStep:
     self._jitted = jitted
     self._limit = max_consecutive_skips
     self._donate = donate
+    self._check_float16 = UnscaledFloat16Check()
 
   def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> StepMetrics:
     """Takes one step, updating ``model`` and ``optimizer`` in place.
@@ -54,7 +56,10 @@ class TrainStep:
     if self._donate:
       _own_buffers((model, optimizer), variables, others)
     where = placement([*variables.values()])
-    metrics, bad = self._jitted(model, optimizer, batch, where)
+    args = (model, optimizer, batch, where)
+    opt_state = optimizer.opt_state
+    self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
+    metrics, bad = self._jitted(*args)
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
@@ -73,7 +78,9 @@ class TrainStep:
     """
     variables = _arrays((model, optimizer))
     where = placement([*variables.values()])
-    return self._jitted.lower(model, optimizer, batch, where)
+    traced = self._jitted.trace(model, optimizer, batch, where)
+    self._check_float16(optimizer.opt_state, lambda: traced.traced.jaxpr)
+    return traced.lower()
 
 
 def make_train_step(

@@ -1,16 +1,22 @@
 """Warnings for 16-bit parameters, moments and gradients where they are known to fail."""
 
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
-from mpjax._core.policy_map import PolicyMap
+from mpjax._core.primitives import Trait, having
+from mpjax._core.scopes import is_backward
 from mpjax._core.tree_paths import leaf_paths
+from mpjax._engine import versions
+from mpjax._engine.scaled_cotangents import border_p
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.master_weights import MasterWeightsState
 from mpjax._scaling.rounding import StochasticRoundingState
+from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import find_states
 
 _SECOND_MOMENT = "nu"  # as optax names it in the states of Adam and its relatives
@@ -77,14 +83,52 @@ def _without_rounded(opt_state: Any) -> Any:
   return jax.tree.map(without, opt_state, is_leaf=is_rounding)
 
 
-def warn_of_unscaled_float16(policies: PolicyMap | None) -> None:
-  """Warns of a policy that computes in float16, for a step whose optimizer has no loss scaler."""
-  if policies is None:
-    return
-  chosen = [policies.default, *(policy for _, policy in policies.rules)]
-  if any(policy.compute_dtype == FLOAT16 for policy in chosen):
-    warnings.warn(UNSCALED_FLOAT16, LowPrecisionWarning, stacklevel=2)
+class UnscaledFloat16Check:
+  """Looks at a step when it is first called, and warns if it needs a loss scaler and has none."""
 
+  def __init__(self) -> None:
+    self._is_due = True
+
+  def __call__(self, opt_state: Any, trace: Callable[[], Any]) -> None:
+    """Warns if float16 gradients go through a matmul of the step and nothing scales them.
+
+    What the step computes decides, whoever chose the format: a policy of the step or of the model,
+    or the model's own ``dtype=``.
+
+    Args:
+      opt_state: The state of the step's optimizer.
+      trace: Returns the step's jaxpr; called once at most.
+    """
+    if not self._is_due:
+      return
+    self._is_due = False
+    if find_scaling_state(opt_state) is None and _loses_small_gradients(trace()):
+      warnings.warn(UNSCALED_FLOAT16, LowPrecisionWarning, stacklevel=3)
+
+
+def _loses_small_gradients(jaxpr: Any) -> bool:
+  """Whether a backward matmul or convolution takes float16, and no region has a ``loss_scale``."""
+  eqns = list(_equations(jaxpr, False))
+  if any(eqn.primitive is border_p for eqn, _ in eqns):
+    return False
+  return any(
+    backward
+    and eqn.primitive.name in _MATMULS
+    and any(getattr(atom.aval, "dtype", None) == FLOAT16 for atom in eqn.invars)
+    for eqn, backward in eqns
+  )
+
+
+def _equations(jaxpr: Any, around: bool) -> Iterator[tuple[JaxprEqn, bool]]:
+  """Every equation of a jaxpr, at any depth, and whether it came from transposing."""
+  for eqn in versions.open_jaxpr(jaxpr).eqns:
+    backward = around or is_backward(eqn.source_info.name_stack)
+    yield eqn, backward
+    for body in jaxprs_in_params(eqn.params):
+      yield from _equations(body, backward)
+
+
+_MATMULS = having(Trait.MATMUL)
 
 UNSCALED_FLOAT16 = (
   "A float16 loss should be scaled before it is differentiated: gradients below 6e-8 are 0 in "

@@ -20,7 +20,7 @@ from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState, find_states
 from mpjax._train.left_alone import left_alone
-from mpjax._train.low_precision_warning import warn_of_low_precision, warn_of_unscaled_float16
+from mpjax._train.low_precision_warning import warn_of_low_precision
 from mpjax._train.step_parts import (
   PolicyLike,
   StepMetrics,
@@ -101,8 +101,6 @@ class StepCore:
     trained = core.trained(params)
     check_param_dtype(trained, settings.policies)
     warn_of_low_precision(trained, opt_state)
-    if scaling is None:
-      warn_of_unscaled_float16(settings.policies)
     return core
 
   def trained(self, params: Any) -> Any:

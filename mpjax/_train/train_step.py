@@ -21,6 +21,7 @@ from mpjax._scaling.states import LossScalingState
 from mpjax._train.accumulation import Window, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
 from mpjax._train.buffers import own_buffer, shared_buffers
+from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
@@ -112,6 +113,7 @@ class TrainStep:
     self._jitted = jitted
     self._limit = max_consecutive_skips
     self._donate = donate
+    self._check_float16 = UnscaledFloat16Check()
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
@@ -135,7 +137,9 @@ class TrainStep:
     if self._donate and (shared := shared_buffers(leaves, others)):
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)
-    state, metrics, bad = self._jitted(state, batch, placement(leaves))
+    where = placement(leaves)
+    self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
+    state, metrics, bad = self._jitted(state, batch, where)
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
@@ -156,6 +160,7 @@ class TrainStep:
     _check_is_state(state, batch)
     where = placement(jax.tree.leaves(state))
     traced = self._jitted.trace(state, batch, where)
+    self._check_float16(state.opt_state, lambda: traced.jaxpr)
     return traced.lower(lowering_platforms=lowering_platforms)
 
 
@@ -267,9 +272,11 @@ def make_train_step(
   Warns:
     LowPrecisionWarning: When traced, if trained parameters are bfloat16 or float16 and the
       optimizer has neither `mpjax.stochastic_rounding` nor `mpjax.master_weights`, whatever the
-      policy says, if moments have a 16-bit format that fails without `mpjax.bfloat16_states`, or
-      if the policy computes in float16 and ``tx`` has no loss scaler. The policies ``"bfloat16"``
-      and ``"float16"`` are meant for inference.
+      policy says, or if moments have a 16-bit format that fails without `mpjax.bfloat16_states`.
+      When first called, if gradients go through a float16 matmul or convolution, by this policy,
+      by one of the model or by its ``dtype=``, and nothing scales them: ``tx`` has no loss scaler,
+      and no `mpjax.autocast` or `mpjax.apply_policy` inside a ``loss_scale``. The policies
+      ``"bfloat16"`` and ``"float16"`` are meant for inference.
 
   Raises:
     ValueError: If a policy or ``reduce_dtype`` cannot be read, ``accumulate`` or

@@ -1,10 +1,13 @@
 """What both train steps owe: skips that heal, frozen parameters, settings of restored states."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import mpjax
@@ -105,24 +108,118 @@ def test_jax_debug_nans_stops_no_skip_of_an_overflow(accumulate):
 # float16 without a scaler -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  "policy", ["mixed_float16", mpjax.PolicyMap({"head": "mixed_float16"}, default="float32")]
-)
-def test_float16_without_a_scaler_warns_and_names_it(policy):
+class Halves(nn.Module):
+  """The format is the author's: no policy is in sight."""
+
+  dtype: Any = jnp.float16
+
+  @nn.compact
+  def __call__(self, x):
+    hidden = nn.relu(nn.Dense(4, dtype=self.dtype)(x))
+    return nn.Dense(1, dtype=self.dtype)(hidden).astype(jnp.float32)
+
+
+def halves_loss(module):
+  return lambda params, x: jnp.mean(module.apply({"params": params}, x) ** 2)
+
+
+def scanned(params, x):
+  """Where the format is chosen in a loop inside a `jax.jit`."""
+
+  def layer(carry, _):
+    return jnp.tanh(carry.astype(jnp.float16) @ params["w"].astype(jnp.float16)), None
+
+  return jnp.mean(jax.jit(lambda x: jax.lax.scan(layer, x, None, 3)[0])(x.astype(jnp.float16)))
+
+
+PLAIN = Halves(None)
+LINEN = PLAIN.init(jax.random.key(0), X)["params"]
+HEADS = mpjax.PolicyMap({"Halves/Dense_1": "mixed_float16"}, default="float32")
+FLOAT16 = {
+  "policy of the step": (halves_loss(PLAIN), LINEN, "mixed_float16"),
+  "rule of the step": (halves_loss(PLAIN), LINEN, HEADS),
+  "policy of the model": (
+    halves_loss(mpjax.apply_policy(PLAIN, "mixed_float16")),
+    LINEN,
+    None,
+  ),
+  "policy of a part of the loss": (
+    lambda p, x: mpjax.autocast(halves_loss(PLAIN), "mixed_float16")(p, x) + 1,
+    LINEN,
+    None,
+  ),
+  "dtype of the model": (halves_loss(Halves()), LINEN, None),
+  "by hand in a scan": (scanned, {"w": jnp.eye(4)}, None),
+}
+
+
+@pytest.mark.parametrize("case", FLOAT16)
+def test_float16_without_a_scaler_warns_once_and_names_it(case):
+  loss, params, policy = FLOAT16[case]
   tx = optax.sgd(0.1)
+  step, state = make_train_step(loss, tx, policy=policy), TrainState.create(params, tx)
+  with pytest.warns(LowPrecisionWarning, match="without a loss scaler.*dynamic_loss_scaling"):
+    state, _ = step(state, X)
+  step(state, X)  # warnings are errors in the tests
 
-  def loss(params, x):
-    with jax.named_scope("head"):
-      return loss_fn(params, x)
 
-  state = TrainState.create({"w": jnp.ones((4, 1))}, tx)
-  with pytest.warns(LowPrecisionWarning, match="mpjax.dynamic_loss_scaling"):
-    make_train_step(loss, tx, policy=policy)(state, X)
-  model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  if isinstance(policy, str):
-    with pytest.warns(LowPrecisionWarning, match="without a loss scaler"):
-      mpjax.nnx.make_train_step(lambda m, x: jnp.mean(m(x)), policy=policy)(model, optimizer, X)
+NOT_LOST = {
+  "bfloat16": (halves_loss(Halves(jnp.bfloat16)), None),
+  "a policy that the model leaves no matmul to": (
+    halves_loss(PLAIN),
+    mpjax.PolicyMap({"Halves/Dense_.*": "float32"}, default="mixed_float16"),
+  ),
+  "a scale inside of the model": (
+    halves_loss(mpjax.apply_policy(PLAIN, "mixed_float16", loss_scale=2**10)),
+    None,
+  ),
+  "a part that is not differentiated": (
+    lambda p, x: halves_loss(PLAIN)(p, x) + jax.lax.stop_gradient(halves_loss(Halves())(p, x)),
+    None,
+  ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_LOST)
+def test_where_no_float16_gradient_is_lost_a_step_says_nothing(case):
+  loss, policy = NOT_LOST[case]
+  tx = optax.sgd(0.1)
+  make_train_step(loss, tx, policy=policy)(TrainState.create(LINEN, tx), X)
+
+
+class Small(nnx.Module):
+  def __init__(self, dtype=None):
+    self.first = nnx.Linear(4, 4, rngs=nnx.Rngs(0), dtype=dtype)
+    self.last = nnx.Linear(4, 1, rngs=nnx.Rngs(1), dtype=dtype)
+
+  def __call__(self, x):
+    return self.last(nnx.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+  ("model", "policy"),
+  [
+    (Small(), "mixed_float16"),
+    (mpjax.apply_policy(Small(), "mixed_float16"), None),
+    (Small(jnp.float16), None),
+  ],
+  ids=["policy of the step", "policy of the model", "dtype of the model"],
+)
+def test_float16_in_an_nnx_step_without_a_scaler_warns_once(model, policy):
+  traces = []
+
+  def loss(model, x):
+    traces.append(0)
+    return jnp.mean(model(x).astype(jnp.float32) ** 2)
+
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  step = mpjax.nnx.make_train_step(loss, policy=policy)
+  with pytest.warns(LowPrecisionWarning, match="without a loss scaler"):
+    step(model, optimizer, X)
+  step(model, optimizer, X)
+  assert len(traces) == 1
+  with pytest.warns(LowPrecisionWarning, match="without a loss scaler"):
+    mpjax.nnx.make_train_step(loss, policy=policy).lower(model, optimizer, X)
 
 
 def test_a_missing_scale_is_told_which_scaler_serves_several_policies():

@@ -4,54 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from flax import linen as nn
 from flax import nnx
 
-from mpjax._core.arguments import shown
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
 from mpjax._flax import linen_modules, nnx_calls, nnx_models
-from mpjax._flax.nnx_calls import is_node
+from mpjax._flax.nnx_calls import is_node, refuses_what_is_no_function
 from mpjax._flax.policed import mark
 from mpjax._scaling import scaled_gradients
 
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _refuses_what_is_no_function(transform: F) -> F:
-  """Answers what users of torch type first, and modules, in one sentence."""
-
-  @functools.wraps(transform)
-  def checked(*args: Any, **kwargs: Any) -> Any:
-    foreign = [
-      name for name in ("device_type", "dtype", "enabled", "cache_enabled") if name in kwargs
-    ]
-    first = args[0] if args else kwargs.get("fn")
-    if foreign or first is None or isinstance(first, str | Policy | PolicyMap):
-      got = f"{foreign[0]}=" if foreign else "no function" if first is None else shown(first)
-      raise TypeError(
-        "autocast is no context manager: it takes a function and a policy and returns a function. "
-        f"Got {got}. Write mpjax.autocast(fn, policy)(*args); the policy 'float32' switches it off."
-      )
-    if isinstance(first, nn.Module | nnx.Module):
-      kind = "Linen module" if isinstance(first, nn.Module) else "NNX model"
-      raise TypeError(
-        f"autocast takes a function. Got the {kind} {type(first).__name__}. Use "
-        "mpjax.apply_policy(module, policy), or autocast a function that takes it or its variables."
-      )
-    return transform(*args, **kwargs)
-
-  return cast(F, checked)
-
-
-@_refuses_what_is_no_function
+@refuses_what_is_no_function
 @functools.wraps(autocast_of_pytrees)
 def autocast(
   fn: Callable[P, R],

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+from flax import linen as nn
 from flax import nnx
 from jax.extend import source_info_util
 
+from mpjax._core.arguments import shown
 from mpjax._core.dtypes import FLOAT32
+from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
 from mpjax._engine.autocast import in_a_region
@@ -20,8 +23,36 @@ from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import mark, plain_class
 
 _PATH = "mpjax_path"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def refuses_what_is_no_function(transform: F) -> F:
+  """Answers what users of torch type first, and modules, in one sentence."""
+
+  @functools.wraps(transform)
+  def checked(*args: Any, **kwargs: Any) -> Any:
+    foreign = [
+      name for name in ("device_type", "dtype", "enabled", "cache_enabled") if name in kwargs
+    ]
+    first = args[0] if args else kwargs.get("fn")
+    if foreign or first is None or isinstance(first, str | Policy | PolicyMap):
+      got = f"{foreign[0]}=" if foreign else "no function" if first is None else shown(first)
+      raise TypeError(
+        "autocast is no context manager: it takes a function and a policy and returns a function. "
+        f"Got {got}. Write mpjax.autocast(fn, policy)(*args); the policy 'float32' switches it off."
+      )
+    if isinstance(first, nn.Module | nnx.Module):
+      kind = "Linen module" if isinstance(first, nn.Module) else "NNX model"
+      raise TypeError(
+        f"autocast takes a function. Got the {kind} {type(first).__name__}. Use "
+        "mpjax.apply_policy(module, policy), or autocast a function that takes it or its variables."
+      )
+    return transform(*args, **kwargs)
+
+  return cast(F, checked)
+
+
+@refuses_what_is_no_function
 def autocast(
   fn: Callable[..., Any],
   policy: PolicyLike,
@@ -51,13 +82,13 @@ def autocast(
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   @functools.wraps(fn)
-  def cast(*args: Any, **kwargs: Any) -> Any:
+  def under_policy(*args: Any, **kwargs: Any) -> Any:
     inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
     flags = [n in inside for n in range(len(args))]
     return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)
 
-  mark(cast, policies)
-  return cast
+  mark(under_policy, policies)
+  return under_policy
 
 
 def run(
@@ -121,7 +152,7 @@ def pure_call(
     if plain is not None:
       object.__setattr__(merged[0], "__class__", plain)
     as_given = structure(merged)
-    inner, inner_kwargs = _fill(tree, (args, kwargs), merged)
+    inner, inner_kwargs = fill(tree, (args, kwargs), merged)
     out = fn(*inner, **inner_kwargs)
     check_structure(as_given, structure(merged))
     return out, nnx.state(merged, lambda path, var: before.get(tuple(path)) != _leaves(var))
@@ -152,15 +183,17 @@ def _leaves(var: Any) -> list[int]:
 def structure(nodes: Sequence[Any]) -> dict[str, Any]:
   """All that a call may set in graph nodes beside the values of Variables, by its path.
 
-  Submodules by their class, and the plain attributes of all: numbers, flags, functions.
+  Submodules by their class, and the plain attributes of all: numbers, flags, functions. Of arrays
+  that are attributes only that they are there: their values are brought back.
   """
   found: dict[str, Any] = {}
   for node in nodes:
     for path, module in nnx.iter_modules(node):
       found["/".join(map(str, path))] = plain_class(type(module))
       for name, value in vars(module).items():
-        if not (is_node(value) or isinstance(value, jax.Array) or _of_flax(name)):
-          found["/".join(map(str, (*path, name)))] = value
+        if not (is_node(value) or _of_flax(name)):
+          held = jax.Array if isinstance(value, jax.Array) else value
+          found["/".join(map(str, (*path, name)))] = held
   return found
 
 
@@ -191,8 +224,8 @@ def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
   return old is new or (isinstance(old, bool | int | float | str) and old == new)
 
 
-def _fill(tree: Any, blanks: tuple[Any, Any], nodes: Sequence[Any]) -> tuple[Any, Any]:
-  """Put graph nodes back into their places among the arguments."""
+def fill(tree: Any, blanks: Any, nodes: Sequence[Any]) -> Any:
+  """Put graph nodes back into their places among the arguments, where there is ``None``."""
   rest = iter(nodes)
   leaves = tree.flatten_up_to(blanks)
   return jax.tree.unflatten(tree, [next(rest) if x is None else x for x in leaves])

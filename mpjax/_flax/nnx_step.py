@@ -1,7 +1,7 @@
 """Train steps for NNX models."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from flax import nnx
 
 from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._flax.nnx_calls import autocast
+from mpjax._flax.nnx_calls import autocast, check_structure, fill, is_node, structure
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaled_gradients import split_aux
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._train.accumulation import Window, check_flow, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.buffers import own_buffer, shared_buffers
+from mpjax._train.buffers import explained_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
@@ -30,7 +30,7 @@ from mpjax._train.step_parts import (
 
 
 class TrainStep:
-  """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, batch)``."""
+  """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, *batch)``."""
 
   def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
     self._jitted = jitted
@@ -38,49 +38,62 @@ class TrainStep:
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
 
-  def __call__(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> StepMetrics:
+  def __call__(
+    self, model: nnx.Module, optimizer: nnx.Optimizer, *batch: Any, **keywords: Any
+  ) -> StepMetrics:
     """Takes one step, updating ``model`` and ``optimizer`` in place.
 
     Args:
       model: The model.
       optimizer: Its optimizer.
-      batch: What the loss function takes as its second argument.
+      *batch: What the loss function takes beside the model: pytrees of arrays, and graph nodes
+        such as ``nnx.Rngs``, metrics or another model, whose updates arrive in them.
+      **keywords: The same, by name.
 
     Returns:
       The metrics of the step.
 
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
+      ValueError: If a step has taken the buffers of an argument already.
     """
-    variables, others = _arrays((model, optimizer)), jax.tree.leaves(batch)
+    variables, operands = _arrays((model, optimizer)), Operands.of(batch, keywords)
     if self._donate:
+      others = jax.tree.leaves((operands.arrays, _arrays(operands.nodes)))
       _own_buffers((model, optimizer), variables, others)
-    where = placement([*variables.values()])
-    args = (model, optimizer, batch, where)
+    args = (model, optimizer, (batch, keywords), placement([*variables.values()]))
     opt_state = optimizer.opt_state
     self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
-    metrics, bad = self._jitted(*args)
+    with explained_if_deleted(lambda: _named(variables), _DELETED):
+      metrics, bad = self._jitted(*args)
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
     return metrics
 
-  def lower(self, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any) -> Any:
+  def lower(self, model: nnx.Module, optimizer: nnx.Optimizer, *batch: Any, **keywords: Any) -> Any:
     """Lowers the step for these arguments, as ``nnx.jit(...).lower`` does.
 
     Args:
       model: The model.
       optimizer: Its optimizer.
-      batch: A batch.
+      *batch: What the loss function takes beside the model.
+      **keywords: The same, by name.
 
     Returns:
       A lowered function; its ``compile()`` tells memory and cost.
     """
-    variables = _arrays((model, optimizer))
-    where = placement([*variables.values()])
-    traced = self._jitted.trace(model, optimizer, batch, where)
+    where = placement([*_arrays((model, optimizer)).values()])
+    traced = self._jitted.trace(model, optimizer, (batch, keywords), where)
     self._check_float16(optimizer.opt_state, lambda: traced.traced.jaxpr)
     return traced.lower()
+
+
+_DELETED = (
+  "A step that donates takes the buffers of model and optimizer. Got {}, of which a step has taken "
+  "the buffer, from another object that held the same array, such as a clone. Copy the arrays of "
+  "one of the two (jax.tree.map(jnp.copy, nnx.state(model))), or make the step with donate=False."
+)
 
 
 def make_train_step(
@@ -97,15 +110,18 @@ def make_train_step(
 
   The step differentiates ``loss_fn(model, batch)`` with respect to the Variables that the
   optimizer was made for (its ``wrt``), and updates model and optimizer in place; BatchNorm
-  statistics, random streams and whatever else the loss changes in the model arrive there.
+  statistics, random streams and whatever else the loss changes in the model arrive there. It
+  takes as many batches as the loss does, by position or by name, and graph nodes among them:
+  ``step(model, optimizer, x, y, rngs=rngs)`` differentiates ``loss_fn(model, x, y, rngs=rngs)``.
+  The optimizer is an ``nnx.Optimizer`` or an ``nnx.ModelAndOptimizer`` of this model.
 
   If the optimizer holds a loss scaler (`mpjax.dynamic_loss_scaling` as the outermost
   transformation), the loss is scaled, and a step is skipped if its gradients are not finite, or
   another Variable of the model would get an inf or NaN where there was a number: every Variable
-  of model and optimizer, ``optimizer.step`` included, stays as it was; only the scaler and the
-  random streams move, so that the numbers that made a NaN are not drawn again. Without one, no
-  operation of scaling or testing is in the compiled step. What the optimizer may take beside
-  gradients, and what it leaves alone, is as for `mpjax.make_train_step`.
+  of model, optimizer and other graph nodes, ``optimizer.step`` included, stays as it was; only the
+  scaler and the random streams move, so that the numbers that made a NaN are not drawn again.
+  Without one, no operation of scaling or testing is in the compiled step. What the optimizer may
+  take beside gradients, and what it leaves alone, is as for `mpjax.make_train_step`.
 
   With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, whose float32
   gradients are averaged before one step is applied or skipped; see `mpjax.make_train_step`, and
@@ -114,7 +130,7 @@ def make_train_step(
   Variable that the loss adds is kept as the last micro-batch left it.
 
   Args:
-    loss_fn: Returns the loss, or ``(loss, aux)`` if ``has_aux``.
+    loss_fn: Takes the model and the batch; returns the loss, or ``(loss, aux)`` if ``has_aux``.
     has_aux: Whether ``loss_fn`` returns auxiliary output, for the metrics.
     policy: A policy to run the whole loss under; see `mpjax.nnx.autocast`. The results of
       ``loss_fn`` stay float32. Leave it out if the model is one of `mpjax.nnx.apply_policy`.
@@ -127,7 +143,7 @@ def make_train_step(
       `mpjax.make_train_step`.
 
   Returns:
-    ``step(model, optimizer, batch) -> metrics``.
+    ``step(model, optimizer, *batch, **keywords) -> metrics``.
 
   Warns:
     LowPrecisionWarning: As for `mpjax.make_train_step`.
@@ -137,7 +153,8 @@ def make_train_step(
       ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
       trained parameters do not have the policy's param dtype, ``accumulate`` does not divide the
       batch, the loss scaler is not the outermost transformation, the optimizer's ``wrt`` matches
-      no Variable, or an optimizer without a loss scaler has float16 state.
+      no Variable, an optimizer without a loss scaler has float16 state, or the loss sets, adds or
+      deletes something in the model that is no Variable, which would be lost.
     TypeError: When called, if ``loss_fn`` returns something else than above, or a micro-batch
       changes the shape or dtype of a Variable.
 
@@ -157,43 +174,49 @@ def make_train_step(
   run = autocast_loss(loss_fn, settings.policies, autocast)
 
   def train_step(
-    model: nnx.Module, optimizer: nnx.Optimizer, batch: Any, where: Placement
+    model: nnx.Module, optimizer: nnx.Optimizer, given: tuple[Any, Any], where: Placement
   ) -> tuple[Any, Any]:
+    operands = Operands.of(*given)
+    nodes, batch = (model, *operands.nodes), operands.arrays
     paths = list(_arrays((model, optimizer)))
-    graphdef, *parts = nnx.split(model, optimizer.wrt, ...)
+    graphdef, *parts = nnx.split(nodes, _of_the_first(optimizer.wrt), ...)
     _check_wrt(parts, optimizer)
-    opt_state = nnx.as_pure(optimizer.opt_state)
+    params, opt_state = parts[0][0], nnx.as_pure(optimizer.opt_state)
     _check_opt_state(opt_state)
-    core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(parts[0]), opt_state)
-    before = _arrays(model), opt_state, optimizer.step[...]
+    core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(params), opt_state)
+    before = _arrays(nodes), opt_state, optimizer.step[...]
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
-      copy = nnx.merge(graphdef, wrt, rest, copy=True)
-      out = run(copy, batch)
+      copy, *others = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
+      as_given = structure((copy, *others))
+      args, keywords = operands.filled(batch, others)
+      out = run(copy, *args, **keywords)
+      check_structure(as_given, structure((copy, *others)))
       loss, aux = split_aux(out) if has_aux else (out, None)
-      return loss, (nnx.state(copy), aux)
+      return loss, (nnx.state((copy, *others)), aux)
 
     def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
-      (loss, (changed, aux)), grads = core.differentiate(compute, *parts, batch)
+      wrt, rest = parts
+      (loss, (changed, aux)), grads = core.differentiate(compute, wrt[0], rest, batch)
       if index is None:
         return Window(loss, [changed], ([], aux), grads)
       parts, added = _sorted_into(parts, changed)
       return Window(loss, parts, ([added], aux), grads)
 
     def loss_at(params: nnx.State) -> Any:
-      wrt = jax.tree.unflatten(jax.tree.structure(parts[0]), jax.tree.leaves(params))
+      wrt = jax.tree.unflatten(jax.tree.structure(parts[0][0]), jax.tree.leaves(params))
       rest = parts[1]
       return mean_loss(lambda part, _: compute(wrt, rest, part)[0], settings.accumulate, batch)
 
     loss, changed, (added, aux), grads = run_window(
-      micro_step, settings.accumulate, parts[0], parts, batch
+      micro_step, settings.accumulate, params, parts, batch
     )
     for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
-      nnx.update(model, state)
-    _update(core, model, optimizer, loss, grads, before[0], loss_at)
+      nnx.update(nodes, state)
+    _update(core, nodes, optimizer, loss, grads, before[0], loss_at)
     metrics, bad = core.report(loss, grads, optimizer.opt_state, aux)
     if core.scaling is not None:
-      _restore(metrics.applied, model, optimizer, *before)
+      _restore(metrics.applied, nodes, optimizer, *before)
     _keep_placement((model, optimizer), paths, where)
     return metrics, bad
 
@@ -201,9 +224,50 @@ def make_train_step(
   return TrainStep(jitted, settings.limit, donate)
 
 
+class Operands(NamedTuple):
+  """What a loss takes beside the model: its graph nodes apart from its arrays.
+
+  Attributes:
+    nodes: The graph nodes, in their order.
+    arrays: The arguments with ``None`` in the places of the nodes; of a single positional argument
+      that alone, so that errors name its arrays by their paths in it.
+    tree: The structure of the arguments, whose leaves are the arrays and the nodes.
+    single: Whether there is a single positional argument.
+  """
+
+  nodes: list[Any]
+  arrays: Any
+  tree: Any
+  single: bool
+
+  @classmethod
+  def of(cls, batch: tuple[Any, ...], keywords: dict[str, Any]) -> "Operands":
+    """Takes the arguments of a call apart."""
+    single = len(batch) == 1 and not keywords
+    leaves, tree = jax.tree.flatten(batch[0] if single else (batch, keywords), is_leaf=is_node)
+    arrays = tree.unflatten([None if is_node(x) else x for x in leaves])
+    return cls([x for x in leaves if is_node(x)], arrays, tree, single)
+
+  def filled(self, arrays: Any, nodes: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and named arguments, with these arrays and nodes in their places."""
+    whole = fill(self.tree, arrays, nodes)
+    return ((whole,), {}) if self.single else whole
+
+
+def _named(variables: dict[Any, Any]) -> list[tuple[str, Any]]:
+  """The arrays of model and optimizer with paths from each of the two."""
+  return [("/".join(map(str, path[1:])), x) for path, x in variables.items()]
+
+
+def _of_the_first(wrt: Any) -> Callable[[Any, Any], bool]:
+  """A filter for the Variables that ``wrt`` selects in the first of several graph nodes."""
+  selects = nnx.filterlib.to_predicate(wrt)
+  return lambda path, variable: path[0] == 0 and selects(path[1:], variable)
+
+
 def _update(
   core: StepCore,
-  model: nnx.Module,
+  nodes: tuple[Any, ...],
   optimizer: nnx.Optimizer,
   loss: jax.Array,
   grads: nnx.State,
@@ -211,7 +275,8 @@ def _update(
   loss_at: Any,
 ) -> None:
   """Updates model and optimizer; what the optimizer leaves alone stays the same array."""
-  now, params = _arrays(model), nnx.as_pure(nnx.state(model, optimizer.wrt))
+  model = nodes[0]
+  now, params = _arrays(nodes), nnx.as_pure(nnx.state(model, optimizer.wrt))
   written = [[arrays[path] for path in before] for arrays in (now, before)]
   args = (grads,) if isinstance(optimizer, nnx.ModelAndOptimizer) else (model, grads)
   core.update(optimizer.update, args, loss, grads, (written[0], written[1]), loss_at)
@@ -264,7 +329,7 @@ def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.S
   for part in parts:
     check_flow(dict(leaf_paths(nnx.from_flat_state(now))), dict(leaf_paths(part)))
   sorted_parts = [
-    nnx.map_state(lambda path, variable: variable.replace(now.pop(path).get_value()), part)
+    nnx.map_state(lambda path, leaf: _with_value(leaf, _value(now.pop(path))), part)
     for part in parts
   ]
   return sorted_parts, nnx.from_flat_state(now)
@@ -272,7 +337,7 @@ def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.S
 
 def _restore(
   applied: jax.Array,
-  model: nnx.Module,
+  nodes: tuple[Any, ...],
   optimizer: nnx.Optimizer,
   old: dict[Any, Any],
   old_opt_state: Any,
@@ -282,20 +347,29 @@ def _restore(
 
   Random streams move on, or the step that follows would draw what made this one's NaN.
   """
-  now = _arrays(model)
+  now = _arrays(nodes)
   kept = [
-    path for path, variable in nnx.to_flat_state(nnx.state(model)) if not _is_random(variable)
+    path for path, variable in nnx.to_flat_state(nnx.state(nodes)) if not _is_random(variable)
   ]
   kept = [path for path in kept if path in old]
   chosen = select(applied, [now[path] for path in kept], [old[path] for path in kept])
-  nnx.update(model, nnx.from_flat_state(zip(kept, chosen, strict=True)))
+  nnx.update(nodes, nnx.from_flat_state(zip(kept, chosen, strict=True)))
   opt_state = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
   nnx.update(optimizer.opt_state, nnx.state(opt_state))
   optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
 
 
 def _is_random(variable: nnx.Variable) -> bool:
-  return isinstance(variable, nnx.RngState) or is_key(variable.get_value())
+  return isinstance(variable, nnx.RngState) or is_key(_value(variable))
+
+
+def _value(leaf: Any) -> Any:
+  """The array of a leaf of a state: a Variable, or an array that is an attribute by itself."""
+  return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _with_value(leaf: Any, value: Any) -> Any:
+  return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
 def _check_opt_state(opt_state: Any) -> None:

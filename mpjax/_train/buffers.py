@@ -1,6 +1,7 @@
 """Buffers that a step may donate: each is its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -32,3 +33,31 @@ def shared_buffers(donated: Iterable[Any], kept: Iterable[Any]) -> list[int]:
 def own_buffer(leaf: jax.Array) -> jax.Array:
   """A copy with a buffer of its own, where the array is."""
   return leaf if isinstance(leaf, jax.core.Tracer) else jnp.copy(leaf)
+
+
+@contextmanager
+def explained_if_deleted(
+  arrays: Callable[[], Iterable[tuple[str, Any]]], message: str
+) -> Iterator[None]:
+  """Says in one sentence why a step cannot run on arrays whose buffers a step has taken.
+
+  Args:
+    arrays: Lists what is donated, with paths; called if the step has failed.
+    message: The sentence, with ``{}`` for the path of the first array that is deleted.
+
+  Raises:
+    ValueError: If an array was deleted before the step.
+  """
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:
+    if "deleted" not in str(error):  # what fails later has taken its buffers, too
+      raise
+    deleted = [path for path, x in arrays() if isinstance(x, jax.Array) and _is_deleted(x)]
+    if not deleted:
+      raise
+    raise ValueError(message.format(deleted[0])) from error
+
+
+def _is_deleted(x: jax.Array) -> bool:
+  return not isinstance(x, jax.core.Tracer) and x.is_deleted()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mpjax._core.casting import cast_floating
@@ -187,7 +188,14 @@ def raise_if_stuck(
 
   Raises:
     NonFiniteError: If so.
+    TypeError: If the step is part of a function that is being traced.
   """
+  if isinstance(metrics.consecutive_skips, jax.core.Tracer):
+    raise TypeError(
+      "max_consecutive_skips is told on the host, after each step. Got a step inside of a jax.jit, "
+      "a jax.lax.scan or another transformation, where it cannot raise. Call the step outside of "
+      "it, or drop the limit and read metrics.consecutive_skips of what it returns."
+    )
   skips = int(metrics.consecutive_skips)
   if skips < limit:
     return

@@ -20,7 +20,7 @@ from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState
 from mpjax._train.accumulation import Window, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.buffers import own_buffer, shared_buffers
+from mpjax._train.buffers import explained_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
@@ -129,9 +129,11 @@ class TrainStep:
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
       TypeError: If ``state`` is no ``TrainState``.
-      ValueError: If its ``opt_state`` is that of another optimizer.
+      ValueError: If its ``opt_state`` is that of another optimizer, or a step was given ``state``
+        before and has taken its buffers.
     """
     _check_is_state(state, batch)
+    given = state
     leaves, structure = jax.tree.flatten(state)
     others = jax.tree.leaves(batch)
     if self._donate and (shared := shared_buffers(leaves, others)):
@@ -139,7 +141,8 @@ class TrainStep:
       state = structure.unflatten(leaves)
     where = placement(leaves)
     self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
-    state, metrics, bad = self._jitted(state, batch, where)
+    with explained_if_deleted(lambda: leaf_paths(given), _DELETED):
+      state, metrics, bad = self._jitted(state, batch, where)
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
@@ -162,6 +165,12 @@ class TrainStep:
     traced = self._jitted.trace(state, batch, where)
     self._check_float16(state.opt_state, lambda: traced.jaxpr)
     return traced.lower(lowering_platforms=lowering_platforms)
+
+
+_DELETED = (
+  "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
+  "with the state that the step returned, or make the step with donate=False."
+)
 
 
 def _check_is_state(state: Any, batch: Any) -> None:

@@ -299,3 +299,173 @@ def test_rules_by_module_path_govern_the_loss():
     make_train_step(loss_fn, policy=mpjax.PolicyMap({"lost": "float32"}, default="float16"))(
       model, optimizer, BATCH
     )
+
+
+# What Flax's own loops pass -----------------------------------------------------------------------
+
+
+class Noisy(nnx.Module):
+  """Noise comes from a stream that the caller passes; a plain array is an attribute."""
+
+  def __init__(self):
+    self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+    self.offset = jnp.float32(0.5)
+
+  def __call__(self, x, rngs):
+    noise = nnx.Dropout(0.5)(jnp.ones_like(x), rngs=rngs)
+    return self.linear(self.norm(x) * noise)[:, 0] + self.offset
+
+
+def noisy_loss(model, x, y, rngs, metrics):
+  loss = jnp.mean((model(x, rngs) - y) ** 2)
+  metrics.update(values=loss)
+  return loss
+
+
+def noisy(tx, kind=nnx.Optimizer):
+  model = Noisy()
+  return model, kind(model, tx, wrt=nnx.Param), nnx.Rngs(7), nnx.metrics.Average()
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_float16"])
+@pytest.mark.parametrize("kind", [nnx.Optimizer, nnx.ModelAndOptimizer])
+def test_a_step_takes_streams_metrics_and_several_batches_as_flaxs_own_loops_do(kind, policy):
+  model, optimizer, rngs, metrics = noisy(mpjax.dynamic_loss_scaling(optax.sgd(0.05)), kind)
+  other, plain, other_rngs, other_metrics = noisy(optax.sgd(0.05))
+  step = make_train_step(noisy_loss, policy=policy)
+  reference = nnx.jit(nnx.value_and_grad(noisy_loss))
+  x, y = BATCH["x"], BATCH["y"]
+  for _ in range(3):
+    loss = step(model, optimizer, x, y, rngs=rngs, metrics=metrics).loss
+    expected, grads = reference(other, x, y, other_rngs, other_metrics)
+    plain.update(other, grads)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5 if policy is None else 1e-2)
+  np.testing.assert_allclose(metrics.compute(), other_metrics.compute(), rtol=1e-2)
+  assert int(rngs.default.count[...]) == int(other_rngs.default.count[...]) == 3
+  kernel, wanted = model.linear.kernel[...], other.linear.kernel[...]
+  np.testing.assert_allclose(kernel, wanted, rtol=1e-5 if policy is None else 1e-2, atol=1e-3)
+  np.testing.assert_allclose(model.norm.mean[...], other.norm.mean[...], rtol=1e-4, atol=1e-6)
+
+
+def test_a_skipped_step_moves_the_streams_that_it_was_passed_and_nothing_else_of_them():
+  model, optimizer, rngs, metrics = noisy(mpjax.dynamic_loss_scaling(optax.sgd(0.05)))
+  step = make_train_step(noisy_loss)
+  step(model, optimizer, BATCH["x"], BATCH["y"], rngs, metrics)
+  before = bits(nnx.state((model, metrics)))
+  found = step(model, optimizer, BATCH["x"], BATCH["y"] * jnp.inf, rngs, metrics)
+  assert not found.applied
+  assert bits(nnx.state((model, metrics))) == before
+  assert int(rngs.default.count[...]) == 2
+
+
+def test_streams_and_metrics_go_from_one_micro_batch_into_the_next():
+  model, optimizer, rngs, metrics = noisy(mpjax.dynamic_loss_scaling(optax.sgd(0.05)))
+  step = make_train_step(noisy_loss, accumulate=4)
+  x, y = BATCH["x"][:8], BATCH["y"][:8]
+  loss = step(model, optimizer, x, y, rngs=rngs, metrics=metrics).loss
+  assert int(rngs.default.count[...]) == 4
+  np.testing.assert_allclose(metrics.compute(), loss, rtol=1e-6)
+
+
+def test_another_model_beside_the_trained_one_is_not_trained():
+  def distilled(model, x, teacher):
+    return jnp.mean((model(x) - teacher(x)) ** 2)
+
+  model, teacher = (nnx.Linear(4, 2, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+  optimizer = nnx.Optimizer(model, scaled_adam(), wrt=nnx.Param)
+  before = bits(nnx.state(teacher))
+  step = make_train_step(distilled, policy="mixed_bfloat16")
+  losses = [float(step(model, optimizer, BATCH["x"], teacher).loss) for _ in range(5)]
+  assert losses == sorted(losses, reverse=True)
+  assert bits(nnx.state(teacher)) == before
+  step.lower(model, optimizer, BATCH["x"], teacher=teacher)
+
+
+# What cannot be brought back is refused -----------------------------------------------------------
+
+
+def add_a_flag(model):
+  model.flag = 1
+
+
+def count_in_python(model):
+  model.calls += 1
+
+
+def add_a_layer(model):
+  model.more = nnx.Linear(4, 4, rngs=nnx.Rngs(1))
+
+
+def delete_a_layer(model):
+  del model.unused
+
+
+def add_an_array(model):
+  model.cache = jnp.ones(3)
+
+
+class Changing(nnx.Module):
+  def __init__(self):
+    self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    self.unused = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    self.calls = 0
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
+@pytest.mark.parametrize(
+  ("change", "name"),
+  [
+    (add_a_flag, "flag"),
+    (count_in_python, "calls"),
+    (add_a_layer, "more"),
+    (delete_a_layer, "unused"),
+    (add_an_array, "cache"),
+  ],
+  ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_a_loss_changes_beside_variables_would_be_lost_and_is_refused(change, name, policy):
+  def loss(model, batch):
+    change(model)
+    return jnp.mean(model.linear(batch["x"]))
+
+  model = Changing()
+  optimizer = nnx.Optimizer(model, scaled_adam(), wrt=nnx.Param)
+  with pytest.raises(ValueError, match=f"must be held in nnx.Variables; this call .* '{name}'"):
+    make_train_step(loss, policy=policy)(model, optimizer, BATCH)
+
+
+def test_an_array_that_is_an_attribute_arrives_and_is_restored():
+  class Counting(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+      self.seen = jnp.zeros(())
+
+  def loss(model, batch):
+    model.seen = model.seen + 1
+    return jnp.mean(model.linear(batch["x"])) * batch["factor"]
+
+  model = Counting()
+  optimizer = nnx.Optimizer(model, scaled_adam(), wrt=nnx.Param)
+  step = make_train_step(loss)
+  assert step(model, optimizer, BATCH).applied
+  assert not step(model, optimizer, BAD).applied
+  assert float(model.seen) == 1
+
+
+def test_a_model_whose_arrays_a_step_has_taken_is_told_so():
+  model, optimizer = make(scaled_adam())
+  twin = nnx.clone(model)
+  nnx.update(twin, nnx.state(model))  # the same arrays in both
+  of_twin = nnx.Optimizer(twin, scaled_adam(), wrt=nnx.Param)
+  step = make_train_step(loss_fn)
+  step(model, optimizer, BATCH)
+  with pytest.raises(ValueError, match=r"Got calls, of which a step has taken the buffer.*clone"):
+    step(twin, of_twin, BATCH)
+
+
+def test_a_limit_on_skips_is_refused_where_it_cannot_raise():
+  model, optimizer = make(scaled_adam())
+  step = make_train_step(loss_fn, max_consecutive_skips=2)
+  with pytest.raises(TypeError, match=r"told on the host.*Got a step inside of a jax.jit"):
+    nnx.jit(step)(model, optimizer, BATCH)

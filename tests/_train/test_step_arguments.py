@@ -9,6 +9,8 @@ from flax.training import train_state
 
 import mpjax
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
+
 PARAMS = {f"w{i}": jnp.ones((4, 1)) for i in range(50)}
 TX = mpjax.dynamic_loss_scaling(optax.adam(0.1))
 X = jnp.ones((3, 4))
@@ -26,7 +28,32 @@ def make_model():
   return nnx.Linear(4, 1, rngs=nnx.Rngs(0))
 
 
+def again():
+  step, state = mpjax.make_train_step(loss_fn, TX), mpjax.TrainState.create(PARAMS, TX)
+  step(state, X)
+  return step(state, X)
+
+
+def in_a_jit(transform):
+  step = mpjax.make_train_step(loss_fn, TX, max_consecutive_skips=3)
+  return transform(lambda state, x: step(state, x))(mpjax.TrainState.create(PARAMS, TX), X)
+
+
 WRONG = {
+  "a state that was donated": (again, "A step that donates takes a state once"),
+  "a limit in a jit": (lambda: in_a_jit(jax.jit), "told on the host"),
+  "a limit in a scan": (
+    lambda: in_a_jit(lambda f: lambda s, x: jax.lax.scan(lambda s, x: (f(s, x)[0], 0), s, X[None])),
+    "told on the host",
+  ),
+  "autocast of a model": (
+    lambda: mpjax.nnx.autocast(make_model(), "mixed_bfloat16"),
+    "Got the NNX model Linear. Use mpjax.apply_policy(module, policy)",
+  ),
+  "nnx.autocast as in torch": (
+    lambda: mpjax.nnx.autocast(enabled=True),
+    "autocast is no context manager",
+  ),
   "swapped": (
     lambda: mpjax.make_train_step(loss_fn, TX)(X, mpjax.TrainState.create(PARAMS, TX)),
     "Got the batch first. Write step(state, batch)",

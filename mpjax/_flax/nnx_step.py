@@ -187,13 +187,10 @@ def make_train_step(
     before = _arrays(nodes), opt_state, optimizer.step[...]
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
-      copy, *others = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
-      as_given = structure((copy, *others))
-      args, keywords = operands.filled(batch, others)
-      out = run(copy, *args, **keywords)
-      check_structure(as_given, structure((copy, *others)))
+      copies = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
+      out = operands.call(run, copies, batch)
       loss, aux = split_aux(out) if has_aux else (out, None)
-      return loss, (nnx.state((copy, *others)), aux)
+      return loss, (nnx.state(copies), aux)
 
     def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
       wrt, rest = parts
@@ -248,10 +245,23 @@ class Operands(NamedTuple):
     arrays = tree.unflatten([None if is_node(x) else x for x in leaves])
     return cls([x for x in leaves if is_node(x)], arrays, tree, single)
 
-  def filled(self, arrays: Any, nodes: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and named arguments, with these arrays and nodes in their places."""
-    whole = fill(self.tree, arrays, nodes)
-    return ((whole,), {}) if self.single else whole
+  def call(self, fn: Callable[..., Any], nodes: Sequence[Any], arrays: Any) -> Any:
+    """Calls a function of the model and these operands with other nodes and arrays.
+
+    Args:
+      fn: The function.
+      nodes: The model, and the graph nodes in the places of these.
+      arrays: The arrays in the places of these.
+
+    Raises:
+      ValueError: If the call changes something in a node that is no Variable.
+    """
+    as_given = structure(nodes)
+    whole = fill(self.tree, arrays, nodes[1:])
+    args, keywords = ((whole,), {}) if self.single else whole
+    out = fn(nodes[0], *args, **keywords)
+    check_structure(as_given, structure(nodes))
+    return out
 
 
 def _named(variables: dict[Any, Any]) -> list[tuple[str, Any]]:

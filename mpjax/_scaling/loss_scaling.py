@@ -17,6 +17,7 @@ from jax import lax
 from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
+from mpjax._core.tree_paths import leaf_paths
 from mpjax._scaling.finiteness import all_finite, select
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
@@ -206,10 +207,22 @@ def _loss_scaling(
     state = _adjust(state, finite, stepped, settings or start)
     return (
       jax.tree.map(lambda u: _zero_unless(finite, u), new_updates),
-      state._replace(inner_state=select(finite, new_inner, state.inner_state)),
+      state._replace(inner_state=select(finite, new_inner, _held_as(new_inner, state.inner_state))),
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _held_as(new: Any, old: Any) -> Any:
+  """An old state in the containers of the new one, if these are all that differs.
+
+  ``nnx.Optimizer`` hands the lists and dictionaries of an optimizer's state over as ``nnx.State``.
+  """
+  structure = jax.tree.structure(new)
+  if structure == jax.tree.structure(old):
+    return old
+  paths, others = ([path for path, _ in leaf_paths(tree)] for tree in (new, old))
+  return structure.unflatten(jax.tree.leaves(old)) if paths == others else old
 
 
 def _without(grads: Any, untested: Sequence[bool]) -> Any:

@@ -1,7 +1,7 @@
 """Optimizers of optax, as the scaler and the train steps call them."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -57,6 +57,27 @@ def those_taken(tx: optax.GradientTransformation, extra: Mapping[str, Any]) -> d
     ['grad_fn']
   """
   return {name: x for name, x in extra.items() if name not in OFFERED or _takes(tx, name)}
+
+
+def call_with_those_taken(update: Callable[..., Any], extra: Mapping[str, Any]) -> Any:
+  """Calls an update with the extra arguments that nothing inside of it refuses.
+
+  ``optax.chain``, ``optax.partition`` and their kind hand what they are given to all that they
+  hold; one among them whose signature names all it takes refuses the rest. The update is then
+  traced anew without what was refused.
+
+  Args:
+    update: Takes extra arguments by name.
+    extra: What a train step offers, by name.
+  """
+  while True:
+    try:
+      return update(**extra)
+    except TypeError as error:
+      refused = [name for name in extra if f"unexpected keyword argument '{name}'" in str(error)]
+      if not refused:
+        raise
+      extra = {name: x for name, x in extra.items() if name not in refused}
 
 
 def _takes(tx: optax.GradientTransformation, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.policy_map import PolicyMap, as_policy_map
 from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
 from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
-from mpjax._scaling.optimizers import those_taken
+from mpjax._scaling.optimizers import call_with_those_taken, those_taken
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
 from mpjax._scaling.scaling_state import find_scaling_state
@@ -194,8 +195,9 @@ class StepCore:
     }
     extra = those_taken(self.tx, offered)
     if self.scaling is None:
-      return update(*args, **extra)
-    return update(*args, also_finite=also_finite, untested=untested, **extra)
+      return call_with_those_taken(partial(update, *args), extra)
+    scaled = partial(update, *args, also_finite=also_finite, untested=untested)
+    return call_with_those_taken(scaled, extra)
 
   def _find_frozen(self, params: Any, opt_state: Any) -> tuple[bool, ...]:
     """Looks where parameters may be frozen: under a mask, or held in 16 bits."""

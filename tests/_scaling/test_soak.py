@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks import soak
+from benchmarks import every_optimizer, soak
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
@@ -49,3 +49,21 @@ def test_what_must_not_be_is_reported():
   bad = {"nonfinite": 1, "lowest": 0.5, "highest": 2.0**30, "loss": float("nan"), "skipped": 0}
   for name, value in bad.items():
     assert len(good._replace(**{name: value}).failures) == 1
+
+
+# Every optimizer ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "noisy_sgd"])
+def test_a_run_with_faults_has_the_bits_of_one_that_never_saw_the_struck_batches(name):
+  """`python -m benchmarks.every_optimizer` is the run over all."""
+  result = every_optimizer.train(name, 100)
+  assert result.failures == []
+  assert result.struck == result.skipped > 5
+
+
+def test_what_must_not_be_with_any_optimizer_is_reported():
+  good = every_optimizer.Result(30, 30, 0, 0, True)
+  assert good.failures == []
+  for bad in ({"struck": 0}, {"applied": 1}, {"nonfinite": 1}, {"same": False}):
+    assert len(good._replace(**bad).failures) == 1

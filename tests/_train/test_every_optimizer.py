@@ -1,68 +1,84 @@
-"""Every optimizer of optax and optax.contrib runs in a train step with a loss scaler.
+"""Every optimizer of optax and optax.contrib runs in both train steps with a loss scaler.
 
 The list is read from the packages: one that a new optax adds is tried, or must be given the
-arguments that it needs.
+arguments that it needs. `python -m benchmarks.every_optimizer` trains each of them with faults.
 """
 
-import inspect
-
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 import pytest
+from flax import nnx
 
 import mpjax
+from benchmarks import optimizers
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
 X = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
-
-MADE = {
-  "mechanize": lambda make: make(optax.sgd(0.1)),
-  "noisy_sgd": lambda make: make(0.1, key=0),
-  "sam": lambda make: make(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
-  "schedule_free": lambda make: make(optax.sgd(0.1), 0.1),
-}
-"""How those are made that need more than a learning rate."""
-
-NOT_OURS = {
-  "dpsgd": "its gradients have an axis of examples, which it averages itself",
-  "optimistic_adam": "deprecated for optimistic_adam_v2",
-}
-
-
-def optimizers():
-  """What has a learning rate, or is named above; transformations without one are parts of these."""
-  for package in (optax, optax.contrib):
-    for name, make in sorted(vars(package).items()):
-      if name.startswith(("_", "scale_by_")) or not inspect.isfunction(make):
-        continue
-      signature = inspect.signature(make)
-      known = name in MADE or "learning_rate" in signature.parameters
-      if known and "GradientTransformation" in str(signature.return_annotation):
-        yield name, make
-
-
-FOUND = dict(optimizers())
+W = jnp.ones((4, 3))  # one leaf: what these tests cost is compiling
 
 
 def loss_fn(params, x):
-  return jnp.mean((x @ params["w"] + params["b"] - 1.0) ** 2)
+  return jnp.mean((x @ params["w"] - 1.0) ** 2)
 
 
-@pytest.mark.parametrize("name", [name for name in FOUND if name not in NOT_OURS])
-def test_an_optimizer_of_optax_is_applied_in_a_step_with_a_loss_scaler(name):
-  build = MADE.get(name, lambda make: make(learning_rate=0.1))
-  params = {"w": jnp.ones((4, 3)), "b": jnp.full((1, 3), 0.5)}
-  tx = mpjax.dynamic_loss_scaling(build(FOUND[name]))
-  step, state = mpjax.make_train_step(loss_fn, tx), mpjax.TrainState.create(params, tx)
-  for _ in range(2):  # some learn the size of gradients from the first
+class Model(nnx.Module):
+  def __init__(self):
+    self.w = nnx.Param(jnp.copy(W))  # the step takes its buffer
+
+
+def model_loss(model, x):
+  return jnp.mean((x @ model.w[...] - 1.0) ** 2)
+
+
+def train(tx, steps):
+  """The last metrics and parameters of the step of pure functions and of that of NNX."""
+  step, state = mpjax.make_train_step(loss_fn, tx), mpjax.TrainState.create({"w": W}, tx)
+  model = Model()
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  nnx_step = mpjax.nnx.make_train_step(model_loss)
+  for _ in range(steps):
     state, metrics = step(state, X)
+    nnx_metrics = nnx_step(model, optimizer, X)
+  return (metrics, state.params["w"]), (nnx_metrics, model.w[...])
+
+
+@pytest.mark.parametrize("name", optimizers.NAMES)
+def test_an_optimizer_of_optax_is_applied_in_both_steps_with_a_loss_scaler(name):
+  tx = mpjax.dynamic_loss_scaling(optimizers.build(name))
+  (metrics, w), (nnx_metrics, nnx_w) = train(tx, 2)  # some learn the size of gradients first
   assert metrics.applied
-  assert bool(mpjax.all_finite(state))
-  assert any(bool(jnp.any(state.params[leaf] != params[leaf])) for leaf in params)
+  assert nnx_metrics.applied
+  assert np.isfinite(w).all()
+  assert (w != W).any()
+  np.testing.assert_allclose(nnx_w, w, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_listed_is_still_there():
-  assert len(FOUND) >= 45
-  assert {*MADE, *NOT_OURS} <= set(FOUND)
+  assert len(optimizers.FOUND) >= 45
+  assert {*optimizers.MADE, *optimizers.NOT_OURS} <= set(optimizers.FOUND)
+
+
+def sam():
+  """It names all extra arguments that it takes, and a chain passes it those of the others, too."""
+  adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+  return optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2, opaque_mode=True)
+
+
+HOLDERS = {
+  "chain": lambda tx: optax.chain(optax.clip_by_global_norm(10.0), tx),
+  "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+  "partition": lambda tx: optax.partition({"a": tx}, "a"),
+  "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda r: tx)(r=0.1),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_sam_inside_of_another_transformation_does_what_it_does_alone(holder):
+  alone, _ = train(mpjax.dynamic_loss_scaling(sam()), 3)
+  held = train(mpjax.dynamic_loss_scaling(HOLDERS[holder](sam())), 3)
+  for metrics, w in held:
+    np.testing.assert_allclose(metrics.loss, alone[0].loss, rtol=1e-5)
+    np.testing.assert_allclose(w, alone[1], rtol=1e-5)

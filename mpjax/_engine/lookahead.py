@@ -46,66 +46,61 @@ class Needs:
 
   # Exact values ---------------------------------------------------------------------------------
 
-  def exact(self, jaxpr: Any, outs: Indices = (), carried: Indices = ()) -> frozenset[Any]:
+  def exact(
+    self, jaxpr: Any, outs: Indices = (), carried: Indices = (), gates: Indices = ()
+  ) -> frozenset[Any]:
     """The variables from which elementwise operations lead to where 16 bits would be 1 or 0.
 
     Args:
       jaxpr: A closed or open jaxpr.
       outs: Which of its results are needed exactly.
       carried: Which of its operands a long loop carries.
+      gates: Which of its operands are gates that its caller made.
     """
-    key = id(jaxpr), outs, carried
+    key = id(jaxpr), outs, carried, gates
     if key not in self._exact:
       inner = versions.open_jaxpr(jaxpr)
       found = {inner.outvars[n] for n in outs if not isinstance(inner.outvars[n], Literal)}
-      found |= self._near_one(inner, {inner.invars[n] for n in carried})
+      made = self._gates_of(inner, gates)
+      state = _moved(inner, {inner.invars[n]: {inner.invars[n]} for n in carried})
+      found |= _near_one(inner, made, state)
       for eqn in reversed(inner.eqns):
-        found.update(a for a in self._needed(eqn, found) if not isinstance(a, Literal))
+        needed = self._needed(eqn, found, made, state)
+        found.update(a for a in needed if not isinstance(a, Literal))
       self._exact[key] = frozenset(found)
     return self._exact[key]
 
-  def _needed(self, eqn: JaxprEqn, found: set[Any]) -> Iterable[Any]:
+  def _needed(
+    self, eqn: JaxprEqn, found: set[Any], gates: Collection[Any], state: Collection[Any]
+  ) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which of its results are."""
     name = eqn.primitive.name
     if name in _LOGARITHMS or name in _MULTIPLY_UP:
       return eqn.invars
     if name in _FUNCTIONS or name == "custom_vjp_call":
       (body,) = bodies_of(eqn) or (None,)
-      return () if body is None else self._needed_by(body, eqn, found)
+      return () if body is None else self._needed_by(body, eqn, found, gates, state)
     passes = self._table.get(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
     return eqn.invars if passes else ()
 
-  def _needed_by(self, body: Body, eqn: JaxprEqn, found: set[Any]) -> Iterable[Any]:
+  def _needed_by(
+    self,
+    body: Body,
+    eqn: JaxprEqn,
+    found: set[Any],
+    gates: Collection[Any],
+    state: Collection[Any],
+  ) -> Iterable[Any]:
+    operands = body.take(eqn.invars)
     outs = tuple(n for n, var in enumerate(eqn.outvars) if var in found)
-    needed = self.exact(body.jaxpr, outs)
-    invars = versions.open_jaxpr(body.jaxpr).invars
-    pairs = zip(invars, body.take(eqn.invars), strict=True)
+    needed = self.exact(body.jaxpr, outs, _places(operands, state), _places(operands, gates))
+    pairs = zip(versions.open_jaxpr(body.jaxpr).invars, operands, strict=True)
     return [atom for var, atom in pairs if var in needed]
 
-  def _near_one(self, inner: Any, carried: set[Any]) -> set[Any]:
-    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
-    gates = self._gates_of(inner)
-    if not gates and not carried:
-      return set()
-    readers = _readers(inner)
-    products = _derived(inner, gates, _PRODUCTS)
-    state = _moved(inner, {var: {var} for var in carried})
-    found: set[Any] = set()
-    for eqn in inner.eqns:
-      read = [a for a in eqn.invars if not isinstance(a, Literal)]
-      if eqn.primitive.name == "sub":
-        if len(read) == 1 and read[0] in gates and _is_one(eqn) and not _is_slope(eqn, readers):
-          found.update(read)
-      elif eqn.primitive.name == "mul" and len(read) == 2:
-        first, second = read
-        if not products.get(first, set()).isdisjoint(products.get(second, ())):
-          found.update(read)
-        found.update(a for a, other in ((first, second), (second, first)) if other in state)
-    return found
-
-  def _gates_of(self, inner: Any) -> dict[Any, set[Any]]:
+  def _gates_of(self, inner: Any, given: Indices = ()) -> dict[Any, set[Any]]:
     """The variables that are moved pieces of a sigmoid, with those that they are pieces of."""
-    made = {
+    made = {inner.invars[n]: {inner.invars[n]} for n in given}
+    made |= {
       eqn.outvars[0]: {eqn.outvars[0]}
       for eqn in inner.eqns
       if eqn.primitive.name in _SATURATE or self._saturates(eqn)
@@ -262,6 +257,30 @@ def _derived(
       for var in eqn.outvars:
         pieces[var] = pieces.get(var, set()).union(*found)
   return pieces
+
+
+def _places(atoms: Sequence[Any], among: Collection[Any]) -> Indices:
+  return tuple(n for n, a in enumerate(atoms) if not isinstance(a, Literal) and a in among)
+
+
+def _near_one(inner: Any, gates: Mapping[Any, set[Any]], state: Mapping[Any, set[Any]]) -> set[Any]:
+  """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
+  if not gates and not state:
+    return set()
+  readers = _readers(inner)
+  products = _derived(inner, gates, _PRODUCTS)
+  found: set[Any] = set()
+  for eqn in inner.eqns:
+    read = [a for a in eqn.invars if not isinstance(a, Literal)]
+    if eqn.primitive.name == "sub":
+      if len(read) == 1 and read[0] in gates and _is_one(eqn) and not _is_slope(eqn, readers):
+        found.update(read)
+    elif eqn.primitive.name == "mul" and len(read) == 2:
+      first, second = read
+      if not products.get(first, set()).isdisjoint(products.get(second, ())):
+        found.update(read)
+      found.update(a for a, other in ((first, second), (second, first)) if other in state)
+  return found
 
 
 def _is_one(eqn: JaxprEqn) -> bool:

@@ -153,13 +153,18 @@ class NnxNorm(nnx.Module):
     return self.norm(self.proj(x))
 
 
+@functools.cache
+def linen_norm_variables(norm):
+  variables = dict(jax.jit(LinenNorm(norm).init)(jax.random.key(0), jnp.zeros((64, 16))))
+  return variables | {"params": variables["params"] | {"proj": {"kernel": jnp.eye(16)}}}
+
+
 def linen_norm(norm, x, dtype=None, policy="float32"):
   """The output of a fresh Linen model whose projection is the identity, and its statistics."""
   model = mpjax.apply_policy(LinenNorm(norm, dtype), policy)
-  variables = dict(jax.jit(model.init)(jax.random.key(0), x))
-  params = variables["params"] | {"proj": {"kernel": jnp.eye(16)}}
-  call = jax.jit(lambda x: model.apply(variables | {"params": params}, x, mutable=["batch_stats"]))
-  return jax.make_jaxpr(call)(x), *call(x)
+  variables = linen_norm_variables(norm)
+  call = jax.jit(lambda x: model.apply(variables, x, mutable=["batch_stats"])).trace(x)
+  return call.jaxpr, *call.lower().compile()(x)
 
 
 def nnx_norm(norm, x, dtype=None, policy="float32"):
@@ -169,11 +174,12 @@ def nnx_norm(norm, x, dtype=None, policy="float32"):
   graph, state = nnx.split(mpjax.apply_policy(model, policy))
 
   @jax.jit
-  def call(x):
+  def run(x):
     model = nnx.merge(graph, state, copy=True)
     return model(x), nnx.state(model, nnx.BatchStat)
 
-  return jax.make_jaxpr(call)(x), *call(x)
+  call = run.trace(x)
+  return call.jaxpr, *call.lower().compile()(x)
 
 
 @every_policy
@@ -466,24 +472,37 @@ def test_a_masked_softmax_is_finite_where_float32_is(mask, order, policy):
   assert error(ours, truth) < 3 * float(jnp.finfo(COMPUTE[policy]).eps)
 
 
+@functools.cache
+def masked_attention(api, dropout):
+  """What a layer of attention, of whose rows one sees nothing, returns under every policy."""
+  x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+  keep = jnp.ones((2, 1, 6, 6), bool).at[0, :, 2].set(False)
+  if api == "linen":
+    layer = nn.MultiHeadDotProductAttention(2, dropout_rate=dropout, deterministic=False)
+    rngs = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    variables = jax.jit(layer.init)(rngs, x)
+
+    def run(policy):
+      apply = mpjax.apply_policy(layer, policy).apply
+      return apply(variables, x, mask=keep, rngs={"dropout": jax.random.key(3)})
+
+  else:
+    layer = nnx.MultiHeadAttention(2, 8, dropout_rate=dropout, decode=False, rngs=nnx.Rngs(1))
+    graph, state = nnx.split(layer)
+
+    def run(policy):
+      model = mpjax.apply_policy(nnx.merge(graph, state, copy=True), policy)
+      return model(x, mask=keep, deterministic=False)
+
+  return jax.jit(lambda: {policy: run(policy) for policy in ("float32", *COMPUTE)})()
+
+
 @every_policy
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_multi_head_attention_with_a_fully_masked_row_is_finite(api, dropout, policy):
-  x = jax.random.normal(jax.random.key(0), (2, 6, 8))
-  keep = jnp.ones((2, 1, 6, 6), bool).at[0, :, 2].set(False)
-
-  def run(policy):
-    if api == "linen":
-      layer = nn.MultiHeadDotProductAttention(2, dropout_rate=dropout, deterministic=False)
-      rngs = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
-      variables = jax.jit(layer.init)(rngs, x)
-      run = jax.jit(mpjax.apply_policy(layer, policy).apply)
-      return run(variables, x, mask=keep, rngs={"dropout": jax.random.key(3)})
-    layer = nnx.MultiHeadAttention(2, 8, dropout_rate=dropout, decode=False, rngs=nnx.Rngs(1))
-    return mpjax.apply_policy(layer, policy)(x, mask=keep, deterministic=False)
-
-  ours, truth = run(policy), run("float32")
+  found = masked_attention(api, dropout)
+  ours, truth = found[policy], found["float32"]
   assert np.isfinite(ours).all()
   assert error(ours, truth) < 4 * float(jnp.finfo(COMPUTE[policy]).eps)
 
@@ -514,8 +533,8 @@ def recurrent_outputs(case, module):
   """The jaxpr and the outputs of a recurrent model on a long sequence."""
   pure, plain = case.pure(module), case.pure(case.module())
   args = plain.params, plain.state, case.batch(0)
-  fn = jax.jit(lambda *args: pure.loss(*args)[0])
-  return jax.make_jaxpr(fn)(*args), fn(*args)
+  traced = jax.jit(lambda *args: pure.loss(*args)[0]).trace(*args)
+  return traced.jaxpr, traced.lower().compile()(*args)
 
 
 @functools.cache

@@ -3,6 +3,10 @@
 "By hand" is Flax's own way: the same code with `dtype=` passed to every layer. A model runs under
 a policy in two ways: `module`, where `apply_policy` wraps the model and the loss stays outside, and
 `loss`, where `autocast` wraps the whole loss.
+
+What types say is asked of every model in every way; numbers, which take a compilation, of every
+architecture in both APIs, both formats and both ways, each of them once. The rest of the square is
+`slow`.
 """
 
 import functools
@@ -13,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxpr_as_fun
 
 import mpjax
 from _jaxprs import as_many_matmuls, wide_contractions
@@ -57,9 +62,14 @@ class Traced(NamedTuple):
 
 @functools.cache
 def traced(case: Case, policy: str = "float32", way: str = "plain") -> Traced:
-  """The jaxpr of the loss and its gradient, and the shapes of what they return."""
+  """The jaxpr of the scaled loss and its gradient, and the shapes of what they return."""
   plain, loss = pure(case), pure(case, policy, way).loss
-  jaxpr, shapes = jax.make_jaxpr(jax.value_and_grad(loss, has_aux=True), return_shape=True)(
+
+  def scaled(params, state, batch):
+    value, new_state = loss(params, state, batch)
+    return value * LOSS_SCALE, new_state
+
+  jaxpr, shapes = jax.make_jaxpr(jax.value_and_grad(scaled, has_aux=True), return_shape=True)(
     plain.params, plain.state, case.batch(0)
   )
   (value, state), grads = shapes
@@ -82,18 +92,18 @@ def data(case: Case) -> tuple[Any, Any]:
 
 @functools.cache
 def ran(case: Case, policy: str = "float32", way: str = "plain") -> Ran:
-  state, loss = pure(case).state, pure(case, policy, way).loss
-
-  def scaled(params, batch):
-    value, new_state = loss(params, state, batch)
-    return value * LOSS_SCALE, new_state
+  """Runs what was traced."""
+  state, shapes = pure(case).state, traced(case, policy, way)
+  run = jaxpr_as_fun(shapes.jaxpr)
+  structure = jax.tree.structure((shapes.loss, shapes.state, shapes.grads))
 
   def one(inputs):
-    grads, new_state = jax.grad(scaled, has_aux=True)(*inputs)
+    params, batch = inputs
+    _, new_state, grads = structure.unflatten(run(*jax.tree.leaves((params, state, batch))))
     return Ran(new_state, jax.tree.map(lambda g: g / LOSS_SCALE, grads))
 
-  run = jax.jit(lambda inputs: jax.lax.map(one, inputs), compiler_options=COMPILER)
-  return jax.device_get(run(data(case)))
+  run_all = jax.jit(lambda inputs: jax.lax.map(one, inputs), compiler_options=COMPILER)
+  return jax.device_get(run_all(data(case)))
 
 
 def squares(tree: Any) -> np.ndarray:
@@ -150,8 +160,40 @@ def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, polic
   assert paths(state) == paths(jax.eval_shape(optimizer.init, plain.params))
 
 
-@every_policy
-@either_way
+def quick(case: Case, policy: str, way: str) -> bool:
+  """Whether the numbers of a combination are tried in every run.
+
+  Of an architecture's eight these are two, opposite in every respect: Linen and NNX, the one format
+  and the other, around the module and around the loss. The formats take turns over the
+  architectures, and the ways over every second one.
+  """
+  place, nnx = divmod(CASES.index(case), 2)
+  formats, ways = list(COMPUTE), WAYS
+  return policy == formats[(place + nnx) % 2] and way == ways[(place // 2 + nnx) % 2]
+
+
+def combinations(*names: str) -> pytest.MarkDecorator:
+  """Every combination of a case, a policy and a way; those that are not `quick` are slow."""
+  return pytest.mark.parametrize(
+    ("case", "policy", "way"),
+    [
+      pytest.param(
+        case,
+        policy,
+        way,
+        id=f"{case}-{way}-{policy}",
+        marks=() if quick(case, policy, way) else pytest.mark.slow,
+      )
+      for case in CASES
+      for policy in COMPUTE
+      for way in WAYS
+      if case.name in names or not names
+    ],
+    indirect=["case"],
+  )
+
+
+@combinations()
 def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   truth = ran(case).grads
   ours = relative_errors(ran(case, policy, way).grads, truth)
@@ -165,9 +207,7 @@ def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   )
 
 
-@every_policy
-@either_way
-@pytest.mark.parametrize("case", [c for c in CASES if c.name == "resnet"], ids=str, indirect=True)
+@combinations("resnet")
 def test_batchnorm_statistics_are_as_good_as_by_hand(case, policy, way):
   truth = ran(case).state
   ours, by_hand = ran(case, policy, way).state, ran(case, policy, "by_hand").state

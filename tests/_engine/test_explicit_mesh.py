@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
-from test_coverage import CONSTRUCTS, NO_REVERSE, OPS, POLICIES, TRANSFORMS, make
+from test_coverage import CONSTRUCTS, NO_REVERSE, OPS, POLICIES, TRANSFORMS, in_turn, make
 
 import battery
 import mpjax
@@ -71,7 +71,7 @@ REFUSED = {"map", "shard_map", "pallas", "associative_scan"}
 def test_the_coverage_matrix_holds(construct, op):
   """Places do not depend on the format: a construct has one around a matmul, the other around a
   convolution."""
-  policy = list(POLICIES)[(list(CONSTRUCTS).index(construct) + list(OPS).index(op)) % 2]
+  policy = in_turn(construct, op)
   fn = make(op, construct)
   refused = construct in REFUSED or (construct, op) == ("custom_vmap", "conv")
   for name in ("forward",) if construct in NO_REVERSE else TRANSFORMS:

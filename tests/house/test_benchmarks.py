@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from benchmarks import (
+  compositions,
   convergence,
   flops,
   gpu,
@@ -179,3 +180,17 @@ def test_a_report_holds_its_rows_and_where_they_were_measured(tmp_path):
 def test_an_unknown_peer_is_refused_with_the_names_that_are_known():
   with pytest.raises(ValueError, match=r"Peers must be among float32, .* Got nobody\."):
     peers.chosen(["nobody"], "mixed_bfloat16", workloads.TINY["gpt"]())
+
+
+def test_no_wrong_composition_is_silent_here_and_those_of_others_are_as_the_table_says():
+  found = {(row["composition"], row["tool"]): row["observed"] for row in compositions.rows()}
+  ours = {key: seen for key, seen in found.items() if key[1].startswith("mpjax")}
+  kinds = {key[0]: seen.partition(":")[0] for key, seen in ours.items() if key[1] == "mpjax"}
+  assert kinds.pop("steps of NaN") == ("after 300 steps of NaN parameters are kept, the scale is 1")
+  assert kinds.pop("float16, and nothing scales") == "LowPrecisionWarning"
+  assert kinds.pop("gradients of a loss that was not scaled") == "TypeError"
+  assert set(kinds.values()) == {"ValueError"}
+  assert not any(seen.startswith("silent") for seen in ours.values())
+  assert all(
+    seen.startswith("silent") for (_, tool), seen in found.items() if tool in ("Flax", "optax")
+  )

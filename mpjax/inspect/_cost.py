@@ -18,6 +18,7 @@ from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._flax.dispatch import autocast
 from mpjax._flax.nnx_calls import is_node
+from mpjax.inspect._policies_inside import where_traced
 from mpjax.inspect._report import Report, Table
 from mpjax.inspect._target_compiler import read_figures
 from mpjax.inspect._targets import Target, check_installed, compile_for, read_target
@@ -77,6 +78,9 @@ class CostReport(Report):
       parameters, and with them the optimizer's state where that is an argument too. 12 for float32
       parameters with Adam, 6 for bfloat16 ones with `mpjax.stochastic_rounding` and
       `mpjax.bfloat16_states`. None if there are no parameters.
+    inside: Where the step has a 16-bit policy of its own inside, such as a model of
+      `mpjax.apply_policy`: the innermost policy governs, so that part is the same in every row.
+      None if it has none, or takes the policy as a parameter.
   """
 
   target: str
@@ -84,15 +88,18 @@ class CostReport(Report):
   rows: tuple[CostRow, ...]
   parameters: int = 0
   bytes_per_parameter: float | None = None
+  inside: str | None = None
 
   @property
   def summary(self) -> str:
     """What each policy needs, and whether it fits."""
     first = self.rows[0]
     words = [f"{row.policy} {self._need(row, first)}" for row in self.rows]
-    if self.memory_bytes is None:
-      return f"On {self.target}: {'; '.join(words)}."
-    return f"On {self.target}, {_size(self.memory_bytes)} a device: {'; '.join(words)}."
+    where = "" if self.memory_bytes is None else f", {_size(self.memory_bytes)} a device"
+    inside = (
+      "" if self.inside is None else f" Not compared is what has its own policy: {self.inside}."
+    )
+    return f"On {self.target}{where}: {'; '.join(words)}.{inside}"
 
   def fits(self, row: CostRow) -> bool | None:
     """Whether the step fits into one device; None if the device's memory is not known."""
@@ -125,6 +132,11 @@ class CostReport(Report):
       notes.append(
         f"held from step to step: {self.bytes_per_parameter:.1f} bytes a parameter, of which there "
         f"are {self.parameters:,}."
+      )
+    if self.inside is not None:
+      notes.append(
+        f"a policy inside governs its part in every row ({self.inside}): give the step of the "
+        "plain model to compare policies."
       )
     return [Table(header, rows, notes=[*notes, *errors])]
 
@@ -200,6 +212,7 @@ def cost(
     memory_bytes=described.memory if described else _memory_here(),
     rows=tuple(_row(name, f) for name, f in zip(named, figures, strict=True)),
     **_held(programs[0], args, argnums),
+    inside=None if _takes_policy(step) else where_traced(_Program(step, args, donated).traced()),
   )
 
 
@@ -222,13 +235,16 @@ def _under(
   step: Callable[..., Any], policy: PolicyLike, argnums: int | Sequence[int]
 ) -> Callable[..., Any]:
   """The step under a policy: its own way if it takes one."""
-  try:
-    takes_policy = "policy" in inspect.signature(step).parameters
-  except (TypeError, ValueError):  # some callables have no signature
-    takes_policy = False
-  if not takes_policy:
+  if not _takes_policy(step):
     return autocast(step, policy, argnums=argnums)
   return lambda *args: step(*args, policy=policy)
+
+
+def _takes_policy(step: Callable[..., Any]) -> bool:
+  try:
+    return "policy" in inspect.signature(step).parameters
+  except (TypeError, ValueError):  # some callables have no signature
+    return False
 
 
 def _check_donated(donated: set[int], count: int) -> None:
@@ -272,6 +288,10 @@ class _Program:
 
   def jitted(self) -> Any:
     return jax.jit(self.__call__, donate_argnums=tuple(self.donated))
+
+  def traced(self) -> Any:
+    """The program as a jaxpr."""
+    return jax.make_jaxpr(self.__call__)(*self.shapes)
 
   def compile_here(self) -> dict[str, Any]:
     """The figures of the present backend's compiler."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, jaxprs_in_params
 
-from mpjax._core.scopes import AS_WRITTEN, Path
-from mpjax._engine import jaxprs
+from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
+from mpjax._engine import jaxprs, versions
 from mpjax._engine.calls import Call
-from mpjax._engine.plan import Plan, Step
+from mpjax._engine.plan import Plan
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 
@@ -18,7 +20,7 @@ def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
   """The module and line of the first operation on 16 bits in a region that has its own policy."""
   for step in plan.steps:
     here = line_of(step.eqn, line)
-    if step.place.has_policy and _is_narrow(step):
+    if step.place.has_policy and _is_narrow(step.eqn):
       return step.place.path, here
     for body in step.bodies:
       found = first_region(body, here)
@@ -27,8 +29,28 @@ def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
   return None
 
 
-def _is_narrow(step: Step) -> bool:
-  avals: list[Any] = [atom.aval for atom in (*step.eqn.invars, *step.eqn.outvars)]
+def where_traced(jaxpr: Any) -> str | None:
+  """Where a traced function has a 16-bit policy inside, in words; None if it has none."""
+  found = list(_regions(jaxpr, UNKNOWN))
+  if not found:
+    return None
+  path, line = next((place for place in found if place[1] != UNKNOWN), found[0])
+  words = [str(line)] * (line != UNKNOWN) + [f"in {'/'.join(path)}"] * bool(path)
+  return " ".join(words) or "a model that an argument or the function holds"
+
+
+def _regions(jaxpr: Any, line: Line) -> Iterator[tuple[Path, Line]]:
+  """The module and line of every operation on 16 bits in a region that has its own policy."""
+  for eqn in versions.open_jaxpr(jaxpr).eqns:
+    here, stack = line_of(eqn, line), eqn.source_info.name_stack
+    if has_policy(stack) and _is_narrow(eqn):
+      yield module_path(stack), here
+    for body in jaxprs_in_params(eqn.params):
+      yield from _regions(body, here)
+
+
+def _is_narrow(eqn: JaxprEqn) -> bool:
+  avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
   dtypes = [getattr(aval, "dtype", None) for aval in avals]
   return any(d is not None and d.itemsize == 2 and jnp.issubdtype(d, jnp.floating) for d in dtypes)
 

@@ -53,6 +53,25 @@ def test_a_step_with_a_parameter_policy_applies_it_by_itself_and_donated_memory_
   assert row.peak_bytes == row.argument_bytes + row.temp_bytes
 
 
+def test_a_policy_inside_is_named_for_it_is_the_same_in_every_row():
+  model = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+  policed = mpjax.apply_policy(model, "mixed_bfloat16")
+
+  def step(params, x):
+    del params
+    return jnp.sum(policed(x))
+
+  report = inspect.cost(step, *shapes())
+  assert report.inside == "a model that an argument or the function holds"
+  head = mpjax.autocast(loss, "mixed_bfloat16")
+  assert "test_cost.py" in inspect.cost(lambda p, x: head(p, x) + jnp.sum(p["w"]), *shapes()).inside
+  assert "Not compared is what has its own policy" in report.summary
+  assert "give the step of the plain model" in str(report)
+  plain = inspect.cost(lambda params, x: jnp.sum(model(x)), *shapes())
+  own = inspect.cost(lambda p, x, policy: mpjax.autocast(loss, policy)(p, x), *shapes())
+  assert plain.inside is own.inside is None
+
+
 def test_a_compiler_that_states_no_flops_leaves_those_of_the_lowered_program_marked():
   lowered = jax.jit(lambda w, x: x @ w).lower(jnp.ones((16, 16)), jnp.ones((4, 16)))
   silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)

@@ -7,6 +7,7 @@ makes easy, and says what came of it. Keras is run where it is installed, on its
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -62,8 +63,7 @@ def clip_mpjax() -> str:
 
 
 def clip_keras() -> str:
-  import keras  # ty: ignore
-
+  keras = importlib.import_module("keras")
   keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), clipnorm=1.0)
   return "silent"
 
@@ -88,8 +88,7 @@ def unscaled_own_loop() -> str:
 
 
 def unscaled_keras() -> str:
-  import keras  # ty: ignore
-
+  keras = importlib.import_module("keras")
   optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
   weight = keras.Variable(np.asarray(W["w"]))
   optimizer.build([weight])
@@ -187,7 +186,7 @@ def accumulated_mpjax() -> str:
 
 
 def branch_mpjax() -> str:
-  branches = {"a": mpjax.dynamic_loss_scaling(optax.sgd(0.1)), "b": optax.sgd(0.1)}
+  branches: dict[Any, Any] = {"a": mpjax.dynamic_loss_scaling(optax.sgd(0.1)), "b": optax.sgd(0.1)}
   params = {"w": W["w"], "v": W["w"]}
   mpjax.TrainState.create(params, optax.partition(branches, {"w": "a", "v": "b"}))
   return "silent"

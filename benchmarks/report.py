@@ -12,7 +12,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 PACKAGES = ("mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "mixed-precision-for-jax")
-PACKAGES += ("dm-haiku", "torch", "libtpu", "jax-cuda12-plugin", "numpy")
+PACKAGES += ("dm-haiku", "keras", "torch", "libtpu", "jax-cuda12-plugin", "numpy")
 
 Row = dict[str, Any]
 

@@ -119,8 +119,21 @@ BY_ONE_OPERATION = {
 }
 
 
-@every_policy
-@pytest.mark.parametrize("fn", BY_ONE_OPERATION.values(), ids=BY_ONE_OPERATION.keys())
+def in_turns(functions):
+  """Each function in one format, the two taking turns; in the other it is slow."""
+  return pytest.mark.parametrize(
+    ("fn", "policy"),
+    [
+      pytest.param(
+        fn, policy, id=f"{name}-{policy}", marks=() if (n + m) % 2 == 0 else pytest.mark.slow
+      )
+      for n, (name, fn) in enumerate(functions.items())
+      for m, policy in enumerate(POLICIES)
+    ],
+  )
+
+
+@in_turns(BY_ONE_OPERATION)
 def test_gradients_are_taken_operation_by_operation_too(fn, policy):
   loss = lambda w, x: total(fn(x @ w))
   want = jax.jit(jax.grad(loss))(*numbers())
@@ -158,8 +171,7 @@ INTO_AUTO_AXES = {
 }
 
 
-@every_policy
-@pytest.mark.parametrize("fn", INTO_AUTO_AXES.values(), ids=INTO_AUTO_AXES.keys())
+@in_turns(INTO_AUTO_AXES)
 def test_a_value_may_leave_its_module_into_auto_axes(fn, policy):
   loss = lambda w, x: weighed(fn(x @ w))
   want = jax.grad(loss)(*numbers())

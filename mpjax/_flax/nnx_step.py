@@ -15,7 +15,7 @@ from mpjax._scaling.scaled_gradients import split_aux
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._train.accumulation import Window, check_flow, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.buffers import explained_if_deleted, own_buffer, shared_buffers
+from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
@@ -59,13 +59,17 @@ class TrainStep:
     """
     variables, operands = _arrays((model, optimizer)), Operands.of(batch, keywords)
     if self._donate:
-      others = jax.tree.leaves((operands.arrays, _arrays(operands.nodes)))
+      held = _arrays(operands.nodes) if operands.nodes else ()
+      others = jax.tree.leaves((operands.arrays, held))
       _own_buffers((model, optimizer), variables, others)
     args = (model, optimizer, (batch, keywords), placement([*variables.values()]))
     opt_state = optimizer.opt_state
     self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
-    with explained_if_deleted(lambda: _named(variables), _DELETED):
+    try:
       metrics, bad = self._jitted(*args)
+    except (RuntimeError, ValueError) as error:
+      explain_if_deleted(error, _named(variables), _DELETED)
+      raise
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))

@@ -1,7 +1,6 @@
 """Buffers that a step may donate: each is its own."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -35,27 +34,21 @@ def own_buffer(leaf: jax.Array) -> jax.Array:
   return leaf if isinstance(leaf, jax.core.Tracer) else jnp.copy(leaf)
 
 
-@contextmanager
-def explained_if_deleted(
-  arrays: Callable[[], Iterable[tuple[str, Any]]], message: str
-) -> Iterator[None]:
+def explain_if_deleted(error: Exception, arrays: Iterable[tuple[str, Any]], message: str) -> None:
   """Says in one sentence why a step cannot run on arrays whose buffers a step has taken.
 
   Args:
-    arrays: Lists what is donated, with paths; called if the step has failed.
+    error: What the step raised.
+    arrays: What is donated, with paths; read if the error speaks of what is deleted.
     message: The sentence, with ``{}`` for the path of the first array that is deleted.
 
   Raises:
     ValueError: If an array was deleted before the step.
   """
-  try:
-    yield
-  except (RuntimeError, ValueError) as error:
-    if "deleted" not in str(error):  # what fails later has taken its buffers, too
-      raise
-    deleted = [path for path, x in arrays() if isinstance(x, jax.Array) and _is_deleted(x)]
-    if not deleted:
-      raise
+  if "deleted" not in str(error):  # what fails later has taken its buffers, too
+    return
+  deleted = [path for path, x in arrays if isinstance(x, jax.Array) and _is_deleted(x)]
+  if deleted:
     raise ValueError(message.format(deleted[0])) from error
 
 

@@ -20,7 +20,7 @@ from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState
 from mpjax._train.accumulation import Window, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.buffers import explained_if_deleted, own_buffer, shared_buffers
+from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
@@ -141,8 +141,11 @@ class TrainStep:
       state = structure.unflatten(leaves)
     where = placement(leaves)
     self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
-    with explained_if_deleted(lambda: leaf_paths(given), _DELETED):
+    try:
       state, metrics, bad = self._jitted(state, batch, where)
+    except (RuntimeError, ValueError) as error:
+      explain_if_deleted(error, leaf_paths(given), _DELETED)
+      raise
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics

@@ -158,7 +158,7 @@ def test_apply_updates_takes_every_parameter_to_a_neighbor_of_its_target_bit_for
 def test_a_zero_update_leaves_every_bit_and_nothing_finite_becomes_nan():
   params = jnp.asarray([-0.0, 0.0, 6e-8, 65504.0, jnp.inf, jnp.nan], jnp.float16)
   new, _ = one_step(params, jnp.zeros(6), jnp.int32(0))
-  assert bits(new) == bits(params)
+  assert bits(new[:5]) == bits(params[:5]) and jnp.isnan(new[5])  # which NaN, a backend chooses
   params = jnp.asarray([1.0, 1.0, 65504.0, jnp.inf, jnp.inf], jnp.float16)
   new, _ = one_step(params, jnp.asarray([jnp.nan, jnp.inf, 60.0, -1.0, -jnp.inf]), jnp.int32(0))
   np.testing.assert_array_equal(new, [np.nan, np.inf, np.inf, np.inf, np.inf])

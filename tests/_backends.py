@@ -6,6 +6,9 @@ import jax
 import numpy as np
 from jax import lax
 
+ROUNDING = {"xla_allow_excess_precision": False}
+"""Options of XLA with which every rounding that a program asks for happens."""
+
 
 def rounded(fn):
   """A function all of whose 16-bit values round, as between the kernels of a GPU.
@@ -15,8 +18,7 @@ def rounded(fn):
   """
 
   def run(*args):
-    strict = {"xla_allow_excess_precision": False}
-    return jax.jit(fn).lower(*args).compile(compiler_options=strict)(*args)
+    return jax.jit(fn, compiler_options=ROUNDING)(*args)
 
   return run
 

@@ -43,9 +43,8 @@ def remat_opt(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[An
     inner = versions.open_jaxpr(traced)
     avals = [atom.aval for atom in step.eqn.invars[known:]]
     closed = jaxprs.trace(lambda *xs: jaxprs.evaluate_open(inner, of_traced, xs), avals)
-    plan = interpreter.planner.plan(
-      closed, body.in_forms[known:], step.place, body.out_forms[stored:]
-    )
+    outs = body.out_forms[stored:]
+    plan = interpreter.planner.rule_of(closed, body.in_forms[known:], step.place, outs, outs)
     rebuilt = interpreter.rebuild(plan)
     return versions.open_jaxpr(rebuilt), list(versions.constants(rebuilt))
 
@@ -110,7 +109,8 @@ def custom_partitioning(interpreter: Rebuilds, step: Step, operands: list[Any]) 
         jaxprs.with_dtype(jax.typeof(x), aval.dtype) for x, aval in zip(leaves, avals, strict=True)
       ]
       closed = jaxprs.trace(flat, traced)
-      plan = interpreter.planner.plan(closed, body.in_forms, step.place, body.out_forms)
+      outs = body.out_forms
+      plan = interpreter.planner.rule_of(closed, body.in_forms, step.place, outs, outs)
       return jax.tree.unflatten(out_tree, interpreter.run(plan, leaves))
 
     return run

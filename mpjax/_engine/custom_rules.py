@@ -41,7 +41,8 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   def rule_plan(ins: Slots) -> Plan:
     forms = (*step.operands, *ins.keep(step.operands[known:]))
     held = (*step.outs, *outs.keep(step.outs))
-    return interpreter.planner.plan(custom_derivatives.trace_jvp(eqn, ins), forms, step.place, held)
+    rule = custom_derivatives.trace_jvp(eqn, ins)
+    return interpreter.planner.rule_of(rule, forms, step.place, step.outs, held)
 
   @jax.custom_jvp
   def call(*primals: Any) -> list[Any]:
@@ -97,7 +98,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   """The body under the policy, with the user's forward and backward pass under the policy."""
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
-  captured, plan = operands[:known], interpreter.planner.plan
+  captured, plan, rule_of = operands[:known], interpreter.planner.plan, interpreter.planner.rule_of
 
   @functools.cache
   def traced(ins: Slots) -> Vjp:
@@ -105,8 +106,8 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
 
   @functools.cache
   def forward_plan(ins: Slots) -> Plan:
-    residuals = plan(traced(ins).forward, step.operands, step.place).out_forms[count:]
-    return plan(traced(ins).forward, step.operands, step.place, (*step.outs, *residuals))
+    forward = functools.partial(rule_of, traced(ins).forward, step.operands, step.place, step.outs)
+    return forward((*step.outs, *forward().out_forms[count:]))
 
   @functools.cache
   def backward_plan(ins: Slots, given: Slots) -> Plan:
@@ -143,7 +144,7 @@ def custom_vmap(interpreter: Interprets, step: Step, operands: list[Any]) -> lis
   @call.def_vmap
   def rule(size: int, batched: list[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
     jaxpr = custom_derivatives.trace_vmap(step.eqn, size, batched)
-    plan = interpreter.planner.plan(jaxpr, step.operands, step.place, step.outs)
+    plan = interpreter.planner.rule_of(jaxpr, step.operands, step.place, step.outs, step.outs)
     return interpreter.run(plan, operands), [True] * len(step.outs)
 
   return call(*operands)

@@ -1,33 +1,20 @@
-"""What later equations of a jaxpr need of earlier ones, found before any is decided.
+"""Which matmuls of a jaxpr make what is added up, found before any equation is decided.
 
-Two needs are read backwards from where they arise:
-
-``exact``  ``log(sigmoid(x))``, ``1 - sigmoid(x)``, a gate that multiplies itself or what a long
-           loop carries: the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6
-           on, and 0.999 is 1 in bfloat16.
-``summed`` ``w - rate * (x.T @ error)``: the matmul returns the float32 that it adds up in, since
-           its result is added to the parameter that it came from, or is the gradient of one.
+``w - rate * (x.T @ error)``: the matmul returns the float32 that it adds up in, since its result is
+added to the parameter that it came from, or is the gradient of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Rule, Trait, having
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import Body, bodies_of
+from mpjax._core.primitives import Rule
+from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
 
-_MULTIPLY_UP = having(Trait.MULTIPLIES_UP)
-_LOGARITHMS = having(Trait.LOGARITHM)
-_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
-_PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
-_SATURATE = having(Trait.SATURATES)
-_FUNCTIONS = having(Trait.JIT | Trait.REMAT | Trait.INLINE)
-_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 # What a gradient passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
 
@@ -41,83 +28,6 @@ class Needs:
 
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
-    self._exact: dict[Any, frozenset[Any]] = {}
-    self._gates: dict[int, bool] = {}
-
-  # Exact values ---------------------------------------------------------------------------------
-
-  def exact(
-    self, jaxpr: Any, outs: Indices = (), carried: Indices = (), gates: Indices = ()
-  ) -> frozenset[Any]:
-    """The variables from which elementwise operations lead to where 16 bits would be 1 or 0.
-
-    Args:
-      jaxpr: A closed or open jaxpr.
-      outs: Which of its results are needed exactly.
-      carried: Which of its operands a long loop carries.
-      gates: Which of its operands are gates that its caller made.
-    """
-    key = id(jaxpr), outs, carried, gates
-    if key not in self._exact:
-      inner = versions.open_jaxpr(jaxpr)
-      found = {inner.outvars[n] for n in outs if not isinstance(inner.outvars[n], Literal)}
-      made = self._gates_of(inner, gates)
-      state = _moved(inner, {inner.invars[n]: {inner.invars[n]} for n in carried})
-      found |= _near_one(inner, made, state)
-      for eqn in reversed(inner.eqns):
-        needed = self._needed(eqn, found, made, state)
-        found.update(a for a in needed if not isinstance(a, Literal))
-      self._exact[key] = frozenset(found)
-    return self._exact[key]
-
-  def _needed(
-    self, eqn: JaxprEqn, found: set[Any], gates: Collection[Any], state: Collection[Any]
-  ) -> Iterable[Any]:
-    """The operands of an equation that are needed exactly, given which of its results are."""
-    name = eqn.primitive.name
-    if name in _LOGARITHMS or name in _MULTIPLY_UP:
-      return eqn.invars
-    if name in _FUNCTIONS or name == "custom_vjp_call":
-      (body,) = bodies_of(eqn) or (None,)
-      return () if body is None else self._needed_by(body, eqn, found, gates, state)
-    passes = self._table.get(name) in _ELEMENTWISE and not found.isdisjoint(eqn.outvars)
-    return eqn.invars if passes else ()
-
-  def _needed_by(
-    self,
-    body: Body,
-    eqn: JaxprEqn,
-    found: set[Any],
-    gates: Collection[Any],
-    state: Collection[Any],
-  ) -> Iterable[Any]:
-    operands = body.take(eqn.invars)
-    outs = tuple(n for n, var in enumerate(eqn.outvars) if var in found)
-    needed = self.exact(body.jaxpr, outs, _places(operands, state), _places(operands, gates))
-    pairs = zip(versions.open_jaxpr(body.jaxpr).invars, operands, strict=True)
-    return [atom for var, atom in pairs if var in needed]
-
-  def _gates_of(self, inner: Any, given: Indices = ()) -> dict[Any, set[Any]]:
-    """The variables that are moved pieces of a sigmoid, with those that they are pieces of."""
-    made = {inner.invars[n]: {inner.invars[n]} for n in given}
-    made |= {
-      eqn.outvars[0]: {eqn.outvars[0]}
-      for eqn in inner.eqns
-      if eqn.primitive.name in _SATURATE or self._saturates(eqn)
-    }
-    return _moved(inner, made) if made else {}
-
-  def _saturates(self, eqn: JaxprEqn) -> bool:
-    """Whether an equation calls a function whose one result is a moved sigmoid."""
-    if eqn.primitive.name not in _FUNCTIONS or len(eqn.outvars) != 1:
-      return False
-    jaxpr = bodies_of(eqn)[0].jaxpr
-    if id(jaxpr) not in self._gates:
-      inner = versions.open_jaxpr(jaxpr)
-      self._gates[id(jaxpr)] = inner.outvars[0] in self._gates_of(inner)
-    return self._gates[id(jaxpr)]
-
-  # Sums -----------------------------------------------------------------------------------------
 
   def summed(
     self,
@@ -227,81 +137,3 @@ def _is_whole(var: Var, bits: int, invars: Sequence[Any]) -> bool:
   """Whether a value made of parameters is as large as one of them: no bias, spread over a batch."""
   sizes = (jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1)
   return jaxprs.size(var) in sizes
-
-
-def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:
-  readers: dict[Any, list[JaxprEqn | None]] = {}
-  for eqn in inner.eqns:
-    for atom in eqn.invars:
-      if not isinstance(atom, Literal):
-        readers.setdefault(atom, []).append(eqn)
-  for atom in inner.outvars:
-    if not isinstance(atom, Literal):
-      readers.setdefault(atom, []).append(None)
-  return readers
-
-
-def _moved(inner: Any, sources: Mapping[Any, set[Any]]) -> dict[Any, set[Any]]:
-  """The variables that are moved pieces of others, with those that they are pieces of."""
-  return _derived(inner, sources, _KEEP_NUMBERS)
-
-
-def _derived(
-  inner: Any, sources: Mapping[Any, set[Any]], through: Collection[str]
-) -> dict[Any, set[Any]]:
-  """The variables to which some primitives alone lead from others, with these others."""
-  pieces = dict(sources)
-  for eqn in inner.eqns:
-    found = [pieces[a] for a in eqn.invars if not isinstance(a, Literal) and a in pieces]
-    if found and eqn.primitive.name in through:
-      for var in eqn.outvars:
-        pieces[var] = pieces.get(var, set()).union(*found)
-  return pieces
-
-
-def _places(atoms: Sequence[Any], among: Collection[Any]) -> Indices:
-  return tuple(n for n, a in enumerate(atoms) if not isinstance(a, Literal) and a in among)
-
-
-def _near_one(inner: Any, gates: Mapping[Any, set[Any]], state: Mapping[Any, set[Any]]) -> set[Any]:
-  """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
-  if not gates and not state:
-    return set()
-  readers = _readers(inner)
-  products = _derived(inner, gates, _PRODUCTS)
-  found: set[Any] = set()
-  for eqn in inner.eqns:
-    read = [a for a in eqn.invars if not isinstance(a, Literal)]
-    if eqn.primitive.name == "sub":
-      if len(read) == 1 and read[0] in gates and _is_one(eqn) and not _is_slope(eqn, readers):
-        found.update(read)
-    elif eqn.primitive.name == "mul" and len(read) == 2:
-      first, second = read
-      if not products.get(first, set()).isdisjoint(products.get(second, ())):
-        found.update(read)
-      found.update(a for a, other in ((first, second), (second, first)) if other in state)
-  return found
-
-
-def _is_one(eqn: JaxprEqn) -> bool:
-  """Whether a subtraction has a 1 in it."""
-  return any(isinstance(a, Literal) and a.val == 1 for a in eqn.invars)
-
-
-def _is_slope(eqn: JaxprEqn, readers: Mapping[Any, list[JaxprEqn | None]]) -> bool:
-  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
-
-  That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.
-  """
-  (gate,) = (a for a in eqn.invars if not isinstance(a, Literal))
-
-  def multiplies(user: JaxprEqn | None) -> bool:
-    return user is not None and user.primitive.name == "mul" and gate in user.invars
-
-  def leads_on(user: JaxprEqn | None) -> bool:
-    if user is None or user.primitive.name != "mul":
-      return False
-    return multiplies(user) or any(map(multiplies, readers.get(user.outvars[0], [])))
-
-  users = readers.get(eqn.outvars[0], [])
-  return bool(users) and all(map(leads_on, users))

@@ -29,6 +29,7 @@ from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
 from mpjax._engine.lookahead import Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums, terms_of
 from mpjax._engine.module_exits import Borders, held_as
+from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of
 from mpjax._engine.plan import ROOT, Forms, Place, Plan, Read, Step, widened
 from mpjax._engine.sharpening import Own, Sight
@@ -38,8 +39,7 @@ class Known(NamedTuple):
   """What the equation that holds a jaxpr knows of its operands and results, by index.
 
   Attributes:
-    exact: Which results are needed exactly: see `lookahead`.
-    carried: Which operands a long loop carries.
+    exact: What in it is needed exactly, see `near_one`; None where that is to be found.
     summed: Which results are gradients, if they come out of a backward pass.
     parameters: Which operands are parameters, or began as such before a loop.
     kin: For each operand from which of these it was computed; empty if from none.
@@ -48,8 +48,7 @@ class Known(NamedTuple):
     own: Which operands depend on nothing but a model's parameters and state.
   """
 
-  exact: tuple[int, ...] = ()
-  carried: tuple[int, ...] = ()
+  exact: Exact | None = None
   summed: tuple[int, ...] = ()
   parameters: tuple[int, ...] = ()
   kin: tuple[int, ...] = ()
@@ -95,6 +94,8 @@ class Planner:
     self.table = policies.table()
     self.adapting = Adapting(policies.narrow_dtypes())
     self.needs = Needs(self.table)
+    most = min(map(terms_of, policies.narrow_dtypes()), default=float("inf"))
+    self.near_one = NearOne(self.table, most)
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
@@ -122,6 +123,21 @@ class Planner:
     if key not in self._plans:
       self._plans[key] = _Walk(self, jaxpr, in_forms, place, known).plan(out_forms)
     return self._plans[key]
+
+  def rule_of(
+    self, jaxpr: Any, in_forms: Forms, place: Place, primals: Forms, out_forms: Forms | None = None
+  ) -> Plan:
+    """Plan a user's rule whose first results are those of the function that it is for.
+
+    Args:
+      jaxpr: The rule.
+      in_forms: How each operand is held.
+      place: Where the function stands.
+      primals: How the function's results are held: those in float32 are needed as exactly here.
+      out_forms: How the rule's results must be held; as they come out when None.
+    """
+    outs = (n for n, form in enumerate(primals) if form is not None and form.kind is Kind.DATA)
+    return self.plan(jaxpr, in_forms, place, out_forms, Known(self.near_one.exact(jaxpr, outs)))
 
   def rule_at(self, path: Path, op: str | None = None) -> int | None:
     """The index of the rule that governs a path, or an operation there; None for the default."""
@@ -159,7 +175,8 @@ class _Walk:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    self.exact = planner.needs.exact(jaxpr, known.exact, known.carried)
+    self.exact = planner.near_one.exact(jaxpr) if known.exact is None else known.exact
+    self.exact_inside = dict(self.exact.inside)
     self.sums = planner.needs.summed(
       inner, known.parameters, known.kin, known.summed, self.is_backward
     )
@@ -221,7 +238,7 @@ class _Walk:
       if any(forms):
         self.planner.unknown[eqn.primitive.name] += 1
       return Rule.TRACED
-    sight = Sight(eqn, rule, forms, compute, self.exact, self.sums, self.iterated)
+    sight = Sight(eqn, rule, forms, compute, self.exact.values, self.sums, self.iterated)
     return sharpening.sharpened(sight, self.planner.adapting)
 
   # Reading a value where it is used ---------------------------------------------------------
@@ -320,18 +337,24 @@ class _Walk:
   def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     (held,) = bodies_of(eqn)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
-    known = self.known(eqn, eqn.invars, forms, own=self.own.among(eqn.invars) if is_call else Own())
+    own = self.own.among(eqn.invars) if is_call else Own()
+    known = self.known(eqn, eqn.invars, forms, own, *self.exact_of_bodies(eqn))
     body = self.planner.plan(held.jaxpr, forms, place, known=known)
     if eqn.primitive.name in _SHARES_READS:
       body = self.planner.plan(held.jaxpr, widened(body), place, known=known)
     wanted = [form and form.dtype for form in body.in_forms]
     return _Decision(wanted, body.out_forms, eqn.params, (body,))
 
-  def known(self, eqn: JaxprEqn, atoms: Sequence[Any], forms: Forms, own: Own) -> Known:
+  def exact_of_bodies(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
+    return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
+
+  def known(
+    self, eqn: JaxprEqn, atoms: Sequence[Any], forms: Forms, own: Own, exact: Exact
+  ) -> Known:
     """What is known of the operands and results of a body that runs once for all of an equation."""
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
-      exact=tuple(n for n, var in enumerate(eqn.outvars) if var in self.exact),
+      exact=exact,
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
       parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
       kin=self.sums.kin(atoms),
@@ -348,11 +371,12 @@ class _Walk:
     self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place, own: Own | None = None
   ) -> _Decision:
     *tests, body = bodies_of(eqn)
+    *of_tests, exact = self.exact_of_bodies(eqn)
     count, turns = len(body.carry), repetitions(eqn)
     taken = body.split(forms)
     long = long_sums(body, turns, compute)
     known = Known(
-      carried=tuple(body.carry) if turns is None or turns > terms_of(compute) else (),
+      exact=exact,
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
       parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
       own=own or Own(),
@@ -374,17 +398,20 @@ class _Walk:
     operands = list(forms)
     for n, form in zip(body.carry, held, strict=True):
       operands[body.operands[n]] = form
-    for test in tests:
-      bodies.insert(0, self.planner.plan(test.jaxpr, tuple(test.take(operands)), place))
+    for test, needed in zip(tests, of_tests, strict=True):
+      taken_by_it = tuple(test.take(operands))
+      bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=Known(needed)))
     wanted = [form and form.dtype for form in operands]
     return _Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     branches = [branch.jaxpr for branch in bodies_of(eqn)]
-    known = self.known(eqn, eqn.invars[1:], forms[1:], self.own.among(eqn.invars[1:]))
-    free = [self.planner.plan(b, forms[1:], place, known=known).out_forms for b in branches]
+    taken, own = eqn.invars[1:], self.own.among(eqn.invars[1:])
+    known = [self.known(eqn, taken, forms[1:], own, e) for e in self.exact_of_bodies(eqn)]
+    pairs = list(zip(branches, known, strict=True))
+    free = [self.planner.plan(b, forms[1:], place, known=k).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
-    bodies = tuple(self.planner.plan(b, forms[1:], place, outs, known) for b in branches)
+    bodies = tuple(self.planner.plan(b, forms[1:], place, outs, k) for b, k in pairs)
     return _Decision([None] * len(forms), outs, eqn.params, bodies)
 
   def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:

@@ -1,0 +1,361 @@
+"""Which values 16 bits would make 1 or 0, found before any equation is decided.
+
+``log(sigmoid(x))``, ``1 - sigmoid(x)``, a gate that multiplies itself or what a long loop carries:
+the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6 on, and 0.999 is 1 in
+bfloat16. The sigmoid may stand in another body than what needs it, as the gates do that are
+computed for all steps at once before the loop that they rule.
+
+So a jaxpr is read twice. Forwards, for what its values are made of: a `Role` each. Backwards, from
+what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
+read with the roles of their operands and the needs of their results; a loop's carry is a fixed
+point of both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine import versions
+from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+
+Indices = frozenset[int]
+
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
+_SATURATE = having(Trait.SATURATES)
+_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
+_KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
+_PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
+_RECUR = _KEEP_NUMBERS | having(Trait.ARITHMETIC)  # what it makes of its state
+_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
+
+
+class Exact(NamedTuple):
+  """The sigmoids of a jaxpr that are needed exactly.
+
+  Attributes:
+    values: Their results.
+    inside: The same of the bodies of equations, by the equation's identity; without those in
+      which there are none.
+  """
+
+  values: frozenset[Var] = frozenset()
+  inside: frozenset[tuple[int, tuple[Exact, ...]]] = frozenset()
+
+
+class Role(NamedTuple):
+  """What a value is made of; by default nothing that matters here.
+
+  A sigmoid is named by whatever tells it from the others of its jaxpr.
+
+  Attributes:
+    gates: The sigmoids that it is a moved piece of.
+    products: The sigmoids that products and sums lead to it from, those among them.
+    turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
+    is_one: Whether it is 1 everywhere.
+  """
+
+  gates: frozenset[Any] = frozenset()
+  products: frozenset[Any] = frozenset()
+  turns: float = 0
+  is_one: bool = False
+
+
+Roles = tuple[Role, ...]
+_NONE = Role()
+_ONE = Role(is_one=True)
+
+
+class _Forward(NamedTuple):
+  """The roles of a jaxpr's variables, and of the operands of each body of its equations."""
+
+  roles: Mapping[Var, Role]
+  inside: Mapping[int, tuple[Roles, ...]]
+
+  def of(self, atom: Any) -> Role:
+    if isinstance(atom, Literal):
+      return _ONE if atom.val == 1 else _NONE
+    return self.roles.get(atom, _NONE)
+
+
+class NearOne:
+  """Finds what is needed exactly in jaxprs; what is known of one is kept.
+
+  Args:
+    table: The rule of each primitive.
+    most: How many turns of a loop a 16-bit gate survives.
+  """
+
+  def __init__(self, table: Mapping[str, Rule], most: float) -> None:
+    self._table, self._most = table, most
+    self._forwards: dict[Any, _Forward] = {}
+    self._leads: dict[Any, tuple[set[Any], Indices]] = {}
+    self._backwards: dict[Any, tuple[Exact, Indices]] = {}
+
+  def exact(self, jaxpr: Any, outs: Iterable[int] = ()) -> Exact:
+    """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
+
+    Args:
+      jaxpr: A closed or open jaxpr that nothing is known of the operands of.
+      outs: Which of its results are needed exactly.
+    """
+    operands = versions.open_jaxpr(jaxpr).invars
+    return self._backward(jaxpr, (_NONE,) * len(operands), frozenset(outs), frozenset())[0]
+
+  # Forwards: what values are made of ------------------------------------------------------------
+
+  def _forward(self, jaxpr: Any, operands: Roles) -> _Forward:
+    key = id(jaxpr), operands
+    if key not in self._forwards:
+      inner = versions.open_jaxpr(jaxpr)
+      roles = {v: r for v, r in zip(inner.invars, operands, strict=True) if r != _NONE}
+      found = _Forward(roles, inside := {})
+      for eqn in inner.eqns:
+        read = [found.of(atom) for atom in eqn.invars]
+        if eqn.primitive.name in _SATURATE:
+          made = [_gate(eqn)]
+        elif bodies_of(eqn):
+          inside[id(eqn)], made = self._through(eqn, read)
+        elif any(role != _NONE for role in read):
+          made = [_derived(eqn, read)] * len(eqn.outvars)
+        else:
+          continue
+        roles |= {v: r for v, r in zip(eqn.outvars, made, strict=True) if r != _NONE}
+      self._forwards[key] = found
+    return self._forwards[key]
+
+  def _results(self, jaxpr: Any, operands: Roles) -> list[Role]:
+    forward = self._forward(jaxpr, operands)
+    return [forward.of(atom) for atom in versions.open_jaxpr(jaxpr).outvars]
+
+  def _through(self, eqn: JaxprEqn, read: Sequence[Role]) -> tuple[tuple[Roles, ...], list[Role]]:
+    """The roles of the operands of an equation's bodies, and of its results."""
+    held, sigmoids = _numbered(read)
+    bodies = bodies_of(eqn)
+    for body in bodies:
+      if body.carry and not body.is_test:
+        held = self._carried(eqn, body, held)
+    entering = tuple(tuple(body.take(held)) for body in bodies)
+    turns, made = _joined(read).turns, [_NONE] * len(eqn.outvars)
+
+    def outer(body: int, known: Any) -> Iterable[Any]:
+      return sigmoids.get(known, ((id(eqn), body, known),))
+
+    for n, (body, operands) in enumerate(zip(bodies, entering, strict=True)):
+      if not body.is_test:
+        outs = self._results(body.jaxpr, operands)
+        names = functools.partial(outer, n)
+        outs = [_renamed(role._replace(turns=role.turns and turns), names) for role in outs]
+        made = [_joined(pair) for pair in zip(made, outs, strict=True)]
+    return entering, made
+
+  def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
+    """The roles of a loop's operands in every turn."""
+    turns, places = repetitions(eqn), [body.operands[n] for n in body.carry]
+    operands = list(held)
+
+    def started(place: int) -> Role:
+      times = float("inf") if turns is None else turns
+      return held[place]._replace(turns=times * max(1, held[place].turns))
+
+    def turn(carry: Sequence[Role]) -> list[Role]:
+      """What a turn makes is, in the next one, what the last made."""
+      for place, role in zip(places, carry, strict=True):
+        operands[place] = role
+      made = self._results(body.jaxpr, tuple(body.take(operands)))[: len(places)]
+      return [_renamed(role._replace(turns=0), last(n)) for n, role in enumerate(made)]
+
+    def last(n: int) -> Callable[[Any], tuple[int]]:
+      return lambda known: (known if isinstance(known, int) else -1 - n,)
+
+    turn(settled([started(place) for place in places], turn, _joined))
+    return operands
+
+  # Backwards: what is needed exactly ------------------------------------------------------------
+
+  def _leading(self, jaxpr: Any, recurring: Indices) -> tuple[set[Any], Indices]:
+    """What arithmetic leads from to results that recur, in a jaxpr and among its operands."""
+    key = id(jaxpr), recurring
+    if key not in self._leads:
+      inner = versions.open_jaxpr(jaxpr)
+      found = _variables(inner.outvars[n] for n in recurring)
+      for eqn in reversed(inner.eqns):
+        read = []
+        if bodies := bodies_of(eqn):
+          for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
+            read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
+        elif eqn.primitive.name in _RECUR and not found.isdisjoint(eqn.outvars):
+          read = eqn.invars
+        found |= _variables(read)
+      self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
+    return self._leads[key]
+
+  def _backward(
+    self, jaxpr: Any, operands: Roles, outs: Indices, recurring: Indices
+  ) -> tuple[Exact, Indices]:
+    """What is needed exactly in a jaxpr, and which of its operands are.
+
+    Args:
+      jaxpr: The jaxpr.
+      operands: The roles of its operands.
+      outs: Which of its results are needed exactly.
+      recurring: Which of them a loop around it hands on, whatever is done to them before.
+    """
+    key = id(jaxpr), operands, outs, recurring
+    if key not in self._backwards:
+      inner, forward = versions.open_jaxpr(jaxpr), self._forward(jaxpr, operands)
+      leading, _ = self._leading(jaxpr, recurring)
+      found = _variables(inner.outvars[n] for n in outs) | self._near_one(inner, forward, leading)
+      inside = {}
+      for eqn in reversed(inner.eqns):
+        if id(eqn) in forward.inside:
+          results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+          exact, needed = self._of_bodies(eqn, forward.inside[id(eqn)], results, leading)
+          inside |= {id(eqn): exact} if any(map(any, exact)) else {}
+          read = [eqn.invars[n] for n in needed]
+        else:
+          read = self._needed(eqn, found)
+        found |= _variables(read)
+      sigmoids = {e.outvars[0] for e in inner.eqns if e.primitive.name in _SATURATE}
+      exact = Exact(frozenset(sigmoids & found), frozenset(inside.items()))
+      self._backwards[key] = exact, frozenset(n for n, v in enumerate(inner.invars) if v in found)
+    return self._backwards[key]
+
+  def _needed(self, eqn: JaxprEqn, found: Collection[Any]) -> Iterable[Any]:
+    """The operands of an equation that are needed exactly, given which values are."""
+    name = eqn.primitive.name
+    if name in _NEED:
+      return eqn.invars
+    passes = self._table.get(name) in _ELEMENTWISE and any(v in found for v in eqn.outvars)
+    return eqn.invars if passes else ()
+
+  def _of_bodies(
+    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Indices, leading: Collection[Any]
+  ) -> tuple[tuple[Exact, ...], Indices]:
+    """What is needed exactly in an equation's bodies, and which of its operands are."""
+    bodies = bodies_of(eqn)
+    recurring = _recurring(eqn, bodies, leading)
+    while True:
+      found = [
+        self._backward(body.jaxpr, roles, frozenset() if body.is_test else results, again)
+        for body, roles, again in zip(bodies, entering, recurring, strict=True)
+      ]
+      pairs = zip(bodies, found, strict=True)
+      needed = frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands)
+      carries = ((n, body.operands[c]) for body in bodies for n, c in enumerate(body.carry))
+      grown = results | {n for n, operand in carries if operand in needed}
+      if grown == results:
+        return tuple(exact for exact, _ in found), needed
+      results = grown
+
+  def _near_one(self, inner: Any, forward: _Forward, leading: Collection[Any]) -> set[Any]:
+    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
+    if not forward.roles:
+      return set()
+    readers, found = _readers(inner), set()
+    for eqn in inner.eqns:
+      if eqn.primitive.name not in ("sub", "mul"):
+        continue
+      pair = [(atom, forward.of(atom)) for atom in eqn.invars]
+      for (atom, role), (_, other) in (pair, pair[::-1]):
+        if isinstance(atom, Literal):
+          continue
+        if eqn.primitive.name == "sub":
+          near = other.is_one and role.gates and not _is_slope(eqn, atom, readers)
+        else:
+          recurs = other.turns > self._most and eqn.outvars[0] in leading
+          near = recurs or role.products & other.products
+        found.update((atom,) if near else ())
+    return found
+
+
+def _variables(atoms: Iterable[Any]) -> set[Any]:
+  return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) -> list[Indices]:
+  """Which results of each body recur: a loop's carry, and what leads on to what does outside."""
+  outer = {n for n, var in enumerate(eqn.outvars) if var in leading}
+  return [
+    frozenset() if body.is_test else frozenset(outer | set(range(len(body.carry))))
+    for body in bodies
+  ]
+
+
+def _gate(eqn: JaxprEqn) -> Role:
+  own = frozenset(eqn.outvars[:1])
+  return Role(gates=own, products=own)
+
+
+def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
+  """The role of an equation's results, from those of its operands."""
+  name, role = eqn.primitive.name, _joined(read)
+  keeps = name in _KEEP_NUMBERS
+  return Role(
+    gates=role.gates if keeps else frozenset(),
+    products=role.products if name in _PRODUCTS else frozenset(),
+    turns=role.turns if name in _RECUR else 0,
+    is_one=name in _KEEP_ONE and all(r.is_one for r in read),
+  )
+
+
+def _joined(roles: Iterable[Role]) -> Role:
+  """The role of a value that is made of others, or is one of them; it is not known to be 1."""
+  gates, products, turns, _ = zip(_NONE, *roles, strict=True)
+  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns))
+
+
+def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
+  """A role whose sigmoids have other names, several or one each."""
+  gates, products = (
+    frozenset(name for known in part for name in names(known)) for part in role[:2]
+  )
+  return role._replace(gates=gates, products=products)
+
+
+def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[Any]]]:
+  """Roles whose sigmoids are numbered, those that occur in the same places as one; with names.
+
+  So that a body is read once for all equations that use it alike.
+  """
+  places: dict[Any, list[tuple[int, bool]]] = {}
+  for n, role in enumerate(roles):
+    for known in role.products:
+      places.setdefault(known, []).append((n, known in role.gates))
+  order = {place: n for n, place in enumerate(sorted(set(map(tuple, places.values()))))}
+  numbers = {known: order[tuple(place)] for known, place in places.items()}
+  names = {n: frozenset(k for k, m in numbers.items() if m == n) for n in order.values()}
+  return [_renamed(role, lambda known: (numbers[known],)) for role in roles], names
+
+
+def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:
+  readers: dict[Any, list[JaxprEqn | None]] = {}
+  for eqn in inner.eqns:
+    for atom in eqn.invars:
+      if not isinstance(atom, Literal):
+        readers.setdefault(atom, []).append(eqn)
+  for atom in inner.outvars:
+    if not isinstance(atom, Literal):
+      readers.setdefault(atom, []).append(None)
+  return readers
+
+
+def _is_slope(eqn: JaxprEqn, gate: Var, readers: Mapping[Any, Sequence[JaxprEqn | None]]) -> bool:
+  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
+
+  That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.
+  """
+
+  def multiplies(user: JaxprEqn | None) -> bool:
+    return user is not None and user.primitive.name == "mul" and gate in user.invars
+
+  def leads_on(user: JaxprEqn | None) -> bool:
+    if user is None or user.primitive.name != "mul":
+      return False
+    return multiplies(user) or any(map(multiplies, readers.get(user.outvars[0], [])))
+
+  users = readers.get(eqn.outvars[0], [])
+  return bool(users) and all(map(leads_on, users))

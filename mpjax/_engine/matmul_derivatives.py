@@ -145,6 +145,26 @@ class Contraction(NamedTuple):
     )
     return _turned(fixed(found), [*batch, *kept, *contracted], wide)
 
+  def rows(self, result: Any, rank: int, others: int) -> Any:
+    """What stands in the result for each row of the wide operand, summed up.
+
+    Args:
+      result: An array with the dimensions of the result.
+      rank: The dimensions of the wide operand.
+      others: Those of the other.
+
+    Returns:
+      An array with the dimensions of the wide operand, of which the contracted ones are 1.
+    """
+    labels = self._labels(self.wide, rank)
+    batch = [f"batch{n}" for n in range(len(self.batch[0]))]
+    kept = [x for x in labels if x.startswith("free")]
+    summed = others - len(batch) - len(self.contracted[0])
+    first = len(batch) + (len(kept) if self.wide == 0 else 0)
+    found = jnp.sum(result, range(first, first + summed))
+    order = [x for x in labels if not x.startswith("contracted")]
+    return jnp.expand_dims(_turned(found, [*batch, *kept], order), self.contracted[self.wide])
+
   def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)
 
@@ -214,7 +234,7 @@ class Convolution(NamedTuple):
 
     It is a convolution and moves, as JAX writes it, with another dtype of the result.
     """
-    operand = jax.ShapeDtypeStruct(aval.shape, self.dtype)
+    operand = jaxprs.with_dtype(aval, self.dtype)
 
     def transposed(cotangent: Any, other: Any) -> Any:
       return jax.linear_transpose(lambda x: self._bind(x, other), operand)(cotangent)[0]
@@ -282,12 +302,14 @@ def with_wide_cotangent(contraction: Product) -> Matmul:
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
 
   @jax.custom_jvp
-  def attach(result: Any, wide: Any, other: Any, rounded: Any) -> Any:
-    del wide, other, rounded
+  def attach(result: Any, wide: Any, other: Any) -> Any:
+    del wide, other
     return result
 
   def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    result, _, other, rounded = primals
+    result, wide, other = primals
+    # What is stored is rounded here: a second derivative goes through it, back to what is wide.
+    rounded = to_dtype(wide, contraction.dtype)
     along = (along_wide, contraction.run)
     terms = _bilinear(*along, (rounded, other), tangents[1:3], SymbolicZero)
     return attach(*primals), jnp.zeros_like(result) if terms is None else terms
@@ -295,8 +317,7 @@ def with_wide_cotangent(contraction: Product) -> Matmul:
   attach.defjvp(rule, symbolic_zeros=True)
 
   def run(wide: Any, other: Any) -> Any:
-    rounded = to_dtype(_constant(wide), contraction.dtype)
-    return attach(contraction.run(rounded, _constant(other)), wide, other, rounded)
+    return attach(contraction.run(_constant(wide), _constant(other)), wide, other)
 
   return run
 

@@ -64,6 +64,8 @@ class Step:
   bodies: tuple[Plan, ...] = ()
   parameter: int | None = None
   """Which operand is a parameter, if its cotangent is to be summed in float32."""
+  turned: bool = False
+  """Whether it is a matmul that is computed with its operands exchanged."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

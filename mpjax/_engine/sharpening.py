@@ -158,12 +158,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
-    "grouped scores",
-    lambda s: s.is_lower and is_grouped_scores(s.eqn, s.forms),
-    Rule.WIDE,
-    "JAX has the scores of 16-bit attention in float32",
-  ),
-  Sharpening(
     "leaves the range of float16",
     lambda s: s.rule is Rule.RANGE and _held(s) == FLOAT16,
     Rule.FULL,
@@ -218,23 +212,6 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   """What a gather of floats gives for an index that is out of bounds, if that is a number."""
   fill = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
   return fill if fill is not None and jaxprs.is_float32(eqn.outvars[0]) and fill == fill else None
-
-
-def is_grouped_scores(eqn: JaxprEqn, forms: Forms) -> bool:
-  """Whether a float32 matmul is the one that makes scores in `jax.nn.dot_product_attention`.
-
-  Its queries ``[..., t, k, g, h]`` and keys ``[..., s, k, h]`` are matched by batch and head, in
-  whichever order they stand.
-  """
-  if eqn.primitive.name != "dot_general" or None in forms or not jaxprs.is_float32(eqn.outvars[0]):
-    return False
-  contracted, batch = eqn.params["dimension_numbers"]
-  factors: Any = eqn.invars[:2]
-  ranks = [len(atom.aval.shape) for atom in factors]
-  keys = min(ranks)
-  heads = (*range(keys - 3), keys - 2)
-  grouped = max(ranks) == keys + 1 and keys >= 3
-  return grouped and contracted == tuple((rank - 1,) for rank in ranks) and batch == (heads, heads)
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:

@@ -427,22 +427,42 @@ MASKS = {
 }
 
 
+def attention_by_einsum(q, k, v, *, is_causal):
+  scores = jnp.einsum("bthd,bshd->bhts", q, k) * q.dtype.type(q.shape[-1] ** -0.5)
+  keep = np.tri(q.shape[1], dtype=bool) if is_causal else True
+  scores = jnp.where(keep, scores, jnp.finfo(scores.dtype).min)
+  return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+
+
+JAX_ATTENTION = {
+  "kernel": (mpjax.cast_inputs(jax.nn.dot_product_attention), jax.nn.dot_product_attention),
+  "traced": (jax.nn.dot_product_attention, attention_by_einsum),
+}
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_jax_attention_is_as_exact_as_with_16_bit_operands(masked):
-  """It keeps its scores in float32; float16 by hand does not run on a CPU."""
-  attend = functools.partial(jax.nn.dot_product_attention, is_causal=masked)
+@pytest.mark.parametrize(("ours", "theirs"), JAX_ATTENTION.values(), ids=JAX_ATTENTION.keys())
+def test_jax_attention_is_as_exact_as_by_hand(ours, theirs, masked):
+  """As a kernel it keeps its float32 scores, else it rounds them as an einsum by hand does.
+
+  Float16 by hand does not run on a CPU.
+  """
   weights = np.cos(np.arange(16)).reshape(1, 1, 1, 16).astype(np.float32)
-  loss = lambda q, k, v: (attend(q, k, v) * weights).sum()
   operands = [
     x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (3, 2, 32, 4, 16))
   ]
   wide = [x.astype(jnp.float32) for x in operands]
   jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-  for fn in (attend, jax.grad(loss, (0, 1, 2))):
+
+  def both(fn):
+    attend = functools.partial(fn, is_causal=masked)
+    return attend, jax.grad(lambda q, k, v: (attend(q, k, v) * weights).sum(), (0, 1, 2))
+
+  for fn, by_hand in zip(both(ours), both(theirs), strict=True):
     with jax.enable_x64(True):
-      truth = jit(fn)(*(np.asarray(x, np.float64) for x in operands))
+      truth = jit(by_hand)(*(np.asarray(x, np.float64) for x in operands))
     found = jit(mpjax.autocast(fn, "mixed_bfloat16", argnums=(0, 1, 2)))(*wide)
-    assert error(found, truth) <= 1.05 * error(jit(fn)(*operands), truth)
+    assert error(found, truth) <= 1.05 * error(jit(by_hand)(*operands), truth)
 
 
 @every_policy

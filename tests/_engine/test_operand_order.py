@@ -1,0 +1,64 @@
+"""The operands of a matmul whose result is turned at once."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mpjax
+from _jaxprs import equations
+
+
+def narrow(fn):
+  return mpjax.autocast(lambda w, x: fn(x @ w, x @ w), "mixed_bfloat16")
+
+
+def grouped(q, k):
+  q, k = q.reshape(2, 16, 2, 3, 4), k.reshape(2, 16, 2, 12)[..., :4]
+  return jnp.einsum("bqgrd,bkgd->bgrqk", q, k)
+
+
+def matmul(q, k):
+  return q @ k.swapaxes(-1, -2)
+
+
+def read_twice(q, k):
+  scores = matmul(k, q)
+  return scores.swapaxes(-1, -2) + scores
+
+
+def last_matmul(jaxpr):
+  return [e for e in equations(jaxpr) if e.primitive.name == "dot_general"][-1]
+
+
+W = jax.random.normal(jax.random.key(0), (24, 24))
+X = jax.random.normal(jax.random.key(1), (2, 16, 24))
+
+
+def test_the_scores_of_grouped_attention_have_the_queries_first():
+  scores = last_matmul(jax.make_jaxpr(narrow(grouped))(W, X))
+  assert scores.outvars[0].aval.shape == (2, 2, 16, 3, 16)  # batch, group, query, head, key
+  plain = last_matmul(jax.make_jaxpr(grouped)(X, X))
+  assert plain.outvars[0].aval.shape == (2, 2, 16, 16, 3)  # key first, as JAX's einsum has them
+
+
+@pytest.mark.parametrize("fn", [matmul, read_twice])
+def test_others_keep_their_order(fn):
+  ours, plain = jax.make_jaxpr(narrow(fn))(W, X), jax.make_jaxpr(fn)(X, X)
+  orders = [last_matmul(jaxpr).params["dimension_numbers"] for jaxpr in (ours, plain)]
+  assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("of", [lambda f: f, jax.vmap, jax.jit, jax.checkpoint])
+def test_values_and_gradients_are_those_of_the_plain_order(of):
+  def loss(fn):
+    return lambda w, x: jnp.sum(jnp.sin(of(fn)(x @ w, x @ w)))
+
+  def mapped(q, k):
+    return jnp.einsum("qgrd,kgd->grqk", q.reshape(16, 2, 3, 4), k.reshape(16, 2, 12)[..., :4])
+
+  fn = mapped if of is jax.vmap else grouped
+  small = W / 24
+  wanted = jax.grad(loss(fn), (0, 1))(small, X)
+  found = jax.grad(mpjax.autocast(loss(fn), "mixed_bfloat16"), (0, 1))(small, X)
+  for got, want in zip(found, wanted, strict=True):
+    assert jnp.linalg.norm(got - want) < 0.02 * jnp.linalg.norm(want)

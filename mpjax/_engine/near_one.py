@@ -34,10 +34,10 @@ _ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
 
 class Exact(NamedTuple):
-  """The sigmoids of a jaxpr that are needed exactly.
+  """What of a jaxpr is needed exactly and may come near one: sigmoids, and sums with one.
 
   Attributes:
-    values: Their results.
+    values: The results of such equations.
     inside: The same of the bodies of equations, by the equation's identity; without those in
       which there are none.
   """
@@ -219,8 +219,8 @@ class NearOne:
         else:
           read = self._needed(eqn, found)
         found |= _variables(read)
-      sigmoids = {e.outvars[0] for e in inner.eqns if e.primitive.name in _SATURATE}
-      exact = Exact(frozenset(sigmoids & found), frozenset(inside.items()))
+      gates = {e.outvars[0] for e in inner.eqns if _comes_near_one(e, forward)}
+      exact = Exact(frozenset(gates & found), frozenset(inside.items()))
       self._backwards[key] = exact, frozenset(n for n, v in enumerate(inner.invars) if v in found)
     return self._backwards[key]
 
@@ -283,6 +283,13 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) 
     frozenset() if body.is_test else frozenset(outer | set(range(len(body.carry))))
     for body in bodies
   ]
+
+
+def _comes_near_one(eqn: JaxprEqn, forward: _Forward) -> bool:
+  """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does."""
+  if eqn.primitive.name in ("add", "sub"):
+    return any(forward.of(atom).is_one for atom in eqn.invars)
+  return eqn.primitive.name in _SATURATE
 
 
 def _gate(eqn: JaxprEqn) -> Role:

@@ -47,7 +47,7 @@ class Sight(NamedTuple):
     rule: The rule of its primitive.
     forms: How its operands are held.
     compute: The compute dtype that governs it.
-    exact: The variables that are needed exactly.
+    exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
   """
@@ -120,7 +120,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "near one or into a logarithm",
-    lambda s: s.name in SATURATING and s.result in s.exact,
+    lambda s: (
+      any(var in s.exact for var in s.eqn.outvars) and (s.name in SATURATING or _is_narrow(s.forms))
+    ),
     Rule.FULL,
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
   ),
@@ -184,6 +186,12 @@ def _is_float32(forms: Forms) -> bool:
   """Whether operands are held in float32 together."""
   form = join(forms)
   return form is not None and form.dtype == FLOAT32
+
+
+def _is_narrow(forms: Forms) -> bool:
+  """Whether operands are held in 16 bits together."""
+  form = join(forms)
+  return form is not None and form.kind is Kind.NARROW
 
 
 def _held(sight: Sight) -> np.dtype | None:

@@ -9,6 +9,7 @@ input: its results are stored in 16 bits, those of a policy in float32.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class Case(NamedTuple):
   """Whether float64 draws the same random numbers as float32."""
   by_hand: tuple[str, ...] = ("bfloat16", "float16")
   """The formats in which it runs by hand on a CPU."""
+  policies: tuple[str, ...] = tuple(FORMATS)
+  """The policies under which it runs on one."""
 
 
 class Row(NamedTuple):
@@ -138,10 +141,13 @@ def of_nnx(layer: Callable[..., nnx.Module]) -> Runner:
   return run
 
 
-def self_attention(x: jax.Array) -> jax.Array:
+ATTEND: Callable[..., jax.Array] = jax.nn.dot_product_attention
+
+
+def self_attention(x: jax.Array, attend: Callable[..., jax.Array] = ATTEND) -> jax.Array:
   """`jax.nn.dot_product_attention` of a sequence with itself."""
   heads = x.reshape(1, ROWS, 2, WIDTH // 2)
-  return jax.nn.dot_product_attention(heads, heads, heads)
+  return attend(heads, heads, heads)
 
 
 def pictures(x: jax.Array) -> jax.Array:
@@ -212,6 +218,11 @@ CASES: dict[str, Case] = {
     function(lambda x: jax.ops.segment_sum(x, jnp.arange(ROWS) // 32, 2)), mean=1.0
   ),
   "dot_product_attention": Case(function(self_attention), by_hand=("bfloat16",)),
+  "dot_product_attention, cast_inputs": Case(
+    function(functools.partial(self_attention, attend=mpjax.cast_inputs(ATTEND))),
+    by_hand=("bfloat16",),
+    policies=("mixed_bfloat16",),
+  ),
   "Linen LayerNorm": Case(linen(nn.LayerNorm), mean=8.0),
   "Linen RMSNorm": Case(linen(nn.RMSNorm), mean=8.0),
   "Linen GroupNorm": Case(linen(lambda **o: nn.GroupNorm(4, **o)), mean=8.0),
@@ -307,8 +318,14 @@ def main() -> None:
   """Prints the table and writes it into the results."""
   parser = argparse.ArgumentParser(description="Errors of sensitive operations against float64.")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
+  parser.add_argument("--operations", nargs="+", choices=list(CASES), default=list(CASES))
   arguments = parser.parse_args()
-  rows = [shown(measure(operation, policy)) for operation in CASES for policy in FORMATS]
+  cells = [(name, policy) for name, case in CASES.items() for policy in case.policies]
+  new = [shown(measure(*cell)) for cell in cells if cell[0] in arguments.operations]
+  key = ("operation", "format")
+  found = report.merged(report.rows_in(arguments.out / "numerics.json"), new, key)
+  order = [(name, FORMATS[policy].name) for name, policy in cells]
+  rows = [found[cell] for cell in order if cell in found]
   table = report.table(rows, COLUMNS)
   print(table)
   report.write(

@@ -181,7 +181,12 @@ def measure(name: str, row: str, seeds: list[int], steps: int) -> report.Row:
     "seeds": len(seeds),
     "scores": [round(run.score, 4) for run in runs],
     "training_loss": round(statistics.mean(run.loss for run in runs), 4),
+    "device": _device(),
   }
+
+
+def _device() -> str:
+  return "CPU" if jax.default_backend() == "cpu" else meters.card()
 
 
 def with_differences(rows: list[report.Row]) -> list[report.Row]:
@@ -211,6 +216,7 @@ COLUMNS = {
   "difference": "to float32",
   "differences": "each seed",
   "training_loss": "training loss",
+  "device": "on",
 }
 
 
@@ -233,7 +239,7 @@ def main() -> None:
       "rounding",
       "The same training with fewer bytes a parameter",
       "python -m benchmarks.rounding",
-      f"{jax.default_backend().upper()}, {meters.card()}",
+      _device(),
       rows,
       report.table(rows, COLUMNS),
       arguments.out,

@@ -234,45 +234,24 @@ class Interpreter:
     last = steps[-1].eqn
     inputs, outputs = ([*map(Key, v)] for v in (island.inputs, last.outvars))
     compute = self._function(plan, steps, inputs, outputs, inner)
-    if isinstance(island, Softmax) and island.matmul is not None:
-      matmul = plan.steps[island.matmul]
-      self._run_attention(matmul, island, compute, outputs[0], values, (scopes, inner))
-      return
     if isinstance(island, Softmax):
       run = softmax.storing_weights(compute, island)
     else:
       run = jax.checkpoint(_rounding(compute, island.dtype, last, inner))
     with jaxprs.located(last, slice(scopes, inner)):
       values.fill(outputs, run(*map(values.get, inputs)))
+    if isinstance(island, Softmax) and island.matmul is not None:
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
 
-  def _run_attention(
-    self,
-    step: Step,
-    weights: Softmax,
-    compute: Callable[..., list[Any]],
-    result: Key,
-    values: Environment,
-    scopes: tuple[int, int],
-  ) -> None:
-    """Run a softmax and the matmul with its weights.
-
-    If the scores never rounded, neither does the cotangent of the weights.
-    """
+  def _run_weighting(self, step: Step, weights: Key, values: Environment, scopes: int) -> None:
+    """Run a matmul so that the cotangent of its weights does not round."""
     eqn = step.eqn
-    wide = 0 if eqn.invars[0] is result.var else 1
-    with jaxprs.located(eqn, slice(scopes[0], None)):
+    wide = 0 if eqn.invars[0] is weights.var else 1
+    with jaxprs.located(eqn, slice(scopes, None)):
       other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
-    contraction = Contraction.of(step.params, wide, other.dtype)
-    inputs = [values.get(Key(var)) for var in weights.inputs]
-    if weights.held != FLOAT32:
-      run = softmax.weighing(compute, weights, contraction)
-      with jaxprs.located(eqn, slice(scopes[0], scopes[1])):
-        values.write(eqn.outvars, [run(*inputs, other)])
-      return
-    with jaxprs.located(eqn, slice(scopes[0], scopes[1])):
-      (found,) = softmax.storing_weights(compute, weights)(*inputs)
-    with jaxprs.located(eqn, slice(scopes[0], None)):
-      values.write(eqn.outvars, [with_wide_cotangent(contraction)(found, other)])
+      contraction = Contraction.of(step.params, wide, other.dtype)
+      weigh = with_wide_cotangent(contraction)
+      values.write(eqn.outvars, [weigh(values.get(weights), other)])
 
   def _function(
     self,

@@ -145,26 +145,6 @@ class Contraction(NamedTuple):
     )
     return _turned(fixed(found), [*batch, *kept, *contracted], wide)
 
-  def rows(self, result: Any, rank: int, others: int) -> Any:
-    """What stands in the result for each row of the wide operand, summed up.
-
-    Args:
-      result: An array with the dimensions of the result.
-      rank: The dimensions of the wide operand.
-      others: Those of the other.
-
-    Returns:
-      An array with the dimensions of the wide operand, of which the contracted ones are 1.
-    """
-    labels = self._labels(self.wide, rank)
-    batch = [f"batch{n}" for n in range(len(self.batch[0]))]
-    kept = [x for x in labels if x.startswith("free")]
-    summed = others - len(batch) - len(self.contracted[0])
-    first = len(batch) + (len(kept) if self.wide == 0 else 0)
-    found = jnp.sum(result, range(first, first + summed))
-    order = [x for x in labels if not x.startswith("contracted")]
-    return jnp.expand_dims(_turned(found, [*batch, *kept], order), self.contracted[self.wide])
-
   def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)
 

@@ -27,7 +27,7 @@ def turned(plan: Plan) -> frozenset[int]:
   found = set()
   for index, step in enumerate(plan.steps):
     matmul = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
-    if not matmul or step.parameter is not None:
+    if not matmul or step.parameter is not None or _is_particular(step):
       continue
     reads = readers.get(step.eqn.outvars[0], [])
     (reader, _), *others = reads or [(-1, None)]
@@ -36,6 +36,12 @@ def turned(plan: Plan) -> frozenset[int]:
     if _exchanges(step, plan.steps[reader].eqn.params["permutation"]):
       found.add(index)
   return frozenset(found)
+
+
+def _is_particular(step: Step) -> bool:
+  """Whether a matmul says more of its operands or result than what it multiplies."""
+  sharding, precision = step.params.get("out_sharding"), step.params["precision"]
+  return sharding is not None or (isinstance(precision, tuple) and len(set(precision)) > 1)
 
 
 def _is_transpose(step: Step) -> bool:

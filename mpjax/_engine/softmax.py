@@ -3,13 +3,11 @@
 The derivative of a softmax is a function of its weights (as in `jax.nn.softmax`, or FlashAttention,
 Dao et al. 2022). Weights that are only ever read in 16 bits, as by the matmul with an attention's
 values, are stored so for that matmul; the float32 exponentials and sums need not be stored at all.
-A matmul that is their only reader is run with them.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule
@@ -27,7 +22,6 @@ from mpjax._engine import jaxprs
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.matmul_derivatives import Contraction
 from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
@@ -43,9 +37,9 @@ class Softmax(NamedTuple):
     axes: The axes of the sum.
     dtype: The 16-bit format in which the result is read.
     held: The dtype in which it leaves: float32 where its cotangent is to come in that, be it that
-      those of several readers add up, or that scores never rounded and their matmul hands out one
-      that does not either.
-    matmul: The index of the matmul that alone reads it and is run with it, or None.
+      those of several readers add up, or that a matmul hands out one that did not round.
+    matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
+      None.
   """
 
   steps: tuple[int, ...]
@@ -94,19 +88,11 @@ def match(
   )
   if not fits:
     return None
-  matmul = _matmul_behind(steps, readers, last)
-  never_rounded = _is_data(steps[shifted].operands[0]) and not _was_narrow(x, steps, makers)
-  if matmul is not None and not never_rounded and not _sums_along(steps[matmul], result, axes):
+  matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
+  if matmul is not None and _was_narrow(x, steps, makers):
     matmul = None
-  held = FLOAT32 if matmul is not None and never_rounded else shared_format(readers, steps[last])
+  held = None if matmul is not None else shared_format(readers, steps[last])
   return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul)
-
-
-def _sums_along(step: Step, weights: Var, axes: tuple[int, ...]) -> bool:
-  """Whether a matmul sums over just the axes along which its weights sum to one."""
-  contracted, _ = step.eqn.params["dimension_numbers"]
-  summed = contracted[0 if step.eqn.invars[0] is weights else 1]
-  return step.parameter is None and sorted(map(int, summed)) == sorted(axes)
 
 
 def _is_data(form: Form | None) -> bool:
@@ -226,6 +212,9 @@ def storing_weights(
   They no longer sum to one. Divided by their sum they are the weights of scores that differ by
   what each was rounded, so that the derivative is as exact as they are, near one too.
 
+  On GPUs a barrier makes XLA store just these: it computes what is cheap again, and would do so
+  from the float32 exponentials, or from the scores, which it then stores beside the weights.
+
   Args:
     compute: The softmax, from its two inputs to a list of its result in float32.
     softmax: What it computes.
@@ -246,119 +235,11 @@ def storing_weights(
   @run.defjvp
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     (weights,) = run(*primals)
-    kept = _stored(to_dtype(weights, softmax.dtype))
+    kept = to_dtype(weights, softmax.dtype)
+    kept = lax.platform_dependent(
+      kept, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda x: x
+    )
     stores_kept = jax.checkpoint(moved, prevent_cse=False)
     return [to_dtype(kept, softmax.held)], [stores_kept(kept, tangents[0])]
 
   return run
-
-
-def weighing(
-  compute: Callable[..., list[Any]], softmax: Softmax, contraction: Contraction
-) -> Callable[..., Any]:
-  """A softmax and the matmul with its weights, whose derivative stores these, in 16 bits.
-
-  What the softmax takes off the cotangent of its weights, their mean of it, is the product of the
-  matmul's result and its cotangent (Dao et al. 2022, FlashAttention, appendix B): so nothing that
-  is as large as the scores is read twice.
-
-  Args:
-    compute: The softmax, from its two inputs to a list of its result in float32.
-    softmax: What it computes.
-    contraction: The matmul, its weights the wide operand.
-
-  Returns:
-    A function of the softmax's two inputs and the matmul's other operand.
-  """
-
-  @jax.custom_jvp
-  def run(scores: Any, highest: Any, other: Any) -> Any:
-    (weights,) = compute(scores, highest)
-    return contraction.run(weights, other)
-
-  def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    *inputs, other = primals
-    (weights,) = compute(*inputs)
-    kept = _stored(to_dtype(weights, softmax.dtype))
-    result = contraction.run(kept, other)
-    terms = []
-    if not isinstance(tangents[0], SymbolicZero):
-      terms.append(along_scores(kept, other, result, tangents[0]))
-    if not isinstance(tangents[2], SymbolicZero):
-      terms.append(contraction.run(kept, tangents[2]))
-    return result, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(result)
-
-  run.defjvp(rule, symbolic_zeros=True)
-  along_scores = functools.partial(_along_scores_p.bind, contraction=contraction, axes=softmax.axes)
-  return run
-
-
-_along_scores_p = Primitive("mpjax_along_scores")
-"""What a tangent of the scores makes of the matmul's result, from its 16-bit weights on."""
-
-
-@_along_scores_p.def_impl
-def _along_scores(
-  kept: Any, other: Any, result: Any, tangent: Any, *, contraction: Contraction, axes: Any
-) -> Any:
-  del result
-  weights, tangent = to_dtype(kept, FLOAT32), to_dtype(tangent, FLOAT32)
-  sums = functools.partial(jnp.sum, axis=axes, keepdims=True)
-  mean = sums(weights * tangent) / jnp.maximum(sums(weights), jnp.finfo(FLOAT32).tiny)
-  return contraction.run(weights * (tangent - mean), other)
-
-
-@_along_scores_p.def_abstract_eval
-def _abstract_eval(*avals: Any, **params: Any) -> Any:
-  (aval,) = jax.make_jaxpr(functools.partial(_along_scores, **params))(*avals).out_avals
-  return aval
-
-
-def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
-  """The term of the tangent, and those of the weights and of the matmul's other operand."""
-  bind = functools.partial(_along_scores_p.bind, **params)
-  *held, tangent = primals
-  terms = [] if isinstance(tangents[3], ad.Zero) else [bind(*held, tangents[3])]
-  if not all(isinstance(t, ad.Zero) for t in tangents[:2]):
-    moved = [ad.instantiate_zeros(t) for t in tangents[:2]]
-    plain = functools.partial(_along_scores, result=None, tangent=tangent, **params)
-    terms.append(jax.jvp(plain, tuple(held[:2]), tuple(moved))[1])
-  out = bind(*primals)
-  return out, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(out)
-
-
-def _transpose(
-  cotangent: Any, kept: Any, other: Any, result: Any, tangent: Any, **params: Any
-) -> Any:
-  if isinstance(cotangent, ad.Zero):
-    return None, None, None, None
-  contraction = params["contraction"]
-  (shares,) = jax.linear_transpose(lambda x: contraction.run(x, other), kept)(cotangent)
-  mean = contraction.rows(
-    to_dtype(cotangent, FLOAT32) * to_dtype(result, FLOAT32), kept.ndim, other.ndim
-  )
-  found = to_dtype(kept, FLOAT32) * (to_dtype(shares, FLOAT32) - mean)
-  return None, None, None, to_dtype(found, tangent.aval.dtype)
-
-
-def _batch(args: Any, dims: Any, *, contraction: Contraction, axes: Any) -> Any:
-  (size,) = {x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None}
-  ahead = [batching.bdim_at_front(x, d, size) for x, d in zip(args, dims, strict=True)]
-  shifted = tuple(axis + 1 for axis in axes)
-  return _along_scores_p.bind(*ahead, contraction=contraction.batched(0, 1), axes=shifted), 0
-
-
-ad.primitive_jvps[_along_scores_p] = _jvp
-ad.primitive_transposes[_along_scores_p] = _transpose
-batching.primitive_batchers[_along_scores_p] = _batch
-mlir.register_lowering(_along_scores_p, mlir.lower_fun(_along_scores, multiple_results=False))
-
-
-def _stored(weights: Any) -> Any:
-  """What the backward pass is to read: on GPUs behind a barrier, so that XLA stores just this.
-
-  It computes what is cheap again, and would do so from the float32 exponentials, or from the
-  scores, which it then stores beside the weights.
-  """
-  barrier = lax.optimization_barrier
-  return lax.platform_dependent(weights, cuda=barrier, rocm=barrier, default=lambda x: x)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import mpjax
 from _jaxprs import equations
@@ -62,3 +63,15 @@ def test_values_and_gradients_are_those_of_the_plain_order(of):
   found = jax.grad(mpjax.autocast(loss(fn), "mixed_bfloat16"), (0, 1))(small, X)
   for got, want in zip(found, wanted, strict=True):
     assert jnp.linalg.norm(got - want) < 0.02 * jnp.linalg.norm(want)
+
+
+def test_a_result_with_a_sharding_of_its_own_keeps_its_order():
+  mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+  def fn(w, x, y):
+    dims = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x @ w, y @ w, dims, out_sharding=P("x", None)).T
+
+  operands = jnp.ones((6, 6)), jnp.ones((4, 6)), jnp.ones((7, 6))
+  with jax.set_mesh(mesh):
+    assert mpjax.autocast(fn, "mixed_bfloat16")(*operands).shape == fn(*operands).shape == (7, 4)

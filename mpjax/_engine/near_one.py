@@ -17,6 +17,8 @@ import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
@@ -77,7 +79,8 @@ class _Forward(NamedTuple):
 
   def of(self, atom: Any) -> Role:
     if isinstance(atom, Literal):
-      return _ONE if atom.val == 1 else _NONE
+      aval: Any = atom.aval  # that of a float0 or of a key is no number
+      return _ONE if np.issubdtype(aval.dtype, np.number) and atom.val == 1 else _NONE
     return self.roles.get(atom, _NONE)
 
 

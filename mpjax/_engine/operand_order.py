@@ -49,9 +49,15 @@ def _is_transpose(step: Step) -> bool:
 
 
 def _exchanges(step: Step, permutation: Sequence[int]) -> bool:
-  """Whether all rows of the second operand come ahead of those of the first."""
+  """Whether all rows of the second operand come ahead of those of the first, and not in order.
+
+  In order they come by exchanging the operands alone, which XLA does by itself.
+  """
   matched, first, second = _parts(step)
   places = [*map(int, permutation)]
+  halves = range(matched + first, matched + first + second), range(matched, matched + first)
+  if [*map(int, permutation)] == [*range(matched), *halves[0], *halves[1]]:
+    return False
   last = [places.index(n) for n in range(matched + first, matched + first + second)]
   ahead = [places.index(n) for n in range(matched, matched + first)]
   return bool(last and ahead) and max(last) < min(ahead)

@@ -222,6 +222,8 @@ TWICE = {
 @pytest.mark.parametrize("fn", TWICE.values(), ids=TWICE.keys())
 def test_every_block_of_second_derivatives_is_there(fn, dtype):
   """The gradient by the data depends on the parameters, as in a gradient penalty."""
+  if fn is TWICE["scan"] and jax.__version_info__ < (0, 12):
+    pytest.skip("JAX before 0.12 loses the block of a weight that a scan shares")
   policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
   w = jax.random.normal(jax.random.key(0), (8, 8)) / 3
   x = jax.random.normal(jax.random.key(1), (16, 8))

@@ -54,13 +54,12 @@ def _exchanges(step: Step, permutation: Sequence[int]) -> bool:
   In order they come by exchanging the operands alone, which XLA does by itself.
   """
   matched, first, second = _parts(step)
-  places = [*map(int, permutation)]
-  halves = range(matched + first, matched + first + second), range(matched, matched + first)
-  if [*map(int, permutation)] == [*range(matched), *halves[0], *halves[1]]:
+  order = [*map(int, permutation)]
+  ahead = range(matched, matched + first)
+  last = range(matched + first, matched + first + second)
+  if order == [*range(matched), *last, *ahead]:
     return False
-  last = [places.index(n) for n in range(matched + first, matched + first + second)]
-  ahead = [places.index(n) for n in range(matched, matched + first)]
-  return bool(last and ahead) and max(last) < min(ahead)
+  return bool(last and ahead) and max(map(order.index, last)) < min(map(order.index, ahead))
 
 
 def _parts(step: Step) -> tuple[int, int, int]:

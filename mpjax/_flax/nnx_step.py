@@ -273,6 +273,16 @@ def _named(variables: dict[Any, Any]) -> list[tuple[str, Any]]:
   return [("/".join(map(str, path[1:])), x) for path, x in variables.items()]
 
 
+def _by_name(variables: nnx.State) -> dict[str, Any]:
+  """The arrays of a model by their paths in it, and those of nodes beside it as of the batch."""
+
+  def name(path: str) -> str:
+    node, _, inside = path.partition("/")
+    return inside if node == "0" else f"batch/{path}"
+
+  return {name(path): leaf for path, leaf in leaf_paths(variables)}
+
+
 def _of_the_first(wrt: Any) -> Callable[[Any, Any], bool]:
   """A filter for the Variables that ``wrt`` selects in the first of several graph nodes."""
   selects = nnx.filterlib.to_predicate(wrt)
@@ -341,7 +351,7 @@ def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.S
   """
   now = dict(nnx.to_flat_state(changed))
   for part in parts:
-    check_flow(dict(leaf_paths(nnx.from_flat_state(now))), dict(leaf_paths(part)))
+    check_flow(_by_name(nnx.from_flat_state(now)), _by_name(part))
   sorted_parts = [
     nnx.map_state(lambda path, leaf: _with_value(leaf, _value(now.pop(path))), part)
     for part in parts

@@ -183,7 +183,7 @@ def spec(policy: Policy) -> str:
   return next((name for name, preset in _PRESETS.items() if preset == triple), str(policy))
 
 
-def as_policy(policy: Policy | str) -> Policy:
+def as_policy(policy: Policy | Preset | str) -> Policy:
   """The policy itself, or the policy that a spec string names.
 
   Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,11 @@ from mpjax._core.arguments import shown
 from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.primitives import DEFAULT_OPS, Rule, read_ops
 from mpjax._core.scopes import Path
+
+# A dict is an Iterable too, and mypy cannot infer a dict's type where it may be either.
+_Pairs = Sequence[tuple[str, Policy | Preset | str]] | Iterator[tuple[str, Policy | Preset | str]]
+Rules = Mapping[str, Policy | Preset | str] | _Pairs
+"""Patterns and their policies, in order."""
 
 Ops = Mapping[Path, Collection[str]]
 """The operations that were met in each module."""
@@ -53,6 +58,9 @@ class PolicyMap:
     'bfloat16'
     >>> policies.policy_at("encoder/dense").compute_dtype.name
     'float16'
+    >>> changed = PolicyMap({}, default="mixed_bfloat16", ops={"exp": "follow"})
+    >>> DEFAULT_OPS["exp"], changed.ops
+    ('full', (('exp', 'follow'),))
   """
 
   __slots__ = ("_patterns", "default", "ops", "rules")
@@ -63,7 +71,7 @@ class PolicyMap:
 
   def __init__(
     self,
-    rules: Mapping[str, Policy | Preset | str] | Iterable[tuple[str, Policy | Preset | str]],
+    rules: Rules,
     default: Policy | Preset | str,
     *,
     ops: Mapping[str, str] | Iterable[tuple[str, str]] = (),
@@ -99,7 +107,7 @@ class PolicyMap:
   def _fields(self) -> tuple[Any, ...]:
     return self.rules, self.default, self.ops
 
-  def with_default(self, default: Policy | str) -> PolicyMap:
+  def with_default(self, default: Policy | Preset | str) -> PolicyMap:
     """The same rules with another default."""
     return PolicyMap(self.rules, default, ops=self.ops)
 

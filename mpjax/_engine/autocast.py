@@ -9,8 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.scopes import POLICY_REGION
 from mpjax._engine.execute import decide
 from mpjax._engine.scaled_cotangents import read_loss_scale
@@ -21,7 +20,7 @@ R = TypeVar("R")
 
 def autocast(
   fn: Callable[P, R],
-  policy: Policy | PolicyMap | str,
+  policy: PolicyLike,
   *,
   argnums: int | Sequence[int] = 0,
   loss_scale: float | None = None,

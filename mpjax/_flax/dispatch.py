@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -20,10 +20,16 @@ from mpjax._scaling import scaled_gradients
 M = TypeVar("M")
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _documented_as(other: Callable[..., Any]) -> Callable[[F], F]:
+  """``functools.wraps`` for type checkers: of a generic function mypy would make one of Never."""
+  return lambda function: cast(F, functools.wraps(other)(function))
 
 
 @refuses_what_is_no_function
-@functools.wraps(autocast_of_pytrees)
+@_documented_as(autocast_of_pytrees)
 def autocast(
   fn: Callable[P, R],
   policy: PolicyLike,
@@ -46,7 +52,7 @@ def autocast(
   return under_policy
 
 
-@functools.wraps(scaled_gradients.value_and_grad)
+@_documented_as(scaled_gradients.value_and_grad)
 def value_and_grad(
   loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -24,6 +24,8 @@ from mpjax._flax.policed import mark, plain_class
 
 _PATH = "mpjax_path"
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def refuses_what_is_no_function(transform: F) -> F:
@@ -54,12 +56,12 @@ def refuses_what_is_no_function(transform: F) -> F:
 
 @refuses_what_is_no_function
 def autocast(
-  fn: Callable[..., Any],
+  fn: Callable[P, R],
   policy: PolicyLike,
   *,
   argnums: int | Sequence[int] = 0,
   loss_scale: float | None = None,
-) -> Callable[..., Any]:
+) -> Callable[P, R]:
   """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
 
   Updates that the function makes to Variables of its arguments arrive. The ``nnx.Param`` of all
@@ -73,6 +75,14 @@ def autocast(
 
   Returns:
     A function with the signature of ``fn`` whose float32 results have the output dtype.
+
+  Example:
+    >>> import jax.numpy as jnp
+    >>> loss = lambda model, x: jnp.mean(model(x))
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> grads = nnx.grad(autocast(loss, "mixed_bfloat16"))(model, jnp.ones((4, 2)))
+    >>> grads["kernel"][...].dtype.name
+    'float32'
   """
   policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
   if policies.is_float32():
@@ -82,7 +92,7 @@ def autocast(
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
   @functools.wraps(fn)
-  def under_policy(*args: Any, **kwargs: Any) -> Any:
+  def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
     inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
     flags = [n in inside for n in range(len(args))]
     return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
+from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._flax.nnx_calls import autocast, check_structure, fill, is_node, structure
 from mpjax._scaling.finiteness import select
@@ -20,7 +21,6 @@ from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
-  PolicyLike,
   StepMetrics,
   autocast_loss,
   is_key,
@@ -30,7 +30,17 @@ from mpjax._train.step_parts import (
 
 
 class TrainStep:
-  """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, *batch)``."""
+  """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, *batch)``.
+
+  Example:
+    >>> import optax
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    >>> step = make_train_step(lambda model, x: jnp.mean(model(x) ** 2))
+    >>> metrics = step(model, optimizer, jnp.ones((4, 2)))
+    >>> int(optimizer.step[...]), bool(metrics.applied)
+    (1, True)
+  """
 
   def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
     self._jitted = jitted

@@ -33,6 +33,11 @@ class FaultSchedule:
     kind: i32[steps], 0 for no fault and n for ``kinds[n - 1]``. Later steps have no fault.
     place: i32[steps], a random number from which array and element follow.
     kinds: The kinds of fault that may occur.
+
+  Example:
+    >>> schedule = FaultSchedule.at({step: kind for step, kind in enumerate(FAULTS, start=2)})
+    >>> schedule.struck, schedule.kinds
+    ([2, 3, 4, 5, 6], ('-inf', 'huge', 'inf', 'nan', 'subnormal'))
   """
 
   kind: Any
@@ -107,6 +112,10 @@ class FaultState(NamedTuple):
   Attributes:
     step: i32[], the number of updates, skipped ones included: a train step leaves it alone when
       it skips, so that a fault strikes once.
+
+  Example:
+    >>> inject_faults(FaultSchedule.at({0: "nan"})).init({})
+    FaultState(step=Array(0, dtype=int32))
   """
 
   step: jax.Array

@@ -26,6 +26,15 @@ class LowPrecisionWarning(UserWarning):
   """Training will lose numbers that 16 bits do not hold: small sums, or small gradients.
 
   To train so all the same: ``warnings.simplefilter("ignore", LowPrecisionWarning)``.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax, optax
+    >>> tx, params = optax.sgd(1e-3), {"w": jnp.ones(2, jnp.bfloat16)}
+    >>> step = mpjax.make_train_step(lambda params, x: jnp.sum(x * params["w"]), tx)
+    >>> with warnings.catch_warnings(record=True, action="always") as caught:
+    ...   lowered = step.lower(mpjax.TrainState.create(params, tx), jnp.ones(2, jnp.bfloat16))
+    >>> caught[0].category.__name__
+    'LowPrecisionWarning'
   """
 
 

@@ -12,7 +12,7 @@ import optax
 from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
 from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
 from mpjax._scaling.optimizers import call_with_those_taken, those_taken
@@ -23,7 +23,6 @@ from mpjax._scaling.states import LossScalingState, find_states
 from mpjax._train.left_alone import left_alone
 from mpjax._train.low_precision_warning import warn_of_low_precision
 from mpjax._train.step_parts import (
-  PolicyLike,
   StepMetrics,
   check_param_dtype,
   require_scaling,

@@ -10,14 +10,11 @@ import jax.numpy as jnp
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
-from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._scaling.faults import FaultState
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.states import LossScalingState
-
-PolicyLike = Policy | PolicyMap | str
 
 
 class StepMetrics(NamedTuple):
@@ -32,6 +29,15 @@ class StepMetrics(NamedTuple):
     consecutive_skips: i32[], skipped steps up to this one; 0 if it was applied.
     total_skips: i32[], skipped steps since the beginning.
     aux: The auxiliary output of the loss function, or ``None``.
+
+  Example:
+    >>> import mpjax, optax
+    >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+    >>> step = mpjax.make_train_step(lambda params, x: jnp.sum(params["w"] * x), tx)
+    >>> state = mpjax.TrainState.create({"w": jnp.ones(2)}, tx)
+    >>> _, metrics = step(state, jnp.ones(2))
+    >>> float(metrics.loss), bool(metrics.applied), float(metrics.loss_scale)
+    (2.0, True, 32768.0)
   """
 
   loss: jax.Array
@@ -50,6 +56,18 @@ class NonFiniteError(FloatingPointError):
     state: What training has come to: the ``TrainState``, or for NNX the pair of model and
       optimizer. No skipped step changed its parameters, so it can be saved or trained on.
     paths: The parameters whose gradients held inf or NaN in the last step.
+
+  Example:
+    >>> import mpjax, optax
+    >>> tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+    >>> loss_fn = lambda params, x: jnp.sum(params["w"] * x)
+    >>> step = mpjax.make_train_step(loss_fn, tx, max_consecutive_skips=1)
+    >>> state = mpjax.TrainState.create({"w": jnp.ones(2)}, tx)
+    >>> try:
+    ...   step(state, jnp.array([1.0, jnp.nan]))
+    ... except NonFiniteError as error:
+    ...   print(error.paths, error.state.params["w"])
+    ('w',) [1. 1.]
   """
 
   def __init__(self, message: str, state: Any, paths: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import struct
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine.autocast import autocast
 from mpjax._scaling.finiteness import select
@@ -25,7 +26,6 @@ from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
-  PolicyLike,
   StepMetrics,
   autocast_loss,
   is_key,
@@ -45,6 +45,11 @@ class TrainState:
     model_state: The mutable collections of the model, such as ``{"batch_stats": ...}``, or
       ``None``.
     rng: The key that every step's key is folded from, or ``None``. It never changes.
+
+  Example:
+    >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1), rng=jax.random.key(0))
+    >>> int(state.replace(step=jnp.int32(7)).step), state.model_state
+    (7, None)
   """
 
   step: jax.Array
@@ -52,6 +57,12 @@ class TrainState:
   opt_state: Any
   model_state: Any = None
   rng: Any = None
+
+  if TYPE_CHECKING:  # Flax adds it, and its annotations do not say so
+
+    def replace(self, **changes: Any) -> "TrainState":
+      """A state with other values in some fields."""
+      ...
 
   @classmethod
   def create(
@@ -107,7 +118,16 @@ def _owned(leaf: Any) -> Any:
 
 
 class TrainStep:
-  """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``."""
+  """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``.
+
+  Example:
+    >>> tx = optax.sgd(0.1)
+    >>> step = make_train_step(lambda params, x: jnp.mean(x * params), tx, donate=False)
+    >>> state, x = TrainState.create(jnp.ones(2), tx), jnp.ones(2)
+    >>> lowered = step.lower(state, x)  # without a run
+    >>> [int(step(s, x)[0].step) for s in (state, state)]  # not donated: taken twice
+    [1, 1]
+  """
 
   def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
     self._jitted = jitted

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._core.policy_map import as_policy_map
+from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.execute import Decided, Interpreter
 from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan
@@ -26,7 +26,7 @@ from mpjax.inspect._check_report import (
 )
 from mpjax.inspect._differences import Stats, compare
 from mpjax.inspect._flow_report import TOP
-from mpjax.inspect._inspected import PolicyLike, Subject, concrete, is_float, subject_of
+from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
 from mpjax.inspect._policies_inside import as_written, first_region, refuse_regions
 from mpjax.inspect._side_by_side import (
   FLOAT64,

@@ -128,6 +128,14 @@ class CheckReport(Report):
     rows: What each module hands out, in the order of the program.
     gradients: The gradient of each parameter; empty if they were not asked for.
     not_looked_into: Custom derivatives that were compared from outside only.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> large = lambda w, x: (x @ w) ** 2
+    >>> args = 200 * jnp.eye(2), jnp.full((1, 2), 2.0)
+    >>> report = mpjax.inspect.check(large, "p=f32,c=f16,o=f16", *args, gradients=False)
+    >>> report.agrees, report.result.overflow
+    (False, 2)
   """
 
   name: str

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import export
 
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap
+from mpjax._core.policy_map import PolicyLike, PolicyMap
 from mpjax._flax.dispatch import autocast
 from mpjax._flax.nnx_calls import is_node
 from mpjax.inspect._policies_inside import where_traced
@@ -23,7 +23,6 @@ from mpjax.inspect._report import Report, Table
 from mpjax.inspect._target_compiler import read_figures
 from mpjax.inspect._targets import Target, check_installed, compile_for, read_target
 
-PolicyLike = Policy | PolicyMap | str
 _MIB, _GIB = 2**20, 2**30
 _POLICIES = ("float32", "mixed_bfloat16")
 
@@ -81,6 +80,13 @@ class CostReport(Report):
     inside: Where the step has a 16-bit policy of its own inside, such as a model of
       `mpjax.apply_policy`: the innermost policy governs, so that part is the same in every row.
       None if it has none, or takes the policy as a parameter.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    >>> report = mpjax.inspect.cost(lambda w, x: x @ w, square, square, policies=["float32"])
+    >>> report.parameters, report.rows[0].output_bytes, report.fits(report.rows[0])
+    (64, 256, None)
   """
 
   target: str

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from mpjax._core.policy_map import PolicyLike
 from mpjax._core.scopes import Path
 from mpjax.inspect import _flow
 from mpjax.inspect._flow_data import Flow, Remark, Widening
 from mpjax.inspect._flow_remarks import batch_first
 from mpjax.inspect._flow_report import TOP, FlowReport, rule_name
 from mpjax.inspect._flow_rows import CastFlow, IslandFlow, Leak, OpFlow, RemarkFlow, UnknownOp
-from mpjax.inspect._inspected import PolicyLike, Subject, subject_of
+from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._source_lines import Line
 
 

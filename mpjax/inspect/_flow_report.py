@@ -46,6 +46,13 @@ class FlowReport(Report):
     loops: How many while loops there are; their bodies are counted once.
     depth: How many components of a path make a row; None for all.
     remarks: What the policy overrides, and what cannot be promised under it.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mpjax
+    >>> square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    >>> report = mpjax.inspect.explain(lambda w, x: x @ w @ w, "mixed_bfloat16", square, square)
+    >>> report.narrow_share, report.keeps_promise, len(report.to_rows())
+    (1.0, True, 1)
   """
 
   name: str

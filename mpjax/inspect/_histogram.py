@@ -88,6 +88,11 @@ def histogram(tree: Any) -> Histogram:
 
   Raises:
     ValueError: If a leaf has 2**32 values or more.
+
+  Example:
+    >>> counted = histogram({"w": jnp.array([1.0, 0.0, jnp.inf]), "step": jnp.arange(3)})
+    >>> counted.names, counted.bins()[0, [ZERO, INF, NAN]].tolist(), float(counted.largest[0])
+    (('w',), [1, 1, 0], 1.0)
   """
   leaves = [(path, leaf) for path, leaf in leaf_paths(tree) if _is_float(leaf)]
   for path, leaf in leaves:

@@ -13,8 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import names_of, parameter_flags
@@ -23,7 +22,6 @@ from mpjax._engine.execute import Decided, decide
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 
 _PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
-PolicyLike = Policy | PolicyMap | str
 
 
 class Subject(NamedTuple):

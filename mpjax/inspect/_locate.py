@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax._core.policy_map import as_policy_map
+from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine import jaxprs
 from mpjax._engine.calls import is_traced
@@ -18,7 +18,7 @@ from mpjax._engine.execute import Decided, Interpreter
 from mpjax._engine.kinds import Kind
 from mpjax._engine.planner import Planner
 from mpjax.inspect._flow_report import TOP
-from mpjax.inspect._inspected import PolicyLike, Subject, concrete, is_float, subject_of
+from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
 from mpjax.inspect._nonfinite_search import (
   PATIENCE,
   Birth,
@@ -46,6 +46,12 @@ class NonFiniteReport(Report):
       of the program; ``row.arrives`` says whether a result is not finite because of it.
     unended: The lines of while loops that were left after 10,000 iterations with numbers that are
       not finite, which may keep them from ending; what follows saw their values at that point.
+
+  Example:
+    >>> import mpjax.inspect
+    >>> report = mpjax.inspect.locate_nonfinite(lambda x: jnp.log(x), jnp.zeros(1))
+    >>> report.finite, report.first.op, report.first.made
+    (False, 'log', 'inf')
   """
 
   name: str

@@ -65,6 +65,14 @@ class RangeReport(Report):
     exponents: ``k`` of each bin of ``density``.
     density: The share of all finite values other than zero with ``2**k < |x| <= 2**(k + 1)``,
       unscaled.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> counted = mpjax.inspect.histogram({"w": jnp.array([1e-8, 1.0])})
+    >>> report = mpjax.inspect.range_report(counted, "float16")
+    >>> print(report.summary)
+    At scale 2^0 float16 rounds 50.00% of the values to zero and overflows on 0.00%. Good scales:
+    2^2 to 2^15; recommended: 2^11.
   """
 
   dtype: str
@@ -250,6 +258,14 @@ class UpdateReport(Report):
     rows: One row a parameter, the worst first.
     exponents: ``k`` of each bin of ``density``.
     density: The share of the ratios with ``2**k < |update / parameter| <= 2**(k + 1)``.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax, optax
+    >>> tx, params = mpjax.inspect.collect_statistics(optax.sgd(1e-3)), {"w": jnp.ones(4)}
+    >>> _, opt_state = tx.update(params, tx.init(params), params)
+    >>> report = mpjax.inspect.update_report(mpjax.inspect.statistics(opt_state))
+    >>> report.rows[0]
+    UpdateRow(name='w', updates=4, bfloat16=1.0, float16=0.0, ratio=0.001953125)
   """
 
   steps: int
@@ -296,6 +312,16 @@ def update_report(collected: Statistics) -> UpdateReport:
 
   Raises:
     ValueError: If no step has been counted.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax, optax
+    >>> tx, params = mpjax.inspect.collect_statistics(optax.sgd(1e-5)), {"w": jnp.ones(4)}
+    >>> _, opt_state = tx.update(params, tx.init(params), params)
+    >>> print(update_report(mpjax.inspect.statistics(opt_state)).tables()[0])
+    parameter  updates  lost in bfloat16  lost in float16  median ratio
+    w                4            100.0%           100.0%         2^-16
+    <BLANKLINE>
+    ratio: |update / parameter|, rounded to a power of two.
   """
   if not int(collected.steps):
     raise ValueError("At least one step must have been counted. Got none. Train a step first.")

@@ -80,6 +80,19 @@ class Report:
 
   Subclasses are declared with ``repr=False``, so that they show as tables. They define `summary`,
   `tables`, and, as a field or a property, ``rows``: dataclasses, named tuples or mappings.
+
+  Example:
+    >>> @dataclass(frozen=True, repr=False)
+    ... class Words(Report):
+    ...   rows: tuple[dict, ...]
+    ...   summary = "Words by length."
+    ...   def tables(self):
+    ...     return [Table(["word", "letters"], [[r["word"], str(r["n"])] for r in self.rows])]
+    >>> Words(({"word": "bits", "n": 4},))
+    Words by length.
+    <BLANKLINE>
+    word  letters
+    bits        4
   """
 
   @property

@@ -31,6 +31,13 @@ class Statistics(NamedTuple):
     ratios: ``|update / parameter|`` where neither is zero.
     stalls: u32[2, leaves, 3], high and low word of the counts of updates that are not zero; of
       those that a bfloat16 parameter would not notice; and of those that a float16 one would not.
+
+  Example:
+    >>> tx, params = collect_statistics(optax.sgd(0.5)), {"w": jnp.array([1.0, 2.0])}
+    >>> _, opt_state = tx.update({"w": jnp.array([0.5, 0.0])}, tx.init(params), params)
+    >>> seen = statistics(opt_state)
+    >>> int(seen.steps), float(seen.gradients.largest[0]), float(seen.updates.largest[0])
+    (1, 0.5, 0.25)
   """
 
   steps: jax.Array
@@ -48,6 +55,11 @@ class StatisticsState(NamedTuple):
     step: i32[], the updates so far.
     statistics: What was collected.
     inner_state: The state of the wrapped optimizer.
+
+  Example:
+    >>> opt_state = collect_statistics(optax.adam(1e-3)).init({"w": jnp.ones(2)})
+    >>> int(opt_state.step), type(opt_state.inner_state[0]).__name__
+    (0, 'ScaleByAdamState')
   """
 
   step: jax.Array
@@ -125,6 +137,11 @@ def statistics(opt_state: Any) -> Statistics:
 
   Raises:
     ValueError: If there is none, or more than one.
+
+  Example:
+    >>> tx = optax.chain(optax.clip(1.0), collect_statistics(optax.sgd(0.5)))
+    >>> statistics(tx.init({"w": jnp.ones(2)})).gradients.names
+    ('w',)
   """
   leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, StatisticsState))
   found = [leaf for leaf in leaves if isinstance(leaf, StatisticsState)]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.policy import Policy, as_policy
+from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import leaf_paths
@@ -39,7 +39,7 @@ def tune(
   loss_fn: Callable[..., Any],
   args: Sequence[Any],
   *,
-  candidates: Sequence[Policy | str] = ("mixed_bfloat16",),
+  candidates: Sequence[Policy | Preset | str] = ("mixed_bfloat16",),
   tolerance: float = 0.05,
   argnums: int | Sequence[int] = 0,
   has_aux: bool = False,

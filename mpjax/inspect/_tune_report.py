@@ -80,6 +80,17 @@ class TuneReport(Report):
     flops: The FLOPs of all matmuls and convolutions of the forward pass.
     compilations: How often loss and gradient were compiled here.
     note: What to know before pasting.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mpjax
+    >>> def loss_fn(params, x):
+    ...   with jax.named_scope("dense"):
+    ...     return jnp.mean((x @ params["w"]) ** 2)
+    >>> report = mpjax.inspect.tune(loss_fn, ({"w": jnp.ones((4, 2))}, jnp.ones((2, 4))))
+    >>> report.policy_map.rules, report.chosen.tried
+    ((), 'all in mixed_bfloat16')
+    >>> [row.tried for row in report.rows]
+    ['all in mixed_bfloat16', 'all in float32']
   """
 
   policy_map: PolicyMap

@@ -53,6 +53,11 @@ class Curve(NamedTuple):
     losses: f32[steps], the loss of each step.
     scales: f32[steps], the loss scale that each step used; 1 without scaling.
     applied: bool[steps], whether each step was applied; False if it was skipped.
+
+  Example:
+    >>> curve = Curve("float32", np.array([2.0, 1.0]), np.ones(2), np.ones(2, bool))
+    >>> curve.label, curve.losses.tolist()
+    ('float32', [2.0, 1.0])
   """
 
   label: str
@@ -148,6 +153,14 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax, mpjax
+    >>> from matplotlib.figure import Figure
+    >>> square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    >>> report = mpjax.inspect.explain(lambda w, x: x @ w, "mixed_bfloat16", square, square)
+    >>> plot_flow(report, ax=Figure().subplots()).get_title()
+    '100% of matmul FLOP in 16 bits, 0 leaks'
   """
   rows = report.rows
   ax = new_axes(len(rows)) if ax is None else ax
@@ -181,6 +194,15 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import mpjax
+    >>> from matplotlib.figure import Figure
+    >>> args = jnp.eye(2), jnp.ones((1, 2))
+    >>> report = mpjax.inspect.check(lambda w, x: x @ w, "float16", *args, gradients=False)
+    >>> ax = plot_check(report, ax=Figure().subplots())
+    >>> ax.get_xlabel(), ax.get_xscale()
+    ('relative error against float32', 'log')
   """
   rows = _worst(report.rows)
   ax = new_axes(len(rows)) if ax is None else ax
@@ -220,6 +242,14 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   Raises:
     ValueError: If everything is finite.
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import mpjax
+    >>> from matplotlib.figure import Figure
+    >>> report = mpjax.inspect.locate_nonfinite(lambda x: x * x, jnp.full(3, 300, jnp.float16))
+    >>> ax = plot_nonfinite(report, ax=Figure().subplots())
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['operand 0: f16[3]', 'operand 1: f16[3]', 'result: f16[3]']
   """
   first = report.first
   if first is None:

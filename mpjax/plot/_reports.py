@@ -33,6 +33,14 @@ def plot_range(report: RangeReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> from matplotlib.figure import Figure
+    >>> counted = mpjax.inspect.histogram({"w": jnp.array([1e-8, 1e-3])})
+    >>> ax = plot_range(mpjax.inspect.range_report(counted), ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['becomes zero (50.0%)', 'loses bits (0.0%)', 'kept (50.0%)']
   """
   ax = new_axes() if ax is None else ax
   to, shift = read_format(report.dtype), math.frexp(report.scale)[1] - 1
@@ -80,6 +88,14 @@ def plot_scale_choice(report: RangeReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> from matplotlib.figure import Figure
+    >>> counted = mpjax.inspect.histogram({"w": jnp.array([1e-8, 1e-3])})
+    >>> ax = plot_scale_choice(mpjax.inspect.range_report(counted), ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['becomes zero', 'overflows', 'good scales', 'recommended, $2^{21}$']
   """
   ax = new_axes() if ax is None else ax
   to = read_format(report.dtype)
@@ -113,6 +129,15 @@ def plot_updates(report: UpdateReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax, optax
+    >>> from matplotlib.figure import Figure
+    >>> tx, params = mpjax.inspect.collect_statistics(optax.sgd(1e-3)), {"w": jnp.ones(4)}
+    >>> _, opt_state = tx.update(params, tx.init(params), params)
+    >>> report = mpjax.inspect.update_report(mpjax.inspect.statistics(opt_state))
+    >>> plot_updates(report, ax=Figure().subplots()).get_xlabel()
+    '|update / parameter|, as a power of two'
   """
   ax = new_axes() if ax is None else ax
   exponents, shares = np.array(report.exponents), 100 * np.array(report.density)
@@ -139,6 +164,15 @@ def plot_frontier(report: TuneReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax.numpy as jnp, mpjax
+    >>> from matplotlib.figure import Figure
+    >>> loss_fn = lambda w, x: jnp.mean((x @ w) ** 2)
+    >>> report = mpjax.inspect.tune(loss_fn, (jnp.ones((4, 2)), jnp.ones((2, 4))))
+    >>> ax = plot_frontier(report, ax=Figure().subplots())
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['frontier', 'within', 'chosen', 'tolerance']
   """
   ax = new_axes() if ax is None else ax
   least = report.tolerance * 1e-3
@@ -176,6 +210,15 @@ def plot_cost(report: CostReport, *, ax: Axes | None = None) -> Axes:
 
   Raises:
     ModuleNotFoundError: If matplotlib is not installed.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, mpjax
+    >>> from matplotlib.figure import Figure
+    >>> square = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    >>> report = mpjax.inspect.cost(lambda w, x: x @ w, square, square)
+    >>> ax = plot_cost(report, ax=Figure().subplots())
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['float32', 'mixed_bfloat16']
   """
   ax = new_axes() if ax is None else ax
   rows = [row for row in report.rows if row.peak_bytes is not None]

@@ -243,7 +243,10 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.TRACED, _NO_FLOATS),
   ),
   ("and or not", Facts(Rule.TRACED, _NO_FLOATS, _T.ARITHMETIC)),
-  ("mpjax_wide_tangent", Facts(Rule.TRACED, "a derivative that a policy made, float32 by intent")),
+  (
+    "mpjax_attached mpjax_constant mpjax_wide_tangent",
+    Facts(Rule.TRACED, "a derivative that a policy made, float32 by intent"),
+  ),
 )
 
 FACTS: Mapping[str, Facts] = MappingProxyType(

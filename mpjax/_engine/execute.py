@@ -28,6 +28,7 @@ from mpjax._engine import (
   softmax,
   versions,
 )
+from mpjax._engine.attached_derivatives import with_derivative
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float32_products import but_on_gpus, unfolded
@@ -37,7 +38,6 @@ from mpjax._engine.kinds import PARAM
 from mpjax._engine.matmul_derivatives import (
   Contraction,
   product_of,
-  with_derivative,
   with_wide_cotangent,
 )
 from mpjax._engine.plan import Plan, Step

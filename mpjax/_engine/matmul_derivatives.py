@@ -7,7 +7,6 @@ operand. Here a float32 result has 16-bit derivatives, and a 16-bit result a flo
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,72 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 
 Dims = tuple[int, ...]
-
-
-def with_derivative(matmul: Matmul, along_first: Matmul, along_second: Matmul) -> Matmul:
-  """A matmul whose derivative is the sum of two others.
-
-  It stands in the trace as it is, so that a policy of `jax.checkpoint` can save its result.
-
-  Args:
-    matmul: The function.
-    along_first: Its derivative, from a tangent of the first operand and the second operand.
-    along_second: The same, from the first operand and a tangent of the second.
-  """
-
-  @jax.custom_jvp
-  def attach(result: Any, first: Any, second: Any) -> Any:
-    del first, second
-    return result
-
-  def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    result, first, second = primals
-    terms = _bilinear(along_first, along_second, (first, second), tangents[1:], SymbolicZero)
-    return attach(*primals), jnp.zeros_like(result) if terms is None else terms
-
-  attach.defjvp(rule, symbolic_zeros=True)
-
-  def run(first: Any, second: Any) -> Any:
-    return attach(matmul(_constant(first), _constant(second)), first, second)
-
-  return run
-
-
-@jax.custom_jvp
-def _constant(x: Any) -> Any:
-  """`lax.stop_gradient` that can be transposed: linear functions are evaluated, too."""
-  return x
-
-
-@functools.partial(_constant.defjvp, symbolic_zeros=True)
-def _constant_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-  del tangents
-  (x,) = primals
-  return x, SymbolicZero(jax.typeof(x).to_tangent_aval())
-
-
-def _bilinear(
-  along_first: Matmul, along_second: Matmul, primals: Any, tangents: Any, zero: type
-) -> Any:
-  """The tangent of a bilinear function by its two terms; None if neither operand has one."""
-  terms = []
-  if not isinstance(tangents[0], zero):
-    terms.append(along_first(tangents[0], primals[1]))
-  if not isinstance(tangents[1], zero):
-    terms.append(along_second(primals[0], tangents[1]))
-  return functools.reduce(operator.add, terms) if terms else None
 
 
 # A float32 cotangent -----------------------------------------------------------------------------
@@ -280,26 +225,7 @@ def with_wide_cotangent(contraction: Product) -> Matmul:
   difference has the rounding error of the large cotangent.
   """
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
-
-  @jax.custom_jvp
-  def attach(result: Any, wide: Any, other: Any) -> Any:
-    del wide, other
-    return result
-
-  def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    result, wide, other = primals
-    # What is stored is rounded here: a second derivative goes through it, back to what is wide.
-    rounded = to_dtype(wide, contraction.dtype)
-    along = (along_wide, contraction.run)
-    terms = _bilinear(*along, (rounded, other), tangents[1:3], SymbolicZero)
-    return attach(*primals), jnp.zeros_like(result) if terms is None else terms
-
-  attach.defjvp(rule, symbolic_zeros=True)
-
-  def run(wide: Any, other: Any) -> Any:
-    return attach(contraction.run(_constant(wide), _constant(other)), wide, other)
-
-  return run
+  return with_derivative(contraction.run, along_wide, contraction.run)
 
 
 _tangent_p = Primitive("mpjax_wide_tangent")
@@ -319,7 +245,7 @@ def _abstract_eval(wide: Any, other: Any, *, contraction: Product) -> Any:
 
 def _jvp(primals: Any, tangents: Any, *, contraction: Product) -> Any:
   run = functools.partial(_tangent_p.bind, contraction=contraction)
-  return run(*primals), _bilinear(run, run, primals, tangents, ad.Zero)
+  return run(*primals), bilinear(run, run, primals, tangents)
 
 
 def _transpose(cotangent: Any, wide: Any, other: Any, *, contraction: Product) -> Any:

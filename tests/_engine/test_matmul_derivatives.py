@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import jet
 from jax.sharding import PartitionSpec as P
 
 import mpjax
@@ -126,11 +127,14 @@ def test_it_maps_over_examples(case, wide, axes):
   if axes[1] is not None:
     y = np.stack([y, y + y.dtype.type(1), -y], axes[1])
   gradient = lambda x, y: jax.vjp(fn, x, y)[1](ct)
+  tangent = lambda x, y: jax.jvp(fn, (x, y), (1 - x, 1 - y))[1]
   mapped, single = jax.jit(jax.vmap(gradient, axes))(x, y), jax.jit(gradient)
+  along = jax.jit(lambda x, y: jax.jvp(jax.vmap(fn, axes), (x, y), (1 - x, 1 - y))[1])(x, y)
   for n in range(3):
     one = [v if a is None else np.take(v, n, a) for v, a in zip((x, y), axes, strict=True)]
     for found, want in zip(mapped, single(*one), strict=True):
       assert_close(found[n], want)
+    assert_close(along[n], jax.jit(tangent)(*one))
 
 
 def float32_results(dots):
@@ -208,13 +212,25 @@ def convolved(w, x):
   )
 
 
+def scanned(fn):
+  """A loop whose turns share a weight."""
+  return lambda w, x: lax.scan(lambda c, _: (jnp.tanh(fn(w, c)), None), x, length=2)[0]
+
+
+def tied(w, x):
+  """Scores whose matmul returns float32, and a softmax's weights."""
+  return jnp.einsum("qk,kd->qd", jax.nn.softmax((x @ w) @ x.T), x)
+
+
 TWICE = {
   "matmul": lambda w, x: x @ w,
   "convolution": convolved,
-  "scan": lambda w, x: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, length=2)[0],
+  "scan": scanned(lambda w, x: x @ w),
+  "scan_of_scores": scanned(tied),
+  "scan_of_examples": scanned(jax.vmap(lambda w, x: x @ w, (None, 0))),
   "scores": attention,
   "distances": by_distance,
-  "einsum": lambda w, x: jnp.einsum("qk,kd->qd", jax.nn.softmax((x @ w) @ x.T), x),
+  "einsum": tied,
 }
 
 
@@ -222,8 +238,6 @@ TWICE = {
 @pytest.mark.parametrize("fn", TWICE.values(), ids=TWICE.keys())
 def test_every_block_of_second_derivatives_is_there(fn, dtype):
   """The gradient by the data depends on the parameters, as in a gradient penalty."""
-  if fn is TWICE["scan"] and jax.__version_info__ < (0, 12):
-    pytest.skip("JAX before 0.12 loses the block of a weight that a scan shares")
   policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
   w = jax.random.normal(jax.random.key(0), (8, 8)) / 3
   x = jax.random.normal(jax.random.key(1), (16, 8))
@@ -330,6 +344,19 @@ LINEAR = {
   "weighted": lambda q: jax.nn.softmax(jnp.log1p(QUERY**2)) @ q.swapaxes(-1, -2),
   "a_tangent": jax.linearize(lambda q: jax.nn.dot_product_attention(q, q, q), QUERY)[1],
 }
+
+
+def test_it_has_a_taylor_series():
+  fn = mpjax.autocast(lambda w, x: jnp.sin(x @ w), "mixed_bfloat16")
+  w = jax.random.normal(jax.random.key(0), (4, 4))
+  _, (first, second) = jet.jet(lambda t: fn(w, t * QUERY), (jnp.ones(()),), [[jnp.ones(()), 0.0]])
+  want = (
+    jnp.sin(QUERY @ w),
+    (QUERY @ w) * jnp.cos(QUERY @ w),
+    -((QUERY @ w) ** 2) * jnp.sin(QUERY @ w),
+  )
+  assert_close(first, want[1])
+  assert_close(second, want[2])
 
 
 @pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())

@@ -1,0 +1,137 @@
+"""Results with a derivative that was chosen for them, which no transformation takes away.
+
+`jax.custom_jvp` would do, but before JAX 0.12 a scan that is differentiated drops the rules in its
+body where it moves ahead what does not depend on its carry; what stays has the derivative of what
+the function computes, and a second derivative goes through that. So the result of a function passes
+a primitive, `attached_p`, whose derivative is the one that was chosen::
+
+    r = dot_general c d       # c, d: a and b, as constants
+    y = mpjax_attached r a b  # the value of r, a derivative by a and b
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import jet
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Bilinear = Callable[[Any, Any], Any]
+
+
+def with_derivative(fn: Bilinear, along_first: Bilinear, along_second: Bilinear) -> Bilinear:
+  """A function of two arrays whose derivative is the sum of two others.
+
+  It stands in the trace as it is, so that a policy of `jax.checkpoint` can save its result.
+
+  Args:
+    fn: The function.
+    along_first: Its derivative, from a tangent of the first operand and the second operand.
+    along_second: The same, from the first operand and a tangent of the second.
+  """
+  along = along_first, along_second
+
+  def run(first: Any, second: Any) -> Any:
+    result = fn(constant(first), constant(second))
+    return attached_p.bind(result, first, second, along=along)
+
+  return run
+
+
+def constant(x: Any) -> Any:
+  """`lax.stop_gradient` that can be transposed: linear functions are evaluated, too."""
+  return _constant_p.bind(x)
+
+
+def bilinear(
+  along_first: Bilinear,
+  along_second: Bilinear,
+  primals: Sequence[Any],
+  tangents: Sequence[Any],
+) -> Any:
+  """The tangent of a bilinear function by its two terms; None if neither operand has one."""
+  terms = []
+  if not isinstance(tangents[0], ad.Zero):
+    terms.append(along_first(tangents[0], primals[1]))
+  if not isinstance(tangents[1], ad.Zero):
+    terms.append(along_second(primals[0], tangents[1]))
+  return functools.reduce(operator.add, terms) if terms else None
+
+
+def _zero(x: Any) -> ad.Zero:
+  return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+attached_p = Primitive("mpjax_attached")
+"""The first of three operands, with a derivative by the other two."""
+
+
+@attached_p.def_impl
+def _impl(result: Any, first: Any, second: Any, *, along: Any) -> Any:
+  del first, second, along
+  return result
+
+
+@attached_p.def_abstract_eval
+def _abstract_eval(result: Any, first: Any, second: Any, *, along: Any) -> Any:
+  del first, second, along
+  return result
+
+
+def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
+  out = attached_p.bind(*primals, along=along)
+  moved = bilinear(*along, primals[1:], tangents[1:])
+  return out, _zero(out) if moved is None else moved
+
+
+def _transpose(cotangent: Any, *operands: Any, along: Any) -> list[Any]:
+  """A linear function is evaluated, so that its result is the linear operand."""
+  del operands, along
+  return [cotangent, None, None]
+
+
+def _batch(args: Any, dims: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
+  """What has no examples is not copied for each."""
+  moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+  axes = tuple(None if d is None else 0 for d in dims[1:])
+  mapped = tuple(jax.vmap(fn, axes) for fn in along)
+  return attached_p.bind(*moved, along=mapped), 0
+
+
+ad.primitive_jvps[attached_p] = _jvp
+ad.primitive_transposes[attached_p] = _transpose
+batching.primitive_batchers[attached_p] = _batch
+mlir.register_lowering(attached_p, mlir.lower_fun(_impl, multiple_results=False))
+jet.jet_rules[attached_p] = lambda primals, series, **_: (primals[0], series[0])
+
+_constant_p = Primitive("mpjax_constant")
+"""The identity, without a derivative."""
+
+
+@_constant_p.def_impl
+def _constant_impl(x: Any) -> Any:
+  return x
+
+
+@_constant_p.def_abstract_eval
+def _constant_abstract_eval(aval: Any) -> Any:
+  return aval
+
+
+def _constant_jvp(primals: Any, tangents: Any) -> Any:
+  del tangents
+  out = _constant_p.bind(*primals)
+  return out, _zero(out)
+
+
+ad.primitive_jvps[_constant_p] = _constant_jvp
+ad.primitive_transposes[_constant_p] = lambda cotangent, x: [cotangent]
+batching.defvectorized(_constant_p)
+mlir.register_lowering(_constant_p, mlir.lower_fun(_constant_impl, multiple_results=False))
+jet.jet_rules[_constant_p] = lambda primals, series: (primals[0], series[0])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.inspect._check_report import CheckReport, ModuleCheck
+from mpjax.inspect._check_report import CheckReport, ModuleCheck, underflows
 from mpjax.inspect._flow_report import FlowReport
 from mpjax.inspect._locate import NonFiniteReport
-from mpjax.plot._axes import BLUE, GREY, RED, SERIES, figure_class, new_axes
+from mpjax.plot._axes import BLUE, GREY, RED, SERIES, figure_class, legend_beside, new_axes
 from mpjax.plot._reports import (
   plot_cost,
   plot_frontier,
@@ -97,7 +97,7 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
   if _span(curves) > _WIDE_SPAN:
     ax.set_yscale("log")
   ax.set(xlabel="step", ylabel="training loss")
-  ax.legend(frameon=False)
+  ax.legend(frameon=False, loc="upper right")
   return ax
 
 
@@ -175,15 +175,17 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
   leaks = f"{len(report.leaks)} leak{'s' * (len(report.leaks) != 1)}"
   ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {leaks}")
-  ax.legend(frameon=False)
+  legend_beside(ax)
   return ax
 
 
 def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   """Plots the relative error of what each module is given and hands out.
 
-  Of more than 30 modules the 30 with the largest errors are drawn, in the order of the model. A
-  cross marks a module whose results overflow, a triangle one whose results underflow.
+  Of more than 30 modules those that lose most are drawn, at most 30, in the order of the model: not
+  those that pass on what is lost before them, nor those beneath which it is lost. A cross marks a
+  module whose results overflow, a triangle one whose results underflow, both in grey where what it
+  is given does already.
 
   Args:
     report: What `mpjax.inspect.check` returned.
@@ -204,7 +206,7 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
     >>> ax.get_xlabel(), ax.get_xscale()
     ('relative error against float32', 'log')
   """
-  rows = _worst(report.rows)
+  rows = _worst(report)
   ax = new_axes(len(rows)) if ax is None else ax
   places = np.arange(len(rows))
   out = np.array([row.output.error for row in rows], float)
@@ -214,18 +216,24 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   ax.hlines(places, before, shown, color="0.75", zorder=1)
   ax.plot(before, places, "|", color="0.3", markersize=9, label="in")
   ax.plot(shown, places, "o", color=BLUE, label="out")
-  marks = (("overflow", "X", "overflows"), ("underflow", "v", "underflows"))
-  for field, marker, label in marks:
-    hit = np.array([_share(row.output, field) > _SHOWN_SHARE for row in rows], bool)
-    if hit.any():
-      ax.plot(shown[hit], places[hit], marker, color=RED, markersize=10, label=label)
+  inherits = np.array([row.inherits for row in rows], bool)
+  overflow = np.array([row.output.overflow > 0 for row in rows], bool)
+  underflow = np.array([underflows(row.output) > 0 for row in rows], bool)
+  for label, marker, hit in (("overflows", "X", overflow), ("underflows", "v", underflow)):
+    for how, color, here in (
+      (label, RED, hit & ~inherits),
+      (f"{label} already", GREY, hit & inherits),
+    ):
+      if here.any():
+        ax.plot(shown[here], places[here], marker, color=color, markersize=10, label=how)
   ax.axvline(report.tolerance, color="0.3", linestyle="--", linewidth=1, label="tolerance")
   ax.set_xscale("log")
   _name_rows(ax, [row.module for row in rows])
   ax.set(xlabel=f"relative error against {report.reference}")
   if len(rows) < len(report.rows):
-    ax.set_title(f"the {len(rows)} of {len(report.rows)} modules that lose most", fontsize="medium")
-  ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    title = f"{len(rows)} of {len(report.rows)} modules, those that lose most"
+    ax.set_title(title, fontsize="medium")
+  legend_beside(ax)
   return ax
 
 
@@ -277,15 +285,15 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
-_SHOWN_SHARE = 0.01
 _ROWS_SHOWN = 30
 
 
-def _worst(rows: Sequence[ModuleCheck]) -> list[ModuleCheck]:
-  """At most so many rows as can be read: those with the largest errors, NaN first, in order."""
-  errors = [np.nan_to_num(row.output.error, nan=np.inf, posinf=np.inf) for row in rows]
-  kept = sorted(np.argsort(errors, kind="stable")[-_ROWS_SHOWN:])
-  return [rows[place] for place in kept]
+def _worst(report: CheckReport) -> Sequence[ModuleCheck]:
+  """At most so many rows as can be read: those that lose most, in the order of the model."""
+  if len(report.rows) <= _ROWS_SHOWN:
+    return report.rows
+  kept = report.worst[:_ROWS_SHOWN]
+  return [row for row in report.rows if row in kept]
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
@@ -302,11 +310,6 @@ def _narrow_bytes(sizes: dict[str, float]) -> list[float]:
 def _byte_unit(largest: float) -> tuple[str, int]:
   units = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
   return next((unit for unit in units if largest >= unit[1]), ("bytes", 1))
-
-
-def _share(difference: Any, field: str) -> float:
-  count = getattr(difference, field)
-  return count / difference.size if difference.size else 0.0
 
 
 def _limit(array: str) -> float:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 _ROW_INCHES = 0.28
+_LABEL_INCHES = 0.5  # numbers and label of an axis
 
 # Okabe and Ito, Color Universal Design (2008).
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
@@ -44,3 +45,24 @@ def new_axes(rows: int = 0) -> Axes:
 
   size = (9.0, max(2.4, 1.2 + _ROW_INCHES * rows)) if rows else None
   return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def legend_beside(ax: Axes) -> None:
+  """The legend at the right of the axes, where nothing is drawn."""
+  ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def legend_below(ax: Axes, columns: int = 2) -> None:
+  """The legend below the axes and their label, where nothing is drawn."""
+  from matplotlib.transforms import ScaledTranslation
+
+  figure = ax.get_figure()
+  below = ScaledTranslation(0, -_LABEL_INCHES, figure.dpi_scale_trans) if figure else None
+  ax.legend(
+    frameon=False,
+    fontsize="small",
+    ncols=columns,
+    loc="upper center",
+    bbox_to_anchor=(0.5, 0),
+    bbox_transform=ax.transAxes + below if below else None,
+  )

@@ -11,7 +11,7 @@ from mpjax._core.formats import Format, read_format
 from mpjax.inspect._cost import CostReport
 from mpjax.inspect._ranges import RangeReport, UpdateReport
 from mpjax.inspect._tune_report import TuneReport
-from mpjax.plot._axes import BLUE, GREEN, GREY, ORANGE, RED, new_axes
+from mpjax.plot._axes import BLUE, GREEN, GREY, ORANGE, RED, legend_below, new_axes
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -60,7 +60,7 @@ def plot_range(report: RangeReport, *, ax: Axes | None = None) -> Axes:
   ax.set(xlabel=f"magnitude{scaled}, as a power of two", ylabel="values that are not zero, %")
   ax.set_title(f"{report.dtype}: zero below $2^{{{to.zero}}}$, full precision from "
     f"$2^{{{to.normal}}}$, infinite above $2^{{{to.top + 1}}}$", fontsize="medium")  # fmt: skip
-  ax.legend(frameon=False, fontsize="small")
+  legend_below(ax)
   return ax
 
 
@@ -113,7 +113,7 @@ def plot_scale_choice(report: RangeReport, *, ax: Axes | None = None) -> Axes:
     ax.axvline(best, color=GREEN, linewidth=1.8, label=f"recommended, $2^{{{best}}}$")
   ax.set(xlabel="loss scale, as a power of two", ylabel="values that are not zero, %")
   ax.set_title(f"{report.dtype}", fontsize="medium")
-  ax.legend(frameon=False, fontsize="small")
+  legend_below(ax)
   return ax
 
 
@@ -141,14 +141,14 @@ def plot_updates(report: UpdateReport, *, ax: Axes | None = None) -> Axes:
   """
   ax = new_axes() if ax is None else ax
   exponents, shares = np.array(report.exponents), 100 * np.array(report.density)
-  ax.bar(exponents + 0.5, shares, width=0.9, color=BLUE)
+  ax.bar(exponents + 0.5, shares, width=0.9, color=BLUE, zorder=2)
   for name, color in (("bfloat16", RED), ("float16", ORANGE)):
     # Half a spacing is between 2^-(bits + 2) and twice that of the number.
     edge = -read_format(name).bits - 1
     label = f"left of this band: lost in {name}"
-    ax.axvspan(edge - 1, edge, color=color, alpha=0.45, linewidth=0, label=label)
+    ax.axvspan(edge - 1, edge, color=color, alpha=0.45, linewidth=0, label=label, zorder=1)
   ax.set(xlabel="|update / parameter|, as a power of two", ylabel="updates, %")
-  ax.legend(frameon=False, fontsize="small")
+  legend_below(ax)
   return ax
 
 
@@ -194,7 +194,7 @@ def plot_frontier(report: TuneReport, *, ax: Axes | None = None) -> Axes:
   ax.axhline(report.tolerance, color="black", linewidth=0.8, linestyle="--", label="tolerance")
   ax.set_yscale("log")
   ax.set(xlabel="FLOPs in float32, %", ylabel="relative error of loss and gradients")
-  ax.legend(frameon=False, fontsize="small")
+  legend_below(ax, columns=5)
   return ax
 
 
@@ -243,7 +243,5 @@ def plot_cost(report: CostReport, *, ax: Axes | None = None) -> Axes:
   ax.invert_yaxis()
   ax.set(xlabel=f"memory, {word}")
   ax.set_title(report.target, fontsize="medium")
-  ax.legend(
-    frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=4
-  )
+  legend_below(ax, columns=4)
   return ax

@@ -4,7 +4,7 @@ Saving needs nothing of mpjax: a ``TrainState``, the state of a loss scaler and 
 an NNX model and its optimizer are pytrees of arrays, and Orbax writes them as they are. On restore
 Orbax casts every array to the dtype that it is asked for, without a word; `restore` refuses that.
 
-This module is imported by name and needs Orbax: ``pip install "mpjax[checkpoint]"``.
+It needs Orbax: ``pip install orbax-checkpoint``.
 """
 
 from __future__ import annotations

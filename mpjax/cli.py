@@ -332,7 +332,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 def _check_plot(path: Path) -> None:
   if importlib.util.find_spec("matplotlib") is None:
-    raise UsageError('--plot needs matplotlib: pip install "mpjax[plot]"')
+    raise UsageError("--plot needs matplotlib: pip install matplotlib")
   if path.suffix.lower() not in (".png", ".pdf", ".svg"):
     raise UsageError(f"--plot must name a .png, .pdf or .svg file. Got {path}.")
   _check_writable("--plot", path)
@@ -354,7 +354,7 @@ def _check_writable(flag: str, path: Path) -> None:
 
 def _check_directory(path: Path, *, resume: bool) -> None:
   if importlib.util.find_spec("orbax.checkpoint") is None:
-    raise UsageError('--checkpoint needs Orbax: pip install "mpjax[demo]"')
+    raise UsageError("--checkpoint needs Orbax: pip install orbax-checkpoint")
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe = path / f".mpjax-{os.getpid()}"

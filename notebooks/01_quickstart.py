@@ -29,6 +29,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import mpjax
+from mpjax import plot
 
 # %% [markdown]
 # ## What a policy is
@@ -126,14 +127,10 @@ for policy in ("float32", "mixed_bfloat16", "mixed_float16"):
 # nothing overflows; when a step does overflow, it is skipped and the scale is halved.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), constrained_layout=True)
-for (policy, curve), style in zip(curves.items(), ("-", "--", ":"), strict=True):
-  left.plot(curve[:, 0], style, label=policy)
-left.set(xlabel="step", ylabel="training loss", yscale="log")
-left.legend()
-right.step(np.arange(len(curve)), curve[:, 1], where="post", color="black")
-right.set(xlabel="step", ylabel="loss scale")
-right.set_yscale("log", base=2)
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+runs = [plot.Curve(policy, *curve.T, np.ones(150, bool)) for policy, curve in curves.items()]
+_ = plot.plot_losses(runs, ax=left)
+_ = plot.plot_scales(runs, ax=right)
 
 # %% [markdown]
 # ## An NNX model

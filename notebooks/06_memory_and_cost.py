@@ -66,24 +66,15 @@ def problem(width, depth, batch):
   return loss_fn, state, (x, y)
 
 
-loss_fn, state, batch = problem(width=256, depth=2, batch=1024)
+loss_fn, state, batch = problem(width=512, depth=3, batch=4096)
 
 
 def step(state, batch, policy):
   return mpjax.make_train_step(loss_fn, tx, policy=policy)(state, batch)
 
 
-report = inspect.cost(step, state, batch, donate_argnums=0)
-report
-
-# %%
-_ = plot.plot_cost(report)
-
 # %% [markdown]
-# **A CPU is no model of a GPU.** It computes bfloat16 in float32, so it converts back and forth: under `mixed_bfloat16`
-# it needs *more* memory and moves more bytes. What you read off a CPU is the memory of arguments and results, and the FLOPs.
-#
-# ## The same for a device that is not here
+# ## What it needs on an H100
 #
 # The step is lowered here and compiled by the device's own compiler in another process. The compilers are large, so they are an extra:
 #
@@ -93,32 +84,55 @@ _ = plot.plot_cost(report)
 # ```
 #
 # or install them into an environment of their own and pass its interpreter: `python="/envs/gpu/bin/python"`. Where a
-# compiler is missing, the error says so:
+# compiler is missing, as where this notebook was run, the error says so:
 
 # %%
-for target in ("gpu:h100", "tpu:v5e"):
-  try:
-    print(inspect.cost(step, state, batch, target=target, donate_argnums=0))
-  except ModuleNotFoundError as error:
-    print(error)
+try:
+  print(inspect.cost(step, state, batch, target="gpu:h100", donate_argnums=0))
+except ModuleNotFoundError as error:
+  print(error)
 
 # %% [markdown]
-# What came out where they were installed, for the same model with a width of 512, a depth of 3 and a batch of 4,096, and
-# JAX 0.10.2. `python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100`, from the top of the
-# repository, prints a column again. The compiler for GPUs states neither FLOPs nor bytes
-# moved: `~` marks FLOPs of the program before it is compiled.
+# Where it is installed, this comes out (JAX 0.12.0):
+#
+# > On gpu:h100, 79.1 GiB a device: float32 needs 336.4 MiB, which fits; mixed_bfloat16 needs 280.4 MiB (0.83 of
+# > float32), which fits; mixed_float16 needs 254.4 MiB (0.76 of float32), which fits.
+#
+# | policy | args MiB | temp MiB | output MiB | peak MiB | GFLOP |
+# |---|---|---|---|---|---|
+# | float32 | 80.20 | 256.15 | 72.18 | 336.35 | 155.61~ |
+# | mixed_bfloat16 | 80.20 | 200.16 | 72.18 | 280.35 | 155.71~ |
+# | mixed_float16 | 80.20 | 174.16 | 72.18 | 254.36 | 156.01~ |
+#
+# Arguments and results are parameters and Adam's moments: 12 bytes a parameter, float32 under each of these policies. What 16 bits
+# save is in the temporaries, and so it is more the larger the batch. The compiler for GPUs states neither FLOPs nor bytes moved: `~`
+# marks FLOPs of the program before it is compiled. Peaks for three GPUs, from the top of the repository
+# (`python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100` prints a column again):
 #
 # | peak MiB | `gpu:h100` | `gpu:a100` | `gpu:v100` |
 # |---|---|---|---|
 # | float32 | 336 | 424 | 360 |
-# | mixed_bfloat16 | 280 | 350 | 356 |
-# | mixed_float16 | 258 | 258 | 252 |
+# | mixed_bfloat16 | 280 | 350 | 360 |
+# | mixed_float16 | 254 | 258 | 254 |
 #
 # The last column is no mistake. A V100 has no bfloat16: its compiler takes it back to float32, and nothing is saved. Use
 # `mixed_float16` there; see notebook 04.
 #
 # A step that is too large for a TPU is a row of the report as well, with the compiler's own words: *Ran out of memory on
 # HBM, the total memory required for HLO temporaries (40.06G) exceeds available HBM (15.75G)*.
+#
+# ## The same, on this CPU
+
+# %%
+report = inspect.cost(step, state, batch, donate_argnums=0)
+report
+
+# %%
+_ = plot.plot_cost(report)
+
+# %% [markdown]
+# **A CPU is no model of a GPU.** It computes bfloat16 in float32, so it converts back and forth: under `mixed_bfloat16`
+# it may need *more* memory, and moves more bytes. What you read off a CPU is the memory of arguments and results, and the FLOPs.
 #
 # ## Which modules may be in 16 bits?
 #

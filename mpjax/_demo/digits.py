@@ -170,7 +170,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
   except ModuleNotFoundError as error:
     raise UsageError(
-      'The digits job needs scikit-learn: pip install "mpjax[demo]", or choose --job text.'
+      "The digits job needs scikit-learn: pip install scikit-learn, or choose --job text."
     ) from error
   data: Any = load_digits()
   order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.target))

@@ -169,8 +169,8 @@ def cost(
 
   Without a target the step is compiled for the present backend. With one it is compiled by the
   real compiler of a TPU or GPU that need not be there: lowered here, compiled in a process of its
-  own. That needs ``pip install "mpjax[tpu]"`` or ``"mpjax[gpu]"`` (5 GB), here or in the
-  environment whose interpreter is ``python``.
+  own. That needs ``pip install "jax[tpu]" flatbuffers`` or ``"jax[cuda12]" flatbuffers`` (5 GB),
+  here or in the environment whose interpreter is ``python``.
 
   A CPU computes 16 bits in float32 and so needs more memory under such a policy, not less: its
   figures say nothing about a GPU or TPU.

@@ -100,6 +100,11 @@ class Report:
     """The verdict, in a line."""
     raise NotImplementedError
 
+  @property
+  def code(self) -> str:
+    """The part of the summary that is Python to paste; empty if none is."""
+    return ""
+
   def tables(self) -> Sequence[Table]:
     """What is shown below the summary."""
     raise NotImplementedError
@@ -112,7 +117,10 @@ class Report:
 
   def _repr_html_(self) -> str:
     tables = "".join(table.to_html() for table in self.tables())
-    return f'<div><p style="white-space:pre-line">{html.escape(self.summary)}</p>{tables}</div>'
+    code = self.code
+    before, _, behind = self.summary.partition(code) if code else (self.summary, "", "")
+    pre = f"<pre>{html.escape(code)}</pre>" * bool(code)
+    return f"<div>{_paragraph(before)}{pre}{_paragraph(behind)}{tables}</div>"
 
   def to_rows(self) -> list[dict[str, Any]]:
     """The rows of the main table as flat dicts; ``pandas.DataFrame`` takes them as they are.
@@ -130,6 +138,11 @@ class Report:
   def to_json(self, *, indent: int | None = None) -> str:
     """The same as JSON; numbers that it cannot hold are "NaN", "Infinity" and "-Infinity"."""
     return json.dumps(_strict(self.to_dict()), indent=indent, allow_nan=False)
+
+
+def _paragraph(text: str) -> str:
+  shown = html.escape(text.strip())
+  return f'<p style="white-space:pre-line">{shown}</p>' * bool(shown)
 
 
 def in_units(value: float, unit: str = "") -> str:

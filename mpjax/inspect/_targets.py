@@ -83,8 +83,8 @@ def read_target(name: str) -> Target:
 
 _NO_AUTOTUNE = "--xla_gpu_autotune_level=0"
 _NEEDS = {
-  "tpu": (("libtpu",), "mpjax[tpu]"),
-  "cuda": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "mpjax[gpu]"),
+  "tpu": (("libtpu",), '"jax[tpu]" flatbuffers'),
+  "cuda": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), '"jax[cuda12]" flatbuffers'),
 }
 
 
@@ -95,7 +95,7 @@ def check_installed(target: Target, python: str | None) -> None:
     ModuleNotFoundError: If something is missing; the message has the command that installs it.
   """
   needed = [] if _has("flatbuffers") else ["flatbuffers"]
-  modules, extra = _NEEDS.get(target.platform, ((), ""))
+  modules, packages = _NEEDS.get(target.platform, ((), "flatbuffers"))
   if python is None and modules and not any(map(_has, modules)):
     needed.append(modules[0])
   if not needed:
@@ -105,7 +105,7 @@ def check_installed(target: Target, python: str | None) -> None:
   )
   raise ModuleNotFoundError(
     f"Compiling for {target.name} needs {' and '.join(needed)}; not installed here. Run: "
-    f'pip install "{extra}" (no {target.platform.upper()} device is needed{elsewhere}).'
+    f"pip install {packages} (no {target.platform.upper()} device is needed{elsewhere})."
   )
 
 

@@ -120,6 +120,11 @@ class TuneReport(Report):
       + (f"\n{self.note}" if self.note else "")
     )
 
+  @property
+  def code(self) -> str:
+    """The map as Python to paste."""
+    return self.text
+
   def tables(self) -> list[Table]:
     """What was tried, and what each module does alone."""
     return [self._tried(), self._alone()] if self.sensitivity else [self._tried()]

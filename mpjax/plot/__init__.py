@@ -12,7 +12,16 @@ import numpy as np
 from mpjax.inspect._check_report import CheckReport, ModuleCheck, underflows
 from mpjax.inspect._flow_report import FlowReport
 from mpjax.inspect._locate import NonFiniteReport
-from mpjax.plot._axes import BLUE, GREY, RED, SERIES, figure_class, legend_beside, new_axes
+from mpjax.plot._axes import (
+  BLUE,
+  GREY,
+  RED,
+  SERIES,
+  figure_class,
+  legend_below,
+  legend_beside,
+  new_axes,
+)
 from mpjax.plot._reports import (
   plot_cost,
   plot_frontier,
@@ -93,11 +102,13 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
     width = 1 + len(curve.losses) // 40
     ax.plot(steps, running_mean(curve.losses, width), label=curve.label, **style)
   if curves:
-    ax.plot([], [], color=GREY, alpha=0.5, linewidth=0.8, label="each step; above: running means")
+    ax.plot(
+      [], [], color=GREY, alpha=0.5, linewidth=0.8, label="faint: each step; bold: running means"
+    )
   if _span(curves) > _WIDE_SPAN:
     ax.set_yscale("log")
   ax.set(xlabel="step", ylabel="training loss")
-  ax.legend(frameon=False, loc="upper right")
+  legend_below(ax)
   return ax
 
 
@@ -135,7 +146,7 @@ def _draw_scales(ax: Axes, numbered: Sequence[tuple[int, Curve]]) -> Axes:
       ax.plot(steps[skipped], curve.scales[skipped], "x", color=style["color"], label="skipped")
   ax.set_yscale("log", base=2)
   ax.set(xlabel="step", ylabel="loss scale")
-  ax.legend(frameon=False)
+  legend_below(ax)
   return ax
 
 

@@ -29,7 +29,7 @@ def figure_class() -> type[Figure]:
     from matplotlib.figure import Figure
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-      'Plots need matplotlib, which is not installed. Run: pip install "mpjax[plot]"'
+      "Plots need matplotlib, which is not installed. Run: pip install matplotlib"
     ) from error
   return Figure
 

@@ -89,9 +89,9 @@ def test_a_python_without_its_source_text_is_told_so(monkeypatch, tmp_path):
     Text()
 
 
-def test_a_missing_scikit_learn_is_named_with_its_extra(monkeypatch):
+def test_a_missing_scikit_learn_is_named_with_its_command(monkeypatch):
   monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-  with pytest.raises(UsageError, match=r'pip install "mpjax\[demo\]"'):
+  with pytest.raises(UsageError, match="pip install scikit-learn"):
     Digits()
 
 

@@ -102,7 +102,7 @@ def test_every_target_is_described_and_says_what_to_install(target, monkeypatch)
   assert described.memory >= 16 * 2**30
   assert ("device_memory_size" in described.config) == target.startswith("gpu:")
   monkeypatch.setattr("mpjax.inspect._targets._has", lambda module: module == "flatbuffers")
-  extra = r"mpjax\[gpu\]" if target.startswith("gpu:") else r"mpjax\[tpu\]"
+  extra = r"jax\[cuda12\]" if target.startswith("gpu:") else r"jax\[tpu\]"
   with pytest.raises(
     ModuleNotFoundError, match=rf'{target} needs .*pip install "{extra}".*python='
   ):
@@ -182,7 +182,7 @@ def test_the_command_prints_the_table_and_writes_its_rows(case, capsys):
     (["cost_case"], "CASE must have the form module:function. Got 'cost_case'"),
     (["nowhere:make"], "can be imported from here. Got 'nowhere:make'"),
     (["cost_case:wrong"], "CASE must return a tuple"),
-    (["cost_case:make", "--target", "gpu:h100"], 'pip install "mpjax[gpu]"'),
+    (["cost_case:make", "--target", "gpu:h100"], 'pip install "jax[cuda12]" flatbuffers'),
     (["cut_off:make"], "SyntaxError"),
     (["raises:make"], "ZeroDivisionError: division by zero (raises.py:1)"),
     (["cost_case:number"], "CASE must name a function. 'cost_case:number' is int"),

@@ -1,5 +1,7 @@
 """The search for the cheapest policy map."""
 
+import html
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -98,6 +100,7 @@ def test_the_planted_sensitive_module_is_found_and_nothing_else(problem, planted
   assert report.modules == ((planted, "float32"),)
   assert report.policy_map == mpjax.PolicyMap({planted: "float32"}, default="mixed_bfloat16")
   assert eval(report.text, {"mpjax": mpjax}) == report.policy_map
+  assert f"<pre>{html.escape(report.text)}</pre>" in report._repr_html_()
   assert report.chosen.within and report.chosen.error <= report.tolerance
   assert report.chosen.policy_map == report.policy_map
   assert report.chosen.tried == f"float32: {planted}; else mixed_bfloat16"

@@ -82,7 +82,7 @@ def test_curves_are_saved_in_the_format_of_the_suffix(tmp_path, suffix, start):
 
 
 def test_losses_say_in_their_legend_what_is_raw_and_what_is_smoothed(ax):
-  assert labels(plot_losses([curve()], ax=ax))[-1] == "each step; above: running means"
+  assert labels(plot_losses([curve()], ax=ax))[-1] == "faint: each step; bold: running means"
 
 
 def panels(monkeypatch, tmp_path, curves, **options):
@@ -107,10 +107,10 @@ def test_a_picture_has_a_title_and_the_metric_and_no_panel_that_says_nothing(mon
   assert len(axes) == 1
 
 
-def test_a_missing_matplotlib_is_named_with_its_extra(monkeypatch, tmp_path):
+def test_a_missing_matplotlib_is_named_with_its_command(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
   for draw in (lambda: plot_losses([curve()]), lambda: save_curves([curve()], tmp_path / "x.png")):
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "mpjax\[plot\]"'):
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
       draw()
 
 

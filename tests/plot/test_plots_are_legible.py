@@ -83,7 +83,8 @@ def curves():
   applied = np.arange(60) != 30
   scales = 2.0 ** (15 + np.arange(60) // 20)
   flat = plot.Curve("float32", falling, np.ones(60), np.ones(60, bool))
-  return [flat, flat._replace(label="mixed_float16", scales=scales, applied=applied)]
+  scaled = flat._replace(label="mixed_float16", scales=scales, applied=applied)
+  return [flat, scaled, flat._replace(label="float16", losses=np.full(60, 2.0))]  # does not learn
 
 
 PLOTS = {

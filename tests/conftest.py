@@ -24,6 +24,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# A script: to import it, in search of docstrings, is to run it.
+collect_ignore = ["_user_script.py"]
+
 # A first example compiles, which says nothing about the law under test.
 settings.register_profile("mpjax", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("mpjax")

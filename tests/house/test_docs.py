@@ -134,6 +134,24 @@ def test_the_extras_that_a_document_installs_exist(document: Path) -> None:
   assert named <= set(PROJECT["project"]["optional-dependencies"])
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
+def test_the_modules_and_files_that_a_document_runs_exist(document: Path) -> None:
+  """Not run here: `python -m benchmarks.soak` takes an hour."""
+  code = blocks(document, "bash", "sh", "shell", "console")
+  code += re.findall(r"`([^`\n]+)`", document.read_text())
+  modules = {name for text in code for name in re.findall(r"python -m ([\w.]+)", text)}
+  files = {
+    name
+    for text in code
+    if re.search(r"\b(?:python|pytest)\b", text)
+    for name in re.findall(r"(?<![\w/.])(?:tests|benchmarks|examples|notebooks)/[\w/]+\.py", text)
+  }
+  lost = [name for name in files if not (ROOT / name).exists() and "NAME" not in name]
+  ours = {name for name in modules if name.split(".")[0] in ("mpjax", "benchmarks")}
+  lost += [name for name in ours if not any(ROOT.glob(f"{name.replace('.', '/')}*"))]
+  assert not lost
+
+
 def test_the_flags_that_the_documents_show_exist(tmp_path: Path) -> None:
   shown = {
     flag

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("", ".linen", ".nnx", ".training", ".testing", ".inspect", ".plot", ".checkpoint")
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
 pytestmark = pytest.mark.docs
 
@@ -103,6 +106,15 @@ def test_the_search_finds_autocast(site):
   found = [n for entry in entries for n in (entry if isinstance(entry, list) else [entry])]
   names = {index["docnames"][n] for n in found}
   assert {"how/autocast", "guides/functions", "reference"} <= names
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_the_search_finds_autocast_in_a_browser(site):
+  page = f"{(site / 'search.html').as_uri()}?q=autocast"
+  flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
+  command = [BROWSER, *flags, "--dump-dom", page]
+  shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+  assert 'href="reference.html#mpjax.autocast"' in shown and 'href="how/autocast.html"' in shown
 
 
 @pytest.mark.parametrize("suffix", MODULES, ids=lambda suffix: f"mpjax{suffix}")

@@ -12,15 +12,15 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 LIMIT_SECONDS = 300  # of one cell; a whole notebook is meant to take under a minute
 # What runs once is not worth optimizing. The memory that a compiler states depends on it.
-QUICK_TO_COMPILE = (
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  " --xla_cpu_use_fusion_emitters=false"
-)
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):
+  QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later versions do not know it
 
 # Training on another machine rounds otherwise, and an error of 1e-5 is rounding itself.
 RELATIVE, ABSOLUTE, EXACT_BELOW = 0.2, 0.02, 1000

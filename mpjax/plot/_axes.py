@@ -49,6 +49,8 @@ def new_axes(rows: int = 0) -> Axes:
 
 def legend_beside(ax: Axes) -> None:
   """The legend at the right of the axes, where nothing is drawn."""
+  if not ax.get_legend_handles_labels()[1]:
+    return
   ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -56,6 +58,8 @@ def legend_below(ax: Axes, columns: int = 2) -> None:
   """The legend below the axes and their label, where nothing is drawn."""
   from matplotlib.transforms import ScaledTranslation
 
+  if not ax.get_legend_handles_labels()[1]:
+    return
   figure = ax.get_figure()
   below = ScaledTranslation(0, -_LABEL_INCHES, figure.dpi_scale_trans) if figure else None
   ax.legend(

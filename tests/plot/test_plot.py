@@ -53,6 +53,11 @@ def test_a_plot_makes_its_own_axes_if_given_none(plot):
   pyplot.close(made.get_figure())
 
 
+@pytest.mark.parametrize("plot", [plot_losses, plot_scales])
+def test_no_runs_make_an_empty_plot(ax, plot):
+  assert plot([], ax=ax).get_legend() is None
+
+
 def test_losses_that_span_a_lot_get_a_logarithmic_axis_and_others_do_not(ax):
   assert plot_losses([curve()], ax=ax).get_yscale() == "log"
   assert plot_losses([curve(losses=[3, 2, 1])], ax=Figure().subplots()).get_yscale() == "linear"

@@ -1,9 +1,10 @@
 """Trains with every optimizer of optax, with faults, and never sees them again.
 
 Run `python -m benchmarks.every_optimizer`: each optimizer of optax and its contrib trains twice by
-one compiled program, once with NaN, inf and -inf in gradients and NaN, inf and the largest finite
-number in batches, and once on the batches that were not skipped, without any fault. Exits with 1 if
-anything is ever inf or NaN, a struck step is applied, or the two do not end with the same bits.
+one compiled program, once with NaN, inf, -inf and the largest finite number in gradients and NaN,
+inf and that number in batches, and once on the batches that were not skipped, without any fault.
+Exits with 1 if anything is ever inf or NaN, a struck step is applied, or the two do not end with
+the same bits.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from mpjax.testing import FaultSchedule, inject, inject_faults
 
 STEPS = 400
 RATE = 0.04  # of gradients, and again of batches
-IN_GRADIENTS = ("nan", "inf", "-inf")
-IN_BATCHES = ("nan", "inf", "huge")  # a batch of the largest finite number overflows the loss
+IN_GRADIENTS = ("nan", "inf", "-inf", "huge")  # the largest finite number
+IN_BATCHES = ("nan", "inf", "huge")  # in a batch it makes the loss overflow
 
 
 class Result(NamedTuple):
@@ -76,7 +77,7 @@ def initial_params() -> Any:
   }
 
 
-def trainer(name: str, steps: int) -> Callable[..., Any]:
+def trainer(name: str, steps: int, policy: str) -> Callable[..., Any]:
   """The compiled training of one optimizer: batches, their number and faults -> state and record.
 
   How many batches there are is no constant of the program, so that both runs are one program and
@@ -86,7 +87,7 @@ def trainer(name: str, steps: int) -> Callable[..., Any]:
 
   def run(numbers: jax.Array, count: jax.Array, gradients: Any, batches: Any) -> Any:
     chain = optax.chain(inject_faults(gradients), tx)
-    step = mpjax.make_train_step(loss_fn, chain, donate=False)
+    step = mpjax.make_train_step(loss_fn, chain, policy=policy, donate=False)
 
     def body(n: jax.Array, carry: Any) -> Any:
       state, applied, bad = carry
@@ -102,9 +103,9 @@ def trainer(name: str, steps: int) -> Callable[..., Any]:
   return jax.jit(run)
 
 
-def train(name: str, steps: int = STEPS, seed: int = 0) -> Result:
+def train(name: str, steps: int = STEPS, seed: int = 0, policy: str = "mixed_bfloat16") -> Result:
   """Trains with faults, then on the batches that were applied."""
-  run = trainer(name, steps)
+  run = trainer(name, steps, policy)
   faults = [
     FaultSchedule.random(steps, RATE, seed=2 * seed + n, kinds=kinds)
     for n, kinds in enumerate((IN_GRADIENTS, IN_BATCHES))
@@ -148,12 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--steps", type=int, default=STEPS)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--policy", default="mixed_bfloat16")
   parser.add_argument("--optimizers", nargs="+", default=optimizers.NAMES)
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   options = parser.parse_args(arguments)
   rows = []
   for name in options.optimizers:
-    result = train(name, options.steps, options.seed)
+    result = train(name, options.steps, options.seed, options.policy)
     same = "bit for bit" if result.same else "**no**"
     rows.append({"optimizer": name, **result._asdict(), "same": same, "failures": result.failures})
     print(name, *result.failures or ["as it must be"], file=sys.stderr, flush=True)

@@ -75,7 +75,6 @@ WRAPPERS: dict[str, Callable[[Transformation], Transformation]] = {
   "ema": lambda tx: optax.chain(tx, optax.ema(0.5)),
   "master_weights": mpjax.master_weights,
 }
-CLIPPED = ("clip", "clip values")
 POLICIES = ("mixed_float16", "mixed_float16", "mixed_bfloat16", "float32")
 
 
@@ -88,16 +87,10 @@ class Case(NamedTuple):
   steps: int
   seed: int
 
-  @property
-  def kinds(self) -> Sequence[str]:
-    """The kinds of fault; a huge gradient is finite, and applied unless something clips it."""
-    return FAULTS if self.wrapper in CLIPPED else FAULTS[:3]
-
   def schedules(self, rate: float) -> tuple[FaultSchedule, ...]:
     """The faults of gradients, batches and activations."""
     return tuple(
-      FaultSchedule.random(self.steps, rate, seed=3 * self.seed + n, kinds=self.kinds)
-      for n in range(3)
+      FaultSchedule.random(self.steps, rate, seed=3 * self.seed + n, kinds=FAULTS) for n in range(3)
     )
 
 

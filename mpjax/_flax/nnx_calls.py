@@ -43,6 +43,11 @@ def refuses_what_is_no_function(transform: F) -> F:
         "autocast is no context manager: it takes a function and a policy and returns a function. "
         f"Got {got}. Write mpjax.autocast(fn, policy)(*args); the policy 'float32' switches it off."
       )
+    if isinstance(first, type) and issubclass(first, nn.Module | nnx.Module):
+      raise TypeError(
+        f"autocast takes a function. Got the class {first.__name__}. Make an instance, and use "
+        "mpjax.apply_policy(module, policy)."
+      )
     if isinstance(first, nn.Module | nnx.Module):
       kind = "Linen module" if isinstance(first, nn.Module) else "NNX model"
       raise TypeError(

@@ -14,7 +14,7 @@ from mpjax._scaling.scaled_gradients import float32_loss, read_scale, split_aux
 
 def value_and_grad(
   loss_fn: Callable[..., Any],
-  argnums: int | Sequence[int] = 0,
+  argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
   has_aux: bool = False,
   *,
   wrt: Any = nnx.Param,
@@ -29,7 +29,8 @@ def value_and_grad(
   Args:
     loss_fn: Returns a real scalar, or a pair of it and auxiliary output if ``has_aux``. Its
       arguments are NNX models, other graph nodes (``nnx.Rngs``) and pytrees of arrays.
-    argnums: The positions of the arguments to differentiate: models or pytrees of float arrays.
+    argnums: The positions of the arguments to differentiate: models or pytrees of float arrays;
+      an ``nnx.DiffState`` says of a model which Variables.
     has_aux: Whether ``loss_fn`` returns auxiliary output.
     wrt: Which Variables of the models to differentiate, as ``wrt`` of ``nnx.Optimizer``.
 
@@ -56,7 +57,8 @@ def value_and_grad(
     >>> loss.dtype.name, grads["kernel"].dtype.name
     ('float32', 'float32')
   """
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  single = isinstance(argnums, int | nnx.DiffState)
+  numbers: tuple[Any, ...] = (argnums,) if single else tuple(argnums)  # pyright: ignore
 
   def value_and_scaled_grad(
     *args: Any, loss_scale: jax.typing.ArrayLike | None = None, **kwargs: Any
@@ -72,7 +74,7 @@ def value_and_grad(
       return loss * scale.astype(loss.dtype), (loss, aux)
 
     places = [_place(args, number, wrt) for number in numbers]
-    chosen = places[0] if isinstance(argnums, int) else tuple(places)
+    chosen = places[0] if single else tuple(places)
     grad = nnx.grad(scaled_loss, argnums=chosen, has_aux=True)
     # Graph nodes move only among the positional arguments of nnx.grad.
     grads, (loss, aux) = grad(*args, *kwargs.values())
@@ -81,8 +83,10 @@ def value_and_grad(
   return value_and_scaled_grad
 
 
-def _place(args: Sequence[Any], number: int, wrt: Any) -> Any:
+def _place(args: Sequence[Any], number: int | nnx.DiffState, wrt: Any) -> Any:
   """What ``nnx.grad`` takes for an argument: its position, for a model with the Variables."""
+  if isinstance(number, nnx.DiffState):
+    number, wrt = number.argnum, number.filter
   if not -len(args) <= number < len(args):
     raise ValueError(
       f"argnums must name arguments of the call. Got {number} for {len(args)} positional "

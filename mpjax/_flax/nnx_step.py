@@ -10,7 +10,7 @@ from flax import nnx
 from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
 from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._flax.nnx_calls import autocast, check_structure, fill, is_node, structure
+from mpjax._flax.nnx_calls import autocast, check_structure, fill, has_nodes, is_node, structure
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaled_gradients import split_aux
 from mpjax._scaling.scaling_state import find_scaling_state
@@ -49,13 +49,13 @@ class TrainStep:
     self._check_float16 = UnscaledFloat16Check()
 
   def __call__(
-    self, model: nnx.Module, optimizer: nnx.Optimizer, *batch: Any, **keywords: Any
+    self, model: Any, optimizer: Any = None, *batch: Any, **keywords: Any
   ) -> StepMetrics:
     """Takes one step, updating ``model`` and ``optimizer`` in place.
 
     Args:
       model: The model.
-      optimizer: Its optimizer.
+      optimizer: Its optimizer. An ``nnx.ModelAndOptimizer`` may come alone, in the place of both.
       *batch: What the loss function takes beside the model: pytrees of arrays, and graph nodes
         such as ``nnx.Rngs``, metrics or another model, whose updates arrive in them.
       **keywords: The same, by name.
@@ -64,9 +64,11 @@ class TrainStep:
       The metrics of the step.
 
     Raises:
+      TypeError: If the first two are not a model and its optimizer.
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
       ValueError: If a step has taken the buffers of an argument already.
     """
+    model, optimizer, batch = _read_arguments(model, optimizer, batch)
     variables, operands = _arrays((model, optimizer)), Operands.of(batch, keywords)
     if self._donate:
       held = _arrays(operands.nodes) if operands.nodes else ()
@@ -85,7 +87,7 @@ class TrainStep:
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
     return metrics
 
-  def lower(self, model: nnx.Module, optimizer: nnx.Optimizer, *batch: Any, **keywords: Any) -> Any:
+  def lower(self, model: Any, optimizer: Any = None, *batch: Any, **keywords: Any) -> Any:
     """Lowers the step for these arguments, as ``nnx.jit(...).lower`` does.
 
     Args:
@@ -97,6 +99,7 @@ class TrainStep:
     Returns:
       A lowered function; its ``compile()`` tells memory and cost.
     """
+    model, optimizer, batch = _read_arguments(model, optimizer, batch)
     where = placement([*_arrays((model, optimizer)).values()])
     traced = self._jitted.trace(model, optimizer, (batch, keywords), where)
     self._check_float16(optimizer.opt_state, lambda: traced.traced.jaxpr)
@@ -127,7 +130,8 @@ def make_train_step(
   statistics, random streams and whatever else the loss changes in the model arrive there. It
   takes as many batches as the loss does, by position or by name, and graph nodes among them:
   ``step(model, optimizer, x, y, rngs=rngs)`` differentiates ``loss_fn(model, x, y, rngs=rngs)``.
-  The optimizer is an ``nnx.Optimizer`` or an ``nnx.ModelAndOptimizer`` of this model.
+  The optimizer is an ``nnx.Optimizer`` or an ``nnx.ModelAndOptimizer`` of this model, which may
+  come alone: ``step(optimizer, batch)``.
 
   If the optimizer holds a loss scaler (`mpjax.dynamic_loss_scaling` as the outermost
   transformation), the loss is scaled, and a step is skipped if its gradients are not finite, or
@@ -276,6 +280,31 @@ class Operands(NamedTuple):
     out = fn(nodes[0], *args, **keywords)
     check_structure(as_given, structure(nodes))
     return out
+
+
+def _read_arguments(
+  model: Any, optimizer: Any, batch: tuple[Any, ...]
+) -> tuple[nnx.Module, nnx.Optimizer, tuple[Any, ...]]:
+  """The model, its optimizer and the batch; a `nnx.ModelAndOptimizer` alone is the first two.
+
+  Raises:
+    TypeError: If the first two are something else, or in another order.
+  """
+  if isinstance(model, nnx.ModelAndOptimizer):
+    rest = () if optimizer is None else (optimizer,)
+    return model.model, model, (*rest, *batch)
+  if isinstance(model, nnx.Optimizer):
+    got = "the optimizer first"
+  elif not has_nodes(model):
+    got = f"{type(model).__name__} for the model"
+  elif not isinstance(optimizer, nnx.Optimizer):
+    got = f"{type(optimizer).__name__} for the optimizer"
+  else:
+    return model, optimizer, batch
+  raise TypeError(
+    f"An NNX step takes a model, its optimizer and a batch. Got {got}. Write "
+    "step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), batch)."
+  )
 
 
 def _named(variables: dict[Any, Any]) -> list[tuple[str, Any]]:

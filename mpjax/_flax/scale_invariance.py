@@ -51,8 +51,8 @@ def assert_scale_invariant(
     AssertionError: If a change depends on the scale; the message says what of the step does, by
       how much, and what is wrong: gradients of a loss that is not scaled or that are unscaled
       twice, a clip in front of the scaler, a scaler that some parameters do not have.
-    ValueError: If ``args`` hold no loss scaler, the step is skipped at all scales but one, gives
-      other results for the same arguments, or a scale is no power of two.
+    ValueError: If ``args`` hold no loss scaler, the step is skipped at all scales but one, changes
+      nothing or gives other results for the same arguments, or a scale is no power of two.
     TypeError: If the step neither returns a tree like one of its arguments, nor has an NNX object
       among them.
 
@@ -83,6 +83,12 @@ def assert_scale_invariant(
       "The step must be applied at two scales at least, to compare them. Got one that is applied "
       f"at {len(applied)} of {', '.join(f'{scale:g}' for scale in powers)}. Pass smaller or more "
       "scales, or a batch whose gradients are finite."
+    )
+  if not any(change.size for run in applied for change in run.changes.values()):
+    raise ValueError(
+      "The step must change something, or it is the same at every scale. Got one that leaves all "
+      f"{len(applied[0].changes)} leaves of parameters and optimizer as they are. Pass a batch "
+      "that has a gradient, and have the step return what it computes."
     )
   differing = _differing(tiny, applied, rtol)
   if not differing:

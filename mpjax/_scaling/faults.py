@@ -21,7 +21,8 @@ from mpjax._core.tree_paths import leaf_paths
 
 FAULTS = ("nan", "inf", "-inf", "huge", "subnormal")
 """The kinds of fault. "huge" is the largest finite number of an array's dtype, "subnormal" its
-smallest positive one. A huge gradient is finite, so it is applied: clip what may be huge."""
+smallest positive one. A scaler skips a huge float32 gradient, whose square is inf; a huge number in
+a batch or an activation it skips where that makes the loss or a gradient overflow."""
 
 
 @jax.tree_util.register_dataclass

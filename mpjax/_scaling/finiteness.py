@@ -47,6 +47,44 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
   return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
 
 
+def all_squarable(tree: Any) -> jax.Array:
+  """Tests that no number in a tree is inf, NaN, or so large that optimizers cannot square it.
+
+  Second moments and norms hold squares of gradients. What exceeds 2**63 in float32, whose largest
+  number is just below 2**128, makes an inf of them, and a second moment that is inf stays so.
+
+  Args:
+    tree: Any pytree of arrays.
+
+  Returns:
+    A bool scalar array.
+
+  Example:
+    >>> bool(all_squarable([1e18])), bool(all_squarable([1e20])), bool(all_squarable([jnp.nan]))
+    (True, False, False)
+  """
+  return ~jnp.any(unsquarable_leaves(tree))
+
+
+def unsquarable_leaves(tree: Any) -> jax.Array:
+  """Tests each leaf of a tree for what `all_squarable` tests a tree for.
+
+  Returns:
+    A bool array with one entry per leaf, in the order of flattening.
+  """
+  leaves = jax.tree.leaves(tree)
+  bad = [~_is_squarable(x) if _can_be_infinite(x) else jnp.array(False) for x in leaves]
+  return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
+
+
+def _is_squarable(leaf: Any) -> jax.Array:
+  x = jnp.asarray(leaf)
+  if jnp.iscomplexobj(x):
+    return _is_squarable(jnp.real(x)) & _is_squarable(jnp.imag(x))
+  wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+  return jnp.all(jnp.abs(wide) <= 2.0 ** (jnp.finfo(wide.dtype).maxexp // 2 - 1))
+
+
 def stays_finite(new: Any, old: Any) -> jax.Array | None:
   """Tests that no number of a tree became inf or NaN that was neither before.
 

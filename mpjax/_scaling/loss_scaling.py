@@ -18,7 +18,7 @@ from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._scaling.finiteness import all_finite, select
+from mpjax._scaling.finiteness import all_squarable, select
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.states import LossScalingState, find_states
@@ -42,10 +42,11 @@ def dynamic_loss_scaling(
   """Wraps an optimizer so that it takes gradients of a scaled loss and skips non-finite ones.
 
   Each update converts the gradients to float32, divides them by the scale in its state (the
-  one that `loss_scale` handed out for this step) and tests them. If all are finite, ``inner``
-  updates as it would without scaling. Otherwise the updates are zero and the state of
-  ``inner`` stays as it was, bit for bit; only the scaler moves. The scale grows after
-  ``growth_interval`` good optimizer steps and is backed off by a non-finite one.
+  one that `loss_scale` handed out for this step) and tests them. If all are finite, and none is
+  beyond 2**63, whose square a second moment does not hold, ``inner`` updates as it would without
+  scaling. Otherwise the updates are zero and the state of ``inner`` stays as it was, bit for bit;
+  only the scaler moves. The scale grows after ``growth_interval`` good optimizer steps and is
+  backed off by a step that was skipped.
 
   ``inner`` must hold the whole chain, clipping included: a transformation in front of the
   scaler sees scaled gradients and may hide an overflow from it. ``inner`` is initialized and
@@ -191,13 +192,13 @@ def _loss_scaling(
     untested: Sequence[bool] = (),
     **extra_args: Any,
   ) -> tuple[optax.Updates, LossScalingState]:
-    grads = _unscale(updates, state.scale)
+    grads = unscaled(updates, state.scale)
     if "grad" in extra_args:
       same = extra_args["grad"] is updates
-      extra_args["grad"] = grads if same else _unscale(extra_args["grad"], state.scale)
+      extra_args["grad"] = grads if same else unscaled(extra_args["grad"], state.scale)
     # A scale below 1 can overflow here what came in finite, hence the test after unscaling;
     # inf and NaN stay what they are.
-    finite = all_finite(_without(grads, untested))
+    finite = all_squarable(_without(grads, untested))
     finite = finite if also_finite is None else finite & also_finite
     finite = _agree(finite, axis_name)
     new_updates, new_inner = inner.update(
@@ -262,7 +263,8 @@ def _adjust(
   )
 
 
-def _unscale(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
+def unscaled(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
+  """Gradients over their scale, those in 16 bits in float32."""
   inverse = 1 / scale
 
   def unscale(leaf: Any) -> Any:

@@ -14,7 +14,8 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
-from mpjax._scaling.finiteness import nonfinite_leaves, stays_finite
+from mpjax._scaling.finiteness import stays_finite, unsquarable_leaves
+from mpjax._scaling.loss_scaling import unscaled
 from mpjax._scaling.optimizers import call_with_those_taken, those_taken
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
@@ -167,10 +168,12 @@ class StepCore:
   def report(
     self, loss: jax.Array, grads: Any, opt_state: Any, aux: Any
   ) -> tuple[StepMetrics, jax.Array | None]:
-    """The metrics of a step that has come to ``opt_state``, and which gradients were not finite."""
+    """The metrics of a step that has come to ``opt_state``, and which gradients made it a skip."""
     after = find_scaling_state(opt_state)
     metrics = step_metrics(loss, self.trained(grads), self.scaling, after, aux)
-    return metrics, None if self.settings.limit is None else nonfinite_leaves(grads)
+    if self.settings.limit is None or self.scaling is None:
+      return metrics, None
+    return metrics, unsquarable_leaves(unscaled(grads, self.scaling.scale))
 
   def _update(
     self,

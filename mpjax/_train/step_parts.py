@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
@@ -83,7 +85,15 @@ def autocast_loss(
 
   The policy's output dtype is what a model returns; the loss, the auxiliary output and BatchNorm
   statistics that a loss function returns are none of that.
+
+  Raises:
+    TypeError: If there is no function.
   """
+  if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
+    raise TypeError(
+      f"A train step is made from a loss function. Got {type(loss_fn).__name__}. Write a function "
+      "that takes the parameters, or the NNX model, and a batch, and returns a scalar."
+    )
   if policies is None:
     return loss_fn
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
@@ -199,7 +209,8 @@ def raise_if_stuck(
 
   Args:
     metrics: The step's metrics.
-    bad: bool[n], which gradients held inf or NaN, in the order of the leaves of ``params``.
+    bad: bool[n], which gradients held inf, NaN or what cannot be squared, in the order of the
+      leaves of ``params``.
     params: The parameters.
     limit: The number of skips in a row that is too many.
     state: What the error carries.
@@ -223,9 +234,10 @@ def raise_if_stuck(
   shown = where + (f" and {len(paths) - 10} more" if len(paths) > 10 else "")
   raise NonFiniteError(
     f"The gradients must be finite at least once in {limit} steps. Got {skips} skipped steps in a "
-    f"row; the last had inf or NaN in {shown}, at loss {float(metrics.loss):g} and "
-    f"loss scale {float(metrics.loss_scale):g}. Look for what overflows there, lower the learning "
-    "rate or train in bfloat16; the error's `state` holds everything up to here.",
+    f"row; the last had inf, NaN or what is too large to square in {shown}, at loss "
+    f"{float(metrics.loss):g} and loss scale {float(metrics.loss_scale):g}. Look for what "
+    "overflows there, lower the learning rate or train in bfloat16; the error's `state` holds "
+    "everything up to here.",
     state,
     paths,
   )

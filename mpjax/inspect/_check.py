@@ -27,7 +27,7 @@ from mpjax.inspect._check_report import (
 from mpjax.inspect._differences import Stats, compare
 from mpjax.inspect._flow_report import TOP
 from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
-from mpjax.inspect._policies_inside import as_written, first_region, refuse_regions
+from mpjax.inspect._policies_inside import AuthorsOwn, as_written, first_region, refuse_regions
 from mpjax.inspect._side_by_side import (
   FLOAT64,
   Border,
@@ -40,6 +40,11 @@ from mpjax.inspect._side_by_side import (
 from mpjax.inspect._updates import updated
 
 _INSIDE = "modules, for a part that has a policy of its own (check its plain model to see them)"
+
+_AUTHORS = (
+  "the rounding of {0.count} of {0.total} matmuls, which are 16-bit in the reference too, as their "
+  "author made them; the first"
+)
 
 # Errors of a unit roundoff each add up like a random walk over some hundred operations.
 _TOLERATED_EPS = 16
@@ -90,7 +95,8 @@ def check(
   Raises:
     TypeError: An argument is a shape and no array.
     ValueError: A rule of the policy map matches nothing, ``reference`` is unknown, or the function
-      has a policy inside that cannot be left out: in a ``jax.jit``, a loop or a checkpoint.
+      has a policy inside that cannot be left out: in a ``jax.jit``, a loop or a checkpoint; or its
+      author made all of its matmuls 16-bit, so that there is no reference.
 
   Example:
     >>> import jax.numpy as jnp, mpjax.inspect
@@ -147,7 +153,9 @@ class _Comparison:
   def opaque(self) -> list[Opaque]:
     """What was compared from outside only."""
     whole = [] if self.inside is None else [Opaque(_INSIDE, *self.inside)]
-    return [*whole, *self._lockstep.opaque]
+    own = self._authors
+    narrow = [Opaque(_AUTHORS.format(own), own.path, own.line)] if own.count else []
+    return [*whole, *narrow, *self._lockstep.opaque]
 
   def _run(self, given: list[Pair]) -> tuple[list[Pair], list[Crossing]]:
     """Both sides: step by step, or as a whole where the two are different programs."""
@@ -167,6 +175,8 @@ class _Comparison:
       jaxpr = as_written(self._decided.call)
     plan = planner.plan(jaxpr, self._decided.call.forms)
     refuse_regions(plan, "check", "its reference")
+    self._authors = AuthorsOwn.of(plan)
+    self._authors.refuse("check")
     return doubled(plan) if self._double else plan
 
   def _all(self, operands: list[Any]) -> Any:

@@ -1,19 +1,22 @@
-"""Sees that a function has a policy inside already, and takes it away for a reference."""
+"""Sees that a function is 16-bit already, by a policy or by its author: it is no reference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, jaxprs_in_params
 
+from mpjax._core.primitives import Trait, having
 from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.calls import Call
 from mpjax._engine.plan import Plan
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
+
+_MATMULS = having(Trait.MATMUL)
 
 
 def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
@@ -63,6 +66,56 @@ def as_written(call: Call) -> Any:
       return call.flat(*operands)
 
   return jaxprs.trace(plain, call.operands)
+
+
+class AuthorsOwn(NamedTuple):
+  """The matmuls of a function that its author made 16-bit, by ``dtype=`` or 16-bit arguments.
+
+  Attributes:
+    count: How many there are.
+    total: How many matmuls and convolutions of floats there are.
+    path: The module of the first.
+    line: The line of the first.
+  """
+
+  count: int
+  total: int
+  path: Path
+  line: Line
+
+  @classmethod
+  def of(cls, plan: Plan) -> AuthorsOwn:
+    """Those of a function that is planned without a policy."""
+    found = list(_matmuls(plan, UNKNOWN))
+    own = [(path, line) for narrow, path, line in found if narrow]
+    return cls(len(own), len(found), *(own[0] if own else ((), UNKNOWN)))
+
+  def refuse(self, tool: str) -> None:
+    """Refuse a function all of whose matmuls are 16-bit, which agrees with itself whatever it does.
+
+    Raises:
+      ValueError: It is such a function.
+    """
+    if 0 < self.count == self.total:
+      where = f" in {'/'.join(self.path)}" if self.path else ""
+      raise ValueError(
+        f"{tool} must have a reference in float32; got a function whose {self.total} matmuls its "
+        f"author made 16-bit, first at {self.line}{where}. Leave out its dtype= and pass float32 "
+        "arguments: the policy makes it 16-bit."
+      )
+
+
+def _matmuls(plan: Plan, line: Line) -> Iterator[tuple[bool, Path, Line]]:
+  """Whether each matmul of floats multiplies 16 bits alone, its module and its line."""
+  for step in plan.steps:
+    here = line_of(step.eqn, line)
+    factors: list[Any] = [atom.aval for atom in step.eqn.invars[:2]]
+    if step.eqn.primitive.name in _MATMULS and all(
+      jnp.issubdtype(aval.dtype, jnp.floating) for aval in factors
+    ):
+      yield all(aval.dtype.itemsize == 2 for aval in factors), step.place.path, here
+    for body in step.bodies:
+      yield from _matmuls(body, here)
 
 
 def refuse_regions(plan: Plan, tool: str, what: str) -> None:

@@ -28,7 +28,7 @@ from mpjax.inspect._policies_by_module import (
   rules_of,
   spelled,
 )
-from mpjax.inspect._policies_inside import refuse_regions
+from mpjax.inspect._policies_inside import AuthorsOwn, refuse_regions
 from mpjax.inspect._target_compiler import costs_of
 from mpjax.inspect._tune_report import Sensitivity, Trial, TuneReport
 
@@ -125,7 +125,9 @@ class _Lab:
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
     self.leaves = [path for path, _ in leaf_paths(objective.params)]
     wide = PolicyMap({}, WIDE)
-    refuse_regions(objective.decide(wide).plan, "tune", "its reference")
+    plan = objective.decide(wide).plan
+    refuse_regions(plan, "tune", "its reference")
+    AuthorsOwn.of(plan).refuse("tune")
     self.exact, moved = self._run(objective.value_and_grad(wide))
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(self.exact)):
       raise ValueError(

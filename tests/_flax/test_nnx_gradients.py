@@ -134,6 +134,16 @@ def test_the_one_for_pytrees_refuses_graph_nodes_and_names_this_one(model, args)
     run(*args(model), loss_scale=1.0)
 
 
+def test_a_diff_state_says_which_variables(model, x):
+  run = lambda argnums: mpjax.nnx.value_and_grad(loss_fn, argnums=argnums)(model, x, loss_scale=1.0)
+  (_, grads), (_, wanted) = run(nnx.DiffState(0, nnx.Param)), run(0)
+  assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, wanted)
+  _, (grads, _) = run((nnx.DiffState(0, nnx.All(nnx.Param, nnx.PathContains("bias"))), 1))
+  assert len(jax.tree.leaves(grads)) == 1
+  with pytest.raises(ValueError, match="wrt must name Variables that the model has"):
+    run(nnx.DiffState(0, nnx.Cache))
+
+
 def test_a_position_that_the_call_has_not_is_refused(model, x):
   with pytest.raises(ValueError, match=r"argnums must name arguments.*Got 2 for 2 positional"):
     mpjax.nnx.value_and_grad(loss_fn, argnums=2)(model, x, loss_scale=1.0)

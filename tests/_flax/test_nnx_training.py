@@ -328,6 +328,19 @@ def noisy(tx, kind=nnx.Optimizer):
   return model, kind(model, tx, wrt=nnx.Param), nnx.Rngs(7), nnx.metrics.Average()
 
 
+def test_a_model_and_optimizer_may_come_alone_as_in_flaxs_own_loops():
+  loss = lambda model, x, y: jnp.mean((model(x) - y) ** 2)
+  step = make_train_step(loss)
+  (alone, both), x = (nnx.Linear(4, 2, rngs=nnx.Rngs(0)) for _ in range(2)), jnp.ones((3, 4))
+  optimizers = [
+    nnx.ModelAndOptimizer(model, optax.sgd(0.1), wrt=nnx.Param) for model in (alone, both)
+  ]
+  step(optimizers[0], x, y=jnp.ones((3, 2)))
+  step(both, optimizers[1], x, y=jnp.ones((3, 2)))
+  np.testing.assert_array_equal(alone.kernel[...], both.kernel[...])
+  assert step.lower(optimizers[0], x, jnp.ones((3, 2)))
+
+
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
 @pytest.mark.parametrize("kind", [nnx.Optimizer, nnx.ModelAndOptimizer])
 def test_a_step_takes_streams_metrics_and_several_batches_as_flaxs_own_loops_do(kind, policy):

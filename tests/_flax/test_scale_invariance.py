@@ -253,3 +253,10 @@ def test_a_step_that_cannot_be_tested_is_an_error_that_says_why():
     assert_scale_invariant(make_step(tx, noisy), PARAMS, tx.init(PARAMS), X)
   with pytest.raises(ValueError, match="power of two"):
     assert_scale_invariant(make_step(tx, scaled), PARAMS, tx.init(PARAMS), X, scales=(3, 4))
+
+
+def test_a_step_that_changes_nothing_shows_nothing():
+  tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+  params = {"w": jnp.ones(2)}
+  with pytest.raises(ValueError, match=r"must change something.*all 1 leaves"):
+    assert_scale_invariant(lambda params, opt_state: (params, opt_state), params, tx.init(params))

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mpjax import all_finite, select
-from mpjax._scaling.finiteness import nonfinite_leaves
+from mpjax._scaling.finiteness import all_squarable, nonfinite_leaves, unsquarable_leaves
 
 FINITE = {
   "empty tree": {},
@@ -124,3 +124,25 @@ def test_select_names_what_differs():
     select(True, {"a": [jnp.ones(2, jnp.bfloat16)]}, {"a": [jnp.ones(2)]})
   with pytest.raises(ValueError, match=r"Leaf 'f' is 'x' where .* 'y' where"):
     select(True, {"f": "x"}, {"f": "y"})
+
+
+# What can be squared ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tree", SPOILED.values(), ids=SPOILED.keys())
+def test_what_is_not_finite_cannot_be_squared(tree):
+  assert not all_squarable([jnp.ones(2), tree])
+
+
+@pytest.mark.parametrize("tree", [tree for name, tree in FINITE.items() if name != "large"])
+def test_what_is_finite_and_not_huge_can_be_squared(tree):
+  assert all_squarable(tree)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64", "float64"])
+def test_what_can_be_squared_has_a_finite_square_and_some_room(dtype):
+  with jax.enable_x64(True):
+    most = 2.0 ** (511 if dtype == "float64" else 63)
+    fits, large = jnp.asarray([1, most], dtype), jnp.asarray([1, 4 * most], dtype)
+    assert list(unsquarable_leaves([fits, large, 1])) == [False, True, False]
+    assert jnp.isfinite(2 * fits**2).all()

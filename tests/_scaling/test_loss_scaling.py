@@ -768,3 +768,19 @@ def test_a_vmapped_axis_agrees_too():
   state = jax.vmap(tx.init)(w)
   _, state = jax.vmap(tx.update, axis_name="lanes")(grads, state, w)
   assert state.last_finite.tolist() == [False] * 3
+
+
+# Numbers that are finite and too large ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**20])
+def test_a_gradient_whose_square_is_inf_is_a_skip(scale):
+  """Applied, it would make Adam's second moment inf for ever."""
+  tx = mpjax.static_loss_scaling(optax.adam(0.1), scale)
+  params = {"w": jnp.ones(2)}
+  state = tx.init(params)
+  for true, applied in ((2.0**62, True), (2.0**64, False), (1e25, False)):
+    updates, after = tx.update({"w": jnp.array([1.0, true * scale])}, state, params)
+    assert bool(mpjax.step_is_finite(after)) is applied
+    assert bool(mpjax.all_finite((updates, after)))
+    assert bool((updates["w"] == 0).all()) is not applied

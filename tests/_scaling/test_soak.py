@@ -35,12 +35,11 @@ def test_the_whole_soak(case):
   check(case)
 
 
-def test_a_soak_draws_every_optimizer_and_wrapper_and_all_kinds_of_faults():
+def test_a_soak_draws_every_optimizer_and_wrapper():
   cases = soak.draw_cases(10_000, len(soak.OPTIMIZERS), 0)
   assert {case.optimizer for case in cases} == set(soak.OPTIMIZERS)
   assert {case.wrapper for case in cases} == set(soak.WRAPPERS)
   assert sum(case.steps for case in cases) == 10_000
-  assert {kind for case in cases for kind in case.kinds} == set(soak.FAULTS)
 
 
 def test_what_must_not_be_is_reported():

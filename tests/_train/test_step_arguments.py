@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 
@@ -39,6 +40,13 @@ def in_a_jit(transform):
   return transform(lambda state, x: step(state, x))(mpjax.TrainState.create(PARAMS, TX), X)
 
 
+nnx_step = mpjax.nnx.make_train_step(lambda model, x: jnp.mean(model(x) ** 2))
+
+
+def optimizer_of(model):
+  return nnx.Optimizer(model, TX, wrt=nnx.Param)
+
+
 WRONG = {
   "a state that was donated": (again, "A step that donates takes a state once"),
   "a limit in a jit": (lambda: in_a_jit(jax.jit), "told on the host"),
@@ -61,6 +69,34 @@ WRONG = {
   "a Flax state": (
     lambda: mpjax.make_train_step(loss_fn, TX)(flax_state(), X),
     "Got flax.training.train_state.TrainState. Make one: mpjax.TrainState.create(params, tx)",
+  ),
+  "a Linen module for a loss": (
+    lambda: mpjax.make_train_step(nn.Dense(2), TX),
+    "made from a loss function. Got Dense",
+  ),
+  "an NNX model for a loss": (
+    lambda: mpjax.nnx.make_train_step(make_model()),
+    "made from a loss function. Got Linear",
+  ),
+  "autocast of a class": (
+    lambda: mpjax.autocast(nn.Dense, "mixed_bfloat16"),
+    "Got the class Dense. Make an instance",
+  ),
+  "an optimizer before its model": (
+    lambda: nnx_step(optimizer_of(make_model()), make_model(), X),
+    "Got the optimizer first. Write step(model,",
+  ),
+  "an optimizer without its model": (
+    lambda: nnx_step(optimizer_of(make_model()), X),
+    "Got the optimizer first. Write step(model,",
+  ),
+  "a transformation for an optimizer": (
+    lambda: nnx_step(make_model(), TX, X),
+    "Got GradientTransformationExtraArgs for the optimizer. Write step(model, nnx.Optimizer(",
+  ),
+  "a state for a model": (
+    lambda: nnx_step(mpjax.TrainState.create(PARAMS, TX), X),
+    "Got TrainState for the model",
   ),
   "lowered": (
     lambda: mpjax.make_train_step(loss_fn, TX).lower(PARAMS, X),

@@ -16,6 +16,7 @@ from benchmarks import (
   gpu,
   gpu_cell,
   hlo,
+  laws,
   meters,
   models,
   peers,
@@ -194,3 +195,23 @@ def test_no_wrong_composition_is_silent_here_and_those_of_others_are_as_the_tabl
   assert all(
     seen.startswith("silent") for (_, tool), seen in found.items() if tool in ("Flax", "optax")
   )
+
+
+# Programs that 16 bits do not hold ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("name", "policy"), zip(laws.PROGRAMS, 6 * list(laws.FORMATS), strict=True)
+)
+def test_mpjax_errs_no_more_than_others_in_16_bits_with_all_matmuls_narrow(name, policy):
+  row = laws.measure(name, policy, draws=1)
+  assert row["mpjax"] <= 1.1 * min(row["by hand"], row["torch-like"])
+  assert row["mpjax"] < 0.02
+  assert row["mpjax, narrow"] == 1
+  assert {*laws.COLUMNS} <= {*row}
+
+
+def test_a_row_in_which_another_errs_less_is_found():
+  row = {"by hand": 1e-3, "torch-like": 2e-3, "mpjax": 1e-3}
+  assert laws.is_best(row)
+  assert not laws.is_best({**row, "mpjax": 1.5e-3})

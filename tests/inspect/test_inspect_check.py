@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import _planted as planted
 import mpjax
-from mpjax.inspect import check
+from mpjax.inspect import check, tune
 
 W = planted.WIDTH
 X = jax.random.normal(jax.random.key(9), (2, W))
@@ -354,3 +354,37 @@ def test_a_policy_that_cannot_be_left_out_is_refused():
       mpjax.inspect.tune(losses["autocast"], (params, x))
     with pytest.raises(ValueError, match="record must trace its function in float32"):
       mpjax.inspect.record(losses["autocast"], "mixed_float16")(params, x)
+
+
+# What its author made 16-bit ----------------------------------------------------------------------
+
+
+def of_dtypes(*dtypes):
+  """A loss of layers whose author gave them these dtypes, and its arguments."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      for n, dtype in enumerate(dtypes):
+        x = nn.Dense(4, dtype=dtype, name=f"layer{n}")(x)
+      return x
+
+  x = jnp.ones((2, 4))
+  params = Net().init(jax.random.key(0), x)["params"]
+  return lambda p, x: jnp.sum(Net().apply({"params": p}, x).astype(jnp.float32)), params, x
+
+
+@pytest.mark.parametrize("tool", ["check", "tune"])
+def test_a_function_that_is_16_bit_throughout_is_not_compared_with_itself(tool):
+  loss, *args = of_dtypes(jnp.float16, jnp.float16)
+  with pytest.raises(ValueError, match=rf"{tool} must have a reference.*2 matmuls.*in Net/layer0"):
+    check(loss, "mixed_float16", *args) if tool == "check" else tune(loss, args)
+
+
+def test_of_one_that_is_so_in_part_the_report_says_it():
+  loss, *args = of_dtypes(None, jnp.float16)
+  report = check(loss, "mixed_float16", *args)
+  (note,) = report.not_looked_into
+  assert "1 of 2 matmuls" in note.what
+  assert note.module == "Net/layer1"
+  assert note.what in str(report)

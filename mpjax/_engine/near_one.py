@@ -2,8 +2,9 @@
 
 ``log(sigmoid(x))``, ``1 - sigmoid(x)``, a gate that multiplies itself or what a long loop carries:
 the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6 on, and 0.999 is 1 in
-bfloat16. The sigmoid may stand in another body than what needs it, as the gates do that are
-computed for all steps at once before the loop that they rule.
+bfloat16. A hard sigmoid, ``clip((x + 3) / 6, 0, 1)``, is arithmetic that is cut off: all of that
+runs in float32. The sigmoid may stand in another body than what needs it, as the gates
+do that are computed for all steps at once before the loop that they rule.
 
 So a jaxpr is read twice. Forwards, for what its values are made of: a `Role` each. Backwards, from
 what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
@@ -26,6 +27,7 @@ from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 
 Indices = frozenset[int]
 
+_BOUNDS = frozenset({"max", "min", "clamp"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
 _SATURATE = having(Trait.SATURATES)
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
@@ -46,6 +48,19 @@ class Exact(NamedTuple):
 
   values: frozenset[Var] = frozenset()
   inside: frozenset[tuple[int, tuple[Exact, ...]]] = frozenset()
+
+
+class Needed(NamedTuple):
+  """Which results of a jaxpr, or which of its operands, are needed exactly.
+
+  Attributes:
+    exact: Those that are.
+    bounded: Those of them that only arithmetic and a bound lead on from, as ``x + 3`` in a hard
+      sigmoid: what is lost of them is lost of it.
+  """
+
+  exact: Indices = frozenset()
+  bounded: Indices = frozenset()
 
 
 class Role(NamedTuple):
@@ -96,7 +111,7 @@ class NearOne:
     self._table, self._most = table, most
     self._forwards: dict[Any, _Forward] = {}
     self._leads: dict[Any, tuple[set[Any], Indices]] = {}
-    self._backwards: dict[Any, tuple[Exact, Indices]] = {}
+    self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
   def exact(self, jaxpr: Any, outs: Iterable[int] = ()) -> Exact:
     """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
@@ -106,7 +121,8 @@ class NearOne:
       outs: Which of its results are needed exactly.
     """
     operands = versions.open_jaxpr(jaxpr).invars
-    return self._backward(jaxpr, (_NONE,) * len(operands), frozenset(outs), frozenset())[0]
+    needed = Needed(frozenset(outs))
+    return self._backward(jaxpr, (_NONE,) * len(operands), needed, frozenset())[0]
 
   # Forwards: what values are made of ------------------------------------------------------------
 
@@ -197,8 +213,8 @@ class NearOne:
     return self._leads[key]
 
   def _backward(
-    self, jaxpr: Any, operands: Roles, outs: Indices, recurring: Indices
-  ) -> tuple[Exact, Indices]:
+    self, jaxpr: Any, operands: Roles, outs: Needed, recurring: Indices
+  ) -> tuple[Exact, Needed]:
     """What is needed exactly in a jaxpr, and which of its operands are.
 
     Args:
@@ -211,20 +227,28 @@ class NearOne:
     if key not in self._backwards:
       inner, forward = versions.open_jaxpr(jaxpr), self._forward(jaxpr, operands)
       leading, _ = self._leading(jaxpr, recurring)
-      found = _variables(inner.outvars[n] for n in outs) | self._near_one(inner, forward, leading)
-      inside = {}
+      found = _variables(inner.outvars[n] for n in outs.exact)
+      found |= self._near_one(inner, forward, leading)
+      bounded = _variables(inner.outvars[n] for n in outs.bounded)
+      inside, gates = {}, set()
       for eqn in reversed(inner.eqns):
-        if id(eqn) in forward.inside:
-          results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-          exact, needed = self._of_bodies(eqn, forward.inside[id(eqn)], results, leading)
+        if bodies_of(eqn):
+          results = Needed(*(_places(eqn.outvars, variables) for variables in (found, bounded)))
+          entering = forward.inside[id(eqn)]
+          exact, needed = self._of_bodies(eqn, entering, results, leading)
           inside |= {id(eqn): exact} if any(map(any, exact)) else {}
-          read = [eqn.invars[n] for n in needed]
-        else:
-          read = self._needed(eqn, found)
-        found |= _variables(read)
-      gates = {e.outvars[0] for e in inner.eqns if _comes_near_one(e, forward)}
+          found |= _variables(eqn.invars[n] for n in needed.exact)
+          bounded |= _variables(eqn.invars[n] for n in needed.bounded)
+          continue
+        if _is_bound(eqn, found) or _is_within(eqn, bounded):
+          bounded |= _variables(eqn.invars)
+          gates.add(eqn.outvars[0])
+        elif _comes_near_one(eqn, forward):
+          gates.add(eqn.outvars[0])
+        found |= _variables(self._needed(eqn, found))
       exact = Exact(frozenset(gates & found), frozenset(inside.items()))
-      self._backwards[key] = exact, frozenset(n for n, v in enumerate(inner.invars) if v in found)
+      places = (_places(inner.invars, variables) for variables in (found, bounded & found))
+      self._backwards[key] = exact, Needed(*places)
     return self._backwards[key]
 
   def _needed(self, eqn: JaxprEqn, found: Collection[Any]) -> Iterable[Any]:
@@ -236,23 +260,26 @@ class NearOne:
     return eqn.invars if passes else ()
 
   def _of_bodies(
-    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Indices, leading: Collection[Any]
-  ) -> tuple[tuple[Exact, ...], Indices]:
+    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Needed, leading: Collection[Any]
+  ) -> tuple[tuple[Exact, ...], Needed]:
     """What is needed exactly in an equation's bodies, and which of its operands are."""
     bodies = bodies_of(eqn)
     recurring = _recurring(eqn, bodies, leading)
     while True:
       found = [
-        self._backward(body.jaxpr, roles, frozenset() if body.is_test else results, again)
+        self._backward(body.jaxpr, roles, Needed() if body.is_test else results, again)
         for body, roles, again in zip(bodies, entering, recurring, strict=True)
       ]
-      pairs = zip(bodies, found, strict=True)
-      needed = frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands)
+      pairs = list(zip(bodies, found, strict=True))
+      needed = Needed(
+        frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands.exact),
+        frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands.bounded),
+      )
       carries = ((n, body.operands[c]) for body in bodies for n, c in enumerate(body.carry))
-      grown = results | {n for n, operand in carries if operand in needed}
-      if grown == results:
+      grown = results.exact | {n for n, operand in carries if operand in needed.exact}
+      if grown == results.exact:
         return tuple(exact for exact, _ in found), needed
-      results = grown
+      results = results._replace(exact=grown)
 
   def _near_one(self, inner: Any, forward: _Forward, leading: Collection[Any]) -> set[Any]:
     """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
@@ -286,6 +313,20 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) 
     frozenset() if body.is_test else frozenset(outer | set(range(len(body.carry))))
     for body in bodies
   ]
+
+
+def _places(variables: Iterable[Any], found: Collection[Any]) -> Indices:
+  return frozenset(n for n, v in enumerate(variables) if not isinstance(v, Literal) and v in found)
+
+
+def _is_bound(eqn: JaxprEqn, found: Collection[Any]) -> bool:
+  """Whether an equation cuts off what is needed exactly: a hard sigmoid does."""
+  return eqn.primitive.name in _BOUNDS and eqn.outvars[0] in found
+
+
+def _is_within(eqn: JaxprEqn, bounded: Collection[Any]) -> bool:
+  """Whether an equation is part of the arithmetic that a bound cuts off."""
+  return eqn.primitive.name in _RECUR and eqn.outvars[0] in bounded
 
 
 def _comes_near_one(eqn: JaxprEqn, forward: _Forward) -> bool:

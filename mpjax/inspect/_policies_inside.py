@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,8 @@ def as_written(call: Call) -> Any:
   return jaxprs.trace(plain, call.operands)
 
 
-class AuthorsOwn(NamedTuple):
+@dataclass(frozen=True)
+class AuthorsOwn:
   """The matmuls of a function that its author made 16-bit, by ``dtype=`` or 16-bit arguments.
 
   Attributes:

@@ -300,6 +300,7 @@ def associative(decay):
 sigmoid = jax.nn.sigmoid
 update = lambda p, u: sigmoid(u @ p["z"] - 6)
 forget = lambda p, u: sigmoid(u @ p["z"] + 6)
+hard = lambda p, u: jax.nn.hard_sigmoid(u @ p["z"] / 50 + 2.98)
 state = lambda p, u: jnp.tanh(u @ p["w"])
 gru = lambda z, h, n: (1 - z) * h + z * n
 lstm = lambda f, h, n: f * h + 0.01 * n
@@ -334,6 +335,12 @@ def own_vjp(y):
   return sigmoid(y + 6)
 
 
+@jax.custom_vjp
+def twice_vjp(y):
+  return sigmoid(y + 6)
+
+
+twice_vjp.defvjp(lambda y: (twice_vjp(y), twice_vjp(y)), lambda s, g: (g * (s * (1 - s)),))
 own_jvp.defjvp(lambda primals, tangents: jax.jvp(lambda y: sigmoid(y + 6), primals, tangents))
 own_vjp.defvjp(lambda y: (own_vjp(y),) * 2, lambda s, g: (g * (s * (1 - s)),))
 
@@ -354,6 +361,12 @@ RECURRENCES = {
   ),
   "custom_jvp": scanned(lambda p, h, u: lstm(own_jvp(u @ p["z"]), h, state(p, u))),
   "custom_vjp": scanned(lambda p, h, u: lstm(own_vjp(u @ p["z"]), h, state(p, u))),
+  "custom_vjp_called_twice": scanned(lambda p, h, u: lstm(twice_vjp(u @ p["z"]), h, state(p, u))),
+  "hard_sigmoid": scanned(lambda p, h, u: lstm(hard(p, u), h, state(p, u))),
+  "hard_gru": scanned(lambda p, h, u: gru(1 - hard(p, u), h, state(p, u))),
+  "hard_sigmoid_ahead": ahead(lstm, lambda p, x: hard(p, x), state),
+  "clipped": scanned(lambda p, h, u: lstm(jnp.clip(0.99 + u @ p["z"] / 50, 0, 1), h, state(p, u))),
+  "cumprod_of_hard": lambda p, x: jnp.cumprod(hard(p, x), 0)[-1],
   "gru_ahead": ahead(gru, update, state),
   "lstm_ahead": ahead(lstm, forget, state),
   "jitted_gru_ahead": ahead(jax.jit(gru), update, state),
@@ -404,6 +417,16 @@ def test_so_they_do_where_they_are_differentiated(fn, policy):
   loss = lambda p, x: jnp.sum(fn(p, x))
   found, _ = rounded(jax.value_and_grad(mpjax.autocast(loss, policy)))(GATES, KEYS)
   np.testing.assert_allclose(found, loss(GATES, KEYS), rtol=0.03)
+
+
+@both
+@cases(**{name: RECURRENCES[name] for name in ("custom_vjp_called_twice", "hard_sigmoid")})
+def test_and_a_gate_has_its_derivative(fn, policy):
+  """In 16 bits a sigmoid that a rule stores by a second call is 1, and its slope 0."""
+  loss = lambda p, x: jnp.sum(fn(p, x))
+  run = lambda p, x: [jax.grad(f)(p, x) for f in (mpjax.autocast(loss, policy), loss)]
+  got, exact = rounded(run)(GATES, KEYS)
+  assert jnp.linalg.norm(got["z"] - exact["z"]) < 0.1 * jnp.linalg.norm(exact["z"])
 
 
 @both

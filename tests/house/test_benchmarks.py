@@ -201,7 +201,7 @@ def test_no_wrong_composition_is_silent_here_and_those_of_others_are_as_the_tabl
 
 
 @pytest.mark.parametrize(
-  ("name", "policy"), zip(laws.PROGRAMS, 6 * list(laws.FORMATS), strict=True)
+  ("name", "policy"), list(zip(laws.PROGRAMS, 6 * list(laws.FORMATS), strict=True))
 )
 def test_mpjax_errs_no_more_than_others_in_16_bits_with_all_matmuls_narrow(name, policy):
   row = laws.measure(name, policy, draws=1)

@@ -185,7 +185,7 @@ def test_a_dict_as_policy_names_policy_map():
     as_policy({"head": "float32"})
 
 
-HUGE = "x" * 10**6
+HUGE = "x" * 10**5
 
 
 @pytest.mark.parametrize(
@@ -198,14 +198,14 @@ HUGE = "x" * 10**6
     lambda: Policy(HUGE),
     lambda: Policy(HUGE, "bf16", "f32"),
     lambda: as_policy({HUGE: HUGE}),
-    lambda: as_policy(np.zeros((1000, 1000))),
+    lambda: as_policy(np.zeros((300, 300))),
     lambda: PolicyMap({f"({HUGE}": "float32"}, "float32"),
     lambda: PolicyMap({HUGE: "float32"}, "float32").check_used([("head",)]),
     lambda: PolicyMap({}, "float32", ops={HUGE: "full"}),
     lambda: PolicyMap({}, "float32", ops={"exp": HUGE}),
   ],
 )
-def test_no_message_repeats_a_megabyte(call):
+def test_no_message_repeats_what_is_long(call):
   with pytest.raises((ValueError, TypeError)) as error:
     call()
   assert len(str(error.value)) < 600

@@ -10,6 +10,7 @@ from jax.extend.core import jaxpr_as_fun
 
 import battery
 import mpjax
+from _turns import in_turns
 
 EPS = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 
@@ -67,20 +68,12 @@ def under(policy, name):
   return lambda w, x: [mpjax.autocast(fn, policy)(w, x) for fn, _ in functions(name)]
 
 
-def in_turn(name):
-  """The format of a gradient in every run. In the other it is traced on the explicit mesh of
-  test_explicit_mesh.py; `-m slow` compiles both."""
-  return list(EPS)[(list(battery.CASES).index(name) + 1) % 2]
-
-
-@pytest.mark.parametrize("policy", EPS)
-@pytest.mark.parametrize("name", battery.CASES)
+@in_turns(("name", "policy"), list(battery.CASES), reversed(EPS))
 def test_it_compiles_to_results_of_the_same_types(name, policy):
-  tried = functions(name) if policy == in_turn(name) else functions(name)[:1]
-  run = lambda w, x: [mpjax.autocast(fn, policy)(w, x) for fn, _ in tried]
-  traced = jax.jit(run).trace(*operands())
+  """In the other format every run traces it on the explicit mesh of test_explicit_mesh.py."""
+  traced = jax.jit(under(policy, name)).trace(*operands())
   traced.lower()  # where JAX refuses an operation that has no 16-bit kernel
-  want = [shapes for _, shapes in tried]
+  want = [shapes for _, shapes in functions(name)]
   assert jax.tree.structure(traced.out_info) == jax.tree.structure(want)
   for a, b in zip(jax.tree.leaves(traced.out_info), jax.tree.leaves(want), strict=True):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import mpjax
 from _jaxprs import contractions, equations, wide_contractions
+from _turns import in_turns
 
 COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
@@ -125,22 +126,34 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kernel", "place", "derivative", "policy"), CASES)
-def test_a_kernel_and_its_derivative_are_narrow_in_every_place(
-  kernel, place, derivative, policy, operands
-):
+def narrow_derivative(kernel, place, derivative, policy):
   marked = mpjax.cast_inputs(KERNELS[kernel][0])
-  grad = DERIVATIVES[derivative](PLACES[place](marked), policy)
-  closed = jax.make_jaxpr(grad)(*operands)
+  return jax.make_jaxpr(DERIVATIVES[derivative](PLACES[place](marked), policy))(*numbers())
+
+
+@pytest.mark.parametrize(("kernel", "place", "derivative", "policy"), CASES)
+def test_a_kernel_and_its_derivative_are_narrow_in_every_place(kernel, place, derivative, policy):
+  closed = narrow_derivative(kernel, place, derivative, policy)
   assert contractions(closed) and not wide_contractions(closed, COMPUTE[policy])
   assert not [e for e in equations(closed) if e.primitive.name.startswith("mpjax_cast_inputs")]
-  (got,) = jax.jit(jaxpr_as_fun(closed))(*operands)
+
+
+@in_turns(
+  ("place", "derivative", "kernel", "policy"),
+  *map(list, (PLACES, DERIVATIVES, KERNELS, COMPUTE)),
+  turning=3,
+)
+def test_the_derivative_of_a_kernel_is_that_of_float32(place, derivative, kernel, policy):
+  (got,) = jax.jit(jaxpr_as_fun(narrow_derivative(kernel, place, derivative, policy)))(*numbers())
   want = gradient_in_float32(kernel, place)
   assert got.dtype == jnp.float32
   assert jnp.linalg.norm(got - want) < 2.0**-5 * jnp.linalg.norm(want)
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+  "place",
+  [pytest.param(place, marks=pytest.mark.slow if n % 2 else ()) for n, place in enumerate(PLACES)],
+)
 def test_without_a_policy_it_changes_no_bit(place, operands):
   marked, plain = PLACES[place](mpjax.cast_inputs(widening)), PLACES[place](widening)
   assert jax.jit(marked)(*operands) == jax.jit(plain)(*operands)

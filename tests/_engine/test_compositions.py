@@ -12,6 +12,7 @@ from flax import nnx
 
 import mpjax
 from _jaxprs import as_many_matmuls, wide_contractions
+from _turns import in_turns
 from zoo.cases import filled
 from zoo.compositions import LINEN, NNX, Composition
 
@@ -20,11 +21,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
-every_composition = pytest.mark.parametrize(
-  "made", [*LINEN, *NNX], ids=[*(f"linen-{c}" for c in LINEN), *(f"nnx-{c}" for c in NNX)]
-)
-every_policy = pytest.mark.parametrize("policy", COMPUTE)
-either_way = pytest.mark.parametrize("way", ["module", "function"])
+COMPOSITIONS = {f"linen-{c}": c for c in LINEN} | {f"nnx-{c}": c for c in NNX}
 
 
 class Setting(NamedTuple):
@@ -96,9 +93,7 @@ def description(tree: Any) -> list[str]:
   return [f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}" for path, x in leaves]
 
 
-@every_composition
-@every_policy
-@either_way
+@in_turns(("made", "way", "policy"), COMPOSITIONS, ("module", "function"), list(COMPUTE))
 def test_no_matmul_stays_wide_and_nothing_else_changes_dtype(made, policy, way):
   ours, plain = traced(made, policy, way), traced(made)
   wide = wide_contractions(ours.jaxpr, COMPUTE[policy])
@@ -108,8 +103,8 @@ def test_no_matmul_stays_wide_and_nothing_else_changes_dtype(made, policy, way):
 
 
 @pytest.mark.slow
-@every_composition
-@every_policy
+@pytest.mark.parametrize("policy", COMPUTE)
+@pytest.mark.parametrize("made", COMPOSITIONS.values(), ids=COMPOSITIONS)
 def test_values_and_gradients_are_near_float32(made, policy):
   ours, plain = (
     traced(made, of).lower().compile()(*setting(made)[1:]) for of in (policy, "float32")

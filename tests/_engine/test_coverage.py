@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import mpjax
 from _coverage_table import RECORD
 from _jaxprs import contractions, equations, wide_contractions
+from _turns import is_its_turn
 
 POLICIES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 
@@ -273,12 +274,19 @@ def results(construct, op, policy):
 
 
 def in_turn(construct, op):
-  """The format in which a construct's values are tried in every run: one around a matmul, the other
-  around a convolution."""
+  """The format of a construct in every run: one around a matmul, the other around a convolution.
+  In the other format it is traced on the explicit mesh of test_explicit_mesh.py."""
   return list(POLICIES)[(list(CONSTRUCTS).index(construct) + list(OPS).index(op)) % 2]
 
 
-def cases(marked):
+def computed(construct, op, policy):
+  """Whether the values are computed in every run: of each construct around one operation."""
+  axes = {construct: CONSTRUCTS, op: OPS, policy: POLICIES}
+  places = [list(axis).index(name) for name, axis in axes.items()]
+  return is_its_turn(places, [len(axis) for axis in axes.values()], turning=2)
+
+
+def cases(quick):
   return pytest.mark.parametrize(
     ("construct", "op", "transform", "policy"),
     [
@@ -288,7 +296,7 @@ def cases(marked):
         transform,
         policy,
         id=f"{construct}-{op}-{policy}-{transform}",
-        marks=pytest.mark.slow if marked and policy != in_turn(construct, op) else (),
+        marks=() if quick(construct, op, policy) else pytest.mark.slow,
       )
       for construct in CONSTRUCTS
       for op in OPS
@@ -298,7 +306,7 @@ def cases(marked):
   )
 
 
-@cases(marked=False)
+@cases(lambda construct, op, policy: policy == in_turn(construct, op))
 def test_no_contraction_stays_float32(construct, op, transform, policy):
   jaxpr = narrow(construct, op, policy)[transform]
   assert contractions(jaxpr)
@@ -306,7 +314,7 @@ def test_no_contraction_stays_float32(construct, op, transform, policy):
   assert {aval.dtype for aval in jaxpr.out_avals} == {np.dtype(np.float32)}
 
 
-@cases(marked=True)
+@cases(computed)
 def test_values_are_those_of_float64(construct, op, transform, policy, record_property):
   got = results(construct, op, policy)[transform]
   want = np.asarray(truth(construct, op)[transform])

@@ -9,6 +9,7 @@ from jax.custom_derivatives import SymbolicZero
 
 import mpjax
 from _jaxprs import contractions, wide_contractions
+from _turns import in_turns
 
 POLICIES = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -73,18 +74,17 @@ PLACES = {
 }
 
 
-@every_policy
-@every_nested
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+@in_turns(("nested", "place", "policy"), NESTED, PLACES, list(POLICIES))
 def test_a_rule_that_differentiates_a_custom_vjp_is_narrow_and_the_users(
-  place, nested, policy, operands
+  nested, place, policy, operands
 ):
   loss = lambda w, x: jnp.sum(place(nested, w, x) ** 2)
   grad = jax.grad(mpjax.autocast(loss, policy), (0, 1))
   jaxpr = jax.make_jaxpr(grad)(*operands)
   assert len(contractions(jaxpr)) >= 3
   assert not wide_contractions(jaxpr, POLICIES[policy])
-  for got, want in zip(jax.jit(grad)(*operands), jax.grad(loss, (0, 1))(*operands), strict=True):
+  wanted = jax.jit(jax.grad(loss, (0, 1)))(*operands)
+  for got, want in zip(jax.jit(grad)(*operands), wanted, strict=True):
     assert jnp.linalg.norm(got - want) < 8 * float(
       jnp.finfo(POLICIES[policy]).eps
     ) * jnp.linalg.norm(want)
@@ -159,8 +159,7 @@ def refusing(primals, tangents):
   return jax.jvp(lambda x: op(x, w), (x,), (tx,))
 
 
-@every_policy
-@pytest.mark.parametrize("body", [op, backward_only], ids=["plain_body", "custom_vjp_body"])
+@in_turns(("body", "policy"), {"plain_body": op, "custom_vjp_body": backward_only}, list(POLICIES))
 def test_a_rule_knows_which_tangents_are_zero(body, policy, operands):
   fn = with_rule(body, refusing, symbolic_zeros=True)
   w, x = operands

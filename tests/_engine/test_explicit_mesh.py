@@ -14,8 +14,7 @@ from test_coverage import CONSTRUCTS, NO_REVERSE, OPS, POLICIES, TRANSFORMS, in_
 import battery
 import mpjax
 from _jaxprs import contractions, wide_contractions
-
-every_policy = pytest.mark.parametrize("policy", POLICIES)
+from _turns import in_turns
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +68,8 @@ REFUSED = {"map", "shard_map", "pallas", "associative_scan"}
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("construct", CONSTRUCTS)
 def test_the_coverage_matrix_holds(construct, op):
-  """Places do not depend on the format: a construct has one around a matmul, the other around a
-  convolution."""
-  policy = in_turn(construct, op)
+  """In the format in which test_coverage.py does not try it in every run."""
+  (policy,) = set(POLICIES) - {in_turn(construct, op)}
   fn = make(op, construct)
   refused = construct in REFUSED or (construct, op) == ("custom_vmap", "conv")
   for name in ("forward",) if construct in NO_REVERSE else TRANSFORMS:
@@ -119,25 +117,12 @@ BY_ONE_OPERATION = {
 }
 
 
-def in_turns(functions):
-  """Each function in one format, the two taking turns; in the other it is slow."""
-  return pytest.mark.parametrize(
-    ("fn", "policy"),
-    [
-      pytest.param(
-        fn, policy, id=f"{name}-{policy}", marks=() if (n + m) % 2 == 0 else pytest.mark.slow
-      )
-      for n, (name, fn) in enumerate(functions.items())
-      for m, policy in enumerate(POLICIES)
-    ],
-  )
-
-
-@in_turns(BY_ONE_OPERATION)
+@in_turns(("fn", "policy"), BY_ONE_OPERATION, list(POLICIES))
 def test_gradients_are_taken_operation_by_operation_too(fn, policy):
   loss = lambda w, x: total(fn(x @ w))
   want = jax.jit(jax.grad(loss))(*numbers())
-  for grad in (jax.grad(mpjax.autocast(loss, policy)), mpjax.autocast(jax.grad(loss), policy)):
+  inside = jax.jit(mpjax.autocast(jax.grad(loss), policy))
+  for grad in (jax.grad(mpjax.autocast(loss, policy)), inside):
     got = grad(*numbers())
     assert got.sharding == want.sharding
     assert jnp.linalg.norm(got - want) <= 8 * jnp.finfo(POLICIES[policy]).eps * (
@@ -171,12 +156,13 @@ INTO_AUTO_AXES = {
 }
 
 
-@in_turns(INTO_AUTO_AXES)
+@in_turns(("fn", "policy"), INTO_AUTO_AXES, list(POLICIES))
 def test_a_value_may_leave_its_module_into_auto_axes(fn, policy):
   loss = lambda w, x: weighed(fn(x @ w))
-  want = jax.grad(loss)(*numbers())
+  want = jax.jit(jax.grad(loss))(*numbers())
   cast = mpjax.autocast(loss, policy)
-  for grad in (jax.grad(cast), jax.jit(jax.grad(cast)), mpjax.autocast(jax.grad(loss), policy)):
+  inside = jax.jit(mpjax.autocast(jax.grad(loss), policy))
+  for grad in (jax.grad(cast), jax.jit(jax.grad(cast)), inside):
     got = grad(*numbers())
     error = jnp.linalg.norm(got - want)
     assert error <= 8 * jnp.finfo(POLICIES[policy]).eps * jnp.linalg.norm(want)
@@ -186,10 +172,13 @@ def second(fn):
   return jax.jit(jax.grad(lambda w, x: jnp.sum(jax.grad(fn)(w, x) ** 2)))
 
 
-@every_policy
-def test_second_derivatives_run(policy):
-  for fn in (lambda h: jnp.max(h, axis=-1), jax.nn.softmax):
-    loss = lambda w, x, fn=fn: total(fn(x @ w))
-    want = second(loss)(*numbers())
-    got = second(mpjax.autocast(loss, policy))(*numbers())
-    assert jnp.linalg.norm(got - want) <= 0.1 * jnp.linalg.norm(want)
+@in_turns(
+  ("fn", "policy"),
+  {"largest": BY_ONE_OPERATION["largest"], "softmax": jax.nn.softmax},
+  list(POLICIES),
+)
+def test_second_derivatives_run(fn, policy):
+  loss = lambda w, x: total(fn(x @ w))
+  want = second(loss)(*numbers())
+  got = second(mpjax.autocast(loss, policy))(*numbers())
+  assert jnp.linalg.norm(got - want) <= 0.1 * jnp.linalg.norm(want)

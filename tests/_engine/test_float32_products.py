@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _turns import in_turns
 from mpjax._engine.float32_products import fixed, unfolded
 
 # Both factors of a matmul, and which of their dimensions are contracted and which are a batch's.
@@ -19,16 +20,15 @@ CASES = {
   "three_contracted": ((2, 3, 8, 16), (2, 3, 8, 4), ((0, 1, 2), (0, 1, 2)), ((), ())),
   "batch": ((2, 16, 8), (2, 16, 4), ((1,), (1,)), ((0,), (0,))),
 }
-every_format = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+FORMATS = ("bfloat16", "float16")
+every_format = pytest.mark.parametrize("dtype", FORMATS)
 
 
 def mirrored(dims, rank):
   return tuple(rank - 1 - dim for dim in dims)
 
 
-@every_format
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("turned", ["result", "factors", "all"])
+@in_turns(("case", "turned", "dtype"), CASES, ("result", "factors", "all"), FORMATS)
 def test_a_matmul_runs_beside_a_transposition(case, turned, dtype):
   *shapes, contracted, batch = case
   rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ from jax import lax
 import mpjax
 from _backends import branches_of, rounded
 from _jaxprs import result_dtypes
+from _turns import in_turns
 
 POLICIES = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 both = pytest.mark.parametrize("policy", POLICIES)
@@ -76,8 +77,7 @@ CONVOLUTIONS = {
 }
 
 
-@both
-@pytest.mark.parametrize("loss", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+@in_turns(("loss", "policy"), CONVOLUTIONS, list(POLICIES))
 def test_the_gradient_of_a_kernel_is_float32_to_one_rounding(loss, policy):
   found = rounded(jax.grad(mpjax.autocast(loss, policy), (0, 1)))(KERNEL, SIGNAL)
   for got, want in zip(found, jax.jit(jax.grad(loss, (0, 1)))(KERNEL, SIGNAL), strict=True):
@@ -86,8 +86,7 @@ def test_the_gradient_of_a_kernel_is_float32_to_one_rounding(loss, policy):
     np.testing.assert_allclose(got, want, rtol=0, atol=4 * POLICIES[policy] * largest)
 
 
-@both
-@pytest.mark.parametrize("run", [step, steps])
+@in_turns(("run", "policy"), {"once": step, "often": steps}, list(POLICIES))
 def test_a_gradient_step_moves_a_kernel_by_what_float32_moves_it(run, policy):
   run = run(convolved())
   change = jax.jit(run)(KERNEL, SIGNAL) - KERNEL
@@ -118,8 +117,7 @@ ATTENTION = {
 }
 
 
-@both
-@pytest.mark.parametrize("attend", ATTENTION.values(), ids=ATTENTION.keys())
+@in_turns(("attend", "policy"), ATTENTION, list(POLICIES))
 def test_attention_that_stores_its_weights_behind_a_barrier_has_the_gradient_of_float32(
   attend, policy
 ):

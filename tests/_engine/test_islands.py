@@ -8,6 +8,7 @@ from jax import nn
 
 import mpjax
 from _jaxprs import equations, primitives
+from _turns import in_turns
 from mpjax._core.scopes import module_path
 from mpjax._engine import execute
 
@@ -128,12 +129,11 @@ SOFTMAXES = {
   "along_columns": lambda s: nn.softmax(s, 0),
   "of_all": lambda s: nn.softmax(s, (0, 1)),
 }
-every_softmax = pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES.keys())
-every_policy = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+POLICIES = ("mixed_bfloat16", "mixed_float16")
+every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
-@every_policy
-@every_softmax
+@in_turns(("softmax", "policy"), SOFTMAXES, POLICIES)
 def test_a_softmax_stores_its_weights_in_16_bits_alone(softmax, policy, operands):
   fn = mpjax.autocast(attend(softmax), policy)
   _, pullback = jax.vjp(lambda w: fn(w, operands[1]), operands[0])
@@ -143,16 +143,16 @@ def test_a_softmax_stores_its_weights_in_16_bits_alone(softmax, policy, operands
 
 
 DERIVATIVES = {
-  "reverse": lambda fn, operands: jax.vjp(fn, *operands)[1](jnp.ones(SIZE)),
-  "forward": lambda fn, operands: jax.jvp(fn, operands, operands)[1:],
+  "reverse": lambda fn, operands: jax.jit(lambda *xs: jax.vjp(fn, *xs)[1](jnp.ones(SIZE)))(
+    *operands
+  ),
+  "forward": lambda fn, operands: jax.jit(lambda *xs: jax.jvp(fn, xs, xs)[1:])(*operands),
 }
 
 
-@every_policy
-@every_softmax
-@pytest.mark.parametrize("derivative", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+@in_turns(("softmax", "derivative", "policy"), SOFTMAXES, DERIVATIVES, POLICIES)
 def test_the_derivative_by_16_bit_weights_is_about_as_exact(
-  derivative, softmax, policy, operands, monkeypatch
+  softmax, derivative, policy, operands, monkeypatch
 ):
   fn = attend(softmax)
   unit = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}[policy]
@@ -177,14 +177,13 @@ READ_OTHERWISE = {
 }
 
 
-@every_policy
-@pytest.mark.parametrize("softmax", READ_OTHERWISE.values(), ids=READ_OTHERWISE.keys())
+@in_turns(("softmax", "policy"), READ_OTHERWISE, POLICIES)
 def test_what_only_looks_like_a_softmax_is_differentiated_as_written(softmax, policy, operands):
   with jax.numpy_rank_promotion("allow"):
     fn = attend(softmax)
     cast = mpjax.autocast(fn, policy)
     assert "name=run" not in str(jax.make_jaxpr(cast)(*operands))
-    found, want = (jax.vjp(f, *operands)[1](jnp.ones(SIZE))[0] for f in (cast, fn))
+    found, want = (DERIVATIVES["reverse"](f, operands)[0] for f in (cast, fn))
   assert jnp.linalg.norm(found - want) < 0.1 * jnp.linalg.norm(want)
 
 
@@ -224,7 +223,7 @@ def test_gradients_of_attention_are_as_exact_where_keys_and_values_share_a_part(
     return jnp.sum(jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v) * c.astype(q.dtype))
 
   with jax.enable_x64(True):
-    exact = jax.grad(loss)(*(x.astype(jnp.float64) for x in (q, k + bias, v + bias)))
+    exact = jax.jit(jax.grad(loss))(*(x.astype(jnp.float64) for x in (q, k + bias, v + bias)))
   wanted = exact.astype(jnp.float32)
   operands = [x.astype(jnp.bfloat16) for x in (q, k + bias, v + bias)]
   by_hand = jax.grad(loss)(*operands)

@@ -16,6 +16,7 @@ from jax import lax
 import mpjax
 from _backends import ROUNDING, rounded
 from _jaxprs import equations
+from _turns import in_turns
 from mpjax.inspect import explain
 
 POLICIES = ("mixed_bfloat16", "mixed_float16")
@@ -32,12 +33,10 @@ def cases(**functions):
   return pytest.mark.parametrize("fn", functions.values(), ids=functions.keys())
 
 
-def in_every_format(fn, *args):
-  """What a function returns in float32 and under both policies, by one compilation."""
-  fns = {policy: mpjax.autocast(fn, policy) for policy in ("float32", *POLICIES)}
-  run = jax.jit(
-    lambda *args: {name: f(*args) for name, f in fns.items()}, compiler_options=ROUNDING
-  )
+def in_both_formats(fn, policy, *args):
+  """What a function returns under a policy and in float32, by one compilation."""
+  fns = [mpjax.autocast(fn, policy), mpjax.autocast(fn, "float32")]
+  run = jax.jit(lambda *args: [f(*args) for f in fns], compiler_options=ROUNDING)
   return jax.device_get(run(*args))
 
 
@@ -104,18 +103,10 @@ LOOPS = {
 }
 
 
-@functools.cache
-def moved(fn, loop):
-  """Where a loop of steps takes a parameter."""
-  return in_every_format(loop(fn), W, DATA)
-
-
-@both
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
-@cases(**STEPS)
+@in_turns(("fn", "loop", "policy"), STEPS, LOOPS, POLICIES, turning=2)
 def test_a_gradient_step_moves_a_parameter_by_what_float32_moves_it(fn, loop, policy):
-  found = moved(fn, loop)
-  np.testing.assert_allclose(found[policy] - W, found["float32"] - W, rtol=0.03)
+  found, want = in_both_formats(loop(fn), policy, W, DATA)
+  np.testing.assert_allclose(found - W, want - W, rtol=0.03)
 
 
 @both
@@ -398,21 +389,16 @@ RECURRENCES = {
 }
 
 
-@functools.cache
-def remembered(fn):
-  """What a recurrence holds at its end."""
-  return in_every_format(fn, GATES, KEYS)
-
-
-@both
-@cases(**RECURRENCES)
+@in_turns(("fn", "policy"), RECURRENCES, POLICIES)
 def test_gates_and_decays_near_one_forget_at_the_rate_of_float32(fn, policy):
-  found = remembered(fn)
-  np.testing.assert_allclose(found[policy], found["float32"], rtol=0.03)
+  found, want = in_both_formats(fn, policy, GATES, KEYS)
+  np.testing.assert_allclose(found, want, rtol=0.03)
 
 
-@both
-@cases(**{name: RECURRENCES[name] for name in ("lstm_ahead", "custom_jvp", "custom_vjp", "cond")})
+DIFFERENTIATED = ("lstm_ahead", "custom_jvp", "custom_vjp", "cond")
+
+
+@in_turns(("fn", "policy"), {name: RECURRENCES[name] for name in DIFFERENTIATED}, POLICIES)
 def test_so_they_do_where_they_are_differentiated(fn, policy):
   loss = lambda p, x: jnp.sum(fn(p, x))
   found, _ = rounded(jax.value_and_grad(mpjax.autocast(loss, policy)))(GATES, KEYS)
@@ -526,8 +512,7 @@ class Mixture(nn.Module):
     return weights * jnp.float32(1)
 
 
-@both
-@pytest.mark.parametrize("experts", [4, 8])
+@in_turns(("experts", "policy"), (4, 8), POLICIES)
 def test_the_weights_of_a_router_do_not_round_whatever_their_number(experts, policy):
   model, x = Mixture(experts), jnp.ones((2, 8))
   variables = model.init(jax.random.key(0), x)

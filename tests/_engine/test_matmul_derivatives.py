@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax
 from _jaxprs import contractions, equations, result_dtypes
+from _turns import in_turns
 from mpjax._engine.matmul_derivatives import Contraction, with_wide_cotangent
 
 # The dimensions of both operands and of the result, whose batch stands first, by letters.
@@ -30,11 +31,12 @@ CASES = {
 SIZES = dict(zip("bcghijkmst", (2, 3, 2, 4, 5, 3, 4, 2, 6, 3), strict=True))
 # Every rounding that a program asks for happens.
 COMPILER = {"xla_allow_excess_precision": False}
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 SOME = ("rows", "two_batches", "two_contracted_turned", "attention")
-some_cases = pytest.mark.parametrize("case", [CASES[name] for name in SOME], ids=SOME)
-every_side = pytest.mark.parametrize("wide", [0, 1], ids=["left", "right"])
-every_format = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+SOME_CASES = {name: CASES[name] for name in SOME}
+SIDES = {"left": 0, "right": 1}
+FORMATS = {"bf16": jnp.bfloat16, "f16": jnp.float16}
+POLICIES = ("mixed_bfloat16", "mixed_float16")
+every_format = pytest.mark.parametrize("dtype", FORMATS.values(), ids=FORMATS.keys())
 
 
 def contraction_of(case, wide, dtype):
@@ -64,9 +66,22 @@ def assert_close(found, want):
   assert np.linalg.norm(found - want) <= 0.02 * np.linalg.norm(want)
 
 
-@every_case
-@every_side
-@every_format
+def product(case, wide, x, y):
+  """Of the wide operand and the other, in float64."""
+  return np.einsum(f"{case[wide]},{case[1 - wide]}->{case[2]}", float64(x), float64(y))
+
+
+def cotangents(case, wide, x, y, ct):
+  """Of the wide operand and of the other, in float64."""
+  wides, others, results = case[wide], case[1 - wide], case[2]
+  x, y, ct = map(float64, (x, y, ct))
+  return (
+    np.einsum(f"{results},{others}->{wides}", ct, y),
+    np.einsum(f"{results},{wides}->{others}", ct, x),
+  )
+
+
+@in_turns(("case", "wide", "dtype"), CASES, SIDES, FORMATS)
 def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wide, dtype):
   x, y, ct = draw(case, wide, dtype)
   fn = with_wide_cotangent(contraction_of(case, wide, dtype))
@@ -79,12 +94,10 @@ def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wid
   out, x_bar, y_bar = run(x, y, ct)
   assert [a.dtype for a in (out, x_bar, y_bar)] == [dtype, jnp.float32, dtype]
 
-  wides, others, results = case[wide], case[1 - wide], case[2]
-  x64, y64, ct64 = map(float64, (x, y, ct))
   close = functools.partial(np.testing.assert_allclose, atol=8 * float(jnp.finfo(dtype).eps))
-  close(float64(out), np.einsum(f"{wides},{others}->{results}", x64, y64))
-  close(float64(y_bar), np.einsum(f"{results},{wides}->{others}", ct64, x64))
-  exact = np.einsum(f"{results},{others}->{wides}", ct64, y64)
+  close(float64(out), product(case, wide, x, y))
+  exact, other = cotangents(case, wide, x, y, ct)
+  close(float64(y_bar), other)
   np.testing.assert_allclose(x_bar, exact, atol=1e-5)
 
 
@@ -106,8 +119,7 @@ def derivatives(fn, x, y, ct):
   ]
 
 
-@some_cases
-@every_side
+@in_turns(("case", "wide"), SOME_CASES, SIDES)
 def test_its_derivatives_are_those_of_the_matmul(case, wide):
   contraction = contraction_of(case, wide, jnp.bfloat16)
   fns = with_wide_cotangent(contraction), contraction.run
@@ -116,10 +128,11 @@ def test_its_derivatives_are_those_of_the_matmul(case, wide):
     assert_close(found, want)
 
 
-@some_cases
-@every_side
-@pytest.mark.parametrize("axes", [(0, 0), (1, None), (None, -1)], ids=["both", "first", "second"])
-def test_it_maps_over_examples(case, wide, axes):
+AXES = {"both": (0, 0), "first": (1, None), "second": (None, -1)}
+
+
+@in_turns(("case", "axes", "wide"), SOME_CASES, AXES, SIDES)
+def test_it_maps_over_examples(case, axes, wide):
   x, y, ct = map(np.asarray, draw(case, wide, jnp.bfloat16))
   fn = with_wide_cotangent(contraction_of(case, wide, jnp.bfloat16))
   if axes[0] is not None:
@@ -127,14 +140,14 @@ def test_it_maps_over_examples(case, wide, axes):
   if axes[1] is not None:
     y = np.stack([y, y + y.dtype.type(1), -y], axes[1])
   gradient = lambda x, y: jax.vjp(fn, x, y)[1](ct)
-  tangent = lambda x, y: jax.jvp(fn, (x, y), (1 - x, 1 - y))[1]
-  mapped, single = jax.jit(jax.vmap(gradient, axes))(x, y), jax.jit(gradient)
+  mapped = jax.jit(jax.vmap(gradient, axes))(x, y)
   along = jax.jit(lambda x, y: jax.jvp(jax.vmap(fn, axes), (x, y), (1 - x, 1 - y))[1])(x, y)
   for n in range(3):
     one = [v if a is None else np.take(v, n, a) for v, a in zip((x, y), axes, strict=True)]
-    for found, want in zip(mapped, single(*one), strict=True):
+    for found, want in zip(mapped, cotangents(case, wide, *one, ct), strict=True):
       assert_close(found[n], want)
-    assert_close(along[n], jax.jit(tangent)(*one))
+    x_n, y_n = one
+    assert_close(along[n], product(case, wide, 1 - x_n, y_n) + product(case, wide, x_n, 1 - y_n))
 
 
 def float32_results(dots):
@@ -199,10 +212,12 @@ def test_scores_that_were_rounded_leave_the_cotangent_of_their_weights_in_16_bit
   assert not float32_results(dots)
 
 
-def second_derivatives(fn, operands):
+def second_derivatives(loss, operands):
   """Every block of the Hessian, of operand b by operand a."""
   pairs = [(a, b) for a in range(len(operands)) for b in range(len(operands))]
-  return [jax.jacfwd(jax.grad(fn, a), b)(*operands) for a, b in pairs]
+  return jax.jit(lambda *args: [jax.jacfwd(jax.grad(loss, a), b)(*args) for a, b in pairs])(
+    *operands
+  )
 
 
 def convolved(w, x):
@@ -234,11 +249,9 @@ TWICE = {
 }
 
 
-@every_format
-@pytest.mark.parametrize("fn", TWICE.values(), ids=TWICE.keys())
-def test_every_block_of_second_derivatives_is_there(fn, dtype):
+@in_turns(("fn", "policy"), TWICE, POLICIES)
+def test_every_block_of_second_derivatives_is_there(fn, policy):
   """The gradient by the data depends on the parameters, as in a gradient penalty."""
-  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
   w = jax.random.normal(jax.random.key(0), (8, 8)) / 3
   x = jax.random.normal(jax.random.key(1), (16, 8))
 
@@ -296,21 +309,22 @@ OTHERS = {
 }
 
 
-@every_format
-@pytest.mark.parametrize("mix", OTHERS.values(), ids=OTHERS.keys())
+@in_turns(("mix", "policy"), OTHERS, POLICIES)
 @pytest.mark.usefixtures("standard_promotion")
-def test_weights_mix_whatever_they_mix_in_float32(mix, dtype):
-  policy = {jnp.bfloat16: "mixed_bfloat16", jnp.float16: "mixed_float16"}[dtype]
+def test_weights_mix_whatever_they_mix_in_float32(mix, policy):
   x = jax.random.normal(jax.random.key(0), (16, 16))
 
   def loss(x):
     out = mix(jax.nn.softmax(jnp.log1p(x**2)), x)
     return jnp.sum(out.astype(jnp.float32) ** 2), out
 
+  def result_and_gradient(fn):
+    return jax.jit(lambda x: (fn(x)[1], jax.grad(fn, has_aux=True)(x)[0]))(x)
+
   cast = mpjax.autocast(loss, policy, argnums=())
-  assert cast(x)[1].dtype == loss(x)[1].dtype
-  for fn in (lambda f: f(x)[1], lambda f: jax.grad(f, has_aux=True)(x)[0]):
-    assert_close(fn(cast), fn(loss))
+  for found, want in zip(*map(result_and_gradient, (cast, loss)), strict=True):
+    assert found.dtype == want.dtype
+    assert_close(found, want)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
@@ -362,8 +376,7 @@ def test_it_has_a_taylor_series():
 @pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())
 def test_a_linear_function_is_transposed(linear):
   def transposed(fn):
-    out = fn(QUERY)
-    return jax.linear_transpose(fn, QUERY)(out)[0]
+    return jax.jit(lambda q: jax.linear_transpose(fn, q)(fn(q))[0])(QUERY)
 
   assert_close(transposed(mpjax.autocast(linear, "mixed_bfloat16", argnums=())), transposed(linear))
 
@@ -388,9 +401,11 @@ def test_two_softmaxes_that_one_matmul_reads_are_both_stored_in_16_bits():
     assert_close(loss(cast), loss(mix))
 
 
-@pytest.mark.parametrize("sizes", [(5, 6, 4), (64, 64, 32)], ids=["small", "large"])
-@pytest.mark.parametrize("spec", ["bij,bjk->ki", "bij,bjk->bki", "bij,bjk->kbi"])
-@every_format
+TURNED = ("bij,bjk->ki", "bij,bjk->bki", "bij,bjk->kbi")
+SHAPES = {"small": (5, 6, 4), "large": (64, 64, 32)}
+
+
+@in_turns(("spec", "sizes", "dtype"), TURNED, SHAPES, FORMATS)
 def test_a_compiled_gradient_has_a_kernel_whatever_the_order(spec, sizes, dtype):
   """XLA must not turn the matmul of a wide cotangent into one that it cannot run on a CPU."""
   draw = np.random.default_rng(0).standard_normal

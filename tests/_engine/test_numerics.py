@@ -17,6 +17,7 @@ from jax import lax
 
 import mpjax
 from _jaxprs import contractions, equations, result_dtypes, wide_contractions
+from _turns import in_turns
 from zoo import linen_models, nnx_models
 from zoo.cases import Batch, Case
 
@@ -52,12 +53,16 @@ def scanned_elementwise(weight, x):
   return lax.scan(step, 0.0, None, length=4000)[0]
 
 
-@every_policy
-@pytest.mark.parametrize(
-  ("fn", "uses"), [(scanned, 4000), (unrolled, 300), (scanned_elementwise, 4000)]
-)
-@pytest.mark.parametrize("order", ["inside", "around"])
-def test_a_weight_used_many_times_gets_an_exact_gradient(fn, uses, order, policy):
+USES = {
+  "scanned": (scanned, 4000),
+  "unrolled": (unrolled, 300),
+  "rows": (scanned_elementwise, 4000),
+}
+
+
+@in_turns(("used", "order", "policy"), USES, ("around", "inside"), reversed(COMPUTE))
+def test_a_weight_used_many_times_gets_an_exact_gradient(used, order, policy):
+  fn, uses = used
   transforms = [jax.grad, functools.partial(mpjax.autocast, policy=policy)]
   outer, inner = transforms if order == "inside" else transforms[::-1]
   assert outer(inner(fn))(jnp.ones((1, 1)), jnp.ones((1, 1))) == uses
@@ -182,9 +187,10 @@ def nnx_norm(norm, x, dtype=None, policy="float32"):
   return call.jaxpr, *call.lower().compile()(x)
 
 
-@every_policy
-@pytest.mark.parametrize("run", [linen_norm, nnx_norm], ids=["linen", "nnx"])
-@pytest.mark.parametrize("norm", ["BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm"])
+NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm")
+
+
+@in_turns(("norm", "run", "policy"), NORMS, {"linen": linen_norm, "nnx": nnx_norm}, list(COMPUTE))
 def test_statistics_are_float32_and_as_good_as_flaxs(norm, run, policy):
   dtype = COMPUTE[policy]
   draw = 8 + np.random.default_rng(0).standard_normal((64, 16))
@@ -225,9 +231,9 @@ def nnx_spectral(x, seed, policy="float32", dtype=None):
   return jax.make_jaxpr(call)(state, x), jax.jit(call)(state, x)
 
 
-@every_policy
-@pytest.mark.parametrize("run", [linen_spectral, nnx_spectral], ids=["linen", "nnx"])
-@pytest.mark.parametrize("seed", [0, 1])
+@in_turns(
+  ("run", "policy", "seed"), {"linen": linen_spectral, "nnx": nnx_spectral}, list(COMPUTE), [0, 1]
+)
 def test_a_power_iteration_is_float32_as_flaxs_is(run, seed, policy):
   dtype = COMPUTE[policy]
   draw = np.random.default_rng(seed).standard_normal((1, 16))  # one example is not a model's own
@@ -380,10 +386,9 @@ SENSITIVE = {
 }
 
 
-@every_policy
-@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["small", "large"])
-@pytest.mark.parametrize(("fn", "truth"), SENSITIVE.values(), ids=SENSITIVE.keys())
-def test_softmax_and_losses_are_within_an_ulp_of_float64(fn, truth, scale, policy):
+@in_turns(("sensitive", "scale", "policy"), SENSITIVE, {"small": 1.0, "large": 8.0}, list(COMPUTE))
+def test_softmax_and_losses_are_within_an_ulp_of_float64(sensitive, scale, policy):
+  fn, truth = sensitive
   dtype = COMPUTE[policy]
   draw = scale * np.random.default_rng(1).standard_normal((32, 16))
   logits = np.asarray(jnp.asarray(draw, dtype), np.float32)
@@ -440,13 +445,13 @@ JAX_ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("ours", "theirs"), JAX_ATTENTION.values(), ids=JAX_ATTENTION.keys())
-def test_jax_attention_is_as_exact_as_by_hand(ours, theirs, masked):
+@in_turns(("attention", "masked"), JAX_ATTENTION, [False, True])
+def test_jax_attention_is_as_exact_as_by_hand(attention, masked):
   """As a kernel it keeps its float32 scores, else it rounds them as an einsum by hand does.
 
   Float16 by hand does not run on a CPU.
   """
+  ours, theirs = attention
   weights = np.cos(np.arange(16)).reshape(1, 1, 1, 16).astype(np.float32)
   operands = [
     x.astype(jnp.bfloat16) for x in jax.random.normal(jax.random.key(0), (3, 2, 32, 4, 16))
@@ -473,9 +478,7 @@ def test_the_scores_of_jax_attention_have_16_bit_derivatives(policy):
     assert wide_contractions(jax.make_jaxpr(fn)(*operands), COMPUTE[policy].name) == []
 
 
-@every_policy
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-@pytest.mark.parametrize("order", ["value", "gradient"])
+@in_turns(("mask", "order", "policy"), MASKS, ["value", "gradient"], list(COMPUTE))
 def test_a_masked_softmax_is_finite_where_float32_is(mask, order, policy):
   keep = jnp.asarray(np.tri(8, dtype=bool) & (np.arange(8) != 3)[:, None])  # row 3: nothing kept
   x = jnp.asarray(np.random.default_rng(3).integers(-2, 3, (8, 8)), jnp.float32)
@@ -493,9 +496,8 @@ def test_a_masked_softmax_is_finite_where_float32_is(mask, order, policy):
   assert error(ours, truth) < 3 * float(jnp.finfo(COMPUTE[policy]).eps)
 
 
-@functools.cache
-def masked_attention(api, dropout):
-  """What a layer of attention, of whose rows one sees nothing, returns under every policy."""
+def masked_attention(api, dropout, policy):
+  """What a layer of attention, of whose rows one sees nothing, returns with and without policy."""
   x = jax.random.normal(jax.random.key(0), (2, 6, 8))
   keep = jnp.ones((2, 1, 6, 6), bool).at[0, :, 2].set(False)
   if api == "linen":
@@ -515,26 +517,28 @@ def masked_attention(api, dropout):
       model = mpjax.apply_policy(nnx.merge(graph, state, copy=True), policy)
       return model(x, mask=keep, deterministic=False)
 
-  return jax.jit(lambda: {policy: run(policy) for policy in ("float32", *COMPUTE)})()
+  return jax.jit(lambda: (run(policy), run("float32")))()
 
 
-@every_policy
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("api", ["linen", "nnx"])
+@in_turns(("api", "dropout", "policy"), ["linen", "nnx"], [0.0, 0.3], list(COMPUTE))
 def test_multi_head_attention_with_a_fully_masked_row_is_finite(api, dropout, policy):
-  found = masked_attention(api, dropout)
-  ours, truth = found[policy], found["float32"]
+  ours, truth = masked_attention(api, dropout, policy)
   assert np.isfinite(ours).all()
   assert error(ours, truth) < 4 * float(jnp.finfo(COMPUTE[policy]).eps)
 
 
 # Recurrent carries -------------------------------------------------------------------------------
 
-CELLS = [
-  *(("linen", cell) for cell in (nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell)),
-  *(("nnx", cell) for cell in (nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell)),
-]
-SIMPLE_CELLS = [("linen", nn.SimpleCell), ("nnx", nnx.SimpleCell)]
+
+def named(api, *cells):
+  return {f"{api}-{cell.__name__}": (api, cell) for cell in cells}
+
+
+CELLS = {
+  **named("linen", nn.LSTMCell, nn.OptimizedLSTMCell, nn.GRUCell, nn.MGUCell),
+  **named("nnx", nnx.LSTMCell, nnx.OptimizedLSTMCell, nnx.GRUCell),
+}
+SIMPLE_CELLS = {**named("linen", nn.SimpleCell), **named("nnx", nnx.SimpleCell)}
 
 
 def long_text(seed):
@@ -563,28 +567,22 @@ def recurrent_truth(case):
   return recurrent_outputs(case, case.module())[1]
 
 
-def cell_id(value):
-  return value if isinstance(value, str) else value.__name__
-
-
-@every_policy
-@pytest.mark.parametrize(("api", "cell"), CELLS, ids=cell_id)
-def test_a_cell_runs_a_long_sequence_as_well_as_flaxs(api, cell, policy):
-  case = recurrent(api, cell)
+@in_turns(("cell", "policy"), CELLS, list(COMPUTE))
+def test_a_cell_runs_a_long_sequence_as_well_as_flaxs(cell, policy):
+  case = recurrent(*cell)
   jaxpr, ours = recurrent_outputs(case, mpjax.apply_policy(case.module(), policy))
   _, by_hand = recurrent_outputs(case, case.module(COMPUTE[policy]))
   assert wide_contractions(jaxpr, COMPUTE[policy].name) == []
   assert error(ours, recurrent_truth(case)) <= 1.01 * error(by_hand, recurrent_truth(case))
 
 
-@every_policy
-@pytest.mark.parametrize(("api", "cell"), SIMPLE_CELLS, ids=cell_id)
-def test_a_simple_cell_runs_where_flaxs_dtype_breaks_its_carry(api, cell, policy):
-  case = recurrent(api, cell)
+@in_turns(("cell", "policy"), SIMPLE_CELLS, list(COMPUTE))
+def test_a_simple_cell_runs_where_flaxs_dtype_breaks_its_carry(cell, policy):
+  case = recurrent(*cell)
   jaxpr, ours = recurrent_outputs(case, mpjax.apply_policy(case.module(), policy))
   assert wide_contractions(jaxpr, COMPUTE[policy].name) == []
   assert error(ours, recurrent_truth(case)) < 4 * float(jnp.finfo(COMPUTE[policy]).eps)
-  if api == "linen":
+  if case.api == "linen":
     with pytest.raises(TypeError, match="carry"):
       recurrent_outputs(case, case.module(COMPUTE[policy]))
 

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 import mpjax
 from _jaxprs import equations, wide_contractions
+from _turns import in_turns
 from mpjax._core.policy_map import as_policy_map
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import DATA, PARAM
@@ -86,8 +86,7 @@ def gradient_in_float32(place):
   return jax.jit(jax.grad(loss(place)))(*numbers())
 
 
-@pytest.mark.parametrize("policy", COMPUTE)
-@pytest.mark.parametrize("place", PLACES)
+@in_turns(("place", "policy"), list(PLACES), list(COMPUTE))
 def test_it_runs_in_float32_and_the_matmuls_around_it_do_not(place, policy):
   fn, want = loss(place), gradient_in_float32(place)
   for cast in (jax.grad(mpjax.autocast(fn, policy)), mpjax.autocast(jax.grad(fn), policy)):

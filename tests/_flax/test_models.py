@@ -4,12 +4,13 @@
 a policy in two ways: `module`, where `apply_policy` wraps the model and the loss stays outside, and
 `loss`, where `autocast` wraps the whole loss.
 
-What types say is asked of every model in every way; numbers, which take a compilation, of every
-architecture in both APIs, both formats and both ways, each of them once. The rest of the square is
-`slow`.
+Of an architecture's eight combinations of API, format and way, every run asks what types say of two
+that are opposite in every respect, and numbers, which take three compilations, of one of these, the
+eight taking turns over the architectures. The rest of the square is `slow`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jax.extend.core import jaxpr_as_fun
 
 import mpjax
 from _jaxprs import as_many_matmuls, wide_contractions
+from _turns import in_turns
 from zoo.cases import CASES, Case, Pure, filled
 
 # Flax's norms and hand-written 16-bit models, and adamw, mix dtypes.
@@ -33,9 +35,6 @@ LOSS_SCALE = 2.0**10  # keeps float16 gradients above the subnormals
 
 # Every rounding that the program asks for happens.
 COMPILER = {"xla_allow_excess_precision": False}
-
-every_policy = pytest.mark.parametrize("policy", COMPUTE)
-either_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -127,41 +126,8 @@ def paths(tree: Any) -> list[str]:
   return [f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}" for path, leaf in leaves]
 
 
-@every_policy
-@either_way
-def test_loss_and_gradient_hold_no_wide_matmul(case, policy, way):
-  jaxpr = traced(case, policy, way).jaxpr
-  assert wide_contractions(jaxpr, COMPUTE[policy]) == []
-  assert as_many_matmuls(jaxpr, traced(case).jaxpr)
-
-
-@every_policy
-@either_way
-def test_loss_state_and_gradients_keep_their_paths_and_float32(case, policy, way):
-  ours, plain = traced(case, policy, way), traced(case)
-  assert ours.loss.dtype == jnp.float32
-  assert paths(ours.grads) == paths(plain.grads)
-  assert paths(ours.state) == paths(plain.state)
-
-
-@every_policy
-def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, policy):
-  model, plain = pure(case, policy, "module"), pure(case)
-  assert paths(model.params) == paths(plain.params)
-  assert float_dtypes(model.params) == {"float32"}
-  optimizer = optax.adamw(1e-3)
-
-  def update(params, grads):
-    updates, state = optimizer.update(grads, optimizer.init(params), params)
-    return optax.apply_updates(params, updates), state
-
-  params, state = jax.eval_shape(update, plain.params, traced(case, policy, "module").grads)
-  assert float_dtypes((params, state)) == {"float32"}
-  assert paths(state) == paths(jax.eval_shape(optimizer.init, plain.params))
-
-
-def quick(case: Case, policy: str, way: str) -> bool:
-  """Whether the numbers of a combination are tried in every run.
+def is_typed(case: Case, policy: str, way: str) -> bool:
+  """Whether the types of a combination are asked for in every run.
 
   Of an architecture's eight these are two, opposite in every respect: Linen and NNX, the one format
   and the other, around the module and around the loss. The formats take turns over the
@@ -172,7 +138,13 @@ def quick(case: Case, policy: str, way: str) -> bool:
   return policy == formats[(place + nnx) % 2] and way == ways[(place // 2 + nnx) % 2]
 
 
-def combinations(*names: str) -> pytest.MarkDecorator:
+def is_measured(case: Case, policy: str, way: str) -> bool:
+  """Whether its numbers are: of those two in Linen for four architectures, in NNX for the next."""
+  place, nnx = divmod(CASES.index(case), 2)
+  return is_typed(case, policy, way) and nnx == place // 4 % 2
+
+
+def combinations(quick: Callable[[Case, str, str], bool], *names: str) -> pytest.MarkDecorator:
   """Every combination of a case, a policy and a way; those that are not `quick` are slow."""
   return pytest.mark.parametrize(
     ("case", "policy", "way"),
@@ -193,7 +165,38 @@ def combinations(*names: str) -> pytest.MarkDecorator:
   )
 
 
-@combinations()
+@combinations(is_typed)
+def test_loss_and_gradient_hold_no_wide_matmul(case, policy, way):
+  jaxpr = traced(case, policy, way).jaxpr
+  assert wide_contractions(jaxpr, COMPUTE[policy]) == []
+  assert as_many_matmuls(jaxpr, traced(case).jaxpr)
+
+
+@combinations(is_typed)
+def test_loss_state_and_gradients_keep_their_paths_and_float32(case, policy, way):
+  ours, plain = traced(case, policy, way), traced(case)
+  assert ours.loss.dtype == jnp.float32
+  assert paths(ours.grads) == paths(plain.grads)
+  assert paths(ours.state) == paths(plain.state)
+
+
+@combinations(is_typed)
+def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, policy, way):
+  model, plain = pure(case, policy, "module"), pure(case)
+  assert paths(model.params) == paths(plain.params)
+  assert float_dtypes(model.params) == {"float32"}
+  optimizer = optax.adamw(1e-3)
+
+  def update(params, grads):
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = jax.eval_shape(update, plain.params, traced(case, policy, way).grads)
+  assert float_dtypes((params, state)) == {"float32"}
+  assert paths(state) == paths(jax.eval_shape(optimizer.init, plain.params))
+
+
+@combinations(is_measured)
 def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   truth = ran(case).grads
   ours = relative_errors(ran(case, policy, way).grads, truth)
@@ -207,7 +210,7 @@ def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   )
 
 
-@combinations("resnet")
+@combinations(is_measured, "resnet")
 def test_batchnorm_statistics_are_as_good_as_by_hand(case, policy, way):
   truth = ran(case).state
   ours, by_hand = ran(case, policy, way).state, ran(case, policy, "by_hand").state
@@ -217,10 +220,9 @@ def test_batchnorm_statistics_are_as_good_as_by_hand(case, policy, way):
   assert squares(jax.tree.map(np.subtract, ours, pure(case).state)).min() > 0
 
 
-@pytest.mark.parametrize(
-  "policy",
-  ["float32", mpjax.PolicyMap({".*": "float32"}, default="float32")],
-  ids=["spec", "map"],
-)
+FLOAT32 = {"spec": "float32", "map": mpjax.PolicyMap({".*": "float32"}, default="float32")}
+
+
+@in_turns(("case", "policy"), {str(case): case for case in CASES}, FLOAT32)
 def test_an_all_float32_policy_adds_no_equation(case, policy):
   assert str(traced(case, policy, "module").jaxpr) == str(traced(case).jaxpr)

@@ -137,21 +137,21 @@ def test_growth_counts_optimizer_steps_and_not_micro_steps():
   tx = mpjax.dynamic_loss_scaling(
     optax.MultiSteps(optax.sgd(1.0), 3), init_scale=8, growth_interval=2
   )
-  state = tx.init(PARAMS)
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
   trail = []
   for _ in range(12):
-    _, state = tx.update(scaled(TRUE, state), state, PARAMS)
+    _, state = update(scaled(TRUE, state), state, PARAMS)
     trail.append(float(state.scale))
   assert trail == [8] * 5 + [16] * 6 + [32]
 
 
 def test_a_bad_micro_batch_is_left_out_of_its_window_with_multisteps_inside():
   tx = mpjax.dynamic_loss_scaling(optax.MultiSteps(optax.sgd(1.0), 2), init_scale=8)
-  state = tx.init(PARAMS)
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
   params = PARAMS
   for event in ".n.":  # the mean of the two good ones, each unscaled by its own scale
     grads = TRUE if event == "." else spoiled(TRUE)
-    updates, state = tx.update(scaled(grads, state), state, params)
+    updates, state = update(scaled(grads, state), state, params)
     params = optax.apply_updates(params, updates)
   close(params, jax.tree.map(lambda p, g: p - g, PARAMS, TRUE))
   assert float(mpjax.loss_scale(state)) == 4
@@ -168,10 +168,10 @@ def test_the_accumulator_inside_is_float32_for_float16_gradients():
 def test_multisteps_outside_would_keep_a_nan_for_ever():
   """optax clears its accumulator by ``(1 - emit) * acc``, and 0 * nan is nan: hence the refusal."""
   tx = optax.MultiSteps(mpjax.dynamic_loss_scaling(optax.sgd(1.0), init_scale=8), 2)
-  state = tx.init(PARAMS)
+  state, update = tx.init(PARAMS), jax.jit(tx.update)
   params = PARAMS
   for event in ".n" + "." * 8:
-    updates, state = tx.update(TRUE if event == "." else spoiled(TRUE), state, params)
+    updates, state = update(TRUE if event == "." else spoiled(TRUE), state, params)
     params = optax.apply_updates(params, updates)
   assert np.isnan(np.asarray(state.acc_grads["w"][0]))
   assert bits(params) == bits(PARAMS)

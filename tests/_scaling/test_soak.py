@@ -20,7 +20,7 @@ def check(case):
   "case",
   [
     soak.Case("adamw", "clip", "mixed_float16", 400, 1),
-    soak.Case("lion", "accumulate", "mixed_float16", 400, 2),
+    pytest.param(soak.Case("lion", "accumulate", "mixed_float16", 400, 2), marks=pytest.mark.slow),
     soak.Case("sgd, momentum", "master_weights", "bfloat16", 400, 3),
   ],
   ids=lambda case: f"{case.optimizer} {case.wrapper}",

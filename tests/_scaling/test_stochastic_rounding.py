@@ -1,5 +1,7 @@
 """16-bit parameters and moments, rounded stochastically: right on average, alike everywhere."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _turns import in_turns
 from mpjax._scaling import optimizers, scaling_state, states
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.rounding import StochasticRoundingState, round_by_bits
@@ -231,6 +234,11 @@ def three_steps(place=lambda tree: tree, wrap=jax.jit):
   return carry
 
 
+@functools.cache
+def bits_of_three_steps():
+  return bits(three_steps())
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_bits_are_the_same_however_parameters_are_sharded_over_eight_devices(kind):
   mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
@@ -242,11 +250,11 @@ def test_the_bits_are_the_same_however_parameters_are_sharded_over_eight_devices
   for where in (spec, lambda leaf: NamedSharding(mesh, P())):
     got = three_steps(lambda t, w=where: jax.device_put(t, jax.tree.map(w, t)))
     assert got[0]["w"].sharding.num_devices == 8
-    assert bits(got) == bits(three_steps())
+    assert bits(got) == bits_of_three_steps()
 
 
 def test_the_bits_are_the_same_on_every_replica_of_shard_map_pmap_and_vmap():
-  expected = bits(three_steps())
+  expected = bits_of_three_steps()
   mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 
   def replicated(step):
@@ -277,7 +285,7 @@ def _only(x):
 
 def test_a_scan_and_single_updates_give_the_same_bits_and_a_state_is_its_own_type():
   params = mpjax.cast_floating(WIDE, "bfloat16")
-  assert bits(descend(six_bytes(), params, 3, GRADS)) == bits(three_steps())
+  assert bits(descend(six_bytes(), params, 3, GRADS)) == bits_of_three_steps()
   tx = six_bytes()
   state = tx.init(params)
   shapes = jax.eval_shape(lambda s: updated(tx)(params, s, GRADS)[1], state)
@@ -350,26 +358,28 @@ def scale_of(state):
   return 1.0 if found is None else found.scale
 
 
-@pytest.mark.parametrize("name", HALF)
-@pytest.mark.parametrize("place", PLACES)
+@functools.cache
+def ten_steps_in_float32(name):
+  """The parameters that start from 16-bit ones and are trained in float32."""
+  tx, params = optax.adamw(1e-2), mpjax.cast_floating(mpjax.cast_floating(WIDE, name), "float32")
+  return descend(tx, params, 10, GRADS)[0]
+
+
+@in_turns(("place", "name"), list(PLACES), list(HALF))
 def test_parameters_follow_float32_ones_wherever_the_wrappers_stand(place, name):
   """Within the noise of their roundings; and what is held has the dtypes that it should have."""
   half = mpjax.cast_floating(WIDE, name)
-  wide = mpjax.cast_floating(half, "float32")
   frozen = bits(half["b"]) if "partition" in place else None
-  tx, plain = PLACES[place](), optax.adamw(1e-2)
+  tx = PLACES[place]()
   steps = 20 if "MultiSteps" in place else 10
-  state, reference = tx.init(half), plain.init(wide)
-  update, plain_update = jax.jit(tx.update), jax.jit(plain.update)
+  state, update = tx.init(half), jax.jit(tx.update)
   dtypes = jax.tree.map(lambda x: x.dtype, state)
   for _ in range(steps):
     scale = scale_of(state)
     grads = jax.tree.map(lambda g, f=scale: g * f, GRADS)
     updates, state = update(grads, state, half)
     half = optax.apply_updates(half, updates)
-  for _ in range(10):
-    updates, reference = plain_update(GRADS, reference, wide)
-    wide = optax.apply_updates(wide, updates)
+  wide = ten_steps_in_float32(name)
   assert jax.tree.map(lambda x: x.dtype, state) == dtypes
   assert {x.dtype.name for x in jax.tree.leaves(half)} == {name}
   moved = jax.tree.map(lambda h, w: np.abs(np.asarray(h, np.float32) - w).max(), half, wide)
@@ -484,8 +494,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_any_optimizer_trains_as_it_does_with_float32_states(name):
+WRAPPED = {"states": (mpjax.bfloat16_states, "float32"), "both": (six_bytes, "bfloat16")}
+
+
+@in_turns(("name", "wrapped"), list(OPTIMIZERS), WRAPPED)
+def test_any_optimizer_trains_as_it_does_with_float32_states(name, wrapped):
   """The loss falls as far; scalars, counts and factored moments keep their dtypes."""
   x = jax.random.normal(jax.random.key(1), (64, 16))
   y = jnp.tanh(x @ jax.random.normal(jax.random.key(2), (16, 8)))
@@ -507,18 +520,18 @@ def test_any_optimizer_trains_as_it_does_with_float32_states(name):
 
   inner = OPTIMIZERS[name]()
   plain, reference = trained(inner, "float32")
-  for wrapped, dtype in ((mpjax.bfloat16_states(inner), "float32"), (six_bytes(inner), "bfloat16")):
-    params, state = trained(wrapped, dtype)
-    assert float(loss(params)) < 1.03 * float(loss(plain)) + 0.01 < float(loss(WIDE))
-    (found,) = states.find_states(state, BFloat16StatesState) or [
-      states.find_states(s.inner_state, BFloat16StatesState)[0]
-      for s in states.find_states(state, StochasticRoundingState)
-    ]
-    for got, leaf in zip(*map(jax.tree.leaves, (found.inner_state, reference)), strict=True):
-      # Of w the second moment of adafactor is factored.
-      wanted = jnp.bfloat16 if leaf.shape in ((16, 8), (8,)) else leaf.dtype
-      if name != "adafactor" or leaf.shape != (8,):
-        assert got.dtype == wanted
+  wrap, dtype = wrapped
+  params, state = trained(wrap(inner), dtype)
+  assert float(loss(params)) < 1.03 * float(loss(plain)) + 0.01 < float(loss(WIDE))
+  (found,) = states.find_states(state, BFloat16StatesState) or [
+    states.find_states(s.inner_state, BFloat16StatesState)[0]
+    for s in states.find_states(state, StochasticRoundingState)
+  ]
+  for got, leaf in zip(*map(jax.tree.leaves, (found.inner_state, reference)), strict=True):
+    # Of w the second moment of adafactor is factored.
+    wanted = jnp.bfloat16 if leaf.shape in ((16, 8), (8,)) else leaf.dtype
+    if name != "adafactor" or leaf.shape != (8,):
+      assert got.dtype == wanted
 
 
 def paths_in_bfloat16(tx, params):

@@ -1,8 +1,11 @@
-"""Every optimizer of optax and optax.contrib runs in both train steps with a loss scaler.
+"""Every optimizer of optax and optax.contrib runs in the train steps with a loss scaler.
 
 The list is read from the packages: one that a new optax adds is tried, or must be given the
-arguments that it needs. `python -m benchmarks.every_optimizer` trains each of them with faults.
+arguments that it needs. The two steps take turns; `-m slow` runs every one in both and compares
+them. `python -m benchmarks.every_optimizer` trains each of them with faults.
 """
+
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 from flax import nnx
 
 import mpjax
+from _turns import in_turns
 from benchmarks import optimizers
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
@@ -33,27 +37,47 @@ def model_loss(model, x):
   return jnp.mean((x @ model.w[...] - 1.0) ** 2)
 
 
-def train(tx, steps):
-  """The last metrics and parameters of the step of pure functions and of that of NNX."""
+def by_functions(tx, steps):
+  """The last metrics and parameters of the step of pure functions."""
   step, state = mpjax.make_train_step(loss_fn, tx), mpjax.TrainState.create({"w": W}, tx)
-  model = Model()
-  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-  nnx_step = mpjax.nnx.make_train_step(model_loss)
   for _ in range(steps):
     state, metrics = step(state, X)
-    nnx_metrics = nnx_step(model, optimizer, X)
-  return (metrics, state.params["w"]), (nnx_metrics, model.w[...])
+  return metrics, state.params["w"]
 
 
-@pytest.mark.parametrize("name", optimizers.NAMES)
-def test_an_optimizer_of_optax_is_applied_in_both_steps_with_a_loss_scaler(name):
-  tx = mpjax.dynamic_loss_scaling(optimizers.build(name))
-  (metrics, w), (nnx_metrics, nnx_w) = train(tx, 2)  # some learn the size of gradients first
+def by_nnx(tx, steps):
+  """Those of the step of NNX."""
+  model = Model()
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  step = mpjax.nnx.make_train_step(model_loss)
+  for _ in range(steps):
+    metrics = step(model, optimizer, X)
+  return metrics, model.w[...]
+
+
+TRAINED = {"functions": by_functions, "nnx": by_nnx}
+STEPS = 2  # some learn the size of gradients first
+
+
+@in_turns(("name", "train"), optimizers.NAMES, TRAINED)
+def test_an_optimizer_of_optax_is_applied_with_a_loss_scaler(name, train):
+  metrics, w = train(mpjax.dynamic_loss_scaling(optimizers.build(name)), STEPS)
   assert metrics.applied
-  assert nnx_metrics.applied
   assert np.isfinite(w).all()
   assert (w != W).any()
-  np.testing.assert_allclose(nnx_w, w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name == "adamw" else pytest.mark.slow)
+    for name in optimizers.NAMES
+  ],
+)
+def test_both_steps_take_an_optimizer_to_the_same_parameters(name):
+  tx = mpjax.dynamic_loss_scaling(optimizers.build(name))
+  one, other = (train(tx, STEPS)[1] for train in TRAINED.values())
+  np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_listed_is_still_there():
@@ -75,10 +99,14 @@ HOLDERS = {
 }
 
 
-@pytest.mark.parametrize("holder", HOLDERS)
-def test_sam_inside_of_another_transformation_does_what_it_does_alone(holder):
-  alone, _ = train(mpjax.dynamic_loss_scaling(sam()), 3)
-  held = train(mpjax.dynamic_loss_scaling(HOLDERS[holder](sam())), 3)
-  for metrics, w in held:
-    np.testing.assert_allclose(metrics.loss, alone[0].loss, rtol=1e-5)
-    np.testing.assert_allclose(w, alone[1], rtol=1e-5)
+@functools.cache
+def sam_alone():
+  return by_functions(mpjax.dynamic_loss_scaling(sam()), 3)
+
+
+@in_turns(("hold", "train"), HOLDERS, TRAINED)
+def test_sam_inside_of_another_transformation_does_what_it_does_alone(hold, train):
+  metrics, w = train(mpjax.dynamic_loss_scaling(hold(sam())), 3)
+  alone, alone_w = sam_alone()
+  np.testing.assert_allclose(metrics.loss, alone.loss, rtol=1e-5)
+  np.testing.assert_allclose(w, alone_w, rtol=1e-5)

@@ -5,6 +5,7 @@ Run as a script this draws the house: ``python tests/house/test_layout.py``.
 """
 
 import ast
+import functools
 import graphlib
 import re
 from collections import Counter
@@ -63,9 +64,14 @@ def room_of(module: str) -> str:
   return module.split(".")[0].replace("__main__", "cli")
 
 
+@functools.cache
+def known_modules() -> set[str]:
+  return {module_name(module) for module in MODULES}
+
+
 def imported_siblings(path: Path) -> set[str]:
   """The modules of mpjax that a module imports."""
-  known = {module_name(module) for module in MODULES}
+  known = known_modules()
   found = set()
   for name in imported_names(path):
     package, *rest = name.split(".")
@@ -76,7 +82,10 @@ def imported_siblings(path: Path) -> set[str]:
   return found - {module_name(path)}
 
 
-IMPORTS = {module_name(path): imported_siblings(path) for path in MODULES}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+  """Of every module, by name."""
+  return {module_name(path): imported_siblings(path) for path in MODULES}
 
 
 def public_functions(node: ast.Module | ast.ClassDef, where: str) -> Iterator[tuple[str, Function]]:
@@ -116,13 +125,13 @@ def unannotated(function: Function) -> list[str]:
 
 def test_every_room_has_a_floor() -> None:
   assert len(FLOOR) == sum(map(len, FLOORS)) and len(FLOORS) <= 10
-  assert {room_of(module) for module in IMPORTS} == set(FLOOR)
+  assert {room_of(module) for module in imports()} == set(FLOOR)
 
 
 def test_an_import_points_down_or_stays_in_its_room() -> None:
   upward = [
     f"{module} -> {other}"
-    for module, others in IMPORTS.items()
+    for module, others in imports().items()
     for other in others
     if room_of(module) != room_of(other) and FLOOR[room_of(other)] >= FLOOR[room_of(module)]
   ]
@@ -130,7 +139,7 @@ def test_an_import_points_down_or_stays_in_its_room() -> None:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-  assert len(list(graphlib.TopologicalSorter(IMPORTS).static_order())) == len(IMPORTS)
+  assert len(list(graphlib.TopologicalSorter(imports()).static_order())) == len(imports())
 
 
 def test_only_public_jax_is_used() -> None:
@@ -213,8 +222,8 @@ def drawing() -> str:
   lines = []
   for number, rooms in reversed([*enumerate(FLOORS, 1)]):
     for room in rooms:
-      inside = [module for module in IMPORTS if room_of(module) == room]
-      arrows = Counter(room_of(o) for m in inside for o in IMPORTS[m] if room_of(o) != room)
+      inside = [module for module in imports() if room_of(module) == room]
+      arrows = Counter(room_of(o) for m in inside for o in imports()[m] if room_of(o) != room)
       below = ", ".join(f"{other} {count}" for other, count in arrows.most_common())
       lines.append(
         f"{number:2}  {room:11} {len(inside):3}  {f'-> {below}' if below else ''}".rstrip()

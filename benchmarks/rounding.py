@@ -181,11 +181,12 @@ def measure(name: str, row: str, seeds: list[int], steps: int) -> report.Row:
     "seeds": len(seeds),
     "scores": [round(run.score, 4) for run in runs],
     "training_loss": round(statistics.mean(run.loss for run in runs), 4),
-    "device": _device(),
+    "device": device(),
   }
 
 
-def _device() -> str:
+def device() -> str:
+  """What the figures were measured on."""
   return "CPU" if jax.default_backend() == "cpu" else meters.card()
 
 
@@ -239,7 +240,7 @@ def main() -> None:
       "rounding",
       "The same training with fewer bytes a parameter",
       "python -m benchmarks.rounding",
-      _device(),
+      device(),
       rows,
       report.table(rows, COLUMNS),
       arguments.out,

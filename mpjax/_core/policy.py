@@ -15,15 +15,21 @@ from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32, parse_dtype
 
 T = TypeVar("T")
 
-Preset = Literal["float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16"]
+Preset = Literal[
+  "float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16", "mixed_float8"
+]
 """The policies that have a name."""
 
-_PRESETS: dict[str, tuple[np.dtype, np.dtype, np.dtype]] = {
-  "float32": (FLOAT32, FLOAT32, FLOAT32),
-  "bfloat16": (BFLOAT16, BFLOAT16, BFLOAT16),
-  "float16": (FLOAT16, FLOAT16, FLOAT16),
-  "mixed_bfloat16": (FLOAT32, BFLOAT16, FLOAT32),
-  "mixed_float16": (FLOAT32, FLOAT16, FLOAT32),
+FLOAT8 = "fp8"
+"""The one format to multiply in that is none to compute in: e4m3 forwards, e5m2 backwards."""
+
+_PRESETS: dict[str, tuple[Any, ...]] = {
+  "float32": (FLOAT32, FLOAT32, FLOAT32, None),
+  "bfloat16": (BFLOAT16, BFLOAT16, BFLOAT16, None),
+  "float16": (FLOAT16, FLOAT16, FLOAT16, None),
+  "mixed_bfloat16": (FLOAT32, BFLOAT16, FLOAT32, None),
+  "mixed_float16": (FLOAT32, FLOAT16, FLOAT32, None),
+  "mixed_float8": (FLOAT32, BFLOAT16, FLOAT32, FLOAT8),
 }
 _KEYS = {
   "params": "param_dtype",
@@ -32,17 +38,26 @@ _KEYS = {
   "c": "compute_dtype",
   "output": "output_dtype",
   "o": "output_dtype",
+  "matmul": "matmul_format",
+  "m": "matmul_format",
 }
 _FORMS = (
   f"A policy must be a preset ({', '.join(_PRESETS)}) or name each of params (p), compute (c) "
   "and output (o) once"
 )
-_EXAMPLE = "Write for example 'mixed_bfloat16' or 'params=float32,compute=bfloat16,output=float32'."
+_EXAMPLE = (
+  "Write for example 'mixed_bfloat16' or 'params=float32,compute=bfloat16,output=float32'; matmul "
+  "(m) may follow, as m=fp8."
+)
 
 
 @dataclass(frozen=True)
 class Policy:
   """What parameters, computation and outputs are held in: three dtypes.
+
+  And, if it is not what computation is held in, what matmuls multiply: ``"fp8"``, float8 under a
+  scale of each operand, for the matmuls of a parameter. What they return, and everything else, has
+  the compute dtype.
 
   A policy is a value: immutable, hashable, equal to another with the same dtypes however those
   were given, and so usable as a static argument of ``jax.jit``. ``str`` prints a spec that
@@ -52,9 +67,12 @@ class Policy:
     param_dtype: The dtype that parameters are stored in.
     compute_dtype: The dtype that matmuls and convolutions take their operands in.
     output_dtype: The dtype of what the function or module returns.
+    matmul_format: ``"fp8"``, or None where matmuls multiply in the compute dtype.
 
   Raises:
-    ValueError: If a dtype is not float32, bfloat16 or float16.
+    ValueError: If a dtype is not float32, bfloat16 or float16; if matmuls are to multiply in a
+      format other than float8, or in float8 while parameters are not float32 or computation is not
+      in bfloat16.
     TypeError: If an argument is not a name, a ``np.dtype`` or a scalar type.
 
   Example:
@@ -69,6 +87,7 @@ class Policy:
   param_dtype: np.dtype
   compute_dtype: np.dtype
   output_dtype: np.dtype
+  matmul_format: str | None = None
 
   def __new__(cls, *args: Any, **kwargs: Any) -> Policy:
     """Names `parse` to those who pass a spec."""
@@ -80,8 +99,16 @@ class Policy:
     return super().__new__(cls)
 
   def __post_init__(self) -> None:
-    for field in fields(self):
-      object.__setattr__(self, field.name, parse_dtype(getattr(self, field.name)))
+    for field in fields(self)[:3]:
+      given = getattr(self, field.name)
+      if _is_float8(given):
+        raise ValueError(
+          f"{field.name} must be float32, bfloat16 or float16. Got {shown(given)}, in which values "
+          "are multiplied, not held. Write m=fp8 beside it: 'p=f32, c=bf16, o=f32, m=fp8', which "
+          "is 'mixed_float8'."
+        )
+      object.__setattr__(self, field.name, parse_dtype(given))
+    object.__setattr__(self, "matmul_format", _read_matmul_format(self))
 
   @classmethod
   def parse(cls, spec: Preset | str) -> Policy:
@@ -89,9 +116,10 @@ class Policy:
 
     Args:
       spec: "float32", "bfloat16", "float16" (all three dtypes the same), "mixed_bfloat16",
-        "mixed_float16" (parameters and outputs float32), or three assignments in any order,
-        such as "params=float32, compute=bfloat16, output=float32" or "p=f32,c=bf16,o=f32".
-        White space is free.
+        "mixed_float16" (parameters and outputs float32), "mixed_float8" (the same as
+        "mixed_bfloat16", and its large matmuls multiply in float8), or three assignments in any
+        order, such as "params=float32, compute=bfloat16, output=float32" or "p=f32,c=bf16,o=f32",
+        and a fourth, "matmul=fp8" or "m=fp8". White space is free.
 
     Returns:
       The policy.
@@ -126,17 +154,45 @@ class Policy:
     return (
       f"params={self.param_dtype.name},compute={self.compute_dtype.name},"
       f"output={self.output_dtype.name}"
+      + (f",matmul={self.matmul_format}" if self.matmul_format else "")
     )
 
   def __repr__(self) -> str:
     return f"Policy.parse({str(self)!r})"
 
 
-FLOAT32_POLICY = Policy(FLOAT32, FLOAT32, FLOAT32)
+_FLOAT8_NAMES = {"fp8", "float8"}
 
 
-def _read_assignments(spec: str) -> dict[str, np.dtype]:
-  dtypes: dict[str, np.dtype] = {}
+def _is_float8(value: Any) -> bool:
+  """Whether a dtype, or the name of one, is a float8 format."""
+  if isinstance(value, str):
+    name = value.strip().lower()
+    return name in _FLOAT8_NAMES or name.startswith(("float8_", "f8_", "e4m3", "e5m2"))
+  return getattr(value, "__name__", getattr(value, "name", "")).startswith("float8_")
+
+
+def _read_matmul_format(policy: Policy) -> str | None:
+  given = policy.matmul_format
+  if given is None:
+    return None
+  if not (isinstance(given, str) and given.strip().lower() in _FLOAT8_NAMES):
+    raise ValueError(
+      f"Matmuls multiply in the compute dtype, or in 'fp8', float8. Got {shown(given)}. Write "
+      "m=fp8, or drop it: each operand's format and scale are chosen where it is used."
+    )
+  held = policy.param_dtype.name, policy.compute_dtype.name
+  if held != (FLOAT32.name, BFLOAT16.name) or policy.output_dtype == FLOAT16:
+    raise ValueError(
+      "Matmuls in float8 (m=fp8) need params=float32, compute=bfloat16 and an output of one of "
+      f"the two. Got params={held[0]},compute={held[1]},output={policy.output_dtype.name}. Write "
+      "'mixed_float8', or drop m=fp8."
+    )
+  return FLOAT8
+
+
+def _read_assignments(spec: str) -> dict[str, Any]:
+  dtypes: dict[str, Any] = {}
   for part in spec.split(","):
     key, equals, name = (piece.strip() for piece in part.partition("="))
     if not equals:
@@ -148,7 +204,7 @@ def _read_assignments(spec: str) -> dict[str, np.dtype]:
       raise ValueError(
         f"{_FORMS}. Got {shown(key)} a second time in {shown(spec)}. Drop one of them."
       )
-    dtypes[field] = parse_dtype(name)
+    dtypes[field] = name if field == "matmul_format" or _is_float8(name) else parse_dtype(name)
   missing = [key for key in ("params", "compute", "output") if _KEYS[key] not in dtypes]
   if missing:
     raise ValueError(f"{_FORMS}. Got no {' and no '.join(missing)} in {shown(spec)}. {_EXAMPLE}")
@@ -160,7 +216,13 @@ def _part(part: str, spec: str) -> str:
   return shown(part.strip()) + (f" in {shown(spec)}" if part.strip() != spec else "")
 
 
-_SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16"}
+_SHORT_NAMES = {
+  "fp8": "float8",
+  "bf16": "bfloat16",
+  "fp16": "float16",
+  "f16": "float16",
+  "half": "float16",
+}
 
 
 def _closest(word: str) -> str:
@@ -179,8 +241,8 @@ def spec(policy: Policy) -> str:
     >>> spec(Policy("float32", "float16", "float32")), spec(Policy("float32", "float32", "bf16"))
     ('mixed_float16', 'params=float32,compute=float32,output=bfloat16')
   """
-  triple = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
-  return next((name for name, preset in _PRESETS.items() if preset == triple), str(policy))
+  held = tuple(getattr(policy, field.name) for field in fields(policy))
+  return next((name for name, preset in _PRESETS.items() if preset == held), str(policy))
 
 
 def as_policy(policy: Policy | Preset | str) -> Policy:
@@ -207,3 +269,6 @@ def as_policy(policy: Policy | Preset | str) -> Policy:
     f"A policy must be a mpjax.Policy or a spec string. Got {shown(policy)} of type "
     f"{type(policy).__name__}. {_EXAMPLE}"
   )
+
+
+FLOAT32_POLICY = Policy(FLOAT32, FLOAT32, FLOAT32)

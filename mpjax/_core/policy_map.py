@@ -80,7 +80,7 @@ class PolicyMap:
     patterns = tuple(_compiled(pattern) for pattern, _ in pairs)
     changes = {name: rule for name, rule in dict(ops).items() if DEFAULT_OPS.get(name) != rule}
     read_ops(changes)
-    object.__setattr__(self, "rules", tuple((p, as_policy(policy)) for p, policy in pairs))
+    object.__setattr__(self, "rules", tuple((p, _of_rule(p, policy)) for p, policy in pairs))
     object.__setattr__(self, "default", as_policy(default))
     object.__setattr__(self, "ops", tuple(sorted(changes.items())))
     object.__setattr__(self, "_patterns", patterns)
@@ -149,6 +149,10 @@ class PolicyMap:
     """The 16-bit formats that something is computed in."""
     return frozenset(p.compute_dtype for p in self.policies if p.compute_dtype.itemsize == 2)
 
+  def multiplies_in_float8(self) -> bool:
+    """Whether the matmuls of something multiply in float8."""
+    return any(policy.matmul_format for policy in self.policies)
+
   def is_float32(self) -> bool:
     """Whether nothing is computed, kept or returned in anything but float32."""
     dtypes = {d for p in self.policies for d in (p.param_dtype, p.compute_dtype, p.output_dtype)}
@@ -210,6 +214,16 @@ class _Pattern(NamedTuple):
 def _heads(path: Path) -> list[str]:
   """A path and the paths of its parents: what a rule for it may match."""
   return ["/".join(path[: n + 1]) for n in range(len(path))]
+
+
+def _of_rule(pattern: str, given: Policy | str) -> Policy:
+  policy = as_policy(given)
+  if policy.matmul_format and "@" in pattern:
+    raise ValueError(
+      f"A rule for an operation, here {shown(pattern)}, says in which dtype it runs and what it "
+      f"returns. Got {shown(str(policy))}. Name the module alone, or drop {policy.matmul_format}."
+    )
+  return policy
 
 
 def _compiled(pattern: str) -> _Pattern:

@@ -31,6 +31,7 @@ from mpjax._engine import (
 from mpjax._engine.attached_derivatives import with_derivative
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import Environment, Key, to_dtype
+from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.jaxprs import JaxprEqn
@@ -318,7 +319,11 @@ def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
 
 
 def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  """A matmul in 16 bits; the gradient of a parameter leaves its own in float32."""
+  """A matmul in 16 bits, or 8; the gradient of a parameter leaves its own in float32."""
+  if step.float8 is not None and step.float8.parameter is not None:
+    wide, other = operands[step.float8.parameter], operands[1 - step.float8.parameter]
+    contraction = Contraction.of(step.params, step.float8.parameter, other.dtype)
+    return [in_float8(contraction, step.float8.backward)(wide, other)]
   if step.parameter is None:
     if step.turned:
       return [operand_order.run(step, *operands)]

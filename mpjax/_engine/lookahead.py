@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Rule
-from mpjax._engine import jaxprs
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
@@ -28,6 +29,7 @@ class Needs:
 
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
+    self._logarithms: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
 
   def summed(
     self,
@@ -77,6 +79,51 @@ class Needs:
           if not isinstance(atom, Literal):
             found[atom] = found.get(atom, False) or any(leads)
     return found
+
+  def logarithms(self, jaxpr: Any, outs: frozenset[int]) -> frozenset[Any]:
+    """The variables of a jaxpr that lead into a logarithm, with no matmul between.
+
+    Args:
+      jaxpr: The jaxpr.
+      outs: Which of its results do so outside.
+    """
+    return self._into_logarithms(jaxpr, outs)[0]
+
+  def _into_logarithms(
+    self, jaxpr: Any, outs: frozenset[int]
+  ) -> tuple[frozenset[Any], frozenset[int]]:
+    """What leads into a logarithm: variables, and operands by index."""
+    key = id(jaxpr), outs
+    if key not in self._logarithms:
+      inner = versions.open_jaxpr(jaxpr)
+      found = {v for n, v in enumerate(inner.outvars) if n in outs and not isinstance(v, Literal)}
+      for eqn in reversed(inner.eqns):
+        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+        if bodies_of(eqn):
+          read = [eqn.invars[n] for n in self._through_bodies(eqn, results)]
+        else:
+          name = eqn.primitive.name
+          leads = name in _LOGARITHMS or (results and self._table.get(name) in _PASSED)
+          read = eqn.invars if leads else []
+        found |= {atom for atom in read if not isinstance(atom, Literal)}
+      operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
+      self._logarithms[key] = frozenset(found), operands
+    return self._logarithms[key]
+
+  def _through_bodies(self, eqn: JaxprEqn, results: frozenset[int]) -> frozenset[int]:
+    """Which operands of an equation lead into a logarithm, in its bodies or behind it."""
+    while True:
+      needed, grown = set[int](), set(results)
+      for body in bodies_of(eqn):
+        _, operands = self._into_logarithms(body.jaxpr, frozenset() if body.is_test else results)
+        needed |= {body.operands[n] for n in operands}
+        grown |= {n for n, own in enumerate(body.carry) if body.operands[own] in needed}
+      if grown == results:
+        return frozenset(needed)
+      results = frozenset(grown)
+
+
+_LOGARITHMS = having(Trait.LOGARITHM)
 
 
 class Sums(NamedTuple):

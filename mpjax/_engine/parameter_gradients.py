@@ -1,7 +1,11 @@
-"""Which equations sum the gradient of a parameter, which is then float32."""
+"""Which equations sum the gradient of a parameter, which is then float32.
+
+Matmuls among them multiply in float8 where a policy says so.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from jax.sharding import AxisType
@@ -29,6 +33,29 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
     return None
   placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
   return None if placed else found[0]
+
+
+def why_not_float8(
+  eqn: JaxprEqn, rule: Rule, parameter: int | None, logarithms: Collection[Any]
+) -> str:
+  """Why a matmul multiplies in 16 bits although its policy says float8; empty if it does not.
+
+  Args:
+    eqn: The matmul.
+    rule: Its rule.
+    parameter: Which operand is a parameter, by `parameter_of`.
+    logarithms: The variables that lead into a logarithm.
+  """
+  if rule is not Rule.LOWER:
+    return "what it returns is held in float32"
+  if eqn.primitive.name != "dot_general":
+    return f"{eqn.primitive.name} has no float8 form"
+  if parameter is None:
+    placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
+    return "its arrays lie on an Explicit mesh" if placed else "no single operand is a parameter"
+  if any(eqn.params["dimension_numbers"][1]):
+    return "it has batch dimensions"
+  return "it leads into a logarithm" if eqn.outvars[0] in logarithms else ""
 
 
 def _is_spread(eqn: JaxprEqn, operand: int) -> bool:

@@ -49,6 +49,20 @@ class Place(NamedTuple):
 ROOT = Place()
 
 
+class Float8(NamedTuple):
+  """What was decided for a matmul whose policy asks for float8.
+
+  Attributes:
+    parameter: Which operand is the parameter; None if it multiplies in 16 bits.
+    backward: Whether the other operand is a cotangent.
+    reason: Why it multiplies in 16 bits; empty if it does not.
+  """
+
+  parameter: int | None = None
+  backward: bool = False
+  reason: str = ""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
   """One equation with what was decided for it."""
@@ -66,6 +80,13 @@ class Step:
   """Which operand is a parameter, if its cotangent is to be summed in float32."""
   turned: bool = False
   """Whether it is a matmul that is computed with its operands exchanged."""
+  float8: Float8 | None = None
+  """What its policy's wish for float8 came to; None if it has none, or this is no matmul."""
+
+  @property
+  def in_float8(self) -> bool:
+    """Whether it multiplies in float8."""
+    return self.float8 is not None and not self.float8.reason
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -30,8 +30,8 @@ from mpjax._engine.lookahead import Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums, terms_of
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.near_one import Exact, NearOne
-from mpjax._engine.parameter_gradients import parameter_of
-from mpjax._engine.plan import ROOT, Forms, Place, Plan, Read, Step, widened
+from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
+from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, widened
 from mpjax._engine.sharpening import Own, Sight
 
 
@@ -46,6 +46,7 @@ class Known(NamedTuple):
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
+    logarithms: Which results lead into a logarithm.
   """
 
   exact: Exact | None = None
@@ -54,6 +55,7 @@ class Known(NamedTuple):
   kin: tuple[int, ...] = ()
   numbers: tuple[NumberSet, ...] = ()
   own: Own = Own()
+  logarithms: tuple[int, ...] = ()
 
 
 NOTHING = Known()
@@ -96,6 +98,7 @@ class Planner:
     self.needs = Needs(self.table)
     most = min(map(terms_of, policies.narrow_dtypes()), default=float("inf"))
     self.near_one = NearOne(self.table, most)
+    self._in_float8 = policies.multiplies_in_float8()
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
@@ -148,6 +151,10 @@ class Planner:
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
 
+  def logarithms(self, jaxpr: Any, outs: Sequence[int]) -> frozenset[Any]:
+    """What in a jaxpr leads into a logarithm, if that decides anything."""
+    return self.needs.logarithms(jaxpr, frozenset(outs)) if self._in_float8 else frozenset()
+
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
@@ -180,6 +187,7 @@ class _Walk:
     self.sums = planner.needs.summed(
       inner, known.parameters, known.kin, known.summed, self.is_backward
     )
+    self.logarithms = planner.logarithms(jaxpr, known.logarithms)
     self.own = sharpening.own_variables(inner, known.own)
     self.iterated = sharpening.power_iteration(inner, self.own.state)
     self.numbers = Numbers(planner.adapting)
@@ -218,6 +226,7 @@ class _Walk:
     self.borders.settle(eqn, home, multiplies=_multiplies(eqn, decision.bodies))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
+    parameter = parameter_of(eqn, rule, forms)
     return Step(
       eqn,
       rule,
@@ -228,8 +237,17 @@ class _Walk:
       decision.outs,
       decision.params,
       decision.bodies,
-      parameter_of(eqn, rule, forms) if self.planner.wide_gradients else None,
+      parameter if self.planner.wide_gradients else None,
+      float8=self.float8(eqn, rule, parameter, place) if policy.matmul_format else None,
     )
+
+  def float8(self, eqn: JaxprEqn, rule: Rule, parameter: int | None, place: Place) -> Float8 | None:
+    """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
+    if eqn.primitive.name not in _MATMULS or rule is Rule.MULTIPLY:
+      return None
+    if reason := why_not_float8(eqn, rule, parameter, self.logarithms):
+      return Float8(reason=reason)
+    return Float8(parameter, place.backward or self.is_backward(eqn))
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
@@ -360,7 +378,11 @@ class _Walk:
       kin=self.sums.kin(atoms),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
+      logarithms=self.into_logarithms(eqn),
     )
+
+  def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
+    return tuple(n for n, var in enumerate(eqn.outvars) if var in self.logarithms)
 
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
     (body,) = bodies_of(eqn)
@@ -380,6 +402,7 @@ class _Walk:
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
       parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
       own=own or Own(),
+      logarithms=self.into_logarithms(eqn),
     )
 
     def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:

@@ -168,7 +168,8 @@ def _code(step: Step, scopes: int) -> tuple[Any, ...]:
   params = tuple(sorted(step.params.items()))
   bodies = tuple(map(id, step.bodies))
   written = info.traceback, info.name_stack[scopes:], eqn.ctx
-  return eqn.primitive, params, step.rule, step.outs, bodies, written
+  ways = step.parameter, step.turned, step.float8
+  return eqn.primitive, params, step.rule, step.outs, bodies, written, ways
 
 
 def _hashable(code: Hashable) -> Hashable:

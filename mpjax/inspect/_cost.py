@@ -15,9 +15,10 @@ from flax import nnx
 from jax import export
 
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyLike, PolicyMap
+from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._flax.dispatch import autocast
 from mpjax._flax.nnx_calls import is_node
+from mpjax.inspect._float8 import Float8Work, float8_work
 from mpjax.inspect._policies_inside import where_traced
 from mpjax.inspect._report import Report, Table
 from mpjax.inspect._target_compiler import read_figures
@@ -43,6 +44,10 @@ class CostRow(NamedTuple):
     flops_lowered: Whether ``flops`` is XLA's figure for the program before it is compiled, for the
       compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
       call of a library not at all.
+    float8: What of the step multiplies in float8, under a policy that asks for it.
+    float8_calls: How many matmuls take float8 as compiled, of which those that share an operand may
+      be one; and how many float8 arrays become 16-bit again, for a matmul that does not. Only the
+      compiler for GPUs says so.
   """
 
   policy: str
@@ -55,6 +60,8 @@ class CostRow(NamedTuple):
   compile_seconds: float
   error: str | None = None
   flops_lowered: bool = False
+  float8: Float8Work | None = None
+  float8_calls: tuple[int, int] | None = None
 
   @property
   def peak_bytes(self) -> int | None:
@@ -134,6 +141,11 @@ class CostReport(Report):
     errors = [f"{row.policy}: {row.error.splitlines()[0][:200]}" for row in self.rows if row.error]
     if any(row.flops_lowered for row in self.rows):
       notes.append("~: of the program before it is compiled, the body of a loop once.")
+    notes += [
+      f"{row.policy}: {_in_float8(row.float8, row.float8_calls)}."
+      for row in self.rows
+      if row.float8
+    ]
     if self.bytes_per_parameter is not None:
       notes.append(
         f"held from step to step: {self.bytes_per_parameter:.1f} bytes a parameter, of which there "
@@ -213,6 +225,9 @@ def cost(
   else:
     exported = [program.export_for(described) for program in programs]
     figures = compile_for(described, exported, programs[0].donated, python)
+  for policy, program, found in zip(named.values(), programs, figures, strict=True):
+    if as_policy_map(policy).multiplies_in_float8():
+      found["float8"] = float8_work(program.traced())
   return CostReport(
     target=target or jax.devices()[0].device_kind,
     memory_bytes=described.memory if described else _memory_here(),
@@ -303,7 +318,7 @@ class _Program:
     """The figures of the present backend's compiler."""
     lowered = self.jitted().lower(*self.shapes)
     began = time.perf_counter()
-    figures = read_figures(lowered.compile(), lambda: lowered)
+    figures = read_figures(lowered.compile(), lambda: lowered, jax.default_backend())
     return {**figures, "compile_seconds": time.perf_counter() - began}
 
   def export_for(self, target: Target) -> bytes:
@@ -376,6 +391,20 @@ def _memory_here() -> int | None:
 def _row(name: str, figures: Mapping[str, Any]) -> CostRow:
   stated: dict[str, Any] = {key: figures.get(key) for key in CostRow._fields[1:]}
   return CostRow(name, **{**stated, "flops_lowered": bool(figures.get("flops_lowered"))})
+
+
+def _in_float8(work: Float8Work, compiled: tuple[int, int] | None) -> str:
+  """What a step multiplies in float8, planned and compiled, in words."""
+  words = (
+    f"{work.matmuls} matmuls with {work.share:.0%} of the FLOP in float8, for which "
+    f"{_size(work.rounded_bytes)} are rounded"
+  )
+  words += f"; {work.small} are too small to gain" * bool(work.small)
+  if compiled is None:
+    return words
+  calls, widened = compiled
+  lost = f", and {widened} of their operands are made 16-bit again" * bool(widened)
+  return f"{words}; compiled, they are {calls} float8 calls{lost}"
 
 
 def _number(value: float | None, unit: float) -> str:

@@ -12,7 +12,15 @@ from mpjax.inspect import _flow
 from mpjax.inspect._flow_data import Flow, Remark, Widening
 from mpjax.inspect._flow_remarks import batch_first
 from mpjax.inspect._flow_report import TOP, FlowReport, rule_name
-from mpjax.inspect._flow_rows import CastFlow, IslandFlow, Leak, OpFlow, RemarkFlow, UnknownOp
+from mpjax.inspect._flow_rows import (
+  CastFlow,
+  Float8Flow,
+  IslandFlow,
+  Leak,
+  OpFlow,
+  RemarkFlow,
+  UnknownOp,
+)
 from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._source_lines import Line
 
@@ -108,6 +116,10 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
     ),
     flow.loops,
     remarks=tuple(_remark(remark, n, named) for remark, n in flow.remarks.items()),
+    float8=tuple(
+      Float8Flow(named(key.path), key.backward, key.reason, entry.count, entry.flops)
+      for key, entry in flow.float8.items()
+    ),
   )
 
 

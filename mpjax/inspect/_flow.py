@@ -31,11 +31,13 @@ from mpjax.inspect._flow_costs import (
   matmuls_inside,
   returns,
   runs_in,
+  runs_narrow,
 )
 from mpjax.inspect._flow_data import (
   MEANT,
   NOTHING,
   Birth,
+  Float8Key,
   Flow,
   Island,
   OpCount,
@@ -151,7 +153,7 @@ class _Walker:
     history = frozenset().union(*(v.history for v in values))
     touched = any(v.narrow or v.touched for v in values)
     if is_matmul(step):
-      touched = touched or runs_in(step).itemsize == 2
+      touched = touched or runs_narrow(step)
       self.matmul(step, values, history, line, spot)
       history = frozenset()
     if not is_data(form):
@@ -286,6 +288,11 @@ class _Walker:
       bytes_of(v, f) for v, f in zip(step.eqn.outvars, step.outs, strict=True)
     )
     self.count_traced(step, rule, spot)
+    if step.float8 is not None:
+      wish = Float8Key(step.place.path, step.place.backward, step.float8.reason)
+      entry = self.flow.float8.setdefault(wish, OpCount())
+      entry.count += 1
+      entry.flops += spot.times * flops(step.eqn)
 
   def count_traced(self, step: Step, rule: str, spot: Spot) -> None:
     """Count what runs as traced in a 16-bit scope, and the matmuls that it holds."""

@@ -13,6 +13,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
+from mpjax._engine.float8 import FORWARD
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Step
@@ -36,7 +37,9 @@ def has_floats(eqn: JaxprEqn) -> bool:
 
 
 def runs_in(step: Step) -> np.dtype:
-  """The dtype that a step computes in: that of its float operands as it reads them."""
+  """The dtype that a step computes in: that of its float operands as it reads them, or rounds."""
+  if step.in_float8:
+    return FORWARD
   atoms: Any = step.eqn.invars
   for atom, read, form in zip(atoms, step.reads, step.operands, strict=True):
     if form is not None:
@@ -44,6 +47,11 @@ def runs_in(step: Step) -> np.dtype:
     if is_float(atom.aval):
       return atom.aval.dtype
   return returns(step)
+
+
+def runs_narrow(step: Step) -> bool:
+  """Whether a step computes in 16 bits or fewer."""
+  return runs_in(step).itemsize <= 2
 
 
 def returns(step: Step) -> np.dtype:

@@ -205,6 +205,20 @@ class OpKey(NamedTuple):
   won: int | None
 
 
+class Float8Key(NamedTuple):
+  """Matmuls of a policy that asks for float8, which a report counts together.
+
+  Attributes:
+    path: The module's path.
+    backward: Whether in its backward pass.
+    reason: Why they multiply in 16 bits; empty if they do not.
+  """
+
+  path: Path
+  backward: bool
+  reason: str
+
+
 @dataclass
 class OpCount:
   """How many operations, and what they cost."""
@@ -234,4 +248,5 @@ class Flow:
   foreign: list[tuple[Path, str, Line]] = field(default_factory=list)
   traced: dict[tuple[str, Line, Path], OpCount] = field(default_factory=dict)
   remarks: Counter[Remark] = field(default_factory=Counter)
+  float8: dict[Float8Key, OpCount] = field(default_factory=dict)
   loops: int = 0

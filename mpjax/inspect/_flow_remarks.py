@@ -13,7 +13,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.plan import Plan, Step
-from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, is_matmul, runs_in
+from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, is_matmul, runs_narrow
 from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
@@ -34,9 +34,9 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
   if integer:
     yield Remark("integers", path, line, f"{name} of {integer}")
   if step.place.has_policy:
-    if runs_in(step).itemsize == 2:
+    if runs_narrow(step):
       yield Remark("policy", path, UNKNOWN)
-  elif not is_float32 and any(step.operands) and runs_in(step).itemsize == 2:
+  elif not is_float32 and any(step.operands) and runs_narrow(step):
     wanted = _precision(step.eqn)
     if wanted:
       yield Remark("precision", path, line, f"{name} with precision={wanted}")

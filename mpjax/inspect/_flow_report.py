@@ -14,9 +14,11 @@ from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule
+from mpjax._engine.float8 import FORWARD
 from mpjax.inspect._flow_costs import MATMULS
 from mpjax.inspect._flow_rows import (
   CastFlow,
+  Float8Flow,
   IslandFlow,
   Leak,
   ModuleFlow,
@@ -46,6 +48,7 @@ class FlowReport(Report):
     loops: How many while loops there are; their bodies are counted once.
     depth: How many components of a path make a row; None for all.
     remarks: What the policy overrides, and what cannot be promised under it.
+  <<<<<<< HEAD
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -53,6 +56,9 @@ class FlowReport(Report):
     >>> report = mpjax.inspect.explain(lambda w, x: x @ w @ w, "mixed_bfloat16", square, square)
     >>> report.narrow_share, report.keeps_promise, len(report.to_rows())
     (1.0, True, 1)
+  =======
+    float8: The matmuls whose policy asks for float8: in which formats they multiply, or why not.
+  >>>>>>> 3a36095 (wip float8: reports, benchmarks, tests)
   """
 
   name: str
@@ -66,6 +72,7 @@ class FlowReport(Report):
   loops: int = 0
   depth: int | None = None
   remarks: tuple[RemarkFlow, ...] = ()
+  float8: tuple[Float8Flow, ...] = ()
 
   @property
   def keeps_promise(self) -> bool:
@@ -82,9 +89,15 @@ class FlowReport(Report):
 
   @property
   def narrow_share(self) -> float:
-    """The part of `flops` that is computed in 16 bits, 0 to 1; 1 if there are none."""
+    """The part of `flops` that is computed in 16 bits or fewer, 0 to 1; 1 if there are none."""
     narrow = sum(op.flops for op in self.ops if _is_narrow(op.dtype))
     return narrow / self.flops if self.flops else 1.0
+
+  @property
+  def float8_share(self) -> float:
+    """The part of `flops` that is computed in float8, 0 to 1."""
+    multiplied = sum(row.flops for row in self.float8 if not row.reason)
+    return multiplied / self.flops if self.flops else 0.0
 
   @property
   def summary(self) -> str:
@@ -95,7 +108,8 @@ class FlowReport(Report):
     integers = sum(op.count for op in self.ops if _is_matmul(op) and not _is_of_floats(op))
     facts = (
       f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
-      f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
+      f"16 bits{self._and_float8} ({_percent(self.narrow_share)} of "
+      f"{in_units(self.flops, 'FLOP')})"
       f"{f', and {integers} on integers as written' * bool(integers)}"
     )
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
@@ -106,6 +120,13 @@ class FlowReport(Report):
     if not (self.leaks or self.unknown):
       verdict = "with reservations"
     return f"{head}: {verdict}. {facts}, but {' and '.join(self._faults())}."
+
+  @property
+  def _and_float8(self) -> str:
+    """How many of those that run narrow multiply in float8, if the policy asks for it."""
+    count = sum(row.count for row in self.float8 if not row.reason)
+    share = f" or, {count} of them with {_percent(self.float8_share)} of the FLOP, in float8"
+    return share if self.float8 else ""
 
   @property
   def _hides(self) -> bool:
@@ -167,6 +188,11 @@ class FlowReport(Report):
     if self.remarks:
       rows = [[str(r.line), r.module, str(r.count), r.text] for r in self.remarks]
       tables.append(Table(["line", "module", "times", "what"], rows, "<<><", "Remarks"))
+    if self.float8:
+      rows = [[r.module, r.formats, r.reason, str(r.count), in_units(r.flops)] for r in self.float8]
+      header = ["module", "multiplied", "because", "matmuls", "FLOP"]
+      title = "Matmuls whose policy says m=fp8"
+      tables.append(Table(header, rows, "<<<>", title))
     if self.policy.rules:
       rows = [[r.rule, r.policy, str(r.ops), _shortened(r.modules)] for r in self.rules]
       tables.append(Table(["rule", "policy", "ops", "modules"], rows, "<<><", "Rules"))
@@ -280,7 +306,7 @@ def rule_name(policies: PolicyMap, won: int | None) -> str:
 
 
 def _is_narrow(dtype: str) -> bool:
-  return dtype in ("bfloat16", "float16")
+  return dtype in ("bfloat16", "float16", FORWARD.name)
 
 
 def _is_matmul(op: OpFlow) -> bool:

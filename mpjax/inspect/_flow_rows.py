@@ -37,6 +37,32 @@ class OpFlow:
 
 
 @dataclass(frozen=True)
+class Float8Flow:
+  """Matmuls of a module whose policy asks for float8.
+
+  Attributes:
+    module: The module's path.
+    backward: Whether they stand in the backward pass of what is explained.
+    reason: Why they multiply in 16 bits; empty if they multiply in float8.
+    count: How many there are in the program.
+    flops: Their multiplications and additions, loops multiplied out.
+  """
+
+  module: str
+  backward: bool
+  reason: str
+  count: int
+  flops: float
+
+  @property
+  def formats(self) -> str:
+    """What they multiply, what they return, and what their derivative multiplies."""
+    if self.reason:
+      return "in 16 bits"
+    return "e5m2 x e4m3 -> bf16" if self.backward else "e4m3 x e4m3 -> bf16, backward e5m2"
+
+
+@dataclass(frozen=True)
 class CastFlow:
   """The casts in one module from one dtype to another."""
 

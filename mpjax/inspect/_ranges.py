@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class RangeReport(Report):
 
   Attributes:
     dtype: The format.
-    scale: The factor that the values are multiplied by before they are rounded.
+    scale: The factor that the values are multiplied by before they are rounded, or "amax".
     rows: One row a leaf, those that lose most first.
     total: All leaves together.
     lowest_scale: The smallest power of two at which at most ``tolerance`` of all values that are
@@ -76,7 +77,7 @@ class RangeReport(Report):
   """
 
   dtype: str
-  scale: float
+  scale: float | Literal["amax"]
   rows: tuple[RangeRow, ...]
   total: RangeRow
   lowest_scale: float
@@ -87,12 +88,21 @@ class RangeReport(Report):
   density: tuple[float, ...]
 
   @property
+  def exponent(self) -> int:
+    """The scale as a power of two; under a scale of each leaf, that of the largest one."""
+    return math.frexp(self.highest_scale if self.scale == "amax" else self.scale)[1] - 1
+
+  @property
   def summary(self) -> str:
     """Whether the format holds the values, and at which scales."""
+    of_each = "Under the scale of each leaf"
+    at = of_each if self.scale == "amax" else f"At scale {_power(self.scale)}"
     kept = (
-      f"At scale {_power(self.scale)} {self.dtype} rounds {self.total.underflow:.2%} of the values "
+      f"{at} {self.dtype} rounds {self.total.underflow:.2%} of the values "
       f"to zero and overflows on {self.total.overflow:.2%}."
     )
+    if self.scale == "amax":
+      return kept
     if self.recommended_scale is None:
       return (
         f"{kept} No scale fits: at {_power(self.highest_scale)}, the highest without overflow, "
@@ -114,7 +124,11 @@ class RangeReport(Report):
 
 
 def range_report(
-  histogram: Histogram, dtype: Any = "float16", *, scale: float = 1.0, tolerance: float = 0.01
+  histogram: Histogram,
+  dtype: Any = "float16",
+  *,
+  scale: float | Literal["amax"] = 1.0,
+  tolerance: float = 0.01,
 ) -> RangeReport:
   """What a format keeps of the values of a histogram, and which loss scales suit them.
 
@@ -124,7 +138,8 @@ def range_report(
   Args:
     histogram: Of gradients, usually: from `histogram`, `record`, or ``statistics(...).gradients``.
     dtype: ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or ``"float8_e5m2"``.
-    scale: The loss scale to look at.
+    scale: The loss scale to look at. ``"amax"`` for a scale of each leaf's own, the power of two
+      that brings its ``largest`` magnitude just below the format's: what a float8 matmul does.
     tolerance: The share of the values other than zero that may underflow at a good scale.
 
   Returns:
@@ -139,8 +154,14 @@ def range_report(
     >>> report = mpjax.inspect.range_report(mpjax.inspect.histogram(grads))
     >>> round(report.total.underflow, 2), report.lowest_scale, report.recommended_scale
     (0.33, 2.0, 2097152.0)
+    >>> weights = mpjax.inspect.histogram({"w": jnp.array([3e-3, 1e-4, 1e-9])})
+    >>> report = mpjax.inspect.range_report(weights, "float8_e4m3fn", scale="amax")
+    >>> round(report.total.underflow, 2), report.total.overflow
+    (0.33, 0.0)
   """
-  to, scale = read_format(dtype), power_of_two("scale", scale)
+  to = read_format(dtype)
+  if scale != "amax":
+    scale = power_of_two("scale", scale)
   if not 0 <= tolerance < 1:
     raise ValueError(f"tolerance must be a share, from 0 to below 1. Got {tolerance!r}. Try 0.01.")
   bins, largest = histogram.bins(), np.asarray(histogram.largest)
@@ -150,9 +171,14 @@ def range_report(
       "The histogram must hold a finite value other than zero. Got none. Count a step first, in "
       "float32 or bfloat16, where gradients do not vanish."
     )
-  everything = _row(_TOTAL, total, float(largest.max()), to, scale)
-  rows = [_row(*entry, to, scale) for entry in zip(histogram.names, bins, largest, strict=True)]
+  entries = zip(histogram.names, bins, largest, strict=True)
+  rows = [_row(*entry, to, _shift(float(entry[2]), to, scale)) for entry in entries]
   highest = _highest(float(largest.max()), to)
+  everything = _row(
+    _TOTAL, total, float(largest.max()), to, _shift(float(largest.max()), to, scale)
+  )
+  if scale == "amax":
+    everything = _averaged(everything, rows, bins)
   lowest = _lowest(total, to, tolerance)
   fits = lowest <= highest
   return RangeReport(
@@ -195,13 +221,34 @@ def _highest(largest: float, to: Format) -> int:
   return min(max(shift, -126), 126)
 
 
-def _row(name: str, bins: np.ndarray, largest: Any, to: Format, scale: float) -> RangeRow:
-  finite, shift = bins[:FINITE], math.frexp(scale)[1] - 1
+def _shift(largest: float, to: Format, scale: float | Literal["amax"]) -> int:
+  """The exponent of the factor that a leaf is multiplied by."""
+  if scale == "amax":
+    return _highest(largest, to) if largest else 0
+  return math.frexp(scale)[1] - 1
+
+
+def _averaged(total: RangeRow, rows: Sequence[RangeRow], bins: np.ndarray) -> RangeRow:
+  """The row of all leaves, its shares from theirs: each has a scale of its own."""
+  weights = bins[:, :FINITE].sum(axis=1)
+
+  def mean(shares: list[float]) -> float:
+    return float(np.average(shares, weights=weights))
+
+  return total._replace(
+    underflow=mean([row.underflow for row in rows]),
+    subnormal=mean([row.subnormal for row in rows]),
+    overflow=mean([row.overflow for row in rows]),
+  )
+
+
+def _row(name: str, bins: np.ndarray, largest: Any, to: Format, shift: int) -> RangeRow:
+  finite = bins[:FINITE]
   count, values = max(int(finite.sum()), 1), int(bins.sum())
   zero = min(max(to.zero - shift - LOWEST, 0), FINITE)
   normal = min(max(to.normal - shift - LOWEST, 0), FINITE)
   # The bin that the format's largest number lies in overflows only if the largest value does.
-  over = to.top - shift - LOWEST + (not to.overflows(float(largest) * scale))
+  over = to.top - shift - LOWEST + (not to.overflows(math.ldexp(float(largest), shift)))
   (found,) = np.nonzero(finite)
   return RangeRow(
     name=name,

@@ -43,7 +43,7 @@ def plot_range(report: RangeReport, *, ax: Axes | None = None) -> Axes:
     ['becomes zero (50.0%)', 'loses bits (0.0%)', 'kept (50.0%)']
   """
   ax = new_axes() if ax is None else ax
-  to, shift = read_format(report.dtype), math.frexp(report.scale)[1] - 1
+  to, shift = read_format(report.dtype), report.exponent
   edges, shares = np.array(report.exponents), 100 * np.array(report.density)
   if shift:
     ax.stairs(shares, [*edges, edges[-1] + 1], color=GREY, label="unscaled")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mpjax import Policy, PolicyMap
 from mpjax._core.policy import as_policy
+from mpjax._core.policy import spec as spec_of
 
 MIXED = Policy(jnp.float32, jnp.bfloat16, jnp.float32)
 NAMES = ("float32", "bfloat16", "float16")
@@ -45,7 +46,8 @@ def test_f16_is_float16_and_not_what_numpy_reads():
   assert Policy.parse("p=f16,c=f16,o=f16") == Policy.parse("float16")
 
 
-LEGAL = r"A policy must be a preset \(float32, bfloat16, float16, mixed_bfloat16, mixed_float16\)"
+PRESETS = "float32, bfloat16, float16, mixed_bfloat16, mixed_float16, mixed_float8"
+LEGAL = rf"A policy must be a preset \({PRESETS}\)"
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,38 @@ def test_a_spec_that_cannot_be_read_is_refused_with_what_is_legal(spec, found):
 def test_an_unknown_dtype_is_refused_with_the_legal_names(name):
   with pytest.raises(ValueError, match="must be one of: float32 = f32 = fp32; bfloat16 = bf16"):
     Policy.parse(f"p=f32,c={name},o=f32")
+
+
+@pytest.mark.parametrize(
+  "spec", ["p=f32,c=bf16,o=f32,m=fp8", "c=bf16, matmul=float8, p=f32, o=f32"]
+)
+def test_matmuls_in_float8_are_a_fourth_key_that_only_shows_where_it_is_set(spec):
+  policy = Policy.parse(spec)
+  assert policy == Policy.parse("mixed_float8") == Policy("float32", "bfloat16", "float32", "fp8")
+  assert str(policy) == "params=float32,compute=bfloat16,output=float32,matmul=fp8"
+  assert Policy.parse(str(policy)) == policy != Policy.parse("mixed_bfloat16")
+  assert spec_of(policy) == "mixed_float8"
+  assert "matmul" not in str(Policy.parse("mixed_bfloat16"))
+  assert pickle.loads(pickle.dumps(policy)) == policy
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "float8_e4m3fn", "e5m2", jnp.float8_e4m3fn])
+def test_values_are_not_held_in_float8(dtype):
+  with pytest.raises(ValueError, match=r"compute_dtype must be .* Got .* Write m=fp8"):
+    Policy("float32", dtype, "float32")
+
+
+@pytest.mark.parametrize(
+  "spec", ["p=f32,c=f16,o=f32,m=fp8", "p=bf16,c=bf16,o=bf16,m=fp8", "p=f32,c=bf16,o=f16,m=fp8"]
+)
+def test_float8_is_refused_beside_formats_with_which_it_was_not_tried(spec):
+  with pytest.raises(ValueError, match=r"need params=float32, compute=bfloat16.*'mixed_float8'"):
+    Policy.parse(spec)
+
+
+def test_matmuls_multiply_in_the_compute_dtype_or_in_float8():
+  with pytest.raises(ValueError, match=r"Got 'bf16'\. Write m=fp8, or drop it"):
+    Policy.parse("p=f32,c=bf16,o=f32,m=bf16")
 
 
 def test_a_policy_refuses_dtypes_it_cannot_hold():

@@ -1,5 +1,6 @@
 """Memory and cost as compilers state them, here and for devices that are not there."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from flax import nnx
 import mpjax
 from mpjax import inspect
 from mpjax.cli import main
-from mpjax.inspect._target_compiler import read_figures
+from mpjax.inspect._float8 import float8_work
+from mpjax.inspect._target_compiler import float8_calls, read_figures
 from mpjax.inspect._targets import TARGETS, Target, check_installed, compile_for, read_target
 
 F32 = jnp.float32
@@ -75,13 +77,70 @@ def test_a_policy_inside_is_named_for_it_is_the_same_in_every_row():
 def test_a_compiler_that_states_no_flops_leaves_those_of_the_lowered_program_marked():
   lowered = jax.jit(lambda w, x: x @ w).lower(jnp.ones((16, 16)), jnp.ones((4, 16)))
   silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)
-  figures = read_figures(silent, lambda: lowered)
+  figures = read_figures(silent, lambda: lowered, "cpu")
   assert figures["flops"] == 2 * 4 * 16 * 16 and figures["flops_lowered"]
   assert figures["bytes_moved"] is None
   (row,) = inspect.cost(loss, *shapes(), policies="float32").rows
   assert not row.flops_lowered
   report = inspect.CostReport("gpu:h100", None, (row._replace(flops=2e9, flops_lowered=True),))
   assert "2.00~" in str(report) and "~: of the program before it is compiled" in str(report)
+
+
+def wide(params, x, policy):
+  def loss(params, x):
+    h = jax.nn.relu(x @ params["body"]) @ params["body"]
+    return -jnp.mean(jax.nn.log_softmax(h @ params["head"])[:, 0])
+
+  return jax.grad(mpjax.autocast(loss, policy))(params, x)
+
+
+def test_what_multiplies_in_float8_is_counted_and_what_is_too_small_to_gain():
+  for width, small in ((64, 5), (8192, 0)):
+    shapes = {"body": (width, width), "head": (width, 8)}
+    params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    work = float8_work(jax.make_jaxpr(lambda p, x: wide(p, x, "mixed_float8"))(params, x))
+    assert (work.matmuls, work.small) == (5, small), "forward twice, its weights' and one input's"
+    assert work.flops == 5 * 2 * width**3
+    assert work.rounded_bytes >= 5 * width**2
+    assert 0.9 < work.share <= 1
+
+
+def test_a_report_says_what_multiplies_in_float8():
+  params = {"body": jnp.ones((8, 8)), "head": jnp.ones((8, 4))}
+  report = inspect.cost(wide, params, jnp.ones((2, 8)), policies=("mixed_bfloat16", "mixed_float8"))
+  assert report.rows[0].float8 is None
+  assert report.rows[1].float8.matmuls == 5
+  assert "mixed_float8" not in report.summary or report.rows[1].float8_calls is None
+  assert "5 matmuls with 77% of the FLOP in float8" in str(report)
+  row = report.rows[1]._replace(policy="mixed_float8", float8_calls=(3, 2))
+  turned = dataclasses.replace(report, rows=(row,))
+  assert "compiled, they are 3 float8 calls, and 2 of their operands are made 16-bit again" in str(
+    turned
+  )
+
+
+PROGRAM = """
+%gemm_fusion (param_0: f8e5m2[8,16], param_1: f8e4m3fn[4,16]) -> bf16[8,4] {
+  %param_0 = f8e5m2[8,16]{1,0} parameter(0)
+  %param_1 = f8e4m3fn[4,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,4]{1,0} dot(%param_0, %param_1), lhs_contracting_dims={1}
+}
+%gemm_fusion.1 (param_2: f8e5m2[8,16], param_3: f8e4m3fn[4,16]) -> bf16[8,4] {
+  %param_2 = f8e5m2[8,16]{1,0} parameter(0)
+  %convert.1 = bf16[8,16]{1,0} convert(%param_2)
+  %param_3 = bf16[4,16]{1,0} parameter(1)
+  ROOT %dot.2 = bf16[8,4]{1,0} dot(%convert.1, %param_3), lhs_contracting_dims={1}
+}
+ENTRY %main () -> bf16[8,4] {
+  %gemm.7 = bf16[8,4]{1,0} custom-call(%a, %b), custom_call_target="__cublas$lt$matmul$f8"
+  %gemm.8 = bf16[8,4]{1,0} custom-call(%a, %b), custom_call_target="__cublas$lt$matmul"
+}
+"""
+
+
+def test_a_matmul_that_a_compiler_turned_back_into_16_bits_is_no_float8_call():
+  assert float8_calls(PROGRAM) == (2, 1)
 
 
 def test_what_an_nnx_train_step_changes_in_its_arguments_is_part_of_the_cost():

@@ -1,0 +1,89 @@
+"""What of a traced step multiplies in float8, and whether that pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jax.extend.core import JaxprEqn, jaxprs_in_params
+
+from mpjax._engine import versions
+from mpjax._engine.bodies import repetitions
+from mpjax.inspect._flow_costs import MATMULS, flops, is_float
+
+# An H100 (SXM) by its data sheet: operations a second without sparsity, bytes a second.
+_IN_16_BITS, _IN_FLOAT8, _BANDWIDTH = 989e12, 1979e12, 3.35e12
+_TO_ROUND = 5
+"""Bytes that move to round a 16-bit number: read for the scale, read again, and written."""
+
+
+class Float8Work(NamedTuple):
+  """The float8 matmuls of a traced step, forwards and backwards.
+
+  Attributes:
+    matmuls: How many there are in the program, the body of a loop once.
+    flops: Their multiplications and additions, loops multiplied out.
+    share: Their part of those of all matmuls of floats, 0 to 1.
+    rounded_bytes: What is written in float8, in bytes, loops multiplied out.
+    small: How many of them cannot gain: to round their operands takes an H100 longer than it saves,
+      by its data sheet.
+  """
+
+  matmuls: int
+  flops: float
+  share: float
+  rounded_bytes: float
+  small: int
+
+
+class _Matmul(NamedTuple):
+  is_float8: bool
+  flops: float
+  rounded: float
+  """How many numbers are rounded for it."""
+  times: int
+
+
+def float8_work(jaxpr: Any) -> Float8Work:
+  """Counts the float8 matmuls of a jaxpr."""
+  found = list(_matmuls(jaxpr, 1))
+  narrow = [matmul for matmul in found if matmul.is_float8]
+  in_float8 = sum(m.flops * m.times for m in narrow)
+  return Float8Work(
+    matmuls=len(narrow),
+    flops=in_float8,
+    share=in_float8 / max(sum(m.flops * m.times for m in found), 1),
+    rounded_bytes=sum(m.rounded * m.times for m in narrow),
+    small=sum(_saved(m) < m.rounded * _TO_ROUND / _BANDWIDTH for m in narrow),
+  )
+
+
+def _saved(matmul: _Matmul) -> float:
+  """Seconds that a matmul takes less, at its fastest."""
+  return matmul.flops * (1 / _IN_16_BITS - 1 / _IN_FLOAT8)
+
+
+def _matmuls(jaxpr: Any, times: int) -> Iterator[_Matmul]:
+  for eqn in versions.open_jaxpr(jaxpr).eqns:
+    if eqn.primitive.name == "mpjax_float8_tangent":
+      yield _Matmul(True, *_of_tangent(eqn), times)
+    elif eqn.primitive.name in MATMULS and is_float(eqn.outvars[0].aval):
+      avals: list[Any] = [atom.aval for atom in eqn.invars[:2]]
+      is_float8 = all(is_float(aval) and aval.dtype.itemsize == 1 for aval in avals)
+      yield _Matmul(is_float8, flops(eqn), sum(map(_size, avals)), times)
+    for body in jaxprs_in_params(eqn.params):
+      yield from _matmuls(body, times * (repetitions(eqn) or 1))
+
+
+def _of_tangent(eqn: JaxprEqn) -> tuple[float, float]:
+  """The operations of a derivative's matmul, and the numbers that are rounded for it."""
+  product, (operand, stored) = eqn.params["product"], (atom.aval for atom in eqn.invars[:2])
+  shapes: Any = (operand.shape, stored.shape)  # pyright: ignore[reportAttributeAccessIssue]
+  sizes = dict(zip(product.operand, shapes[0], strict=True))
+  sizes |= dict(zip(product.stored, shapes[1], strict=True))
+  return 2 * math.prod(sizes.values()), math.prod(shapes[0])
+
+
+def _size(aval: Any) -> int:
+  return math.prod(aval.shape)

@@ -50,9 +50,17 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
-    ins = inputs.nonzero(tangents)
-    flat = interpreter.run(rule_plan(ins), [*captured, *primals, *ins.keep(tangents)])
-    return flat[: len(step.outs)], outs.fill(flat[len(step.outs) :])
+    ins, count = inputs.nonzero(tangents), len(step.outs)
+    plan, given = rule_plan(ins), ins.keep(tangents)
+    run = functools.partial(interpreter.run, plan)
+    if not plan.in_float8:
+      flat = run([*captured, *primals, *given])
+      return flat[:count], outs.fill(flat[count:])
+    # A rounding to float8 has no transpose. The rule is linear, so it is its derivative at zero,
+    # which has one.
+    nothing = [*map(jnp.zeros_like, given)]
+    flat, moved = jax.jvp(lambda given: run([*captured, *primals, *given]), (nothing,), (given,))
+    return flat[:count], outs.fill(moved[count:])
 
   call.defjvp(rule, symbolic_zeros=True)
   return call(*operands[known:])

@@ -78,7 +78,8 @@ def _scale(largest: jax.Array, dtype: np.dtype) -> jax.Array:
   top = float(jnp.finfo(dtype).max)  # 1.75 times a power of two in both formats
   binade = 2.0 ** math.floor(math.log2(top))
   fits = largest <= power * jnp.float32(top / binade)
-  return lax.select(fits, power, power * 2) * jnp.float32(1 / binade)
+  scale = power * jnp.float32(1 / binade)
+  return lax.select(fits, scale, scale * 2)
 
 
 class Product(NamedTuple):

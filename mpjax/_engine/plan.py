@@ -99,6 +99,11 @@ class Plan:
   out_reads: tuple[Read, ...]
   out_forms: Forms
 
+  @property
+  def in_float8(self) -> bool:
+    """Whether some matmul in it multiplies in float8."""
+    return any(step.in_float8 or any(b.in_float8 for b in step.bodies) for step in self.steps)
+
 
 Readers = dict[Var, list[tuple[int, Read]]]
 

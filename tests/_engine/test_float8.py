@@ -102,6 +102,13 @@ def test_what_is_not_finite_stays_so_and_moves_no_other(bad, dtype):
   assert np.array_equal(values[rest], np.asarray(plain.values, np.float32)[rest])
 
 
+@pytest.mark.parametrize("dtype", [FORWARD, BACKWARD], ids=["e4m3", "e5m2"])
+def test_numbers_near_the_largest_have_a_finite_scale(dtype):
+  x = jnp.array([3e38, 1.0], jnp.bfloat16)
+  values, scale = round_to(x, dtype)
+  assert error(values.astype(jnp.float32) * scale, x) < OF_FORWARD
+
+
 def test_a_nan_in_one_row_is_in_that_row_of_the_result_alone():
   w, x, _ = draw(CASES["rows"], 1)
   y = matmul()(w, x.at[3, 0].set(jnp.nan))
@@ -381,6 +388,37 @@ def test_a_program_written_in_another_way_has_the_same_gradients(written):
   assert error(want, exact) < OF_BACKWARD
   assert error(jax.jit(grad)(WEIGHTS, INPUTS), exact) < 1.3 * error(want, exact)
   assert any("float8" in name for pair in in_formats(grad, WEIGHTS, INPUTS) for name in pair)
+
+
+@pytest.mark.parametrize("looped", [False, True], ids=["", "scan"])
+def test_a_derivative_that_a_user_gave_is_transposed(looped):
+  """What it multiplies is tangents, and what rounds them to float8 must be linear in them."""
+
+  @jax.custom_jvp
+  def product(w, x):
+    return x @ w
+
+  @product.defjvp
+  def _(primals, tangents):
+    (w, x), (dw, dx) = primals, tangents
+    if not looped:
+      return x @ w, x @ dw + dx @ w
+    return x @ w, lax.scan(lambda y, _: (y + x @ dw, None), dx @ w, None, 1)[0]
+
+  def loss(w, x):
+    return jnp.mean(jnp.tanh(product(w, x)) ** 2)
+
+  ours = jax.grad(mpjax.autocast(loss, "mixed_float8"), (0, 1))
+  found = ours(WEIGHTS[0], INPUTS)
+  for grad, exact in zip(found, jax.grad(loss, (0, 1))(WEIGHTS[0], INPUTS), strict=True):
+    assert grad.dtype == jnp.float32
+    assert error(grad, exact) < OF_BACKWARD
+  _, moved = jax.jvp(mpjax.autocast(loss, "mixed_float8"), (WEIGHTS[0], INPUTS), found)
+  assert error(moved, jax.jvp(loss, (WEIGHTS[0], INPUTS), found)[1]) < OF_BACKWARD
+  assert any(
+    "float8_e5m2" in pair or "float8_e4m3fn" in pair
+    for pair in in_formats(ours, WEIGHTS[0], INPUTS)
+  )
 
 
 def test_devices_that_share_a_batch_have_the_gradients_of_one():

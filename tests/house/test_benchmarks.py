@@ -12,6 +12,7 @@ import pytest
 from benchmarks import (
   compositions,
   convergence,
+  float8_rows,
   flops,
   gpu,
   gpu_cell,
@@ -24,6 +25,7 @@ from benchmarks import (
   rounding,
   workloads,
 )
+from mpjax.inspect._float8 import float8_work
 
 pytestmark = pytest.mark.usefixtures("loose")
 
@@ -168,6 +170,19 @@ def test_a_row_of_the_rounding_table_holds_the_bytes_that_it_names(name, size, m
   monkeypatch.setattr(convergence, "pictures", lambda: (picture, digit, np.arange(8) % 2 == 0))
   (run,) = rounding.train(convergence.digits(10), name, [0], 10)
   assert round(run.held, 1) == size and np.isfinite(run.loss)
+
+
+def test_every_float8_row_multiplies_the_same_matmuls_in_float8():
+  workload = workloads.language("text", models.Transformer, 2, 8, 16, layers=1, width=16, heads=2)
+  found = {}
+  for name, build in float8_rows.ROWS.items():
+    model, loss_fn = build(workload)
+    params, scales = jax.eval_shape(model.init, jax.random.key(0), workload.inputs)
+    step = float8_rows.step_of(loss_fn, tx := optax.sgd(0.1))
+    shapes = (params, scales, tx.init(params), workload.inputs, workload.labels)
+    found[name] = float8_work(jax.make_jaxpr(step)(*shapes)).matmuls
+  assert found["mixed_float8"] == found["Flax, delayed scaling"] == 18, "six layers, three each"
+  assert found["bfloat16 by hand"] == found["mixed_bfloat16"] == 0
 
 
 def test_a_report_holds_its_rows_and_where_they_were_measured(tmp_path):

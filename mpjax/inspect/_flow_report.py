@@ -48,7 +48,7 @@ class FlowReport(Report):
     loops: How many while loops there are; their bodies are counted once.
     depth: How many components of a path make a row; None for all.
     remarks: What the policy overrides, and what cannot be promised under it.
-  <<<<<<< HEAD
+    float8: The matmuls whose policy asks for float8: in which formats they multiply, or why not.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -56,9 +56,6 @@ class FlowReport(Report):
     >>> report = mpjax.inspect.explain(lambda w, x: x @ w @ w, "mixed_bfloat16", square, square)
     >>> report.narrow_share, report.keeps_promise, len(report.to_rows())
     (1.0, True, 1)
-  =======
-    float8: The matmuls whose policy asks for float8: in which formats they multiply, or why not.
-  >>>>>>> 3a36095 (wip float8: reports, benchmarks, tests)
   """
 
   name: str

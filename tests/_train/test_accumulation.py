@@ -102,9 +102,9 @@ def test_the_accumulator_is_float32_and_the_scale_is_divided_out_once(param_dtyp
   carry = [v.aval for v in scan.outvars if v.aval.shape in {(4, 8), (8,)}]
   assert {aval.dtype.name for aval in carry} == {"float32"}
   outside = [e.primitive.name for e in flat(jaxpr, through=("jit", "pjit"))]
-  assert outside.count("is_finite") == len(jax.tree.leaves(params))
+  assert outside.count("reduce_and") == len(jax.tree.leaves(params))
   inside = [e.primitive.name for e in flat(scan.params["jaxpr"].jaxpr)]
-  assert "is_finite" not in inside
+  assert not {"is_finite", "reduce_and"} & set(inside)
 
 
 def flat(jaxpr, through=None):
@@ -134,11 +134,10 @@ def test_a_sum_of_tiny_gradients_is_not_rounded_to_16_bits():
 
 
 def test_finite_gradients_near_the_top_of_float32_stay_finite():
-  tx = mpjax.static_loss_scaling(optax.sgd(1.0), 1)
+  tx = optax.sgd(1.0)
   step = make_train_step(lambda p, b: jnp.sum(p["w"] * jnp.mean(b["x"])), tx, accumulate=3)
-  state = TrainState.create({"w": jnp.ones(2)}, tx)
-  _, metrics = step(state, {"x": jnp.full(3, 3e38)})
-  assert metrics.applied
+  state, _ = step(TrainState.create({"w": jnp.ones(2)}, tx), {"x": jnp.full(3, 3e38)})
+  np.testing.assert_allclose(state.params["w"], -3e38, rtol=1e-6)
 
 
 def test_every_kth_example_goes_into_a_micro_batch_and_scalars_into_all():
@@ -226,7 +225,7 @@ def test_growth_counts_windows():
 def test_a_limit_on_skips_names_the_leaves_of_the_window():
   tx = scaled_adam()
   step = make_train_step(loss_fn, tx, accumulate=4, max_consecutive_skips=1)
-  with pytest.raises(mpjax.training.NonFiniteError, match="inf or NaN in v, w, at loss nan"):
+  with pytest.raises(mpjax.training.NonFiniteError, match=r"inf, NaN or .* in v, w, at loss nan"):
     step(TrainState.create(PARAMS, tx), NAN_IN_ONE)
 
 

@@ -247,7 +247,7 @@ class _Walk:
       return None
     if reason := why_not_float8(eqn, rule, parameter, self.logarithms):
       return Float8(reason=reason)
-    return Float8(parameter, place.backward or self.is_backward(eqn))
+    return Float8(parameter, place.backward)
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""

@@ -228,6 +228,7 @@ def make_train_step(
     )
     for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
       nnx.update(nodes, state)
+    _check_trained(nodes[0], optimizer, params)
     _update(core, nodes, optimizer, loss, grads, before[0], loss_at)
     metrics, bad = core.report(loss, grads, optimizer.opt_state, aux)
     if core.scaling is not None:
@@ -380,6 +381,21 @@ def _check_wrt(parts: list[nnx.State], optimizer: nnx.Optimizer) -> None:
     f"{', '.join(kinds) or 'no Variable'}. Make the optimizer with a wrt that selects what it is "
     "to train."
   )
+
+
+def _check_trained(model: nnx.Module, optimizer: nnx.Optimizer, params: nnx.State) -> None:
+  """Refuses a Variable that a loss adds and the optimizer would train: it has no gradient."""
+  had = {path for path, _ in nnx.to_flat_state(params)}
+  trained = nnx.to_flat_state(nnx.state(model, optimizer.wrt))
+  added = [(path, variable) for path, variable in trained if path not in had]
+  if added:
+    path, variable = added[0]
+    name = "/".join(map(str, path))
+    raise ValueError(
+      "What an optimizer trains must be in the model before the step. Got "
+      f"{name!r}, of type {type(variable).__name__}, which the loss adds. Add it "
+      "first and make the optimizer after it, or hold it in a Variable of another type."
+    )
 
 
 def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.State], nnx.State]:

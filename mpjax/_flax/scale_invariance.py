@@ -325,12 +325,15 @@ def _cause(paths: list[str], tiny: tuple[_Run, _Run], runs: list[_Run]) -> tuple
 
 
 def _is_inverse(smaller: _Run, larger: _Run, path: str) -> bool:
-  """Whether a change goes as the inverse of the scale, or of its square, down to tiny ones."""
+  """Whether a change goes as the inverse of the scale, or of its square, down to tiny ones.
+
+  Nearly so: at tiny scales float16 gradients have few bits left. What is clipped does not change.
+  """
   a, b = smaller.changes[path].size, larger.changes[path].size
   if not (smaller.applied and larger.applied and a and b):
     return False
   power = math.log(a / b, larger.scale / smaller.scale)
-  return min(abs(power - 1), abs(power - 2)) < 0.01
+  return min(abs(power - 1), abs(power - 2)) < 0.15
 
 
 def _spread(runs: list[_Run], path: str) -> float:

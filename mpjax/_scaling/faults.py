@@ -217,12 +217,20 @@ def inject_faults(schedule: FaultSchedule, pattern: str = ".*") -> optax.Gradien
   Returns:
     A transformation whose state is a `FaultState`.
 
+  Raises:
+    TypeError: If ``schedule`` is none, such as the optimizer.
+
   Example:
     >>> tx = inject_faults(FaultSchedule.at({0: "-inf"}))
     >>> updates, state = tx.update({"w": jnp.ones(1)}, tx.init({}))
     >>> updates, state
     ({'w': Array([-inf], dtype=float32)}, FaultState(step=Array(1, dtype=int32)))
   """
+  if not isinstance(schedule, FaultSchedule):
+    raise TypeError(
+      f"inject_faults takes a FaultSchedule. Got {type(schedule).__name__}. Write "
+      "optax.chain(inject_faults(FaultSchedule.at({3: 'nan'})), mpjax.dynamic_loss_scaling(tx))."
+    )
 
   def init(params: optax.Params) -> FaultState:
     del params

@@ -577,6 +577,16 @@ def test_a_change_of_structure_in_a_call_is_an_error(plain, change, name, x):
     mpjax.autocast(loss, BF16)(plain, x)
 
 
+def test_a_parameter_that_a_loss_adds_is_refused_by_the_step(plain, x):
+  def loss(model, x):
+    model.hidden.extra = nnx.Param(jnp.ones(()))
+    return model(x).mean()
+
+  optimizer = nnx.Optimizer(plain, optax.sgd(0.1), wrt=nnx.Param)
+  with pytest.raises(ValueError, match=r"Got 'hidden/extra', of type Param, which the loss adds"):
+    mpjax.nnx.make_train_step(loss, policy=BF16)(plain, optimizer, x)
+
+
 @pytest.mark.parametrize(
   ("call", "says"),
   [

@@ -177,6 +177,14 @@ def test_gradients_that_are_not_scaled_are_named(gradients, inner):
   assert len(str(caught.value)) < 600
 
 
+def test_float16_gradients_that_vanish_in_part_are_named_too():
+  wide = {"a": jnp.linspace(0.1, 1.0, 4)[:, None] * jnp.ones((4, 3)), "b": jnp.zeros((1, 3))}
+  tx = scaler()
+  step = make_step(tx, functools.partial(unscaled_twice, loss=float16_loss))
+  with pytest.raises(AssertionError, match="not scaled, or unscaled before"):
+    assert_scale_invariant(step, wide, tx.init(wide), jnp.ones((8, 4)))
+
+
 def test_a_loss_that_is_scaled_twice_is_named():
   tx = scaler()
   with pytest.raises(AssertionError, match="scaled twice"):

@@ -166,3 +166,8 @@ def test_a_run_with_faults_ends_as_one_that_never_saw_the_struck_batches(
   chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=1e-5)
   inner, wanted = (s.opt_state[1].inner_state for s in (state, expected))
   chex.assert_trees_all_close(inner, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_faults_around_an_optimizer_are_answered_with_what_to_write():
+  with pytest.raises(TypeError, match=r"Got GradientTransformation.* optax.chain\(inject_faults"):
+    inject_faults(optax.sgd(0.1))

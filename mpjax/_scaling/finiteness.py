@@ -48,10 +48,11 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
 
 
 def all_squarable(tree: Any) -> jax.Array:
-  """Tests that no number in a tree is inf, NaN, or so large that optimizers cannot square it.
+  """Tests that each leaf of a tree has a finite sum of squares.
 
-  Second moments and norms hold squares of gradients. What exceeds 2**63 in float32, whose largest
-  number is just below 2**128, makes an inf of them, and a second moment that is inf stays so.
+  Second moments and norms hold squares of gradients. Where the squares of a leaf add up to more
+  than its dtype holds, 16-bit ones in float32 (2**128, of a norm of 1.8e19), they become inf, and a
+  second moment that is inf stays so. A leaf with inf or NaN has no finite sum of squares either.
 
   Args:
     tree: Any pytree of arrays.
@@ -63,7 +64,7 @@ def all_squarable(tree: Any) -> jax.Array:
     >>> bool(all_squarable([1e18])), bool(all_squarable([1e20])), bool(all_squarable([jnp.nan]))
     (True, False, False)
   """
-  return ~jnp.any(unsquarable_leaves(tree))
+  return jnp.all(~unsquarable_leaves(tree))
 
 
 def unsquarable_leaves(tree: Any) -> jax.Array:
@@ -72,17 +73,40 @@ def unsquarable_leaves(tree: Any) -> jax.Array:
   Returns:
     A bool array with one entry per leaf, in the order of flattening.
   """
-  leaves = jax.tree.leaves(tree)
-  bad = [~_is_squarable(x) if _can_be_infinite(x) else jnp.array(False) for x in leaves]
+  bad = [~jnp.isfinite(square) for square in _squares(tree)]
   return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
 
 
-def _is_squarable(leaf: Any) -> jax.Array:
+def global_norm(tree: Any) -> jax.Array:
+  """The 2-norm of all float leaves, in float32: inf if, and only if, a leaf cannot be squared.
+
+  The sums of squares are those that `all_squarable` tests, so a program that has both computes
+  them once.
+
+  Example:
+    >>> global_norm({"a": jnp.array([3.0, 4.0]), "b": jnp.zeros(2, jnp.bfloat16)})
+    Array(5., dtype=float32)
+  """
+  squares = [square.astype(jnp.float32) for square in _squares(tree)]
+  if not squares:
+    return jnp.zeros((), jnp.float32)
+  # Leaves that can be squared must not overflow together: a power of two makes room for 2**24.
+  return 2.0**12 * jnp.sqrt(jnp.sum(jnp.stack(squares) * 2.0**-24))
+
+
+def _squares(tree: Any) -> list[jax.Array]:
+  """The sum of squares of each leaf in at least float32; 0 of what is no float."""
+  return [
+    _square(leaf) if _can_be_infinite(leaf) else jnp.zeros((), jnp.float32)
+    for leaf in jax.tree.leaves(tree)
+  ]
+
+
+def _square(leaf: Any) -> jax.Array:
   x = jnp.asarray(leaf)
   if jnp.iscomplexobj(x):
-    return _is_squarable(jnp.real(x)) & _is_squarable(jnp.imag(x))
-  wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
-  return jnp.all(jnp.abs(wide) <= 2.0 ** (jnp.finfo(wide.dtype).maxexp // 2 - 1))
+    return _square(jnp.real(x)) + _square(jnp.imag(x))
+  return jnp.sum(jnp.square(x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)))
 
 
 def stays_finite(new: Any, old: Any) -> jax.Array | None:

@@ -42,11 +42,11 @@ def dynamic_loss_scaling(
   """Wraps an optimizer so that it takes gradients of a scaled loss and skips non-finite ones.
 
   Each update converts the gradients to float32, divides them by the scale in its state (the
-  one that `loss_scale` handed out for this step) and tests them. If all are finite, and none is
-  beyond 2**63, whose square a second moment does not hold, ``inner`` updates as it would without
-  scaling. Otherwise the updates are zero and the state of ``inner`` stays as it was, bit for bit;
-  only the scaler moves. The scale grows after ``growth_interval`` good optimizer steps and is
-  backed off by a step that was skipped.
+  one that `loss_scale` handed out for this step) and tests them. If the sum of squares of every
+  leaf is finite (none has inf or NaN, or a norm beyond 2**64, whose square a second moment does not
+  hold), ``inner`` updates as it would without scaling. Otherwise the updates are zero and the state
+  of ``inner`` stays as it was, bit for bit; only the scaler moves. The scale grows after
+  ``growth_interval`` good optimizer steps and is backed off by a step that was skipped.
 
   ``inner`` must hold the whole chain, clipping included: a transformation in front of the
   scaler sees scaled gradients and may hide an overflow from it. ``inner`` is initialized and

@@ -15,7 +15,8 @@ from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._scaling.faults import FaultState
-from mpjax._scaling.finiteness import select
+from mpjax._scaling.finiteness import global_norm, select
+from mpjax._scaling.loss_scaling import unscaled
 from mpjax._scaling.states import LossScalingState
 
 
@@ -24,8 +25,9 @@ class StepMetrics(NamedTuple):
 
   Attributes:
     loss: f32[], the unscaled loss before the update.
-    grad_norm: f32[], the 2-norm of the unscaled gradients of all trained parameters. With a loss
-      scaler it is inf where a gradient is inf or NaN, so that ``jax.debug_nans`` stops no skip.
+    grad_norm: f32[], the 2-norm of the unscaled gradients of all trained parameters; inf where the
+      squares of a leaf add up to inf in float32. With a loss scaler it is inf where a gradient is
+      inf or NaN, too, so that ``jax.debug_nans`` stops no skip.
     loss_scale: f32[], the scale that this step used; 1 without a loss scaler.
     applied: bool[], False if the step was skipped; always True without a loss scaler.
     consecutive_skips: i32[], skipped steps up to this one; 0 if it was applied.
@@ -135,7 +137,7 @@ def step_metrics(
       total_skips=jnp.zeros((), jnp.int32),
       aux=aux,
     )
-  norm = global_norm(grads, 1 / before.scale)
+  norm = global_norm(unscaled(grads, before.scale))
   return StepMetrics(
     loss=loss,
     grad_norm=jnp.where(jnp.isnan(norm), jnp.inf, norm),
@@ -145,28 +147,6 @@ def step_metrics(
     total_skips=after.total_skips,
     aux=aux,
   )
-
-
-def global_norm(tree: Any, factor: jax.Array | None = None) -> jax.Array:
-  """The 2-norm of all float leaves, in float32, times ``factor``; squares do not overflow.
-
-  Example:
-    >>> global_norm({"a": jnp.array([3e30, 4e30]), "b": jnp.zeros(2, jnp.bfloat16)})
-    Array(5.e+30, dtype=float32)
-  """
-  leaves = [
-    jnp.abs(leaf).astype(FLOAT32)
-    for leaf in jax.tree.leaves(tree)
-    if jnp.issubdtype(getattr(leaf, "dtype", jnp.int32), jnp.inexact) and leaf.size
-  ]
-  if not leaves:
-    return jnp.zeros((), FLOAT32)
-  largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
-  # Zeros are not divided by zero, nor an infinity by itself.
-  limits = jnp.finfo(FLOAT32)
-  unit = jnp.clip(largest, limits.smallest_normal, limits.max)
-  squares = [jnp.sum(jnp.square(leaf / unit)) for leaf in leaves]
-  return (unit if factor is None else unit * factor) * jnp.sqrt(jnp.sum(jnp.stack(squares)))
 
 
 def keep_if_skipped(applied: jax.Array, new_opt_state: Any, old_opt_state: Any) -> Any:

@@ -7,7 +7,12 @@ import pytest
 from flax import nnx
 
 from mpjax import all_finite, select
-from mpjax._scaling.finiteness import all_squarable, nonfinite_leaves, unsquarable_leaves
+from mpjax._scaling.finiteness import (
+  all_squarable,
+  global_norm,
+  nonfinite_leaves,
+  unsquarable_leaves,
+)
 
 FINITE = {
   "empty tree": {},
@@ -140,9 +145,20 @@ def test_what_is_finite_and_not_huge_can_be_squared(tree):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64", "float64"])
-def test_what_can_be_squared_has_a_finite_square_and_some_room(dtype):
+def test_what_can_be_squared_has_a_finite_sum_of_squares(dtype):
   with jax.enable_x64(True):
-    most = 2.0 ** (511 if dtype == "float64" else 63)
-    fits, large = jnp.asarray([1, most], dtype), jnp.asarray([1, 4 * most], dtype)
-    assert list(unsquarable_leaves([fits, large, 1])) == [False, True, False]
-    assert jnp.isfinite(2 * fits**2).all()
+    most = 2.0 ** (510 if dtype == "float64" else 62)
+    fits, large = jnp.asarray([1, most], dtype), jnp.asarray([1, 8 * most], dtype)
+    many = jnp.full(64, most, dtype)
+    assert list(unsquarable_leaves([fits, large, 1, many])) == [False, True, False, True]
+    assert jnp.isfinite(jnp.sum(2 * fits**2))
+
+
+def test_a_norm_is_finite_if_all_leaves_can_be_squared():
+  large = [jnp.float32(1.8e19)] * 100
+  assert all_squarable(large)
+  np.testing.assert_allclose(global_norm(large), 1.8e20, rtol=1e-6)
+  assert global_norm([*large, jnp.float32(1.9e19)]) == jnp.inf
+  assert global_norm({}) == 0
+  mixed = {"a": jnp.full(4, 300, jnp.float16), "b": jnp.array([3 + 4j]), "n": jnp.arange(3)}
+  np.testing.assert_allclose(global_norm(mixed), np.sqrt(4 * 300.0**2 + 25), rtol=1e-6)

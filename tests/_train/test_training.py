@@ -187,6 +187,28 @@ def test_without_scaling_a_step_is_the_program_of_the_one_written_by_hand(policy
   assert compiled_operations(ours, scaled, BATCH) != found
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("scaler", [None, mpjax.static_loss_scaling], ids=["plain", "scaled"])
+def test_a_step_reads_its_gradients_once_for_the_norm_and_the_skip(policy, scaler):
+  """As many reductions as in a step by hand with the norm of optax."""
+  inner = optax.adam(1e-2)
+  tx = scaler(inner) if scaler else inner
+  state, step = TrainState.create(init_params(), tx), make_train_step(loss_fn, tx, policy=policy)
+
+  def by_hand(params, opt_state, batch):
+    loss, grads = jax.value_and_grad(mpjax.autocast(loss_fn, policy))(params, batch)
+    updates, opt_state = inner.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss, optax.tree.norm(grads)
+
+  args = init_params(), inner.init(init_params()), BATCH
+  reductions = [
+    len(re.findall(r" reduce\(", jax.jit(fn).lower(*args).compile().as_text()))
+    for fn, args in ((step, (state, BATCH)), (by_hand, args))
+  ]
+  # Sums over leaves are one more, and which of these can be squared another.
+  assert reductions[0] - reductions[1] == (1 if scaler is None else 2)
+
+
 def test_without_scaling_the_metrics_are_constants():
   tx = optax.sgd(0.1)
   _state, metrics = make_train_step(loss_fn, tx)(TrainState.create(init_params(), tx), BATCH)
@@ -460,12 +482,13 @@ def test_an_unknown_policy_or_optimizer_is_refused_at_once():
     make_train_step(loss_fn, "adam")
 
 
-def test_large_gradients_have_a_finite_norm_and_none_have_zero():
+@pytest.mark.parametrize("size", [1e18, 1e30])
+def test_the_norm_of_gradients_is_what_a_clip_would_see_and_none_have_zero(size):
   tx = optax.sgd(0.0)
-  step = make_train_step(lambda p, b: jnp.sum(p["w"] * 1e30) * b["factor"], tx)
+  step = make_train_step(lambda p, b: jnp.sum(p["w"] * size) * b["factor"], tx)
   state = TrainState.create({"w": jnp.ones(4)}, tx)
   state, metrics = step(state, BATCH)
-  np.testing.assert_allclose(metrics.grad_norm, 2e30, rtol=1e-6)
+  np.testing.assert_allclose(metrics.grad_norm, 2 * size if size < 1e19 else np.inf, rtol=1e-6)
   _, metrics = step(state, {**BATCH, "factor": jnp.float32(0)})
   assert metrics.grad_norm == 0
 

@@ -126,7 +126,7 @@ def _repeat(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Repeat:
     if atom in made:
       return made[atom], read
     key = Key(atom) if index in inside_of_islands else shared(atom, read)  # islands cast inside
-    return "input", inputs.setdefault(key, len(inputs)), read
+    return "input", inputs.setdefault(key, len(inputs)), atom.aval, read
 
   code = [
     (
@@ -163,13 +163,17 @@ def _kind(unit: Unit) -> Hashable:
 
 
 def _code(step: Step, scopes: int) -> tuple[Any, ...]:
-  """What a step does, but for its operands; where it was written is part of it."""
+  """What a step does, but for its operands; where it was written is part of it.
+
+  So are the shapes of its results: a bias is spread over them, and params do not hold them all.
+  """
   eqn, info = step.eqn, step.eqn.source_info
+  shapes = tuple(var.aval for var in eqn.outvars)
   params = tuple(sorted(step.params.items()))
   bodies = tuple(map(id, step.bodies))
   written = info.traceback, info.name_stack[scopes:], eqn.ctx
   ways = step.parameter, step.turned, step.float8
-  return eqn.primitive, params, step.rule, step.outs, bodies, written, ways
+  return eqn.primitive, params, shapes, step.rule, step.outs, bodies, written, ways
 
 
 def _hashable(code: Hashable) -> Hashable:

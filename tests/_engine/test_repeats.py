@@ -67,6 +67,22 @@ def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monke
   assert Counter(signatures(jaxpr.jaxpr)) == Counter(signatures(plain.jaxpr))
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_what_recurs_in_another_shape_is_no_recurrence(policy):
+  """As in the stages of a ResNet: a parameter is spread over the shape of what it is added to."""
+
+  def shrinking(p, x):
+    for _ in range(LAYERS + 1):  # the first one's input is data, and no recurrence
+      x = x[1:]
+      with jax.named_scope("layer"):
+        x = jnp.tanh(x @ p["w"]) * p["scale"] + p["bias"]
+    return x.sum()
+
+  p = {"w": jnp.eye(8), "scale": jnp.ones((1, 8)), "bias": jnp.ones((1, 8))}
+  grad = jax.jit(jax.grad(mpjax.autocast(shrinking, policy)))
+  assert grad(p, jnp.ones((2 * LAYERS, 8)))["bias"].shape == (1, 8)
+
+
 def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
   found, jitted = [], []
   joined, jit = repeats.joined, jax.jit

@@ -1,11 +1,13 @@
 """Haiku, Equinox and what is built on them: functions, through plain `autocast`."""
 
+import functools
 import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from public.model import Built, Public, compiled, function, noise
 
@@ -176,6 +178,60 @@ def _normalizing_flow() -> Built:
   return function(log_prob, params, SERIES[:, 0, :4])
 
 
+def _neural_ode(adjoint: str) -> Built:
+  """A batch of initial values, each with steps of its own size, and diffrax's way to gradients."""
+  eqx, diffrax = importlib.import_module("equinox"), importlib.import_module("diffrax")
+  mlp = eqx.nn.MLP(4, 4, 16, 2, activation=jnp.tanh, key=jax.random.key(0))
+  field, static = eqx.partition(mlp, eqx.is_inexact_array)
+
+  def solve(params: Any, start: Any) -> Any:
+    term = diffrax.ODETerm(lambda t, y, params: eqx.combine(params, static)(y))
+    times, control = jnp.linspace(0, 1, 5), diffrax.PIDController(1e-3, 1e-3)
+    solution = diffrax.diffeqsolve(
+      term,
+      diffrax.Tsit5(),
+      0.0,
+      1.0,
+      0.1,
+      start,
+      params,
+      saveat=diffrax.SaveAt(ts=times),
+      stepsize_controller=control,
+      adjoint=getattr(diffrax, adjoint)(),
+      max_steps=64,
+    )
+    return solution.ys
+
+  return function(jax.vmap(solve, (None, 0)), field, noise(3, 4))
+
+
+# Distributions ----------------------------------------------------------------------------------
+
+
+def _actor_critic() -> Built:
+  """PureJaxRL's actor and critic: a Linen module that returns a distribution of distrax."""
+  distrax = importlib.import_module("distrax")
+
+  class ActorCritic(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+      actor = nn.tanh(nn.Dense(16, name="actor")(x))
+      mean = nn.Dense(2, name="mean")(nn.tanh(nn.Dense(16, name="actor_2")(actor)))
+      spread = self.param("log_std", nn.initializers.zeros, (2,))
+      critic = nn.tanh(nn.Dense(16, name="critic")(x))
+      value = nn.Dense(1, name="value")(nn.tanh(nn.Dense(16, name="critic_2")(critic)))
+      return distrax.MultivariateNormalDiag(mean, jnp.exp(spread)), value[..., 0]
+
+  module, seen, done = ActorCritic(), noise(8, 6), noise(8, 2)
+  params = compiled(lambda x: module.init(jax.random.key(0), x)["params"], seen)
+
+  def policy(params: Any, seen: Any, done: Any) -> Any:
+    choice, value = module.apply({"params": params}, seen)
+    return choice.log_prob(done), choice.entropy(), value
+
+  return function(policy, params, seen, done)
+
+
 # Graphs -----------------------------------------------------------------------------------------
 
 
@@ -214,6 +270,11 @@ def _of_equinox(name: str, build: Any, rule: str | None) -> Public:
   return Public(name, "equinox", ("equinox",), "functions", build, rule)
 
 
+def _of_diffrax(name: str, adjoint: str) -> Public:
+  build = functools.partial(_neural_ode, adjoint)
+  return Public(name, "diffrax", ("diffrax", "equinox"), "differential equations", build)
+
+
 MODELS: tuple[Public, ...] = (
   _of_haiku("Haiku transformer", _haiku_transformer, "attn"),
   _of_haiku("Haiku LSTM and GRU", _haiku_recurrent, "head"),
@@ -224,5 +285,10 @@ MODELS: tuple[Public, ...] = (
   _of_equinox("Equinox convolutions", _equinox_convolutions, ".*/?eqx.nn.Linear"),
   _of_equinox("Equinox LSTM", _equinox_recurrent, "eqx.nn.Linear"),
   Public("Autoregressive flow", "flowjax", ("flowjax",), "functions", _normalizing_flow),
+  _of_diffrax("Neural ODE", "RecursiveCheckpointAdjoint"),
+  _of_diffrax("Neural ODE, adjoint backwards in time", "BacksolveAdjoint"),
+  Public(
+    "Actor and critic", "distrax", ("distrax",), "reinforcement learning", _actor_critic, "actor"
+  ),
   Public("Graph network", "jraph", ("jraph", "haiku"), "graphs", _graph_network, "nodes"),
 )

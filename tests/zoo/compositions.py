@@ -186,6 +186,28 @@ class Mixture(nn.Module):
     return embed.attend(nn.Dropout(0.2, deterministic=False)(x))
 
 
+class Windowed(nn.Module):
+  """Attention to neighbours: keys and values padded, and left out, with a literal 0."""
+
+  @nn.compact
+  def __call__(self, x: Array, lengths: Array) -> Array:
+    query, key, value = jnp.split(nn.Dense(24, name="projections")(x), 3, -1)
+    kept = (jnp.arange(x.shape[1])[None] < lengths[:, None])[..., None]
+    key, value = (_windows(jnp.where(kept, y, 0)) for y in (key, value))
+    scores = jnp.einsum("bqd,bqwd->bqw", query, key) / 8**0.5
+    there = _windows(kept)[..., 0]
+    weights = nn.softmax(jnp.where(there, scores, -1e9)) * there.any(-1, keepdims=True)
+    out = jnp.einsum("bqw,bqwd->bqd", weights, value)
+    return nn.Dense(3, name="head")(jnp.clip(out, -6, 6))
+
+
+def _windows(x: Array) -> Array:
+  """Each of a sequence with the one before and the one behind it."""
+  length = x.shape[1]
+  padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)), constant_values=0)
+  return jnp.stack([padded[:, n : n + length] for n in range(3)], 2)
+
+
 LINEN: tuple[Composition, ...] = (
   Composition("bidirectional recurrence", Recurrent, (SERIES, LENGTHS)),
   Composition("convolutional LSTM", Film, (VIDEO,)),
@@ -198,6 +220,7 @@ LINEN: tuple[Composition, ...] = (
   Composition("shared scopes", Adapter, (SERIES,)),
   Composition("decoding with a cache", Decoder, (TOKEN,)),
   Composition("switch and tied weights", Mixture, (TOKENS,), rngs=("dropout",)),
+  Composition("windows padded with a literal 0", Windowed, (SERIES, LENGTHS)),
 )
 
 
@@ -290,10 +313,61 @@ class Sequential(nnx.Module):
     return self.head(self.recurrent(x))
 
 
+class Grouped(nnx.Module):
+  """Qwen3's attention: normalized queries and keys, two queries a key, angles by einsum."""
+
+  def __init__(self, rngs: nnx.Rngs) -> None:
+    self.query = nnx.Einsum("BTD,DNH->BTNH", (8, 4, 4), rngs=rngs)
+    self.key = nnx.Einsum("BSD,DKH->BSKH", (8, 2, 4), rngs=rngs)
+    self.value = nnx.Einsum("BSD,DKH->BSKH", (8, 2, 4), rngs=rngs)
+    self.out = nnx.Einsum("BTNH,NHD->BTD", (4, 4, 8), rngs=rngs)
+    self.query_norm, self.key_norm = nnx.RMSNorm(4, rngs=rngs), nnx.RMSNorm(4, rngs=rngs)
+
+  def __call__(self, x: Array, sin: Array, cos: Array) -> Array:
+    query = _rotated(self.query_norm(self.query(x)), sin, cos)
+    key = _rotated(self.key_norm(self.key(x)), sin, cos)
+    batch, length, heads, size = query.shape
+    query = query.reshape((batch, length, 2, heads // 2, size))
+    scores = jnp.einsum("BTKGH,BSKH->BTSKG", query, key) * size**-0.5
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, :, :, None, None]
+    weights = jax.nn.softmax(jnp.where(causal, scores, -2.3819763e38).astype(jnp.float32), axis=2)
+    attended = jnp.einsum("BTSKG,BSKH->BTKGH", weights.astype(x.dtype), self.value(x))
+    return self.out(attended.reshape((batch, length, heads, size)))
+
+
+def _rotated(x: Array, sin: Array, cos: Array) -> Array:
+  one, two = jnp.split(x, 2, axis=-1)
+  sin, cos = sin[:, :, None], cos[:, :, None]
+  return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], -1).astype(x.dtype)
+
+
+class Decoding(nnx.Module):
+  """A layer of Qwen3 behind a thousand tokens: rotary positions, a gated unit, tied embeddings."""
+
+  def __init__(self, rngs: nnx.Rngs) -> None:
+    self.embed = nnx.Embed(16, 8, rngs=rngs)
+    self.norms = nnx.List([nnx.RMSNorm(8, rngs=rngs) for _ in range(3)])
+    self.attend = Grouped(rngs)
+    self.gate, self.up, self.down = (
+      nnx.Linear(*sizes, use_bias=False, rngs=rngs) for sizes in ((8, 16), (8, 16), (16, 8))
+    )
+
+  def __call__(self, tokens: Array) -> Array:
+    x = self.embed(tokens)
+    positions = 1001 + jnp.cumsum(jnp.ones_like(tokens), -1)
+    frequencies = 1.0 / 1e6 ** (jnp.arange(0, 4, 2, dtype=jnp.float32) / 4)
+    angles = jnp.einsum("BT,k->BTk", positions, frequencies, precision=jax.lax.Precision.HIGHEST)
+    x = x + self.attend(self.norms[0](x), jnp.sin(angles), jnp.cos(angles))
+    y = self.norms[1](x)
+    x = x + self.down(nnx.silu(self.gate(y)) * self.up(y))
+    return self.embed.attend(self.norms[2](x))
+
+
 NNX: tuple[Composition, ...] = (
   Composition("scan of remat of vmap", Scanned, (SERIES,)),
   Composition("a jitted method", Jitted, (SERIES,)),
   Composition("LoRA, weight and spectral norm", LowRank, (SERIES,), power_iteration=6),
   Composition("decoding with a cache", Cached, (TOKEN,)),
   Composition("bidirectional recurrence and a counter", Sequential, (SERIES,)),
+  Composition("rotary positions by einsum", Decoding, (TOKENS,)),
 )

@@ -17,7 +17,6 @@ from jax.interpreters import ad
 
 from mpjax._engine import custom_derivatives
 from mpjax._engine.custom_derivatives import Slots, Vjp
-from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
 
@@ -116,11 +115,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   @functools.cache
   def forward_plan(ins: Slots) -> Plan:
     jaxpr = traced(ins).forward
-    exact = step.outs
-    if any(form is not None and form.kind is Kind.DATA for form in exact):
-      # What is stored for the backward pass is needed as exactly: it may be the result once more.
-      exact += (DATA,) * (len(jaxpr.out_avals) - count)
-    forward = functools.partial(rule_of, jaxpr, step.operands, step.place, exact)
+    forward = functools.partial(rule_of, jaxpr, step.operands, step.place, step.outs)
     return forward((*step.outs, *forward().out_forms[count:]))
 
   @functools.cache

@@ -4,7 +4,8 @@
 the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6 on, and 0.999 is 1 in
 bfloat16. A hard sigmoid, ``clip((x + 3) / 6, 0, 1)``, is arithmetic that is cut off: all of that
 runs in float32. The sigmoid may stand in another body than what needs it, as the gates
-do that are computed for all steps at once before the loop that they rule.
+do that are computed for all steps at once before the loop that they rule. A gate that is computed
+twice is needed as exactly at both places: the second may be what a derivative multiplies by.
 
 So a jaxpr is read twice. Forwards, for what its values are made of: a `Role` each. Backwards, from
 what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
@@ -24,6 +25,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.recomputed import recomputed
 
 Indices = frozenset[int]
 
@@ -230,26 +232,41 @@ class NearOne:
       found = _variables(inner.outvars[n] for n in outs.exact)
       found |= self._near_one(inner, forward, leading)
       bounded = _variables(inner.outvars[n] for n in outs.bounded)
-      inside, gates = {}, set()
-      for eqn in reversed(inner.eqns):
-        if bodies_of(eqn):
-          results = Needed(*(_places(eqn.outvars, variables) for variables in (found, bounded)))
-          entering = forward.inside[id(eqn)]
-          exact, needed = self._of_bodies(eqn, entering, results, leading)
-          inside |= {id(eqn): exact} if any(map(any, exact)) else {}
-          found |= _variables(eqn.invars[n] for n in needed.exact)
-          bounded |= _variables(eqn.invars[n] for n in needed.bounded)
-          continue
-        if _is_bound(eqn, found) or _is_within(eqn, bounded):
-          bounded |= _variables(eqn.invars)
-          gates.add(eqn.outvars[0])
-        elif _comes_near_one(eqn, forward):
-          gates.add(eqn.outvars[0])
-        found |= _variables(self._needed(eqn, found))
+      inside, gates = self._swept(inner, forward, leading, found, bounded)
+      while (inside or gates & found) and (again := _computed_again(inner, found)):
+        found |= again
+        inside, gates = self._swept(inner, forward, leading, found, bounded)
       exact = Exact(frozenset(gates & found), frozenset(inside.items()))
       places = (_places(inner.invars, variables) for variables in (found, bounded & found))
       self._backwards[key] = exact, Needed(*places)
     return self._backwards[key]
+
+  def _swept(
+    self,
+    inner: Any,
+    forward: _Forward,
+    leading: Collection[Any],
+    found: set[Any],
+    bounded: set[Any],
+  ) -> tuple[dict[int, tuple[Exact, ...]], set[Any]]:
+    """Adds to what is needed exactly what leads to it; returns what of bodies is, and the gates."""
+    inside, gates = {}, set()
+    for eqn in reversed(inner.eqns):
+      if bodies_of(eqn):
+        results = Needed(*(_places(eqn.outvars, variables) for variables in (found, bounded)))
+        entering = forward.inside[id(eqn)]
+        exact, needed = self._of_bodies(eqn, entering, results, leading)
+        inside |= {id(eqn): exact} if any(map(any, exact)) else {}
+        found |= _variables(eqn.invars[n] for n in needed.exact)
+        bounded |= _variables(eqn.invars[n] for n in needed.bounded)
+        continue
+      if _is_bound(eqn, found) or _is_within(eqn, bounded):
+        bounded |= _variables(eqn.invars)
+        gates.add(eqn.outvars[0])
+      elif _comes_near_one(eqn, forward):
+        gates.add(eqn.outvars[0])
+      found |= _variables(self._needed(eqn, found))
+    return inside, gates
 
   def _needed(self, eqn: JaxprEqn, found: Collection[Any]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
@@ -300,6 +317,12 @@ class NearOne:
           near = recurs or role.products & other.products
         found.update((atom,) if near else ())
     return found
+
+
+def _computed_again(inner: Any, found: set[Any]) -> set[Any]:
+  """The variables that hold a value which is needed exactly, and are not known to."""
+  same = (holding for holding in recomputed(inner) if not found.isdisjoint(holding))
+  return set[Any]().union(*same) - found
 
 
 def _variables(atoms: Iterable[Any]) -> set[Any]:

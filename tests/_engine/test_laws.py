@@ -331,6 +331,16 @@ def twice_vjp(y):
   return sigmoid(y + 6)
 
 
+@jax.custom_vjp
+def own_sigmoid(y):
+  return sigmoid(y + 6)
+
+
+# What is stored is the function's own, written once more, with what else there is.
+own_sigmoid.defvjp(
+  lambda y: (own_sigmoid(y), (jnp.sin(y), jax.nn.sigmoid(y + 6))),
+  lambda kept, g: (g * (kept[1] * (1 - kept[1])),),
+)
 twice_vjp.defvjp(lambda y: (twice_vjp(y), twice_vjp(y)), lambda s, g: (g * (s * (1 - s)),))
 own_jvp.defjvp(lambda primals, tangents: jax.jvp(lambda y: sigmoid(y + 6), primals, tangents))
 own_vjp.defvjp(lambda y: (own_vjp(y),) * 2, lambda s, g: (g * (s * (1 - s)),))
@@ -353,6 +363,7 @@ RECURRENCES = {
   "custom_jvp": scanned(lambda p, h, u: lstm(own_jvp(u @ p["z"]), h, state(p, u))),
   "custom_vjp": scanned(lambda p, h, u: lstm(own_vjp(u @ p["z"]), h, state(p, u))),
   "custom_vjp_called_twice": scanned(lambda p, h, u: lstm(twice_vjp(u @ p["z"]), h, state(p, u))),
+  "gate_stored_by_itself": scanned(lambda p, h, u: lstm(own_sigmoid(u @ p["z"]), h, state(p, u))),
   "hard_sigmoid": scanned(lambda p, h, u: lstm(hard(p, u), h, state(p, u))),
   "hard_gru": scanned(lambda p, h, u: gru(1 - hard(p, u), h, state(p, u))),
   "hard_sigmoid_ahead": ahead(lstm, lambda p, x: hard(p, x), state),
@@ -405,12 +416,20 @@ def test_so_they_do_where_they_are_differentiated(fn, policy):
   np.testing.assert_allclose(found, loss(GATES, KEYS), rtol=0.03)
 
 
-@both
-@cases(**{name: RECURRENCES[name] for name in ("custom_vjp_called_twice", "hard_sigmoid")})
-def test_and_a_gate_has_its_derivative(fn, policy):
-  """In 16 bits a sigmoid that a rule stores by a second call is 1, and its slope 0."""
+# In 16 bits a sigmoid that a rule stores by a second call is 1, and its slope 0.
+STORED = ("custom_vjp_called_twice", "gate_stored_by_itself", "hard_sigmoid")
+GRADIENTS = {
+  "outside": lambda loss, policy: jax.grad(mpjax.autocast(loss, policy)),
+  "inside": lambda loss, policy: mpjax.autocast(jax.grad(loss), policy),
+}
+
+
+@in_turns(
+  ("fn", "way", "policy"), {name: RECURRENCES[name] for name in STORED}, GRADIENTS, POLICIES
+)
+def test_and_a_gate_has_its_derivative(fn, way, policy):
   loss = lambda p, x: jnp.sum(fn(p, x))
-  run = lambda p, x: [jax.grad(f)(p, x) for f in (mpjax.autocast(loss, policy), loss)]
+  run = lambda p, x: [grad(p, x) for grad in (way(loss, policy), jax.grad(loss))]
   got, exact = rounded(run)(GATES, KEYS)
   assert jnp.linalg.norm(got["z"] - exact["z"]) < 0.1 * jnp.linalg.norm(exact["z"])
 

@@ -114,6 +114,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("one_minus_square", Facts(Rule.FULL, "what is near 1 is subtracted from 1")),
   ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
   ("polynomial", Facts(Rule.RANGE, _RANGE)),
+  ("atan2", Facts(Rule.RANGE, "its derivative divides by a sum of squares, which leaves float16")),
   ("cosh sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
   ("square", Facts(Rule.FULL, "nearly always feeds a sum: a variance, a norm", _T.ARITHMETIC)),
   ("log log1p log2 atanh erf_inv", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
@@ -141,7 +142,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.ARITHMETIC)),
-  ("rem floor ceil round atan2 reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
+  ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
   ("sqrt cbrt sin cos asin acos atan", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
   (
     "tanh logistic erf erfc",

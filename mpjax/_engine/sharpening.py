@@ -17,7 +17,7 @@ from mpjax._engine import jaxprs
 from mpjax._engine.constants import Adapting
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
-from mpjax._engine.kinds import Kind, join
+from mpjax._engine.kinds import Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 
@@ -160,6 +160,12 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
+    "divides by a narrow value",
+    lambda s: s.name == "div" and s.rule is Rule.FOLLOW and _is_float16(s.forms[1]),
+    Rule.FULL,
+    "its derivative divides by the square of that, which leaves the range of float16",
+  ),
+  Sharpening(
     "leaves the range of float16",
     lambda s: s.rule is Rule.RANGE and _held(s) == FLOAT16,
     Rule.FULL,
@@ -192,6 +198,11 @@ def _is_narrow(forms: Forms) -> bool:
   """Whether operands are held in 16 bits together."""
   form = join(forms)
   return form is not None and form.kind is Kind.NARROW
+
+
+def _is_float16(form: Form | None) -> bool:
+  """Whether a value that came out of a matmul is held in float16."""
+  return form is not None and form.kind is Kind.NARROW and form.dtype == FLOAT16
 
 
 def _held(sight: Sight) -> np.dtype | None:

@@ -634,6 +634,33 @@ def test_a_sum_of_narrow_values_does_not_stall_or_overflow(fn, truth, policy):
   np.testing.assert_allclose(found, truth, rtol=1e-4)
 
 
+# Quotients ---------------------------------------------------------------------------------------
+
+QUOTIENTS = {
+  "large": lambda h: h[:8] / (4000 * jnp.abs(h[8:]) + 1000) * 1000,
+  "of_numbers": lambda h: 2000 / (4000 * jnp.abs(h) + 1000),
+  "small": lambda h: (h[:8] / 2048) / (h[8:] / 2048),
+  "small_angles": lambda h: jnp.arctan2(h[:8] / 2048, h[8:] / 2048) / 512,
+  "large_angles": lambda h: jnp.arctan2(h[:8] * 512, h[8:] * 512) * 512,
+}
+
+
+@pytest.mark.parametrize("fn", QUOTIENTS.values(), ids=QUOTIENTS.keys())
+def test_a_quotient_has_its_derivative_in_float16(fn):
+  """One divided by the square of what divides leaves float16 from 256 on, and below 1 / 256."""
+  x = jax.random.normal(jax.random.key(0), (16, 4))
+  weight = jax.random.normal(jax.random.key(1), (4, 4))
+  loss = lambda weight, x: fn(jnp.sin(x @ weight) + 2).sum()
+  ours, truth = (jax.grad(f)(weight, x) for f in (mpjax.autocast(loss, "mixed_float16"), loss))
+  assert error(ours, truth) < 8e-3
+
+
+def test_what_is_divided_by_a_number_or_a_parameter_stays_in_16_bits():
+  fn = lambda scale, x: (x @ x / 8.0 / scale) @ x
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(jnp.float32(3), jnp.eye(4))
+  assert result_dtypes(jaxpr, "div") == {"float16"}
+
+
 # Data --------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compilers, hlo, report
+from benchmarks import compilers, report
 
 MIB = 2**20
 KEY = ("target", "workload", "policy", "peer")
@@ -30,8 +30,11 @@ COLUMNS = {
   "gbytes": "GB moved",
   "bytes_ratio": "to by hand",
   "device_gbytes": "of device memory",
+  "time": "estimated time",
+  "time_ratio": "to by hand",
   "low_share": "matmuls in 16 bits",
 }
+_TIMES = {"estimated_ms": "ms", "estimated_mcycles": "Mcycles"}
 COMPILER = {"cpu": "jaxlib", "cuda": "jax-cuda12-plugin", "tpu": "libtpu"}
 
 
@@ -61,7 +64,7 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
     "low_share": flops.low_share(operations),
     "flops": operations.total(),
   }
-  return {**row, **figures(compiled), "seconds": round(time.perf_counter() - began, 1)}
+  return {**row, **figures(compiled, target), "seconds": round(time.perf_counter() - began, 1)}
 
 
 def compiler(target: str) -> str:
@@ -70,18 +73,34 @@ def compiler(target: str) -> str:
   return f"{package} {metadata.version(package)}"
 
 
-def figures(compiled: Any) -> report.Row:
+def figures(compiled: Any, target: str) -> report.Row:
   """What a compiler says of its program, and what stands in the program's text."""
+  from mpjax.inspect import _compiled_text
+
   memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
   text = compiled.as_text()
-  device_bytes = hlo.moved(text)
+  device_bytes = _compiled_text.moved(text)
   return {
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "converts": len(re.findall(r" convert\(", text)),
     "bytes_moved": int(costs["bytes accessed"]) if costs else device_bytes,
     "device_bytes": device_bytes,
+    **_estimate(text, target),
   }
+
+
+def _estimate(text: str, target: str) -> report.Row:
+  """The time of a step in milliseconds, as far as the compiler's text tells it."""
+  from mpjax.inspect import _compiled_text
+  from mpjax.inspect._targets import read_target
+
+  if compilers.PLATFORM[target] == "cuda":
+    card = read_target(f"gpu:{target}").card
+    assert card is not None, "a GPU has a card"
+    return {"estimated_ms": round(_compiled_text.roofline(text, card).seconds * 1e3, 4)}
+  cycles = _compiled_text.estimated_cycles(text)
+  return {} if cycles is None else {"estimated_mcycles": round(cycles / 1e6, 4)}
 
 
 def shown(rows: list[report.Row]) -> list[report.Row]:
@@ -97,6 +116,7 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
     return f"{row[key] / hand[key]:.3f}" if hand else None
 
   device = row.get("device_bytes")  # results of before it was read off have none
+  time = next((key for key in _TIMES if key in row), None)  # nor of the time
   return {
     "peer": row["peer"],
     "temp_mib": f"{row['temp_bytes'] / MIB:.0f}",
@@ -107,6 +127,8 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
     "gbytes": f"{row['bytes_moved'] / 1e9:.2f}",
     "bytes_ratio": ratio("bytes_moved"),
     "device_gbytes": f"{device / 1e9:.2f}" if device else None,
+    "time": f"{row[time]:.2f} {_TIMES[time]}" if time else None,
+    "time_ratio": ratio(time) if time and hand and time in hand else None,
     "low_share": f"{row['low_share']:.1%}",
   }
 

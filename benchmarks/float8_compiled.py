@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import compilers, hlo, report
+from benchmarks import compilers, report
 
 TARGET = "h100"
 MIB = 2**20
@@ -28,8 +28,8 @@ def measure(workload: str, row: str) -> report.Row:
   import optax
 
   from benchmarks import float8_rows
+  from mpjax.inspect._compiled_text import float8_calls, moved
   from mpjax.inspect._float8 import float8_work
-  from mpjax.inspect._target_compiler import float8_calls
 
   cell = float8_rows.WORKLOADS[workload]
   model, loss_fn = float8_rows.ROWS[row](cell)
@@ -48,7 +48,7 @@ def measure(workload: str, row: str) -> report.Row:
     "compiled": calls,
     "widened": widened,
     "temp_mib": round(compiled.memory_analysis().temp_size_in_bytes / MIB),
-    "gbytes": round(hlo.moved(text) / 1e9, 2),
+    "gbytes": round(moved(text) / 1e9, 2),
     "date": time.strftime("%Y-%m-%d", time.gmtime()),
   }
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import hlo, meters, peers, workloads
+from benchmarks import meters, peers, workloads
+from mpjax.inspect._compiled_text import moved
 
 _ALIGN = 8
 
@@ -44,7 +45,7 @@ def needed(compiled: Any) -> int:
 def of_text(text: str) -> dict[str, Any]:
   """What a compiled step's text tells: bytes moved, and the libraries' kernels by name."""
   called = re.findall(r'custom_call_target="([^"]+)"', text)
-  return {"moved_bytes": hlo.moved(text), "calls": dict(collections.Counter(called))}
+  return {"moved_bytes": moved(text), "calls": dict(collections.Counter(called))}
 
 
 def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import compilers, hlo, report
+from benchmarks import compilers, report
 
 MIB = 2**20
 MILLIONS = (30, 1000)
@@ -26,6 +26,7 @@ def measure(target: str, millions: int, row: str) -> report.Row:
   import optax
 
   from benchmarks import rounding
+  from mpjax.inspect._compiled_text import moved
 
   tx = optax.adamw(1e-3)
   shape = jax.ShapeDtypeStruct((millions * 10**6 // LEAVES,), jnp.float32)
@@ -44,7 +45,7 @@ def measure(target: str, millions: int, row: str) -> report.Row:
     ),
     "held_mib": round((memory.argument_size_in_bytes - _bytes(held[0])) / MIB),
     "temp_mib": round(memory.temp_size_in_bytes / MIB),
-    "gbytes": round((costs["bytes accessed"] if costs else hlo.moved(compiled.as_text())) / 1e9, 2),
+    "gbytes": round((costs["bytes accessed"] if costs else moved(compiled.as_text())) / 1e9, 2),
     "date": time.strftime("%Y-%m-%d", time.gmtime()),
   }
 

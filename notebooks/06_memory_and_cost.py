@@ -95,25 +95,26 @@ except ModuleNotFoundError as error:
 # %% [markdown]
 # Where it is installed, this comes out (JAX 0.12.0):
 #
-# > On gpu:h100, 79.1 GiB a device: float32 needs 336.4 MiB, which fits; mixed_bfloat16 needs 280.4 MiB (0.83 of
-# > float32), which fits; mixed_float16 needs 254.4 MiB (0.76 of float32), which fits.
+# > On gpu:h100, 79.1 GiB a device: float32 needs 332.3 MiB, which fits; mixed_bfloat16 needs 276.3 MiB (0.83 of
+# > float32), which fits; mixed_float16 needs 250.3 MiB (0.75 of float32), which fits.
 #
-# | policy | args MiB | temp MiB | output MiB | peak MiB | GFLOP |
-# |---|---|---|---|---|---|
-# | float32 | 80.20 | 256.15 | 72.18 | 336.35 | 155.61~ |
-# | mixed_bfloat16 | 80.20 | 200.16 | 72.18 | 280.35 | 155.71~ |
-# | mixed_float16 | 80.20 | 174.16 | 72.18 | 254.36 | 156.01~ |
+# | policy | args MiB | temp MiB | output MiB | peak MiB | GFLOP | moved MiB | ms at least | to float32 |
+# |---|---|---|---|---|---|---|---|---|
+# | float32 | 80.20 | 252.13 | 72.18 | 332.33 | 155.59~ | 1995.88 | 0.67 | 1.00 |
+# | mixed_bfloat16 | 80.20 | 196.13 | 72.18 | 276.33 | 155.69~ | 1375.73 | 0.45 | 0.67 |
+# | mixed_float16 | 80.20 | 170.14 | 72.18 | 250.33 | 155.99~ | 1471.71 | 0.48 | 0.71 |
 #
 # Arguments and results are parameters and Adam's moments: 12 bytes a parameter, float32 under each of these policies. What 16 bits
-# save is in the temporaries, and so it is more the larger the batch. The compiler for GPUs states neither FLOPs nor bytes moved: `~`
-# marks FLOPs of the program before it is compiled. Peaks for three GPUs, from the top of the repository
+# save is in the temporaries, and so it is more the larger the batch. The compiler for GPUs states no FLOPs: `~` marks those of the
+# program before it is compiled. Nor does it time: *ms at least* is, kernel by kernel, the longer of bytes over bandwidth and
+# operations over the peak of their dtype. A card takes longer; the ratio is what to look at. Peaks for three GPUs, from the top of the repository
 # (`python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100` prints a column again):
 #
 # | peak MiB | `gpu:h100` | `gpu:a100` | `gpu:v100` |
 # |---|---|---|---|
-# | float32 | 336 | 424 | 360 |
-# | mixed_bfloat16 | 280 | 350 | 360 |
-# | mixed_float16 | 254 | 258 | 254 |
+# | float32 | 332 | 421 | 356 |
+# | mixed_bfloat16 | 276 | 346 | 356 |
+# | mixed_float16 | 250 | 250 | 250 |
 #
 # The last column is no mistake. A V100 has no bfloat16: its compiler takes it back to float32, and nothing is saved. Use
 # `mixed_float16` there; see notebook 04.

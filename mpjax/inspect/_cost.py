@@ -18,14 +18,23 @@ from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._flax.dispatch import autocast
 from mpjax._flax.nnx_calls import is_node
+from mpjax.inspect._compiled_text import Card, estimated_cycles, float8_calls, moved, roofline
 from mpjax.inspect._float8 import Float8Work, float8_work
 from mpjax.inspect._policies_inside import where_traced
 from mpjax.inspect._report import Report, Table
 from mpjax.inspect._target_compiler import read_figures
-from mpjax.inspect._targets import Target, check_installed, compile_for, read_target
+from mpjax.inspect._targets import Target, card_here, check_installed, compile_for, read_target
 
 _MIB, _GIB = 2**20, 2**30
 _POLICIES = ("float32", "mixed_bfloat16")
+_ROOFLINE = (
+  "Kernel by kernel the longer of bytes over bandwidth and operations over the peak of their "
+  "dtype, by the card's data sheet; without launches, caches and partly filled tiles."
+)
+_CYCLES = (
+  "As the compiler expects, instruction by instruction; without copies that run beside others, "
+  "kernels whose cost it is not told, and the host."
+)
 
 
 class CostRow(NamedTuple):
@@ -38,13 +47,23 @@ class CostRow(NamedTuple):
     output_bytes: Memory of the results.
     alias_bytes: The part of the results that lies where donated arguments lay.
     flops: Floating-point operations of a step.
-    bytes_moved: Bytes read and written in a step.
+    bytes_moved: Bytes read and written in a step. The compiler for GPUs does not state them: there
+      they are the operands and results of the compiled program's kernels.
     compile_seconds: The time to compile it.
     error: Why the compiler gave up, if it did: the step does not fit into the device's memory.
     flops_lowered: Whether ``flops`` is XLA's figure for the program before it is compiled, for the
       compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
       call of a library not at all.
     float8: What of the step multiplies in float8, under a policy that asks for it.
+    estimated_seconds: The least time that a GPU can take: the sum, over the kernels of the compiled
+      program, of the longer of their bytes over the card's bandwidth and their operations over the
+      peak of the dtype that they multiply in, by its data sheet. Launches of kernels, caches and
+      tiles that do not fill the card are not in it.
+    unknown_kernels: How many kernels do work of which the program says nothing, such as those of
+      Pallas: they are in that time with their bytes alone.
+    estimated_cycles: The time that the compiler for TPUs expects, in cycles of a core: the sum of
+      what it writes beside its instructions, loops as often as they run. Copies that run beside
+      others, and kernels whose cost it is not told, are not in it.
     float8_calls: How many matmuls take float8 as compiled, of which those that share an operand may
       be one; and how many float8 arrays become 16-bit again, for a matmul that does not. Only the
       compiler for GPUs says so.
@@ -62,6 +81,9 @@ class CostRow(NamedTuple):
   flops_lowered: bool = False
   float8: Float8Work | None = None
   float8_calls: tuple[int, int] | None = None
+  estimated_seconds: float | None = None
+  unknown_kernels: int = 0
+  estimated_cycles: float | None = None
 
   @property
   def peak_bytes(self) -> int | None:
@@ -156,7 +178,30 @@ class CostReport(Report):
         f"a policy inside governs its part in every row ({self.inside}): give the step of the "
         "plain model to compare policies."
       )
-    return [Table(header, rows, notes=[*notes, *errors])]
+    return [Table(header, rows, notes=[*notes, *errors]), *self._times()]
+
+  def _times(self) -> list[Table]:
+    """The estimated time of each policy, if there is one of the first."""
+    first = self.rows[0]
+    if first.estimated_seconds:
+      unit, scale, note = "ms at least", 1e-3, _ROOFLINE
+    elif first.estimated_cycles:
+      unit, scale, note = "Mcycles", 1e6, _CYCLES
+    else:
+      return []
+    times = [row.estimated_seconds or row.estimated_cycles for row in self.rows]
+    base = times[0] or 1.0
+    rows = [
+      [row.policy, _number(time, scale), "-" if time is None else f"{time / base:.2f}"]
+      for row, time in zip(self.rows, times, strict=True)
+    ]
+    notes = [
+      f"{row.policy}: {row.unknown_kernels} kernels count with their bytes alone."
+      for row in self.rows
+      if row.unknown_kernels
+    ]
+    header = ["policy", unit, f"to {first.policy}"]
+    return [Table(header, rows, title="Estimated time of a step", notes=[note, *notes])]
 
   def _need(self, row: CostRow, first: CostRow) -> str:
     if row.peak_bytes is None:
@@ -222,10 +267,13 @@ def cost(
   programs = [_Program(_under(step, policy, argnums), args, donated) for policy in named.values()]
   if described is None:
     figures = [program.compile_here() for program in programs]
+    card = card_here(jax.devices()[0].device_kind)
   else:
     exported = [program.export_for(described) for program in programs]
     figures = compile_for(described, exported, programs[0].donated, python)
+    card = described.card
   for policy, program, found in zip(named.values(), programs, figures, strict=True):
+    found |= _read_text(found.pop("text", None) or "", card)
     if as_policy_map(policy).multiplies_in_float8():
       found["float8"] = float8_work(program.traced())
   return CostReport(
@@ -318,7 +366,7 @@ class _Program:
     """The figures of the present backend's compiler."""
     lowered = self.jitted().lower(*self.shapes)
     began = time.perf_counter()
-    figures = read_figures(lowered.compile(), lambda: lowered, jax.default_backend())
+    figures = read_figures(lowered.compile(), lambda: lowered)
     return {**figures, "compile_seconds": time.perf_counter() - began}
 
   def export_for(self, target: Target) -> bytes:
@@ -388,9 +436,24 @@ def _memory_here() -> int | None:
   return stats.get("bytes_limit") if stats else None
 
 
+_STATED = [name for name in CostRow._fields[1:] if name not in CostRow._field_defaults]
+
+
+def _read_text(text: str, card: Card | None) -> dict[str, Any]:
+  """What the text of a compiled program tells beyond its compiler's figures."""
+  if not text or card is None:
+    return {"estimated_cycles": estimated_cycles(text)}
+  time = roofline(text, card)
+  return {
+    "bytes_moved": moved(text),
+    "float8_calls": float8_calls(text),
+    "estimated_seconds": time.seconds,
+    "unknown_kernels": time.unknown,
+  }
+
+
 def _row(name: str, figures: Mapping[str, Any]) -> CostRow:
-  stated: dict[str, Any] = {key: figures.get(key) for key in CostRow._fields[1:]}
-  return CostRow(name, **{**stated, "flops_lowered": bool(figures.get("flops_lowered"))})
+  return CostRow(name, **{**dict.fromkeys(_STATED), **figures})
 
 
 def _in_float8(work: Float8Work, compiled: tuple[int, int] | None) -> str:

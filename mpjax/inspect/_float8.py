@@ -10,10 +10,10 @@ from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
+from mpjax.inspect._compiled_text import Card
 from mpjax.inspect._flow_costs import MATMULS, flops, is_float
+from mpjax.inspect._targets import read_target
 
-# An H100 (SXM) by its data sheet: operations a second without sparsity, bytes a second.
-_IN_16_BITS, _IN_FLOAT8, _BANDWIDTH = 989e12, 1979e12, 3.35e12
 _TO_ROUND = 5
 """Bytes that move to round a 16-bit number: read for the scale, read again, and written."""
 
@@ -47,6 +47,8 @@ class _Matmul(NamedTuple):
 
 def float8_work(jaxpr: Any) -> Float8Work:
   """Counts the float8 matmuls of a jaxpr."""
+  h100 = read_target("gpu:h100").card
+  assert h100 is not None, "a GPU has a card"
   found = list(_matmuls(jaxpr, 1))
   narrow = [matmul for matmul in found if matmul.is_float8]
   in_float8 = sum(m.flops * m.times for m in narrow)
@@ -55,13 +57,13 @@ def float8_work(jaxpr: Any) -> Float8Work:
     flops=in_float8,
     share=in_float8 / max(sum(m.flops * m.times for m in found), 1),
     rounded_bytes=sum(m.rounded * m.times for m in narrow),
-    small=sum(_saved(m) < m.rounded * _TO_ROUND / _BANDWIDTH for m in narrow),
+    small=sum(_saved(m, h100) < m.rounded * _TO_ROUND / h100.bandwidth for m in narrow),
   )
 
 
-def _saved(matmul: _Matmul) -> float:
+def _saved(matmul: _Matmul, card: Card) -> float:
   """Seconds that a matmul takes less, at its fastest."""
-  return matmul.flops * (1 / _IN_16_BITS - 1 / _IN_FLOAT8)
+  return matmul.flops * (1 / card.peaks["bf16"] - 1 / card.peaks["f8"])
 
 
 def _matmuls(jaxpr: Any, times: int) -> Iterator[_Matmul]:

@@ -8,7 +8,6 @@ the target's compiler, not mpjax, so another environment can run it.
 import contextlib
 import importlib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,9 +64,7 @@ def compile_program(path: Path, device: Any, job: dict[str, Any]) -> dict[str, A
   began = time.perf_counter()
   try:
     # What is lowered for a device that is not there has no cost analysis; for no device, it has.
-    figures = read_figures(
-      lower(shapes).compile(), lambda: lower(exported.in_avals), job["platform"]
-    )
+    figures = read_figures(lower(shapes).compile(), lambda: lower(exported.in_avals))
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -75,11 +72,10 @@ def compile_program(path: Path, device: Any, job: dict[str, Any]) -> dict[str, A
   return {**figures, "compile_seconds": time.perf_counter() - began}
 
 
-def read_figures(compiled: Any, lowered: Callable[[], Any], platform: str) -> dict[str, Any]:
-  """What a compiler states of a program; None for what it does not state.
+def read_figures(compiled: Any, lowered: Callable[[], Any]) -> dict[str, Any]:
+  """What a compiler states of a program, with the program's text; None for what it does not state.
 
-  That for GPUs states no FLOPs; then they are those of the program as it was lowered. It alone says
-  which matmuls multiply in float8.
+  That for GPUs states no FLOPs; then they are those of the program as it was lowered.
   """
   memory, costs = compiled.memory_analysis(), costs_of(compiled)
   sizes = ("argument", "temp", "output", "alias")
@@ -89,27 +85,9 @@ def read_figures(compiled: Any, lowered: Callable[[], Any], platform: str) -> di
     "flops": costs["flops"] if states_flops else costs_of(lowered()).get("flops"),
     "flops_lowered": not states_flops,
     "bytes_moved": costs.get("bytes accessed"),
-    "float8_calls": float8_calls(compiled.as_text()) if platform in _GPUS else None,
+    "text": compiled.as_text(),
     "error": None,
   }
-
-
-_GPUS = ("cuda", "gpu")
-_DOT = re.compile(r" dot\(%([\w.-]+), %([\w.-]+)\)")
-_FLOAT8_VALUE = re.compile(r"%([\w.-]+) = f8e\w+\[")
-_WIDENED = re.compile(r" = (?:bf16|f16|f32)\[[^ ]* convert\(%([\w.-]+)\)")
-
-
-def float8_calls(text: str) -> tuple[int, int]:
-  """How many matmuls of a program compiled for a GPU take float8, cuBLAS's and Triton's.
-
-  And how many float8 arrays it makes 16-bit or float32 again, as it does where a matmul does not
-  take them. Matmuls that share an operand may have become one.
-  """
-  values = set(_FLOAT8_VALUE.findall(text))
-  dots = sum(left in values and right in values for left, right in _DOT.findall(text))
-  calls = dots + text.count('custom_call_target="__cublas$lt$matmul$f8"')
-  return calls, sum(name in values for name in _WIDENED.findall(text))
 
 
 def costs_of(program: Any) -> dict[str, float]:

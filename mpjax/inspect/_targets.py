@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from mpjax._core.arguments import shown
 from mpjax.inspect import _target_compiler
+from mpjax.inspect._compiled_text import Card
 
 _GIB = 2**30
 _FOLDER = Path(__file__).parents[1] / "targets"
@@ -30,6 +31,7 @@ class Target(NamedTuple):
     environment: What JAX must find in its environment when it is imported.
     memory: The bytes of the device's memory.
     config: The description of a GPU, a text proto of published figures; empty for a TPU.
+    card: What a GPU does at most; None for a TPU.
   """
 
   name: str
@@ -38,6 +40,7 @@ class Target(NamedTuple):
   environment: dict[str, str]
   memory: int
   config: str = ""
+  card: Card | None = None
 
 
 def _tpu(name: str, accelerator: str, topology: str, gib: int) -> Target:
@@ -76,16 +79,37 @@ def read_target(name: str) -> Target:
   kind = name.partition(":")[2]
   config = (_FOLDER / f"{kind}.txtpb").read_text()
   memory = re.search(r"device_memory_size: (\d+)", config)
-  assert memory is not None, f"{kind}.txtpb is a file of mpjax's own, and states it"
+  bandwidth = re.search(r"memory_bandwidth: (\d+)", config)
+  assert memory and bandwidth, f"{kind}.txtpb is a file of mpjax's own, and states them"
   # Without a device there is nothing to time kernels on.
-  return Target(name, "cuda", kind, {"XLA_FLAGS": _NO_AUTOTUNE}, int(memory[1]), config)
+  card = Card(int(bandwidth[1]), _PEAKS[kind])
+  return Target(name, "cuda", kind, {"XLA_FLAGS": _NO_AUTOTUNE}, int(memory[1]), config, card)
 
 
+# Operations a second without sparsity, by the data sheets of the SXM cards.
+_PEAKS = {
+  "v100": {"f16": 125e12, "f32": 15.7e12, "tf32": 15.7e12, "f64": 7.8e12},
+  "a100": {"f16": 312e12, "bf16": 312e12, "tf32": 156e12, "f32": 19.5e12, "f64": 19.5e12},
+  "h100": {
+    "f8": 1979e12,
+    "f16": 989.5e12,
+    "bf16": 989.5e12,
+    "tf32": 494.7e12,
+    "f32": 66.9e12,
+    "f64": 66.9e12,
+  },
+}
 _NO_AUTOTUNE = "--xla_gpu_autotune_level=0"
 _NEEDS = {
   "tpu": (("libtpu",), '"jax[tpu]" flatbuffers'),
   "cuda": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), '"jax[cuda12]" flatbuffers'),
 }
+
+
+def card_here(kind: str) -> Card | None:
+  """What a GPU that is present does at most, by the name that its driver gives it."""
+  found = [name for name in _GPUS if name.partition(":")[2] in kind.lower()]
+  return read_target(found[0]).card if found else None
 
 
 def check_installed(target: Target, python: str | None) -> None:

@@ -16,7 +16,6 @@ from benchmarks import (
   flops,
   gpu,
   gpu_cell,
-  hlo,
   laws,
   meters,
   models,
@@ -80,46 +79,6 @@ def test_operations_are_counted_as_in_the_textbook():
   shapes = [(2, 3, 3, 5), (2, 2, 5, 1), (4, 4)]
   found = flops.contractions(fn, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
   assert found == {"float32": 2 * (2 * 2 * 2) * (2 * 2 * 5) + 3 * 2 * (2 * 4 * 4)}
-
-
-def test_a_compiled_programs_bytes_are_those_of_its_kernels():
-  x = jnp.ones((8, 8))
-  text = jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
-  assert hlo.moved(text) == 3 * 8 * 8 * 4
-
-
-def test_a_loop_counts_as_often_as_it_runs():
-  def program(times):
-    fn = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, c: jnp.sin(c) @ c, x))
-    return hlo.moved(fn.lower(jnp.ones((64, 64))).compile().as_text())
-
-  sine_and_matmul = (2 + 3) * 64 * 64 * 4
-  carry_copied_and_counted = 2 * 64 * 64 * 4 + 64
-  one_turn = (program(14) - program(7)) / 7
-  assert sine_and_matmul <= one_turn <= sine_and_matmul + carry_copied_and_counted
-
-
-def test_a_conditional_counts_as_its_costliest_branch():
-  branches = [lambda x: x, lambda x: x @ x @ x]
-  fn = jax.jit(lambda which, x: jax.lax.switch(which, branches, x))
-  text = fn.lower(jnp.int32(0), jnp.ones((64, 64))).compile().as_text()
-  square_and_product, copied_in_and_out = (2 + 3) * 64 * 64 * 4, 4 * 64 * 64 * 4 + 64
-  assert square_and_product <= hlo.moved(text) <= square_and_product + copied_in_and_out
-
-
-def test_what_a_core_reads_in_its_fast_memory_does_not_move():
-  fetched = """ENTRY %main () -> f32[8] {
-  %x = f32[8,4]{1,0:T(8,128)} parameter(0)
-  %y = f32[8]{0:T(1024)} parameter(1)
-  %copy-start = (f32[8]{0:T(1024)S(1)}, f32[8]{0:T(1024)}, u32[]{:S(2)}) copy-start(%y)
-  %copy-done = f32[8]{0:T(1024)S(1)} copy-done(%copy-start)
-  %slice-start = ((f32[8,4]{1,0:T(8,128)}), f32[2,4]{1,0:T(8,128)S(1)}, s32[]) slice-start(%x)
-  %slice-done = f32[2,4]{1,0:T(8,128)S(1)} slice-done(%slice-start)
-  ROOT %fusion = f32[8]{0:T(1024)} fusion(%copy-done, %slice-done), kind=kLoop
-}
-"""
-  y, part_of_x, result = 8 * 4, 2 * 4 * 4, 8 * 4
-  assert hlo.moved(fetched) == y + part_of_x + result
 
 
 def test_a_poisoned_batch_makes_a_loss_that_is_not_finite():

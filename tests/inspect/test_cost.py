@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,9 +15,17 @@ from flax import nnx
 import mpjax
 from mpjax import inspect
 from mpjax.cli import main
+from mpjax.inspect._compiled_text import float8_calls
 from mpjax.inspect._float8 import float8_work
-from mpjax.inspect._target_compiler import float8_calls, read_figures
-from mpjax.inspect._targets import TARGETS, Target, check_installed, compile_for, read_target
+from mpjax.inspect._target_compiler import read_figures
+from mpjax.inspect._targets import (
+  TARGETS,
+  Target,
+  card_here,
+  check_installed,
+  compile_for,
+  read_target,
+)
 
 F32 = jnp.float32
 
@@ -76,14 +85,35 @@ def test_a_policy_inside_is_named_for_it_is_the_same_in_every_row():
 
 def test_a_compiler_that_states_no_flops_leaves_those_of_the_lowered_program_marked():
   lowered = jax.jit(lambda w, x: x @ w).lower(jnp.ones((16, 16)), jnp.ones((4, 16)))
-  silent = SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: None)
-  figures = read_figures(silent, lambda: lowered, "cpu")
+  says_nothing = dict.fromkeys(["memory_analysis", "cost_analysis", "as_text"], lambda: None)
+  figures = read_figures(SimpleNamespace(**says_nothing), lambda: lowered)
   assert figures["flops"] == 2 * 4 * 16 * 16 and figures["flops_lowered"]
   assert figures["bytes_moved"] is None
   (row,) = inspect.cost(loss, *shapes(), policies="float32").rows
   assert not row.flops_lowered
   report = inspect.CostReport("gpu:h100", None, (row._replace(flops=2e9, flops_lowered=True),))
   assert "2.00~" in str(report) and "~: of the program before it is compiled" in str(report)
+
+
+def test_a_report_shows_the_estimated_time_and_what_it_leaves_out():
+  (row,) = inspect.cost(loss, *shapes(), policies="float32").rows
+  assert row.estimated_seconds is row.estimated_cycles is None
+  low = row._replace(policy="low", estimated_seconds=2e-3, unknown_kernels=3)
+  rows = (row._replace(estimated_seconds=4e-3), low)
+  shown = str(inspect.CostReport("gpu:h100", None, rows))
+  assert re.search(r"policy +ms at least +to float32\n.*\nlow +2.00 +0.50", shown)
+  assert "low: 3 kernels count with their bytes alone." in shown
+  rows = row._replace(estimated_cycles=4e6), row._replace(policy="low", error="too large")
+  shown = str(inspect.CostReport("tpu:v5e", None, rows))
+  assert re.search(r"policy +Mcycles +to float32\nfloat32 +4.00 +1.00\nlow +- +-", shown)
+  assert max(map(len, shown.split("Estimated time")[1].splitlines()[:4])) <= 80
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "Tesla V100-SXM2-16GB", "cpu"])
+def test_the_card_that_is_present_is_known_by_its_name(name):
+  card = card_here(name)
+  assert (card is None) == (name == "cpu")
+  assert card is None or card.peaks["f16"] == (989.5e12 if "H100" in name else 125e12)
 
 
 def wide(params, x, policy):

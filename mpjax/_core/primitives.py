@@ -277,7 +277,8 @@ DEFAULT_OPS: Mapping[str, str] = MappingProxyType(
 """What a 16-bit policy does with each primitive, by name.
 
 ``lower``: runs in the compute dtype (matmuls, convolutions), but for the power iteration of Flax's
-spectral norms, which is float32 in modules under `apply_policy`. ``full``: runs in float32
+spectral norms, which is float32 in modules under `apply_policy`, and for matmuls that count whole
+numbers or sum up the squares of one value. ``full``: runs in float32
 (logarithms, sums, statistics). ``range``: runs in float32 if the compute dtype is float16, whose
 range it leaves (integer powers). ``follow``: runs in whatever its operands have. Changes go
 into ``PolicyMap(..., ops={"exp": "follow"})``.

@@ -21,7 +21,7 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import constants, jaxprs, sharpening, versions
-from mpjax._engine.bodies import bodies_of, repetitions, settled
+from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kernels import kernel_of
@@ -33,6 +33,7 @@ from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, widened
 from mpjax._engine.sharpening import Own, Sight
+from mpjax._engine.whole_numbers import WholeNumbers
 
 
 class Known(NamedTuple):
@@ -47,6 +48,7 @@ class Known(NamedTuple):
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
     logarithms: Which results lead into a logarithm.
+    whole: Which operands are whole numbers, see `whole_numbers`.
   """
 
   exact: Exact | None = None
@@ -56,6 +58,7 @@ class Known(NamedTuple):
   numbers: tuple[NumberSet, ...] = ()
   own: Own = Own()
   logarithms: tuple[int, ...] = ()
+  whole: frozenset[int] = frozenset()
 
 
 NOTHING = Known()
@@ -96,6 +99,7 @@ class Planner:
     self.table = policies.table()
     self.adapting = Adapting(policies.narrow_dtypes())
     self.needs = Needs(self.table)
+    self.whole_numbers = WholeNumbers()
     most = min(map(terms_of, policies.narrow_dtypes()), default=float("inf"))
     self.near_one = NearOne(self.table, most)
     self._in_float8 = policies.multiplies_in_float8()
@@ -188,6 +192,8 @@ class _Walk:
       inner, known.parameters, known.kin, known.summed, self.is_backward
     )
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
+    self.makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
+    self.whole = planner.whole_numbers.variables(jaxpr, known.whole)
     self.own = sharpening.own_variables(inner, known.own)
     self.iterated = sharpening.power_iteration(inner, self.own.state)
     self.numbers = Numbers(planner.adapting)
@@ -256,7 +262,17 @@ class _Walk:
       if any(forms):
         self.planner.unknown[eqn.primitive.name] += 1
       return Rule.TRACED
-    sight = Sight(eqn, rule, forms, compute, self.exact.values, self.sums, self.iterated)
+    sight = Sight(
+      eqn,
+      rule,
+      forms,
+      compute,
+      self.exact.values,
+      self.sums,
+      self.iterated,
+      self.whole,
+      self.makers,
+    )
     return sharpening.sharpened(sight, self.planner.adapting)
 
   # Reading a value where it is used ---------------------------------------------------------
@@ -356,7 +372,7 @@ class _Walk:
     (held,) = bodies_of(eqn)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
     own = self.own.among(eqn.invars) if is_call else Own()
-    known = self.known(eqn, eqn.invars, forms, own, *self.exact_of_bodies(eqn))
+    known = self.known(eqn, held, forms, own, *self.exact_of_bodies(eqn))
     body = self.planner.plan(held.jaxpr, forms, place, known=known)
     if eqn.primitive.name in _SHARES_READS:
       body = self.planner.plan(held.jaxpr, widened(body), place, known=known)
@@ -366,10 +382,9 @@ class _Walk:
   def exact_of_bodies(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
     return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
 
-  def known(
-    self, eqn: JaxprEqn, atoms: Sequence[Any], forms: Forms, own: Own, exact: Exact
-  ) -> Known:
+  def known(self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own, exact: Exact) -> Known:
     """What is known of the operands and results of a body that runs once for all of an equation."""
+    atoms = body.take(eqn.invars)
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
       exact=exact,
@@ -379,6 +394,7 @@ class _Walk:
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=self.into_logarithms(eqn),
+      whole=self.planner.whole_numbers.entering(eqn, body, self.whole),
     )
 
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
@@ -403,6 +419,7 @@ class _Walk:
       parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
       own=own or Own(),
       logarithms=self.into_logarithms(eqn),
+      whole=self.planner.whole_numbers.entering(eqn, body, self.whole),
     )
 
     def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:
@@ -423,15 +440,17 @@ class _Walk:
       operands[body.operands[n]] = form
     for test, needed in zip(tests, of_tests, strict=True):
       taken_by_it = tuple(test.take(operands))
-      bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=Known(needed)))
+      whole = self.planner.whole_numbers.entering(eqn, test, self.whole)
+      of_test = Known(needed, whole=whole)
+      bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=of_test))
     wanted = [form and form.dtype for form in operands]
     return _Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
 
   def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    branches = [branch.jaxpr for branch in bodies_of(eqn)]
-    taken, own = eqn.invars[1:], self.own.among(eqn.invars[1:])
-    known = [self.known(eqn, taken, forms[1:], own, e) for e in self.exact_of_bodies(eqn)]
-    pairs = list(zip(branches, known, strict=True))
+    branches, own = bodies_of(eqn), self.own.among(eqn.invars[1:])
+    exact = self.exact_of_bodies(eqn)
+    known = [self.known(eqn, b, forms[1:], own, e) for b, e in zip(branches, exact, strict=True)]
+    pairs = [(b.jaxpr, k) for b, k in zip(branches, known, strict=True)]
     free = [self.planner.plan(b, forms[1:], place, known=k).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
     bodies = tuple(self.planner.plan(b, forms[1:], place, outs, k) for b, k in pairs)

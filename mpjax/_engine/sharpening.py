@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 
 SATURATING = having(Trait.SATURATES)
+_MOVES = having(Trait.MOVES)
 _FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
 _WITH_BODIES = frozenset(
   {
@@ -50,6 +51,8 @@ class Sight(NamedTuple):
     exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
+    whole: The variables that hold whole numbers.
+    makers: The equation that makes each variable of the jaxpr.
   """
 
   eqn: JaxprEqn
@@ -59,6 +62,8 @@ class Sight(NamedTuple):
   exact: Collection[Any]
   sums: Sums
   iterated: Collection[Any]
+  whole: Collection[Any]
+  makers: Mapping[Any, JaxprEqn]
 
   @property
   def name(self) -> str:
@@ -127,7 +132,10 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
   ),
   Sharpening(
-    "square", lambda s: is_square(s.eqn), Rule.FULL, "nearly always feeds a sum: a variance, a norm"
+    "square",
+    lambda s: is_square(s.eqn, s.makers),
+    Rule.FULL,
+    "nearly always feeds a sum: a variance, a norm",
   ),
   Sharpening(
     "picked numbers",
@@ -146,6 +154,12 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.is_lower and s.result in s.iterated,
     Rule.FULL,
     "every weight is divided by the norm that it finds",
+  ),
+  Sharpening(
+    "whole numbers",
+    lambda s: s.is_lower and s.result in s.whole,
+    Rule.FULL,
+    "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
   ),
   Sharpening(
     "what is added up",
@@ -211,11 +225,34 @@ def _held(sight: Sight) -> np.dtype | None:
   return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
 
 
-def is_square(eqn: JaxprEqn) -> bool:
-  """X * x and x ** 2 are squares, however they were written."""
+def is_square(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """X * x and x ** 2 are squares, however they were written, and so are x @ x and ``vdot(x, x)``.
+
+  A matmul of a value with itself is the sum of its squares where it adds up all that it multiplies.
+  """
   if eqn.primitive.name == "integer_pow":
     return eqn.params["y"] == 2
+  if eqn.primitive.name == "dot_general":
+    (left, right), (batch, other) = eqn.params["dimension_numbers"]
+    rank = len(left) + len(batch)
+    first, second = eqn.invars
+    is_inner = {_rank(first), _rank(second)} == {rank} and (left, batch) == (right, other)
+    return is_inner and _source(first, makers) == _source(second, makers)
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def _source(atom: Any, makers: Mapping[Any, JaxprEqn]) -> tuple[Any, ...]:
+  """What a value was before it was moved, and how it was."""
+  moves = []
+  while not isinstance(atom, Literal) and atom in makers and makers[atom].primitive.name in _MOVES:
+    eqn = makers[atom]
+    moves.append((eqn.primitive.name, str(eqn.params)))
+    (atom,) = eqn.invars
+  return (id(atom), *moves)
+
+
+def _rank(atom: Any) -> int:
+  return len(atom.aval.shape)
 
 
 def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:

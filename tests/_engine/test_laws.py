@@ -228,6 +228,47 @@ def _bisect(h):
   return lax.while_loop(wide, body, (h - 4, h + 4, 0))[2]
 
 
+# Whole numbers ------------------------------------------------------------------------------------
+
+IDS = jnp.arange(2400) * 7 % 2401
+CODES = np.arange(2401, dtype=np.float32)
+chosen = lambda ids: jax.nn.one_hot(ids, 2401)
+COUNTS = {
+  "of_each": lambda ids: jax.nn.one_hot(ids % 2, 2).T @ jnp.ones(len(ids)),
+  "one_by_one": lambda ids: jnp.tril(jnp.ones((2400, 2400))) @ (ids % 3 > 0).astype(jnp.float32),
+  "of_pairs": lambda ids: jnp.einsum("ti,tj->ij", *[jax.nn.one_hot(ids % n, n) for n in (2, 4)]),
+  "a_position": lambda ids: chosen(ids) @ jnp.arange(2401.0),
+  "a_table_of_numpy": lambda ids: chosen(ids) @ CODES,
+  "an_index": lambda ids: (
+    jnp.stack([ids, ids % 40], 1).astype(jnp.float32) @ jnp.array([40.0, 1.0])
+  ),
+  "jitted": jax.jit(lambda ids: jax.jit(chosen)(ids) @ jnp.arange(2401.0)),
+  "remat": jax.checkpoint(lambda ids: chosen(ids) @ jnp.arange(2401.0)),
+  "cond": lambda ids: lax.cond(
+    ids[0] >= 0, lambda rows: rows @ CODES, lambda rows: rows[:, 0], chosen(ids)
+  ),
+  "mapped": lambda ids: lax.map(lambda row: row @ jnp.arange(2401.0), chosen(ids)),
+  "scanned": lambda ids: lax.scan(
+    lambda n, rows: (n + rows.T @ jnp.ones(600), None),
+    jnp.zeros(2),
+    jax.nn.one_hot(ids % 2, 2).reshape(4, 600, 2),
+  )[0],
+  "convolved": lambda ids: jnp.convolve((ids % 2).astype(jnp.float32), jnp.ones(600)),
+}
+
+
+@in_turns(("fn", "policy"), COUNTS, POLICIES)
+def test_a_matmul_of_whole_numbers_counts(fn, policy):
+  found, want = in_both_formats(lambda w, ids: fn(ids), policy, W, IDS)
+  np.testing.assert_array_equal(found, want)
+  assert np.max(want) > 256
+
+
+def test_a_matmul_of_whole_numbers_with_others_is_narrow():
+  fn = lambda w, x: (jax.nn.one_hot(jnp.arange(4), 4) @ w, jnp.tril(jnp.ones((8, 8))) @ x)
+  assert explain(fn, "mixed_bfloat16", W, DATA).narrow_share == 1
+
+
 # Products without a contraction -------------------------------------------------------------------
 
 FREQUENCIES = np.asarray(1 / 1e4 ** (np.arange(0, 4, 2) / 4), np.float32)

@@ -618,6 +618,13 @@ SUMS = {
   "scatter_add": (lambda x: jnp.zeros(2).at[jnp.zeros(70000, int)].add(x[:, 0])[0], 70000),
   "sum_of_squares": (lambda x: ((300 * x) ** 2).sum(), 70000 * 300**2),
   "norm": (lambda x: jnp.linalg.norm(300 * x), 300 * 70000**0.5),
+  "product_with_itself": (lambda x: (lambda y: y @ y)(300 * x[:, 0]), 70000 * 300**2),
+  "vdot": (lambda x: (lambda y: jnp.vdot(y, y))(300 * x), 70000 * 300**2),
+  "einsum_of_squares": (
+    lambda x: (lambda y: jnp.einsum("td,td->d", y, y))(300 * x),
+    70000 * 300**2,
+  ),
+  "tensordot": (lambda x: (lambda y: jnp.tensordot(y, y, 2))(x / 4096), 70000 / 4096**2),
   "tree_norm": (lambda x: optax.tree.norm({"x": 300 * x}), 300 * 70000**0.5),
   "average_pool": (lambda x: nn.avg_pool(x.reshape(1, 100, 700, 1), (100, 700)).sum(), 1),
   "variance": (lambda x: (x * 1000).var() + 1, 1),

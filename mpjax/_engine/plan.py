@@ -12,7 +12,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import versions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.kinds import DATA, Form, Kind
+from mpjax._engine.kinds import DATA, Form, Kind, narrow
 
 Forms = tuple[Form | None, ...]
 
@@ -138,6 +138,21 @@ def widened(body: Plan) -> Forms:
     DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
   )
+
+
+def narrowed(body: Plan, operands: range) -> Forms:
+  """The forms of some operands of a body, 16-bit where it reads one of float32 once, and so.
+
+  What it is read by rounds it anyway; so it is not held twice, rounded for the backward pass too.
+  """
+  readers = readers_of(body)
+  forms = list(body.in_forms[operands.start : operands.stop])
+  for n, var in enumerate(versions.open_jaxpr(body.jaxpr).invars[operands.start : operands.stop]):
+    reads = readers.get(var, [])
+    wanted = reads[0][1].to if len(reads) == 1 else None
+    if forms[n] == DATA and wanted is not None and wanted != FLOAT32:
+      forms[n] = narrow(wanted)
+  return tuple(forms)
 
 
 _FUNCTIONS = having(Trait.JIT | Trait.INLINE)

@@ -31,7 +31,7 @@ from mpjax._engine.loop_carries import accumulator, carried, long_sums, terms_of
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
-from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, widened
+from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
 from mpjax._engine.sharpening import Own, Sight
 from mpjax._engine.whole_numbers import WholeNumbers
 
@@ -422,8 +422,10 @@ class _Walk:
       whole=self.planner.whole_numbers.entering(eqn, body, self.whole),
     )
 
+    slices = tuple(taken.slices)
+
     def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:
-      operands = (*taken.consts, *held, *taken.slices)
+      operands = (*taken.consts, *held, *slices)
       return self.planner.plan(body.jaxpr, operands, place, outs, known)
 
     def turn(held: Sequence[Form | None]) -> Sequence[Form | None]:
@@ -433,10 +435,11 @@ class _Walk:
 
     start = [accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
     held = tuple(settled(start, turn, join))
+    slices = narrowed(plan(held), range(body.carry.stop, len(body.operands)))
     stacked = plan(held).out_forms[count:]
     bodies = [plan(held, (*held, *stacked))]
     operands = list(forms)
-    for n, form in zip(body.carry, held, strict=True):
+    for n, form in enumerate((*held, *slices), body.carry.start):
       operands[body.operands[n]] = form
     for test, needed in zip(tests, of_tests, strict=True):
       taken_by_it = tuple(test.take(operands))

@@ -6,6 +6,8 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+import mpjax
+from _jaxprs import equations
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of, mapped, repetitions, settled
 
@@ -99,3 +101,25 @@ def test_another_function_runs_on_the_devices_of_a_shard_map():
   x, y = jnp.float32(2), jnp.arange(4.0)
   eqn = jax.make_jaxpr(over_devices)(x, y).eqns[-1]
   assert jax.jit(mapped(eqn, lambda x, y: (x + y,)))(x, y)[0].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_what_a_scan_reads_once_in_16_bits_it_is_given_so(policy):
+  """The states of a recurrence are float32; the matmul of the next one alone reads them."""
+
+  def recurrence(w, x, states):
+    def turn(h, u):
+      h = h + jnp.tanh(u[0] @ w)
+      return h + u[1], h
+
+    return lax.scan(turn, jnp.zeros(4), (x, states))[1]
+
+  def fn(w, x):
+    states = recurrence(w, x, x)
+    return recurrence(w, states, jnp.sin(x)).sum()
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(jnp.eye(4), jnp.ones((6, 4)))
+  scans = [e for e in equations(jaxpr) if e.primitive.name == "scan"]
+  sizes = [[v.aval.dtype.itemsize for v in e.invars if v.aval.shape == (6, 4)] for e in scans]
+  assert sizes == [[2, 4], [2, 4]]  # what a matmul reads, and what is added
+  assert [e.outvars[1].aval.dtype for e in scans] == [jnp.float32] * 2

@@ -288,7 +288,12 @@ MODELS: tuple[Public, ...] = (
   _of_diffrax("Neural ODE", "RecursiveCheckpointAdjoint"),
   _of_diffrax("Neural ODE, adjoint backwards in time", "BacksolveAdjoint"),
   Public(
-    "Actor and critic", "distrax", ("distrax",), "reinforcement learning", _actor_critic, "actor"
+    "Actor and critic",
+    "distrax",
+    ("distrax",),
+    "reinforcement learning",
+    _actor_critic,
+    "ActorCritic/actor",
   ),
   Public("Graph network", "jraph", ("jraph", "haiku"), "graphs", _graph_network, "nodes"),
 )

@@ -196,6 +196,7 @@ def parse() -> argparse.Namespace:
   )
   parser.add_argument("--peers", nargs="+", help="names; all that are installed otherwise")
   parser.add_argument("--batch", type=int, help="another batch size than the workload's own")
+  parser.add_argument("--name", default="compiled", help="the name of the results")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   return parser.parse_args()
 
@@ -208,19 +209,22 @@ def main() -> None:
   from benchmarks import peers, workloads
 
   sizes = {} if arguments.batch is None else {"batch": arguments.batch}
-  path = arguments.out / "compiled.json"
   for name in arguments.workload:
     workload = {**workloads.FULL, **workloads.TINY}[name](**sizes)
     for policy in arguments.policy:
       for peer in peers.chosen(arguments.peers, policy, workload):
         print(f"{arguments.target} {name} {policy} {peer.name} ...", file=sys.stderr, flush=True)
         row = measure(arguments.target, workload, policy, peer)
-        old = report.rows_in(path)
+        old = report.rows_in(arguments.out / f"{arguments.name}.json")
         rows = merge(old, [row])
+        named = "" if arguments.name == "compiled" else f" --name {arguments.name}"
+        command = (
+          "python -m benchmarks.compiled --target TARGET --workload WORKLOAD --policy POLICY"
+        )
         report.write(
-          "compiled",
+          arguments.name,
           "Compiled train steps",
-          "python -m benchmarks.compiled --target TARGET --workload WORKLOAD --policy POLICY",
+          command + named,
           "compilers of the targets named in each heading",
           rows,
           markdown(rows),

@@ -70,6 +70,7 @@ def main() -> None:
   """Compiles every row; adds them to the results."""
   parser = argparse.ArgumentParser(description="What an H100's compiler makes of float8 matmuls.")
   parser.add_argument("--triton", choices=("on", "off"), default="on", help="its matmuls")
+  parser.add_argument("--matmuls", nargs="+", help="rows; all that are installed otherwise")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
   if arguments.triton == "off":
@@ -80,7 +81,7 @@ def main() -> None:
 
   rows = []
   for workload in float8_rows.WORKLOADS:
-    for row in float8_rows.ROWS:
+    for row in arguments.matmuls or float8_rows.ROWS:
       print(f"{workload}: {row} ...", file=sys.stderr, flush=True)
       rows.append(measure(workload, row))
   old = report.rows_in(arguments.out / "float8_compiled.json")

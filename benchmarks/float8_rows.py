@@ -1,5 +1,6 @@
 """Training with matmuls in bfloat16 and in float8: what `float8` and `float8_compiled` compare."""
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,21 @@ def flax_float8(operation: Any) -> Build:
   return build
 
 
+def qwix_float8(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
+  """A workload's model with Qwix's matmuls, a scale a channel, in bfloat16 by hand."""
+  import qwix  # pyright: ignore[reportMissingImports]
+
+  rule = qwix.QtRule(
+    module_path="^(?!head).*$",
+    weight_qtype=jnp.float8_e4m3fn,
+    act_qtype=jnp.float8_e4m3fn,
+    bwd_qtype=jnp.float8_e5m2,
+  )
+  module: Any = workload.model(**workload.sizes, dtype=jnp.bfloat16)  # pyright: ignore[reportCallIssue]
+  model = peers.of_module(qwix.quantize_model(module, qwix.QtProvider([rule])))
+  return model, peers.loss_of(workload, model)
+
+
 ROWS: dict[str, Build] = {
   "bfloat16 by hand": by_hand,
   "mixed_bfloat16": under("mixed_bfloat16"),
@@ -63,6 +79,8 @@ ROWS: dict[str, Build] = {
   "Flax, delayed scaling": flax_float8(nn.Fp8DirectDotGeneralOp),
   "Flax, cast there and back": flax_float8(nn.Fp8DotGeneralOp),
 }
+if importlib.util.find_spec("qwix"):
+  ROWS["Qwix"] = qwix_float8
 
 _SIZES = {"layers": 4, "width": 2048, "heads": 16}
 WORKLOADS = {
@@ -84,3 +102,18 @@ def step_of(loss_fn: Loss, tx: optax.GradientTransformation) -> Callable[..., An
     return params, scales, opt_state, loss.astype(jnp.float32)
 
   return step
+
+
+def training(row: str, workload: workloads.Workload, tx: optax.GradientTransformation) -> Any:
+  """The training of a row; its state is parameters, scales and the optimizer's state."""
+  model, loss_fn = ROWS[row](workload)
+  one = step_of(loss_fn, tx)
+
+  def begin(params: Any, scales: Any) -> Any:
+    return params, scales, tx.init(params)
+
+  def step(state: Any, inputs: jax.Array, labels: jax.Array) -> tuple[Any, jax.Array]:
+    *state, loss = one(*state, inputs, labels)
+    return tuple(state), loss
+
+  return peers.Training(model, begin, step)

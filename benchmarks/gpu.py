@@ -37,10 +37,11 @@ COLUMNS = {
 }
 _LATE = "not done after"
 _TINY_BYTES = 2**24
-TORCH = ("torch, float32", "torch.amp", "torch.amp, compiled")
+TORCHAO = "torchao, compiled"
+TORCH = ("torch, float32", "torch.amp", "torch.amp, compiled", TORCHAO)
 FULL = ["gpt-124m", "llama-200m", "llama-200m-cudnn", "resnet-50", "vit-base", "lstm-2x1024"]
-FULL += ["optimizer-30m", "optimizer-1000m"]
-TINY = ["gpt", "llama", "resnet", "optimizer-1m"]
+FULL += ["float8-gpt", "float8-llama", "optimizer-30m", "optimizer-1000m"]
+TINY = ["gpt", "llama", "resnet", "float8", "optimizer-1m"]
 HELD = (
   "float32",
   "bfloat16, to the nearest",
@@ -54,7 +55,7 @@ KEY = ("workload", "kind", "peer", "policy", "precision")
 
 def cells(names: list[str], seconds: float) -> list[dict[str, Any]]:
   """All cells, the most telling first: main peers on every workload, then the others."""
-  from benchmarks import peers
+  from benchmarks import float8_rows, peers
 
   bf16, f16 = "mixed_bfloat16", "mixed_float16"
   main = [peers.BY_HAND, peers.INSIDE]
@@ -62,6 +63,7 @@ def cells(names: list[str], seconds: float) -> list[dict[str, Any]]:
   others = [name for name in peers.PEERS if name not in first]
   stages = [
     [("fixed", peer, bf16, "default") for peer in first],
+    [("float8", row, "", "default") for row in [*float8_rows.ROWS, TORCHAO]],
     [("optimizer", row, "", "default") for row in HELD],
     [("fixed", peers.FLOAT32, bf16, "highest"), ("scatter", peers.FLOAT32, bf16, "default")],
     [("fixed", peer, f16, "default") for peer in ("by hand + DynamicScale", *main, "torch.amp")],
@@ -93,9 +95,12 @@ def _possible(cell: dict[str, Any]) -> bool:
   """Whether a cell's tool is installed, serves its policy and has this kind of figure."""
   from benchmarks import peers, workloads
 
-  of_optimizers = cell["workload"].startswith("optimizer")
-  if cell["kind"] == "optimizer" or of_optimizers:
-    return of_optimizers and cell["kind"] == "optimizer"
+  for kind in ("optimizer", "float8"):
+    of_kind = cell["workload"].startswith(kind)
+    if of_kind != (cell["kind"] == kind):
+      return False
+    if of_kind:
+      return cell["peer"] != TORCHAO or _has_torchao(cell["workload"])
   if cell["kind"] == "scatter":
     return cell["workload"].startswith("gpt")
   workload = {**workloads.FULL, **workloads.TINY}[cell["workload"]]()
@@ -106,6 +111,11 @@ def _possible(cell: dict[str, Any]) -> bool:
   if wide and workload.sizes.get("kernel") == "cudnn":
     return False  # it has no float32 form
   return peers.serves(peers.PEERS[cell["peer"]], cell["policy"], workload)
+
+
+def _has_torchao(workload: str) -> bool:
+  installed = all(importlib.util.find_spec(name) for name in ("torch", "torchao"))
+  return installed and "llama" not in workload  # benchmarks/torch_models.py has none
 
 
 def run(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import meters, peers, workloads
-from mpjax.inspect._compiled_text import moved
+from mpjax.inspect._compiled_text import float8_calls, moved
 
 _ALIGN = 8
 
@@ -28,11 +28,19 @@ def workload_of(cell: dict[str, Any], batch: int | None = None) -> workloads.Wor
 
 def lowered_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[Any, Any]:
   """A peer's training on a workload and its lowered step, the state donated."""
-  peer = peers.PEERS[cell["peer"]]
-  training = peer.build(workload, cell["policy"], optax.adamw(1e-3), peers.Scaling())
+  training = _training(cell, workload)
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
   step = jax.jit(training.step, donate_argnums=0)
   return training, step.lower(state, workload.inputs, workload.labels)
+
+
+def _training(cell: dict[str, Any], workload: workloads.Workload) -> Any:
+  tx = optax.adamw(1e-3)
+  if cell["kind"] == "float8":
+    from benchmarks import float8_rows
+
+    return float8_rows.training(cell["peer"], workload, tx)
+  return peers.PEERS[cell["peer"]].build(workload, cell["policy"], tx, peers.Scaling())
 
 
 def needed(compiled: Any) -> int:
@@ -45,7 +53,11 @@ def needed(compiled: Any) -> int:
 def of_text(text: str) -> dict[str, Any]:
   """What a compiled step's text tells: bytes moved, and the libraries' kernels by name."""
   called = re.findall(r'custom_call_target="([^"]+)"', text)
-  return {"moved_bytes": moved(text), "calls": dict(collections.Counter(called))}
+  return {
+    "moved_bytes": moved(text),
+    "calls": dict(collections.Counter(called)),
+    "float8_calls": float8_calls(text),
+  }
 
 
 def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
@@ -170,6 +182,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
   "largest": largest,
   "scatter": scatter,
   "optimizer": optimizer,
+  "float8": lambda cell: timed(cell, workload_of(cell)),
 }
 
 

@@ -92,7 +92,11 @@ def scales(policy: str) -> bool:
 
 def linen(workload: Workload, dtype: Any = None, **options: Any) -> Model:
   """The workload's Linen model, its layers given `dtype`; other options are the model's own."""
-  module: Any = workload.model(**workload.sizes, dtype=dtype, **options)  # pyright: ignore[reportCallIssue]
+  return of_module(workload.model(**workload.sizes, dtype=dtype, **options))  # pyright: ignore[reportCallIssue]
+
+
+def of_module(module: Any) -> Model:
+  """A Linen module as a model."""
 
   def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
     model_state = dict(module.init(key, inputs))

@@ -8,7 +8,7 @@ import torch  # pyright: ignore[reportMissingImports]
 
 from benchmarks import meters, torch_models, workloads
 
-DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}
+DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16, "": torch.bfloat16}
 
 
 def model_of(workload: workloads.Workload) -> Any:
@@ -19,6 +19,24 @@ def model_of(workload: workloads.Workload) -> Any:
   return kind(**workload.sizes, **extra)
 
 
+def in_float8(model: Any) -> Any:
+  """The model with torchao's float8 matmuls in its linear layers but for the head.
+
+  Scales are a tensor's, computed where they are used. A machine without float8 matmuls emulates
+  them.
+  """
+  from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+    Float8LinearConfig,
+    convert_to_float8_training,
+  )
+
+  return convert_to_float8_training(
+    model,
+    module_filter_fn=lambda module, name: "head" not in name,
+    config=Float8LinearConfig(emulate=not torch.cuda.is_available()),
+  )
+
+
 def timed(cell: dict[str, Any], batch: int | None = None) -> dict[str, Any]:
   """Step time, energy and memory of torch.amp on a workload."""
   makers = {**workloads.FULL, **workloads.TINY}
@@ -27,6 +45,8 @@ def timed(cell: dict[str, Any], batch: int | None = None) -> dict[str, Any]:
   device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
   torch.manual_seed(0)
   model = model_of(workload).to(device)
+  if cell["kind"] == "float8":
+    model = in_float8(model)
   inputs, labels = (torch.from_numpy(array).to(device) for array in workloads.batch_of(workload))
   if inputs.ndim == 4:  # channels last, as JAX has them
     model = model.to(memory_format=torch.channels_last)
@@ -92,7 +112,7 @@ def largest(cell: dict[str, Any]) -> dict[str, Any]:
   return timed(cell, fits) if best else timed(cell)
 
 
-KINDS = {"fixed": timed, "largest": largest}
+KINDS = {"fixed": timed, "largest": largest, "float8": timed}
 
 
 def main() -> None:

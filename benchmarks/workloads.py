@@ -92,6 +92,21 @@ FULL: dict[str, Callable[..., Workload]] = {
   "vit-base": lambda batch=32: vision("vit-base", models.VisionTransformer, batch, 224, 1000),
   "resnet-50": lambda batch=32: vision("resnet-50", models.ResNet, batch, 224, 1000),
   "lstm-2x1024": lambda batch=64: language("lstm-2x1024", models.RecurrentModel, batch, 128, 10000),
+  "float8-gpt": lambda batch=4, layers=4: language(
+    "float8-gpt", models.Transformer, batch, 2048, 32000, layers=layers, width=4096, heads=32
+  ),
+  "float8-llama": lambda batch=4, layers=4: language(
+    "float8-llama",
+    models.Llama,
+    batch,
+    2048,
+    32000,
+    layers=layers,
+    width=4096,
+    heads=32,
+    groups=8,
+    hidden=14336,
+  ),
   "optimizer-1m": lambda: optimizer("optimizer-1m", 1),
   "optimizer-30m": lambda: optimizer("optimizer-30m", 30),
   "optimizer-1000m": lambda: optimizer("optimizer-1000m", 1000),
@@ -100,6 +115,9 @@ FULL: dict[str, Callable[..., Workload]] = {
 TINY: dict[str, Callable[..., Workload]] = {
   "gpt": lambda batch=4, layers=1: language(
     "gpt", models.Transformer, batch, 16, 64, layers=layers, width=32, heads=2
+  ),
+  "float8": lambda batch=4, layers=1: language(
+    "float8", models.Transformer, batch, 16, 64, layers=layers, width=32, heads=2
   ),
   "llama": lambda batch=4, layers=1: language(
     "llama",

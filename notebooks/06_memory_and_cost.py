@@ -98,7 +98,7 @@ except ModuleNotFoundError as error:
 # > On gpu:h100, 79.1 GiB a device: float32 needs 332.3 MiB, which fits; mixed_bfloat16 needs 276.3 MiB (0.83 of
 # > float32), which fits; mixed_float16 needs 250.3 MiB (0.75 of float32), which fits.
 #
-# | policy | args MiB | temp MiB | output MiB | peak MiB | GFLOP | moved MiB | ms at least | to float32 |
+# | policy | args MiB | temp MiB | output MiB | peak MiB | GFLOP | moved MiB | ms | to float32 |
 # |---|---|---|---|---|---|---|---|---|
 # | float32 | 80.20 | 252.13 | 72.18 | 332.33 | 155.59~ | 1995.88 | 0.67 | 1.00 |
 # | mixed_bfloat16 | 80.20 | 196.13 | 72.18 | 276.33 | 155.69~ | 1375.73 | 0.45 | 0.67 |
@@ -106,8 +106,8 @@ except ModuleNotFoundError as error:
 #
 # Arguments and results are parameters and Adam's moments: 12 bytes a parameter, float32 under each of these policies. What 16 bits
 # save is in the temporaries, and so it is more the larger the batch. The compiler for GPUs states no FLOPs: `~` marks those of the
-# program before it is compiled. Nor does it time: *ms at least* is, kernel by kernel, the longer of bytes over bandwidth and
-# operations over the peak of their dtype. A card takes longer; the ratio is what to look at. Peaks for three GPUs, from the top of the repository
+# program before it is compiled. Nor does it time: *ms* is an estimate, kernel by kernel, the longer of bytes over bandwidth and
+# operations over the peak of their dtype. The ratio is what to look at. Peaks for three GPUs, from the top of the repository
 # (`python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100` prints a column again):
 #
 # | peak MiB | `gpu:h100` | `gpu:a100` | `gpu:v100` |

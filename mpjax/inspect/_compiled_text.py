@@ -41,7 +41,7 @@ class Card(NamedTuple):
 
 
 class Roofline(NamedTuple):
-  """The least time that a compiled program can take on a GPU.
+  """The time of a compiled program on a GPU, by the card's data sheet.
 
   Attributes:
     seconds: The sum, over its kernels, of the longer of two times: that to read and write their
@@ -90,9 +90,10 @@ def estimated_cycles(text: str) -> float | None:
 
 
 def roofline(text: str, card: Card) -> Roofline:
-  """The least time that a program compiled for a GPU can take there.
+  """The time of a program compiled for a GPU, by the card's data sheet.
 
-  Not in it are the launches of kernels, caches, and what keeps a kernel from its peak.
+  Not in it are the launches of kernels, what keeps a kernel from its peak, and what a cache saves,
+  such as a weight that fits there and is read again by each turn of a loop.
 
   Args:
     text: ``compiled.as_text()``.

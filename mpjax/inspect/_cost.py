@@ -29,7 +29,7 @@ _MIB, _GIB = 2**20, 2**30
 _POLICIES = ("float32", "mixed_bfloat16")
 _ROOFLINE = (
   "Kernel by kernel the longer of bytes over bandwidth and operations over the peak of their "
-  "dtype, by the card's data sheet; without launches, caches and partly filled tiles."
+  "dtype, by the data sheet; without launches, partly filled tiles and what caches save."
 )
 _CYCLES = (
   "As the compiler expects, instruction by instruction; without copies that run beside others, "
@@ -55,10 +55,11 @@ class CostRow(NamedTuple):
       compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
       call of a library not at all.
     float8: What of the step multiplies in float8, under a policy that asks for it.
-    estimated_seconds: The least time that a GPU can take: the sum, over the kernels of the compiled
-      program, of the longer of their bytes over the card's bandwidth and their operations over the
-      peak of the dtype that they multiply in, by its data sheet. Launches of kernels, caches and
-      tiles that do not fill the card are not in it.
+    estimated_seconds: The time on a GPU by its data sheet: the sum, over the kernels of the
+      compiled program, of the longer of their bytes over the memory's bandwidth and their
+      operations over the peak of the dtype that they multiply in. A card is slower where its tiles
+      are not full or kernels are small, and faster where a cache holds what a loop reads again:
+      compare policies.
     unknown_kernels: How many kernels do work of which the program says nothing, such as those of
       Pallas: they are in that time with their bytes alone.
     estimated_cycles: The time that the compiler for TPUs expects, in cycles of a core: the sum of
@@ -184,7 +185,7 @@ class CostReport(Report):
     """The estimated time of each policy, if there is one of the first."""
     first = self.rows[0]
     if first.estimated_seconds:
-      unit, scale, note = "ms at least", 1e-3, _ROOFLINE
+      unit, scale, note = "ms", 1e-3, _ROOFLINE
     elif first.estimated_cycles:
       unit, scale, note = "Mcycles", 1e6, _CYCLES
     else:

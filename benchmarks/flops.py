@@ -12,7 +12,8 @@ def contractions(fn: Any, *args: Any) -> Counter[str]:
   """Floating-point operations of a function's matmuls and convolutions, by their dtype.
 
   A product counts for the wider of its two factors' dtypes. The body of a scan counts as often as
-  it runs, that of a while loop once; of the branches of a conditional all count.
+  it runs, that of a while loop once; of the branches of a conditional all count, but of those by
+  platform, one of which is compiled, only the last.
 
   Args:
     fn: a function of arrays.
@@ -47,7 +48,8 @@ def _equations(jaxpr: Any, times: int) -> Iterator[tuple[Any, int]]:
   for eqn in jaxpr.eqns:
     yield eqn, times
     inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
-    for value in eqn.params.values():
+    by_platform = eqn.params.get("branches_platforms") is not None
+    for value in [eqn.params["branches"][-1]] if by_platform else eqn.params.values():
       for sub in _jaxprs(value):
         yield from _equations(sub, inner)
 

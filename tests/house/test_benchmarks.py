@@ -69,6 +69,13 @@ def test_every_workload_goes_by_one_name():
   assert len(dict(named)) == len(named)
 
 
+def test_of_branches_by_platform_one_counts():
+  def fn(x):
+    return jax.lax.platform_dependent(x, cuda=lambda x: (x @ x) * 1, default=lambda x: x @ x)
+
+  assert flops.contractions(fn, jnp.ones((4, 4))).total() == 2 * 4**3
+
+
 def test_operations_are_counted_as_in_the_textbook():
   def fn(x, kernel, w):
     y = jax.lax.conv_general_dilated(

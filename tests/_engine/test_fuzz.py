@@ -214,7 +214,16 @@ def obeys_rules(program, policy, transform):
   for wide, eqn in scoped_equations(got.jaxpr):
     if is_contraction(eqn):
       held = {"float32"} if wide else {COMPUTE[policy]}
-      assert factors(eqn) == held or (moves and factors(eqn) == {"float32"}), eqn
+      may_be_wide = moves or may_sum_squares(eqn)
+      assert factors(eqn) == held or (may_be_wide and factors(eqn) == {"float32"}), eqn
+
+
+def may_sum_squares(eqn):
+  """Whether a matmul adds up all that it multiplies, as ``x @ x``, or is a derivative of one."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+  return not contracted or eqn.outvars[0].aval.ndim == len(batch)
 
 
 SCANNED = {"scan", "scan_rows", "fori_loop", "map"}

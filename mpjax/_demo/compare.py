@@ -376,7 +376,8 @@ def _checkpoints(
     "seed": plan.seed,
   }
   dtypes = (policy.param_dtype, policy.compute_dtype, policy.output_dtype)
-  return Checkpoints(root / "-".join(dtype.name for dtype in dtypes), settings)
+  names = [*(dtype.name for dtype in dtypes), policy.matmul_format]
+  return Checkpoints(root / "-".join(filter(None, names)), settings)
 
 
 def _json(value: Any) -> Any:

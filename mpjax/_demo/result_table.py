@@ -80,7 +80,8 @@ def _cells(report: Comparison, result: Result) -> list[str]:
 def _dtypes(result: Result) -> str:
   policy = result.policy
   names = (policy.param_dtype.name, policy.compute_dtype.name, policy.output_dtype.name)
-  return "/".join(_SHORT[name] for name in names)
+  matmuls = f"+{policy.matmul_format}" if policy.matmul_format else ""
+  return "/".join(_SHORT[name] for name in names) + matmuls
 
 
 def _steps(report: Comparison, result: Result) -> str:

@@ -194,6 +194,13 @@ def test_the_table_lines_up_and_tells_differences_to_the_first_row():
   assert " 1.00x " in rows[0]
 
 
+def test_policies_that_differ_in_the_format_of_matmuls_are_told_apart(tmp_path):
+  policies = {name: Policy.parse(name) for name in ("mixed_bfloat16", "mixed_float8")}
+  for _ in range(2):  # the second time from its checkpoints
+    _, *rows = format_report(run(LinearJob(), policies, checkpoint=tmp_path), 160).splitlines()
+    assert [row.split()[1] for row in rows[:2]] == ["f32/bf16/f32", "f32/bf16/f32+fp8"]
+
+
 @pytest.mark.parametrize("width", [72, 80, 100, 160])
 def test_the_table_fits_the_terminal_and_loses_no_column(width):
   text = format_report(run(LinearJob()), width)

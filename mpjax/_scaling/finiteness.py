@@ -90,8 +90,9 @@ def global_norm(tree: Any) -> jax.Array:
   squares = [square.astype(jnp.float32) for square in _squares(tree)]
   if not squares:
     return jnp.zeros((), jnp.float32)
-  # Leaves that can be squared must not overflow together: a power of two makes room for 2**24.
-  return 2.0**12 * jnp.sqrt(jnp.sum(jnp.stack(squares) * 2.0**-24))
+  # Leaves that can be squared must not overflow together: a power of four makes room for so many.
+  power = ((len(squares) - 1).bit_length() + 1) // 2
+  return 2.0**power * jnp.sqrt(jnp.sum(jnp.stack(squares) * 4.0**-power))
 
 
 def _squares(tree: Any) -> list[jax.Array]:

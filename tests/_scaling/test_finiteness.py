@@ -159,6 +159,8 @@ def test_a_norm_is_finite_if_all_leaves_can_be_squared():
   assert all_squarable(large)
   np.testing.assert_allclose(global_norm(large), 1.8e20, rtol=1e-6)
   assert global_norm([*large, jnp.float32(1.9e19)]) == jnp.inf
+  small = [jnp.float32(2e-18)] * 4
+  np.testing.assert_allclose(global_norm(small), 4e-18, rtol=1e-6)
   assert global_norm({}) == 0
   mixed = {"a": jnp.full(4, 300, jnp.float16), "b": jnp.array([3 + 4j]), "n": jnp.arange(3)}
   np.testing.assert_allclose(global_norm(mixed), np.sqrt(4 * 300.0**2 + 25), rtol=1e-6)

@@ -93,12 +93,11 @@ def figures(compiled: Any, target: str) -> report.Row:
 def _estimate(text: str, target: str) -> report.Row:
   """The time of a step in milliseconds, as far as the compiler's text tells it."""
   from mpjax.inspect import _compiled_text
-  from mpjax.inspect._targets import read_target
+  from mpjax.inspect._targets import card_of
 
   if compilers.PLATFORM[target] == "cuda":
-    card = read_target(f"gpu:{target}").card
-    assert card is not None, "a GPU has a card"
-    return {"estimated_ms": round(_compiled_text.roofline(text, card).seconds * 1e3, 4)}
+    seconds = _compiled_text.roofline(text, card_of(target)).seconds
+    return {"estimated_ms": round(seconds * 1e3, 4)}
   cycles = _compiled_text.estimated_cycles(text)
   return {} if cycles is None else {"estimated_mcycles": round(cycles / 1e6, 4)}
 

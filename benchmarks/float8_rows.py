@@ -104,7 +104,9 @@ def step_of(loss_fn: Loss, tx: optax.GradientTransformation) -> Callable[..., An
   return step
 
 
-def training(row: str, workload: workloads.Workload, tx: optax.GradientTransformation) -> Any:
+def training(
+  row: str, workload: workloads.Workload, tx: optax.GradientTransformation
+) -> peers.Training:
   """The training of a row; its state is parameters, scales and the optimizer's state."""
   model, loss_fn = ROWS[row](workload)
   one = step_of(loss_fn, tx)

@@ -50,6 +50,8 @@ HELD = (
   "float32, states stochastic",
   "bfloat16 and states stochastic",
 )
+_OWN_KINDS = ("optimizer", "float8")
+"""Kinds of cells that workloads of their own have, whose names begin so."""
 KEY = ("workload", "kind", "peer", "policy", "precision")
 
 
@@ -95,12 +97,10 @@ def _possible(cell: dict[str, Any]) -> bool:
   """Whether a cell's tool is installed, serves its policy and has this kind of figure."""
   from benchmarks import peers, workloads
 
-  for kind in ("optimizer", "float8"):
-    of_kind = cell["workload"].startswith(kind)
-    if of_kind != (cell["kind"] == kind):
-      return False
-    if of_kind:
-      return cell["peer"] != TORCHAO or _has_torchao(cell["workload"])
+  own = next((kind for kind in _OWN_KINDS if cell["workload"].startswith(kind)), None)
+  if own or cell["kind"] in _OWN_KINDS:
+    installed = cell["peer"] != TORCHAO or _has_torchao(cell["workload"])
+    return own == cell["kind"] and installed
   if cell["kind"] == "scatter":
     return cell["workload"].startswith("gpt")
   workload = {**workloads.FULL, **workloads.TINY}[cell["workload"]]()

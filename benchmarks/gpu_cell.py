@@ -34,7 +34,7 @@ def lowered_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[An
   return training, step.lower(state, workload.inputs, workload.labels)
 
 
-def _training(cell: dict[str, Any], workload: workloads.Workload) -> Any:
+def _training(cell: dict[str, Any], workload: workloads.Workload) -> peers.Training:
   tx = optax.adamw(1e-3)
   if cell["kind"] == "float8":
     from benchmarks import float8_rows

@@ -25,6 +25,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _FREE = frozenset({"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"})
 # These wait for what was counted where it began.
 _DONE = frozenset({"copy-done", "slice-done"})
+# These read of their first operand as much as they return.
+_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
 
 class Card(NamedTuple):
@@ -134,9 +136,6 @@ def size(shape: str) -> int:
   return sum(_sizes(shape))
 
 
-_SLICES = frozenset({"dynamic-slice", "slice", "gather"})
-
-
 # Programs -----------------------------------------------------------------------------------------
 
 
@@ -231,7 +230,7 @@ class _Program:
       for instruction in self.computations[_called(kernel)]:
         yield from self.work_of(instruction)
     elif kernel.opcode in ("dot", "convolution", "custom-call"):
-      target = _match(r'custom_call_target="([^"]*)"', kernel.attributes)
+      target = _target(kernel)
       operands = [self.shapes.get(name, "") for name in kernel.operands]
       for pattern, operations in _WORK.items():
         if re.match(pattern, target or kernel.opcode):
@@ -263,6 +262,11 @@ def _instruction(line: str) -> _Instruction | None:
 def _match(pattern: str, text: str) -> str:
   found = re.search(pattern, text)
   return found[1] if found else ""
+
+
+def _target(kernel: _Instruction) -> str:
+  """What a custom call runs; empty for what is none."""
+  return _match(r'custom_call_target="([^"]*)"', kernel.attributes)
 
 
 def _called(instruction: _Instruction) -> str:
@@ -368,7 +372,7 @@ def _convolution(kernel: _Instruction, operands: list[str]) -> float:
   Each number of the convolution's result takes two operations for each of the filter's that belong
   to its feature. Which array is which follows from what is computed.
   """
-  target = _match(r'custom_call_target="([^"]*)"', kernel.attributes)
+  target = _target(kernel)
   first, second, result = (_elements(shape) for shape in (*operands[:2], kernel.shape))
   filters, made = second, result
   if target.endswith("BackwardInput"):
@@ -397,6 +401,6 @@ _IDLE = re.compile(r"Sharding|.*(Barrier|AllocateBuffer|topk|cub\$|sort|rng)", r
 
 
 def _is_unknown(kernel: _Instruction) -> bool:
-  target = _match(r'custom_call_target="([^"]*)"', kernel.attributes)
+  target = _target(kernel)
   known = _IDLE.match(target) or any(re.match(pattern, target) for pattern in _WORK)
   return bool(target) and not known

@@ -55,6 +55,9 @@ class CostRow(NamedTuple):
       compiler states none, as that for GPUs: the body of a loop counts once, and what becomes a
       call of a library not at all.
     float8: What of the step multiplies in float8, under a policy that asks for it.
+    float8_calls: How many matmuls take float8 as compiled, of which those that share an operand may
+      be one; and how many float8 arrays become 16-bit again, for a matmul that does not. Only the
+      compiler for GPUs says so.
     estimated_seconds: The time on a GPU by its data sheet: the sum, over the kernels of the
       compiled program, of the longer of their bytes over the memory's bandwidth and their
       operations over the peak of the dtype that they multiply in. A card is slower where its tiles
@@ -65,9 +68,6 @@ class CostRow(NamedTuple):
     estimated_cycles: The time that the compiler for TPUs expects, in cycles of a core: the sum of
       what it writes beside its instructions, loops as often as they run. Copies that run beside
       others, and kernels whose cost it is not told, are not in it.
-    float8_calls: How many matmuls take float8 as compiled, of which those that share an operand may
-      be one; and how many float8 arrays become 16-bit again, for a matmul that does not. Only the
-      compiler for GPUs says so.
   """
 
   policy: str
@@ -268,13 +268,13 @@ def cost(
   programs = [_Program(_under(step, policy, argnums), args, donated) for policy in named.values()]
   if described is None:
     figures = [program.compile_here() for program in programs]
-    card = card_here(jax.devices()[0].device_kind)
+    is_gpu, card = jax.default_backend() == "gpu", card_here(jax.devices()[0].device_kind)
   else:
     exported = [program.export_for(described) for program in programs]
     figures = compile_for(described, exported, programs[0].donated, python)
-    card = described.card
+    is_gpu, card = described.card is not None, described.card
   for policy, program, found in zip(named.values(), programs, figures, strict=True):
-    found |= _read_text(found.pop("text", None) or "", card)
+    found |= read_text(found.pop("text", None) or "", is_gpu, card)
     if as_policy_map(policy).multiplies_in_float8():
       found["float8"] = float8_work(program.traced())
   return CostReport(
@@ -440,17 +440,18 @@ def _memory_here() -> int | None:
 _STATED = [name for name in CostRow._fields[1:] if name not in CostRow._field_defaults]
 
 
-def _read_text(text: str, card: Card | None) -> dict[str, Any]:
-  """What the text of a compiled program tells beyond its compiler's figures."""
-  if not text or card is None:
+def read_text(text: str, is_gpu: bool, card: Card | None) -> dict[str, Any]:
+  """What the text of a compiled program tells beyond its compiler's figures.
+
+  Of a GPU whose data sheet is not known there is no time.
+  """
+  if not text or not is_gpu:
     return {"estimated_cycles": estimated_cycles(text)}
+  found = {"bytes_moved": moved(text), "float8_calls": float8_calls(text)}
+  if card is None:
+    return found
   time = roofline(text, card)
-  return {
-    "bytes_moved": moved(text),
-    "float8_calls": float8_calls(text),
-    "estimated_seconds": time.seconds,
-    "unknown_kernels": time.unknown,
-  }
+  return {**found, "estimated_seconds": time.seconds, "unknown_kernels": time.unknown}
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> CostRow:

@@ -12,7 +12,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
 from mpjax.inspect._compiled_text import Card
 from mpjax.inspect._flow_costs import MATMULS, flops, is_float
-from mpjax.inspect._targets import read_target
+from mpjax.inspect._targets import card_of
 
 _TO_ROUND = 5
 """Bytes that move to round a 16-bit number: read for the scale, read again, and written."""
@@ -47,8 +47,7 @@ class _Matmul(NamedTuple):
 
 def float8_work(jaxpr: Any) -> Float8Work:
   """Counts the float8 matmuls of a jaxpr."""
-  h100 = read_target("gpu:h100").card
-  assert h100 is not None, "a GPU has a card"
+  h100 = card_of("h100")
   found = list(_matmuls(jaxpr, 1))
   narrow = [matmul for matmul in found if matmul.is_float8]
   in_float8 = sum(m.flops * m.times for m in narrow)

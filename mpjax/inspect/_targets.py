@@ -78,12 +78,27 @@ def read_target(name: str) -> Target:
     raise ValueError(f"target must be one of {', '.join(TARGETS)}. Got {name!r}. Name one of them.")
   kind = name.partition(":")[2]
   config = (_FOLDER / f"{kind}.txtpb").read_text()
-  memory = re.search(r"device_memory_size: (\d+)", config)
-  bandwidth = re.search(r"memory_bandwidth: (\d+)", config)
-  assert memory and bandwidth, f"{kind}.txtpb is a file of mpjax's own, and states them"
+  memory = _stated(config, "device_memory_size")
   # Without a device there is nothing to time kernels on.
-  card = Card(int(bandwidth[1]), _PEAKS[kind])
-  return Target(name, "cuda", kind, {"XLA_FLAGS": _NO_AUTOTUNE}, int(memory[1]), config, card)
+  environment = {"XLA_FLAGS": _NO_AUTOTUNE}
+  return Target(name, "cuda", kind, environment, memory, config, card_of(kind))
+
+
+def card_of(kind: str) -> Card:
+  """What a GPU of ``mpjax/targets`` does at most: ``a100``, ``h100`` or ``v100``."""
+  config = (_FOLDER / f"{kind}.txtpb").read_text()
+  return Card(_stated(config, "memory_bandwidth"), _PEAKS[kind])
+
+
+def card_here(name: str) -> Card | None:
+  """What the GPU that is present does at most, by the name that its driver gives it."""
+  return next((card_of(kind) for kind in _PEAKS if kind in name.lower()), None)
+
+
+def _stated(config: str, field: str) -> int:
+  found = re.search(rf"{field}: (\d+)", config)
+  assert found is not None, f"{field} is in each of mpjax's own files"
+  return int(found[1])
 
 
 # Operations a second without sparsity, by the data sheets of the SXM cards.
@@ -104,12 +119,6 @@ _NEEDS = {
   "tpu": (("libtpu",), '"jax[tpu]" flatbuffers'),
   "cuda": (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), '"jax[cuda12]" flatbuffers'),
 }
-
-
-def card_here(kind: str) -> Card | None:
-  """What a GPU that is present does at most, by the name that its driver gives it."""
-  found = [name for name in _GPUS if name.partition(":")[2] in kind.lower()]
-  return read_target(found[0]).card if found else None
 
 
 def check_installed(target: Target, python: str | None) -> None:

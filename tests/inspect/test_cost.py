@@ -16,6 +16,7 @@ import mpjax
 from mpjax import inspect
 from mpjax.cli import main
 from mpjax.inspect._compiled_text import float8_calls
+from mpjax.inspect._cost import read_text
 from mpjax.inspect._float8 import float8_work
 from mpjax.inspect._target_compiler import read_figures
 from mpjax.inspect._targets import (
@@ -114,6 +115,17 @@ def test_the_card_that_is_present_is_known_by_its_name(name):
   card = card_here(name)
   assert (card is None) == (name == "cpu")
   assert card is None or card.peaks["f16"] == (989.5e12 if "H100" in name else 125e12)
+
+
+def test_a_gpu_whose_data_sheet_is_not_known_states_all_but_the_time():
+  x = jnp.ones((8, 8))
+  text = jax.jit(lambda x, y: x @ y).lower(x, x).compile().as_text()
+  assert card_here("NVIDIA H200") is None
+  found = read_text(text, is_gpu=True, card=None)
+  assert found == {"bytes_moved": 3 * 8 * 8 * 4, "float8_calls": (0, 0)}
+  assert read_text(text, is_gpu=False, card=None) == {"estimated_cycles": None}
+  known = read_text(text, is_gpu=True, card=card_here("NVIDIA H100"))
+  assert known["bytes_moved"] == found["bytes_moved"] and known["estimated_seconds"] > 0
 
 
 def wide(params, x, policy):

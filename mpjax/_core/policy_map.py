@@ -113,7 +113,7 @@ class PolicyMap:
 
   def rule_at(self, path: Path, op: str | None = None) -> int | None:
     """The index of the rule that governs a module path, or an operation there; None for none."""
-    heads = _heads(path)
+    heads = _heads(path) if self._patterns else ()
     for index, pattern in enumerate(self._patterns):
       if pattern.matches(op) and pattern.in_module(heads):
         return index

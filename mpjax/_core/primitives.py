@@ -17,6 +17,8 @@ from mpjax._core.arguments import shown
 class Rule(enum.Enum):
   """What a primitive does with float32 operands under a 16-bit policy."""
 
+  __hash__ = object.__hash__  # each is one object: that of Enum hashes its name, in Python
+
   LOWER = "operands to the compute dtype; the result is narrow"
   WIDE = "operands to the compute dtype; the result is data, its cotangent narrow"
   RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"

@@ -72,7 +72,7 @@ def bodies_of(eqn: JaxprEqn) -> tuple[Body, ...]:
     >>> body.split(["x", "also x", "i"]).consts
     ['also x']
   """
-  find = _BODIES.get(RULES.get(eqn.primitive.name, Rule.TRACED))
+  find = _FINDERS.get(eqn.primitive.name)
   return () if find is None else find(eqn)
 
 
@@ -124,6 +124,7 @@ _BODIES: dict[Rule, Callable[[JaxprEqn], tuple[Body, ...]]] = {
   Rule.LINEAR_CALL: _call,
   Rule.CUSTOM_PARTITIONING: _call,
 }
+_FINDERS = {name: _BODIES[rule] for name, rule in RULES.items() if rule in _BODIES}
 
 
 def repetitions(eqn: JaxprEqn) -> int | None:

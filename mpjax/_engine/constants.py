@@ -169,4 +169,4 @@ class Numbers:
 
 def _is_integer(atom: Any) -> bool:
   dtype = getattr(atom.aval, "dtype", None)
-  return isinstance(dtype, np.dtype) and bool(np.issubdtype(dtype, np.integer))
+  return isinstance(dtype, np.dtype) and dtype.kind in "iu"

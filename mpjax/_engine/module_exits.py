@@ -41,10 +41,14 @@ class Borders:
     begun: dict[tuple[int, ...], Path] = {}
     read: Any = () if multiplies else eqn.invars
     for atom in read:
-      if not isinstance(atom, Literal) and getattr(atom.aval, "ndim", 0):
-        for shape, birth in self._births.get(atom, {atom.aval.shape: ()}).items():
-          known = begun.get(shape, birth)
-          begun[shape] = known[: common_depth(known, birth)]
+      shape = getattr(atom.aval, "shape", ())
+      if not shape or isinstance(atom, Literal):
+        continue
+      births = self._births.get(atom, {shape: ()})
+      for of_shape, birth in births.items() if begun else ():
+        known = begun.get(of_shape, birth)
+        begun[of_shape] = known if known == birth else known[: common_depth(known, birth)]
+      begun = begun or dict(births)
     made: Any = eqn.outvars
     for var in made:
       self._homes[var] = path
@@ -52,15 +56,15 @@ class Borders:
 
   def cross(self, atom: Any, form: Form | None, path: Path) -> Form | None:
     """The form of a value that is read in another module than it was computed in."""
-    form = self._leave(atom, form, path)
-    if form is not None and form.kind is not Kind.PARAM:
-      self._enter(atom, form, path)
+    home = () if form is None or isinstance(atom, Literal) else self._homes.get(atom, ())
+    if form is None or home == path:
+      return form
+    form = self._leave(atom, form, home, path)
+    if form.kind is not Kind.PARAM:
+      self._enter(atom, form, home, path)
     return form
 
-  def _home(self, atom: Any) -> Path:
-    return () if isinstance(atom, Literal) else self._homes.get(atom, ())
-
-  def _leave(self, atom: Any, form: Form | None, path: Path) -> Form | None:
+  def _leave(self, atom: Any, form: Form, home: Path, path: Path) -> Form:
     """The form of a value after it left every module between its home and a path.
 
     Data goes on in 16 bits where it is what came in, made over: every value of its shape came in as
@@ -68,8 +72,7 @@ class Borders:
     activations, but no loss or statistic, no weights that a router computes, and not the float32
     state of a recurrent cell. A module that a rule matched hands out the rule's output dtype.
     """
-    home = self._home(atom)
-    if form is None or form.kind < Kind.NARROW or len(home) == common_depth(home, path):
+    if form.kind < Kind.NARROW:
       return form
     for depth in range(len(home), common_depth(home, path), -1):
       rule, policy = self._governs(home[:depth])
@@ -83,9 +86,9 @@ class Borders:
         form = form if dtype is None else narrow(dtype)
     return form
 
-  def _enter(self, atom: Any, form: Form, path: Path) -> None:
+  def _enter(self, atom: Any, form: Form, home: Path, path: Path) -> None:
     """Remember the format in which every module gets values of a shape: None if in float32."""
-    for depth in range(common_depth(self._home(atom), path) + 1, len(path) + 1):
+    for depth in range(common_depth(home, path) + 1, len(path) + 1):
       formats = self._entered.setdefault(path[:depth], {})
       dtype = form.dtype if form.kind is Kind.NARROW else None
       formats[atom.aval.shape] = dtype if formats.get(atom.aval.shape, dtype) == dtype else None
@@ -98,7 +101,7 @@ def held_as(dtype: np.dtype) -> Form:
 
 def common_depth(a: Path, b: Path) -> int:
   """How many components two paths have in common."""
-  depth = 0
-  while depth < min(len(a), len(b)) and a[depth] == b[depth]:
-    depth += 1
-  return depth
+  for depth, (x, y) in enumerate(zip(a, b, strict=False)):
+    if x != y:
+      return depth
+  return min(len(a), len(b))

@@ -16,7 +16,7 @@ point of both.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,7 +140,7 @@ class NearOne:
           made = [_gate(eqn)]
         elif bodies_of(eqn):
           inside[id(eqn)], made = self._through(eqn, read)
-        elif any(role != _NONE for role in read):
+        elif read.count(_NONE) < len(read):
           made = [_derived(eqn, read)] * len(eqn.outvars)
         else:
           continue
@@ -252,7 +252,7 @@ class NearOne:
     """Adds to what is needed exactly what leads to it; returns what of bodies is, and the gates."""
     inside, gates = {}, set()
     for eqn in reversed(inner.eqns):
-      if bodies_of(eqn):
+      if id(eqn) in forward.inside:
         results = Needed(*(_places(eqn.outvars, variables) for variables in (found, bounded)))
         entering = forward.inside[id(eqn)]
         exact, needed = self._of_bodies(eqn, entering, results, leading)
@@ -268,12 +268,12 @@ class NearOne:
       found |= _variables(self._needed(eqn, found))
     return inside, gates
 
-  def _needed(self, eqn: JaxprEqn, found: Collection[Any]) -> Iterable[Any]:
+  def _needed(self, eqn: JaxprEqn, found: Set[Any]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
     name = eqn.primitive.name
     if name in _NEED:
       return eqn.invars
-    passes = self._table.get(name) in _ELEMENTWISE and any(v in found for v in eqn.outvars)
+    passes = not found.isdisjoint(eqn.outvars) and self._table.get(name) in _ELEMENTWISE
     return eqn.invars if passes else ()
 
   def _of_bodies(
@@ -302,7 +302,7 @@ class NearOne:
     """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
     if not forward.roles:
       return set()
-    readers, found = _readers(inner), set()
+    readers, found = functools.cache(functools.partial(_readers, inner)), set()
     for eqn in inner.eqns:
       if eqn.primitive.name not in ("sub", "mul"):
         continue
@@ -311,7 +311,7 @@ class NearOne:
         if isinstance(atom, Literal):
           continue
         if eqn.primitive.name == "sub":
-          near = other.is_one and role.gates and not _is_slope(eqn, atom, readers)
+          near = other.is_one and role.gates and not _is_slope(eqn, atom, readers())
         else:
           recurs = other.turns > self._most and eqn.outvars[0] in leading
           near = recurs or role.products & other.products

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -120,14 +121,14 @@ def shared_format(readers: Readers, step: Step) -> np.dtype | None:
 
 def readers_of(plan: Plan) -> Readers:
   """Which steps read each variable, by index, and how; the plan's results are read by step -1."""
-  readers: Readers = {}
+  readers: Readers = defaultdict(list)
   entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
   entries.append((-1, versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
   for index, atoms, reads in entries:
     for atom, read in zip(atoms, reads, strict=True):
       if not isinstance(atom, Literal):
-        readers.setdefault(atom, []).append((index, read))
-  return readers
+        readers[atom].append((index, read))
+  return dict(readers)
 
 
 def widened(body: Plan) -> Forms:

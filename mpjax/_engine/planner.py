@@ -32,7 +32,7 @@ from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
-from mpjax._engine.sharpening import Own, Sight
+from mpjax._engine.sharpening import Own, Sight, Surroundings
 from mpjax._engine.whole_numbers import WholeNumbers
 
 
@@ -106,7 +106,7 @@ class Planner:
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
-    self._names: dict[Any, Place] = {}
+    self._names: dict[int, tuple[Any, Place]] = {}  # by identity: many equations share a stack
 
   def plan(
     self,
@@ -162,11 +162,10 @@ class Planner:
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
-    if stack not in self._names:
-      self._names[stack] = Place(
-        scopes.module_path(stack), scopes.is_backward(stack), scopes.has_policy(stack)
-      )
-    place = self._names[stack]
+    _, place = self._names.get(id(stack), (None, None))
+    if place is None:
+      place = Place(scopes.module_path(stack), scopes.is_backward(stack), scopes.has_policy(stack))
+      self._names[id(stack)] = stack, place
     if self._absolute and base and place.path[: len(base)] == base:
       return place._replace(path=place.path[len(base) :])
     return place
@@ -186,16 +185,18 @@ class _Walk:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    self.exact = planner.near_one.exact(jaxpr) if known.exact is None else known.exact
-    self.exact_inside = dict(self.exact.inside)
-    self.sums = planner.needs.summed(
-      inner, known.parameters, known.kin, known.summed, self.is_backward
-    )
+    exact = planner.near_one.exact(jaxpr) if known.exact is None else known.exact
+    self.exact_inside = dict(exact.inside)
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
-    self.makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
-    self.whole = planner.whole_numbers.variables(jaxpr, known.whole)
     self.own = sharpening.own_variables(inner, known.own)
-    self.iterated = sharpening.power_iteration(inner, self.own.state)
+    self.around = Surroundings(
+      exact.values,
+      planner.needs.summed(inner, known.parameters, known.kin, known.summed, self.is_backward),
+      sharpening.power_iteration(inner, self.own.state),
+      planner.whole_numbers.variables(jaxpr, known.whole),
+      {var: eqn for eqn in inner.eqns for var in eqn.outvars},
+      planner.adapting,
+    )
     self.numbers = Numbers(planner.adapting)
     for var, numbers in zip(inner.invars, known.numbers, strict=False):
       self.numbers.define(var, numbers)
@@ -262,18 +263,7 @@ class _Walk:
       if any(forms):
         self.planner.unknown[eqn.primitive.name] += 1
       return Rule.TRACED
-    sight = Sight(
-      eqn,
-      rule,
-      forms,
-      compute,
-      self.exact.values,
-      self.sums,
-      self.iterated,
-      self.whole,
-      self.makers,
-    )
-    return sharpening.sharpened(sight, self.planner.adapting)
+    return sharpening.sharpened(Sight(eqn, rule, forms, compute, self.around))
 
   # Reading a value where it is used ---------------------------------------------------------
 
@@ -318,7 +308,7 @@ class _Walk:
     form = join(forms) or DATA
     if form.kind is Kind.CONSTANT:
       form = self.numbers.form_after(eqn, forms)
-    if eqn.outvars[0] in self.sums.updates:
+    if eqn.outvars[0] in self.around.sums.updates:
       form = DATA
     decision = self.uniform(eqn, forms, form)
     if sharpening.looks_up_rows(eqn, forms) and compute != FLOAT32:
@@ -388,13 +378,13 @@ class _Walk:
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
       exact=exact,
-      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
+      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
       parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
-      kin=self.sums.kin(atoms),
+      kin=self.around.sums.kin(atoms),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=self.into_logarithms(eqn),
-      whole=self.planner.whole_numbers.entering(eqn, body, self.whole),
+      whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
     )
 
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
@@ -415,11 +405,11 @@ class _Walk:
     long = long_sums(body, turns, compute)
     known = Known(
       exact=exact,
-      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.sums.leading),
+      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
       parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
       own=own or Own(),
       logarithms=self.into_logarithms(eqn),
-      whole=self.planner.whole_numbers.entering(eqn, body, self.whole),
+      whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
     )
 
     slices = tuple(taken.slices)
@@ -443,7 +433,7 @@ class _Walk:
       operands[body.operands[n]] = form
     for test, needed in zip(tests, of_tests, strict=True):
       taken_by_it = tuple(test.take(operands))
-      whole = self.planner.whole_numbers.entering(eqn, test, self.whole)
+      whole = self.planner.whole_numbers.entering(eqn, test, self.around.whole)
       of_test = Known(needed, whole=whole)
       bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=of_test))
     wanted = [form and form.dtype for form in operands]

@@ -103,8 +103,10 @@ def _runs(units: Mapping[int, Unit]) -> list[list[int]]:
 def _continues(before: Unit | None, unit: Unit) -> bool:
   if not (isinstance(before, Step) and isinstance(unit, Step)):
     return False
-  same = before.eqn.source_info.name_stack == unit.eqn.source_info.name_stack
-  return same and before.eqn.ctx == unit.eqn.ctx and _is_simple(before) and _is_simple(unit)
+  if not (_is_simple(before) and _is_simple(unit)) or before.eqn.ctx != unit.eqn.ctx:
+    return False
+  stack, other = before.eqn.source_info.name_stack, unit.eqn.source_info.name_stack
+  return stack is other or stack == other
 
 
 def _is_simple(step: Step) -> bool:

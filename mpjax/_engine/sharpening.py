@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,6 @@ from mpjax._engine.plan import Forms
 
 SATURATING = having(Trait.SATURATES)
 _MOVES = having(Trait.MOVES)
-_FLAT = frozenset({Rule.LOWER, Rule.RANGE, Rule.FOLLOW})
 _WITH_BODIES = frozenset(
   {
     Rule.CALL,
@@ -40,6 +40,26 @@ _WITH_BODIES = frozenset(
 )
 
 
+class Surroundings(NamedTuple):
+  """What is known of a jaxpr before any of its equations is decided.
+
+  Attributes:
+    exact: The variables that are needed exactly and may come near one.
+    sums: What is added up.
+    iterated: The results of the matmuls of power iterations.
+    whole: The variables that hold whole numbers.
+    makers: The equation that makes each variable.
+    adapting: Which numbers adapt to the formats of the policies.
+  """
+
+  exact: frozenset[Any]
+  sums: Sums
+  iterated: Collection[Any]
+  whole: Collection[Any]
+  makers: Mapping[Any, JaxprEqn]
+  adapting: Adapting
+
+
 class Sight(NamedTuple):
   """What is seen of an equation when its rule is chosen.
 
@@ -48,22 +68,14 @@ class Sight(NamedTuple):
     rule: The rule of its primitive.
     forms: How its operands are held.
     compute: The compute dtype that governs it.
-    exact: The variables that are needed exactly and may come near one.
-    sums: What is added up.
-    iterated: The results of the matmuls of power iterations.
-    whole: The variables that hold whole numbers.
-    makers: The equation that makes each variable of the jaxpr.
+    around: What is known of the jaxpr that it stands in.
   """
 
   eqn: JaxprEqn
   rule: Rule
   forms: Forms
   compute: np.dtype
-  exact: Collection[Any]
-  sums: Sums
-  iterated: Collection[Any]
-  whole: Collection[Any]
-  makers: Mapping[Any, JaxprEqn]
+  around: Surroundings
 
   @property
   def name(self) -> str:
@@ -76,9 +88,9 @@ class Sight(NamedTuple):
     return self.eqn.outvars[0]
 
   @property
-  def is_lower(self) -> bool:
-    """Whether a matmul of float32 is to run in 16 bits."""
-    return self.rule is Rule.LOWER and any(self.forms)
+  def has_float32(self) -> bool:
+    """Whether an operand is float32 in the trace."""
+    return any(self.forms)
 
 
 class Sharpening(NamedTuple):
@@ -86,12 +98,14 @@ class Sharpening(NamedTuple):
 
   Attributes:
     name: What they are.
-    fits: Whether an equation is one.
+    of: Among which they are: names of primitives, or rules that primitives have.
+    fits: Whether one of these is such an equation.
     rule: The rule; None for that of the primitive, which nothing sharpens further.
     reason: Why.
   """
 
   name: str
+  of: Collection[str | Rule]
   fits: Callable[[Sight], bool]
   rule: Rule | None
   reason: str
@@ -99,107 +113,132 @@ class Sharpening(NamedTuple):
 
 SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
+    "number that does not adapt",
+    {"gather"},
+    lambda s: not s.around.adapting.holds(fill_value(s.eqn)),
+    Rule.FULL,
+    "what an index out of bounds gives would be another number in 16 bits",
+  ),
+  Sharpening(
     "body of references",
-    lambda s: s.rule in _WITH_BODIES and not all(hasattr(a.aval, "dtype") for a in s.eqn.invars),
+    _WITH_BODIES,
+    lambda s: not all(hasattr(a.aval, "dtype") for a in s.eqn.invars),
     Rule.TRACED,
     "a mutable reference cannot change its dtype",
   ),
   Sharpening(
     "keep_float32",
-    lambda s: s.name == "name" and s.eqn.params["name"] == KEEP_FLOAT32,
+    {"name"},
+    lambda s: s.eqn.params["name"] == KEEP_FLOAT32,
     Rule.FULL,
     "its author said so",
   ),
   Sharpening(
     "scatter of a function",
-    lambda s: applies_a_function(s.eqn),
+    {"scatter"},
+    lambda s: s.eqn.params.get("update_jaxpr") is not None,
     Rule.ALWAYS,
     "the function was traced in float32",
   ),
-  Sharpening("no 16-bit kernel", lambda s: s.rule is Rule.ALWAYS, None, "as the table says"),
+  Sharpening("no 16-bit kernel", {Rule.ALWAYS}, lambda s: True, None, "as the table says"),
   Sharpening(
     "float32 policy",
-    lambda s: s.rule in _FLAT and s.compute == FLOAT32,
+    {Rule.LOWER, Rule.RANGE, Rule.FOLLOW},
+    lambda s: s.compute == FLOAT32,
     Rule.FULL,
     "the policy computes in float32",
   ),
   Sharpening(
     "near one or into a logarithm",
+    frozenset(Rule),
     lambda s: (
-      any(var in s.exact for var in s.eqn.outvars) and (s.name in SATURATING or _is_narrow(s.forms))
+      not s.around.exact.isdisjoint(s.eqn.outvars) and (s.name in SATURATING or _is_narrow(s.forms))
     ),
     Rule.FULL,
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
   ),
   Sharpening(
     "square",
-    lambda s: is_square(s.eqn, s.makers),
+    {"integer_pow", "mul", "dot_general"},
+    lambda s: is_square(s.eqn, s.around.makers),
     Rule.FULL,
     "nearly always feeds a sum: a variance, a norm",
   ),
   Sharpening(
     "picked numbers",
+    {"gather"},
     lambda s: picks_numbers(s.eqn, s.forms),
     Rule.FULL,
     "their cotangents meet those of the logsumexp before they round",
   ),
   Sharpening(
     "matmul with another format",
-    lambda s: s.rule is Rule.LOWER and has_foreign_float(s.eqn, s.forms),
+    {Rule.LOWER},
+    lambda s: has_foreign_float(s.eqn, s.forms),
     Rule.TRACED,
     "float64, complex and 8-bit operands are their author's",
   ),
   Sharpening(
     "power iteration",
-    lambda s: s.is_lower and s.result in s.iterated,
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.result in s.around.iterated,
     Rule.FULL,
     "every weight is divided by the norm that it finds",
   ),
   Sharpening(
     "whole numbers",
-    lambda s: s.is_lower and s.result in s.whole,
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.result in s.around.whole,
     Rule.FULL,
     "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
   ),
   Sharpening(
     "what is added up",
-    lambda s: s.is_lower and s.sums.is_sum(s.eqn),
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.around.sums.is_sum(s.eqn),
     Rule.WIDE,
     "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
   ),
   Sharpening(
     "outer product",
-    lambda s: s.is_lower and contracts_nothing(s.eqn) and _is_float32(s.forms),
+    {Rule.LOWER},
+    lambda s: s.has_float32 and contracts_nothing(s.eqn) and _is_float32(s.forms),
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
     "divides by a narrow value",
-    lambda s: s.name == "div" and s.rule is Rule.FOLLOW and _is_float16(s.forms[1]),
+    {"div"},
+    lambda s: s.rule is Rule.FOLLOW and _is_float16(s.forms[1]),
     Rule.FULL,
     "its derivative divides by the square of that, which leaves the range of float16",
   ),
   Sharpening(
     "leaves the range of float16",
-    lambda s: s.rule is Rule.RANGE and _held(s) == FLOAT16,
+    {Rule.RANGE},
+    lambda s: _held(s) == FLOAT16,
     Rule.FULL,
     "256 squared exceeds float16",
   ),
   Sharpening(
-    "within range", lambda s: s.rule is Rule.RANGE, Rule.FOLLOW, "bfloat16 has float32's range"
+    "within range", {Rule.RANGE}, lambda s: True, Rule.FOLLOW, "bfloat16 has float32's range"
   ),
 )
 """What replaces the rule of a primitive where an equation shows more than its name, in order."""
 
 
-def sharpened(sight: Sight, adapting: Adapting) -> Rule:
+def sharpened(sight: Sight) -> Rule:
   """The rule of an equation: that of its primitive, or the first sharpening that fits."""
-  if not adapting.holds(fill_value(sight.eqn)):
-    return Rule.FULL
-  for sharpening in SHARPENINGS:
+  for sharpening in _of(sight.name, sight.rule):
     if sharpening.fits(sight):
       return sharpening.rule or sight.rule
   return sight.rule
+
+
+@functools.cache
+def _of(name: str, rule: Rule) -> tuple[Sharpening, ...]:
+  """The sharpenings that an equation with this primitive, which has this rule, may have."""
+  return tuple(s for s in SHARPENINGS if name in s.of or rule in s.of)
 
 
 def _is_float32(forms: Forms) -> bool:
@@ -256,17 +295,17 @@ def _rank(atom: Any) -> int:
 
 
 def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
-  """Whether a gather picks single narrow numbers: the logits of the labels, in most losses.
+  """Whether a gather takes single narrow numbers: the logits of the labels, in most losses.
 
   Read in float32, their cotangents meet those of the logsumexp before they round.
   """
-  picks = eqn.primitive.name == "gather" and set(eqn.params["slice_sizes"]) <= {1}
+  picks = set(eqn.params["slice_sizes"]) <= {1}
   return picks and forms[0] is not None and forms[0].kind is Kind.NARROW
 
 
 def fill_value(eqn: JaxprEqn) -> float | None:
   """What a gather of floats gives for an index that is out of bounds, if that is a number."""
-  fill = eqn.params.get("fill_value") if eqn.primitive.name == "gather" else None
+  fill = eqn.params["fill_value"]
   return fill if fill is not None and jaxprs.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
@@ -360,11 +399,6 @@ def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, Sequence[int], bool]]:
     shape: Any = atom.aval.shape
     free = (size for d, size in enumerate(shape) if d not in contracted and d not in batch)
     yield atom, contracted, all(size == 1 for size in free)
-
-
-def applies_a_function(eqn: JaxprEqn) -> bool:
-  """Whether a scatter holds a function of the values that it meets, traced in float32."""
-  return eqn.primitive.name == "scatter" and eqn.params.get("update_jaxpr") is not None
 
 
 def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:

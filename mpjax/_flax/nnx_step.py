@@ -356,7 +356,7 @@ def _arrays(nodes: Any) -> dict[Any, Any]:
 def _own_buffers(nodes: Any, variables: dict[Any, Any], others: list[Any]) -> None:
   """Gives Variables that share an array, or share one with the batch, arrays of their own."""
   paths = list(variables)
-  for n in shared_buffers(variables.values(), others):
+  for n in shared_buffers([*variables.values()], others):
     variables[paths[n]] = own_buffer(variables[paths[n]])
     nnx.update(nodes, nnx.from_flat_state([(paths[n], variables[paths[n]])]))
 

@@ -1,6 +1,6 @@
 """Buffers that a step may donate: each is its own."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 
 
-def shared_buffers(donated: Iterable[Any], kept: Iterable[Any]) -> list[int]:
+def shared_buffers(donated: Sequence[Any], kept: Sequence[Any]) -> list[int]:
   """Finds the arrays that cannot be donated, for another argument is the same array.
 
   The states of some optimizers start as the parameters themselves, and so share their buffers.
@@ -20,6 +20,8 @@ def shared_buffers(donated: Iterable[Any], kept: Iterable[Any]) -> list[int]:
   Returns:
     The positions, among the donated, of those that came before or are kept.
   """
+  if len({*map(id, donated), *map(id, kept)}) == len(donated) + len(kept):
+    return []  # looked at in every step: as a rule, each is there once
   seen = {id(x) for x in kept if isinstance(x, jax.Array)}
   found = []
   for n, x in enumerate(donated):

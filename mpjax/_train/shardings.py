@@ -1,5 +1,7 @@
 """Where the arrays of a train step are, and that they stay there."""
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +27,10 @@ def placement(state: Sequence[Any]) -> Placement:
   A tracer says nothing of it, so where the results of a step inside another ``jax.jit`` are is left
   to that.
   """
+  if all(map(_is_concrete, {*map(type, state)})):  # looked at in every step: most are on one device
+    kinds = {*map(type, map(_sharding_of, state))}
+    if not any(issubclass(kind, NamedSharding) for kind in kinds):
+      return Placement()
   shardings = tuple(map(_kept_sharding, state))
   return Placement(shardings if any(shardings) else ())
 
@@ -59,6 +65,15 @@ def place_beside(tree: Any, params: Any) -> Any:
     return jax.device_put(leaf, everywhere)
 
   return jax.tree.map(place, tree)
+
+
+_sharding_of = operator.attrgetter("sharding")
+
+
+@functools.cache
+def _is_concrete(kind: type) -> bool:
+  """Whether what has a type is an array that says where it is."""
+  return issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer)
 
 
 def _named_sharding(leaf: Any) -> NamedSharding | None:

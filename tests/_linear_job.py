@@ -1,5 +1,6 @@
 """A job that compiles in no time, for tests of what is around the jobs of `mpjax compare`."""
 
+import functools
 import signal
 from typing import Any
 
@@ -49,12 +50,18 @@ class LinearJob:
     return self.sessions[-1]
 
 
+@functools.cache
+def _step_of(policy: mpjax.Policy) -> tuple[Any, Any]:
+  """The optimizer and the step, which are compiled once for all sessions of a policy."""
+  tx = scaled_for(policy, optax.sgd(0.05, momentum=0.9))
+  return tx, mpjax.make_train_step(_loss, tx, policy=policy)
+
+
 class LinearSession:
   def __init__(self, policy: mpjax.Policy) -> None:
-    tx = scaled_for(policy, optax.sgd(0.05, momentum=0.9))
+    tx, self._step = _step_of(policy)
     params = policy.cast_to_param({"w": jnp.zeros(WIDTH)})
     self.train_state = mpjax.TrainState.create(params, tx)
-    self._step = mpjax.make_train_step(_loss, tx, policy=policy)
 
   def lower(self, batch: Batch) -> Any:
     return self._step.lower(self.train_state, batch)

@@ -1,7 +1,8 @@
-"""Squares of which every run tries each thing, and `-m slow` every combination."""
+"""Squares of which every run tries each thing, and `-m slow` or `.ci/run` every combination."""
 
 import itertools
 import math
+import re
 
 import pytest
 
@@ -42,3 +43,52 @@ def is_its_turn(places, sizes, turning):
     place == (turn + more) % size
     for place, more, size in zip(places[fixed:], rounds, sizes[fixed:], strict=True)
   )
+
+
+def leave_the_rest_to_ci(items, whole=True):
+  """Marks as `ci` what a test that is marked as `quick` has beyond what that mark names.
+
+  `quick` without ids is the diagonal: each value of each parameter once, the shorter lists over
+  again. With ids it is those; with ``every=3`` each third of what is not slow, from ``start`` on.
+  If ``whole``, all parameters of every test are among the items, and an id that none of them has is
+  an error.
+  """
+  squares = {}
+  for item in items:
+    if item.get_closest_marker("quick") and hasattr(item, "callspec"):
+      squares.setdefault(item.nodeid.partition("[")[0], []).append(item)
+  for name, square in squares.items():
+    mark = square[0].get_closest_marker("quick")
+    ids, how = mark.args, mark.kwargs
+    unknown = set(ids) - {item.callspec.id for item in square}
+    if whole and unknown:
+      raise pytest.UsageError(f"{name} is marked as quick with ids that it has not: {unknown}")
+    if ids:
+      quick = [item for item in square if item.callspec.id in ids]
+    elif how:
+      quick = [item for item in square if not item.get_closest_marker("slow")]
+      quick = quick[how.get("start", 0) :: how["every"]]
+    else:
+      diagonal = on_the_diagonal([coordinates(item) for item in square])
+      quick = [item for item, its_turn in zip(square, diagonal, strict=True) if its_turn]
+    kept = set(map(id, quick))
+    for item in square:
+      if id(item) not in kept:
+        item.add_marker(pytest.mark.ci)
+
+
+def coordinates(item):
+  """What a test is run with, a tuple for each of its `parametrize`, each fixture its own."""
+  params = item.callspec.params
+  names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+  axes = [re.findall(r"\w+", each) if isinstance(each, str) else each for each in names]
+  axes += [[name] for name in params if not any(name in axis for axis in axes)]
+  return [tuple(id(params[name]) for name in axis) for axis in axes]
+
+
+def on_the_diagonal(points):
+  """Of each point whether it is the n-th value of every axis, the shorter axes over again."""
+  axes = [list(dict.fromkeys(values)) for values in zip(*points, strict=True)]
+  turns = range(max(map(len, axes)))
+  diagonal = {tuple(axis[n % len(axis)] for axis in axes) for n in turns}
+  return [tuple(point) in diagonal for point in points]

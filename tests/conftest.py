@@ -1,5 +1,6 @@
 """The strict session that every test runs in."""
 
+import gc
 import os
 
 import chex
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 import _coverage_table
+from _turns import leave_the_rest_to_ci
 from public import table as models_table
 
 # What runs once is not worth optimizing: XLA reads this when it first compiles.
@@ -49,6 +51,18 @@ def standard_promotion():
 def params():
   """A small tree of float32 parameters."""
   return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.full((3,), 0.5)}}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(config, items):
+  leave_the_rest_to_ci(items, whole=not any("[" in argument for argument in config.args))
+
+
+def pytest_collection_finish():
+  """What is imported stays: the collector of garbage need not look at it after every test."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_addoption(parser):

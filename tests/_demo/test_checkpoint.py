@@ -208,6 +208,7 @@ def wait_until(happened, process, seconds=120):
     time.sleep(0.001)
 
 
+@pytest.mark.ci
 def test_a_killed_run_loses_only_the_steps_since_its_last_complete_save(tmp_path):
   # Killed in the middle of a save that is not the first.
   with start(tmp_path) as process:

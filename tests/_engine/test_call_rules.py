@@ -66,6 +66,7 @@ def operands():
   return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), list(CALLS), list(COMPUTE))
 def test_a_call_is_narrow_with_the_users_rules(name, policy, operands):
   call = CALLS[name]

@@ -138,6 +138,7 @@ def test_a_kernel_and_its_derivative_are_narrow_in_every_place(kernel, place, de
   assert not [e for e in equations(closed) if e.primitive.name.startswith("mpjax_cast_inputs")]
 
 
+@pytest.mark.quick(every=3)
 @in_turns(
   ("place", "derivative", "kernel", "policy"),
   *map(list, (PLACES, DERIVATIVES, KERNELS, COMPUTE)),
@@ -150,6 +151,7 @@ def test_the_derivative_of_a_kernel_is_that_of_float32(place, derivative, kernel
   assert jnp.linalg.norm(got - want) < 2.0**-5 * jnp.linalg.norm(want)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
   "place",
   [pytest.param(place, marks=pytest.mark.slow if n % 2 else ()) for n, place in enumerate(PLACES)],

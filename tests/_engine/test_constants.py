@@ -136,6 +136,7 @@ def truth(writing):
     return outcomes(writing)
 
 
+@pytest.mark.quick(every=3)
 @every_writing
 def test_a_mask_means_what_it_means_in_float32(writing, policy):
   unit = UNIT[policy]
@@ -199,6 +200,7 @@ def guarded(guard, policy):
   return [jax.device_get(run(KEYS, x)) for x in (np.zeros((4, 4), np.float32), QUERIES)]
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("guard", "policy"), list(GUARDS), reversed(UNIT))
 def test_a_guard_still_guards(guard, policy):
   """The gradient too, where float16 holds it."""

@@ -314,6 +314,7 @@ def test_no_contraction_stays_float32(construct, op, transform, policy):
   assert {aval.dtype for aval in jaxpr.out_avals} == {np.dtype(np.float32)}
 
 
+@pytest.mark.quick(every=3)
 @cases(computed)
 def test_values_are_those_of_float64(construct, op, transform, policy, record_property):
   got = results(construct, op, policy)[transform]

@@ -74,6 +74,7 @@ PLACES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("nested", "place", "policy"), NESTED, PLACES, list(POLICIES))
 def test_a_rule_that_differentiates_a_custom_vjp_is_narrow_and_the_users(
   nested, place, policy, operands

@@ -65,6 +65,7 @@ REFUSED = {"map", "shard_map", "pallas", "associative_scan"}
 """What JAX refuses on such a mesh, of the matrix; and a convolution that has a batching rule."""
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("construct", CONSTRUCTS)
 def test_the_coverage_matrix_holds(construct, op):
@@ -91,6 +92,7 @@ def gradient(fn):
   return jax.grad(loss)
 
 
+@pytest.mark.quick(every=3, start=1)
 @pytest.mark.parametrize("name", battery.CASES)
 def test_the_battery_runs(name):
   """Places do not depend on the format; the two that there are take turns over the cases."""
@@ -117,6 +119,7 @@ BY_ONE_OPERATION = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), BY_ONE_OPERATION, list(POLICIES))
 def test_gradients_are_taken_operation_by_operation_too(fn, policy):
   loss = lambda w, x: total(fn(x @ w))
@@ -155,6 +158,7 @@ INTO_AUTO_AXES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), INTO_AUTO_AXES, list(POLICIES))
 def test_a_value_may_leave_its_module_into_auto_axes(fn, policy):
   loss = lambda w, x: weighed(fn(x @ w))

@@ -28,6 +28,7 @@ def mirrored(dims, rank):
   return tuple(rank - 1 - dim for dim in dims)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("case", "turned", "dtype"), CASES, ("result", "factors", "all"), FORMATS)
 def test_a_matmul_runs_beside_a_transposition(case, turned, dtype):
   *shapes, contracted, batch = case

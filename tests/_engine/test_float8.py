@@ -141,6 +141,7 @@ def test_outliers_take_the_others_bits_and_no_more(outlier):
 # Values and derivatives ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=3)
 @every_case
 @every_side
 def test_results_and_gradients_have_the_errors_of_their_formats(case, wide):
@@ -227,6 +228,7 @@ def test_examples_inside_examples():
   assert np.array_equal(both, jnp.stack([jax.grad(total)(w, xs) for w in ws]))
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["forward", "reverse"])
 def test_every_block_of_second_derivatives_is_there(outer):
   w, x = jax.random.normal(KEY, (3, 2)) * 0.5, jax.random.normal(KEY, (3, 3))
@@ -369,6 +371,7 @@ WEIGHTS = jax.random.normal(KEY, (3, 16, 16)) * 0.2
 INPUTS = jax.random.normal(KEY, (8, 16))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
   "written",
   [
@@ -390,6 +393,7 @@ def test_a_program_written_in_another_way_has_the_same_gradients(written):
   assert any("float8" in name for pair in in_formats(grad, WEIGHTS, INPUTS) for name in pair)
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("looped", [False, True], ids=["", "scan"])
 def test_a_derivative_that_a_user_gave_is_transposed(looped):
   """What it multiplies is tangents, and what rounds them to float8 must be linear in them."""

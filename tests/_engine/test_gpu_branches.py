@@ -77,6 +77,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("loss", "policy"), CONVOLUTIONS, list(POLICIES))
 def test_the_gradient_of_a_kernel_is_float32_to_one_rounding(loss, policy):
   found = rounded(jax.grad(mpjax.autocast(loss, policy), (0, 1)))(KERNEL, SIGNAL)
@@ -117,6 +118,7 @@ ATTENTION = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("attend", "policy"), ATTENTION, list(POLICIES))
 def test_attention_that_stores_its_weights_behind_a_barrier_has_the_gradient_of_float32(
   attend, policy

@@ -148,6 +148,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("softmax", "derivative", "policy"), SOFTMAXES, DERIVATIVES, POLICIES)
 def test_the_derivative_by_16_bit_weights_is_about_as_exact(
   softmax, derivative, policy, operands, monkeypatch
@@ -175,6 +176,7 @@ READ_OTHERWISE = {
 }
 
 
+@pytest.mark.quick(every=3, start=1)
 @in_turns(("softmax", "policy"), READ_OTHERWISE, POLICIES)
 def test_what_only_looks_like_a_softmax_is_differentiated_as_written(softmax, policy, operands):
   with jax.numpy_rank_promotion("allow"):
@@ -211,6 +213,7 @@ def test_gpus_store_the_weights_behind_a_barrier(platform, barriers, policy, ope
   assert lowered.as_text().count("optimization_barrier") == barriers
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("bias", [0.0, 3.0])
 def test_gradients_of_attention_are_as_exact_where_keys_and_values_share_a_part(bias):
   """The mean of the weights' cotangent is taken from the weights: their rounding cancels in it."""

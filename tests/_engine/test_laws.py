@@ -441,6 +441,7 @@ RECURRENCES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), RECURRENCES, POLICIES)
 def test_gates_and_decays_near_one_forget_at_the_rate_of_float32(fn, policy):
   found, want = in_both_formats(fn, policy, GATES, KEYS)

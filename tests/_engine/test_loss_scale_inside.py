@@ -127,6 +127,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("derive", "policy"), DERIVATIVES, ("mixed_float16", "mixed_bfloat16"))
 def test_every_derivative_is_true(derive, policy):
   near(derive(scaled(loss, policy)), derive(loss), 0.05 if policy == "mixed_bfloat16" else 0.01)

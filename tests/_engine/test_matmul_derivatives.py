@@ -81,6 +81,7 @@ def cotangents(case, wide, x, y, ct):
   )
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("case", "wide", "dtype"), CASES, SIDES, FORMATS)
 def test_it_is_a_matmul_in_16_bits_whose_wide_cotangent_does_not_round(case, wide, dtype):
   x, y, ct = draw(case, wide, dtype)
@@ -119,6 +120,7 @@ def derivatives(fn, x, y, ct):
   ]
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("case", "wide"), SOME_CASES, SIDES)
 def test_its_derivatives_are_those_of_the_matmul(case, wide):
   contraction = contraction_of(case, wide, jnp.bfloat16)
@@ -131,6 +133,7 @@ def test_its_derivatives_are_those_of_the_matmul(case, wide):
 AXES = {"both": (0, 0), "first": (1, None), "second": (None, -1)}
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("case", "axes", "wide"), SOME_CASES, AXES, SIDES)
 def test_it_maps_over_examples(case, axes, wide):
   x, y, ct = map(np.asarray, draw(case, wide, jnp.bfloat16))
@@ -249,6 +252,7 @@ TWICE = {
 }
 
 
+@pytest.mark.quick("matmul-mixed_bfloat16", "einsum-mixed_float16", "convolution-mixed_float16")
 @in_turns(("fn", "policy"), TWICE, POLICIES)
 def test_every_block_of_second_derivatives_is_there(fn, policy):
   """The gradient by the data depends on the parameters, as in a gradient penalty."""
@@ -309,6 +313,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("mix", "policy"), OTHERS, POLICIES)
 @pytest.mark.usefixtures("standard_promotion")
 def test_weights_mix_whatever_they_mix_in_float32(mix, policy):
@@ -405,6 +410,7 @@ TURNED = ("bij,bjk->ki", "bij,bjk->bki", "bij,bjk->kbi")
 SHAPES = {"small": (5, 6, 4), "large": (64, 64, 32)}
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("spec", "sizes", "dtype"), TURNED, SHAPES, FORMATS)
 def test_a_compiled_gradient_has_a_kernel_whatever_the_order(spec, sizes, dtype):
   """XLA must not turn the matmul of a wide cotangent into one that it cannot run on a CPU."""

@@ -60,6 +60,7 @@ USES = {
 }
 
 
+@pytest.mark.quick(every=5)
 @in_turns(("used", "order", "policy"), USES, ("around", "inside"), reversed(COMPUTE))
 def test_a_weight_used_many_times_gets_an_exact_gradient(used, order, policy):
   fn, uses = used
@@ -68,6 +69,7 @@ def test_a_weight_used_many_times_gets_an_exact_gradient(used, order, policy):
   assert outer(inner(fn))(jnp.ones((1, 1)), jnp.ones((1, 1))) == uses
 
 
+@pytest.mark.quick(every=3)
 @every_policy
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_token_seen_4096_times_gets_gradient_4096_where_flax_gets_256(api, policy):
@@ -190,6 +192,7 @@ def nnx_norm(norm, x, dtype=None, policy="float32"):
 NORMS = ("BatchNorm", "LayerNorm", "GroupNorm", "RMSNorm")
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("norm", "run", "policy"), NORMS, {"linen": linen_norm, "nnx": nnx_norm}, list(COMPUTE))
 def test_statistics_are_float32_and_as_good_as_flaxs(norm, run, policy):
   dtype = COMPUTE[policy]
@@ -231,6 +234,7 @@ def nnx_spectral(x, seed, policy="float32", dtype=None):
   return jax.make_jaxpr(call)(state, x), jax.jit(call)(state, x)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(
   ("run", "policy", "seed"), {"linen": linen_spectral, "nnx": nnx_spectral}, list(COMPUTE), [0, 1]
 )
@@ -386,6 +390,7 @@ SENSITIVE = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("sensitive", "scale", "policy"), SENSITIVE, {"small": 1.0, "large": 8.0}, list(COMPUTE))
 def test_softmax_and_losses_are_within_an_ulp_of_float64(sensitive, scale, policy):
   fn, truth = sensitive
@@ -567,6 +572,7 @@ def recurrent_truth(case):
   return recurrent_outputs(case, case.module())[1]
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("cell", "policy"), CELLS, list(COMPUTE))
 def test_a_cell_runs_a_long_sequence_as_well_as_flaxs(cell, policy):
   case = recurrent(*cell)
@@ -652,6 +658,7 @@ QUOTIENTS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("fn", QUOTIENTS.values(), ids=QUOTIENTS.keys())
 def test_a_quotient_has_its_derivative_in_float16(fn):
   """One divided by the square of what divides leaves float16 from 256 on, and below 1 / 256."""

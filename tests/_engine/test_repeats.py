@@ -59,6 +59,7 @@ def signatures(jaxpr, scope=""):
       yield eqn.primitive.name, place, *(str(v.aval) for v in (*eqn.invars, *eqn.outvars))
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monkeypatch):
   jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(*operands)
@@ -67,6 +68,7 @@ def test_the_equations_are_those_of_tracing_step_by_step(policy, operands, monke
   assert Counter(signatures(jaxpr.jaxpr)) == Counter(signatures(plain.jaxpr))
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_what_recurs_in_another_shape_is_no_recurrence(policy):
   """As in the stages of a ResNet: a parameter is spread over the shape of what it is added to."""

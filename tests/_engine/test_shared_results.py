@@ -132,12 +132,14 @@ PLACES = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_what_a_batch_shares_is_differentiated_in_16_bits(name, place):
   narrow_derivative(FUNCTIONS[name], PLACES[place], "mixed_bfloat16")
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "place", "policy"), list(FUNCTIONS), list(PLACES), list(POLICIES), turning=2)
 def test_what_a_batch_shares_has_the_gradient_that_it_has_without_a_policy(name, place, policy):
   assert_same_gradient(FUNCTIONS[name], PLACES[place], policy)

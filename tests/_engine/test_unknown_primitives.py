@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -86,6 +87,7 @@ def gradient_in_float32(place):
   return jax.jit(jax.grad(loss(place)))(*numbers())
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("place", "policy"), list(PLACES), list(COMPUTE))
 def test_it_runs_in_float32_and_the_matmuls_around_it_do_not(place, policy):
   fn, want = loss(place), gradient_in_float32(place)

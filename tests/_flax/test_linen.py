@@ -401,6 +401,7 @@ class Stack(nn.Module):
     return scan(self.policy)(x, None)[0]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("remat", [False, True], ids=["scan", "scan_of_remat"])
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_lifted_transforms_compose_with_a_wrapped_module(remat, where, x):

@@ -5,8 +5,9 @@ a policy in two ways: `module`, where `apply_policy` wraps the model and the los
 `loss`, where `autocast` wraps the whole loss.
 
 Of an architecture's eight combinations of API, format and way, every run asks what types say of two
-that are opposite in every respect, and numbers, which take three compilations, of one of these, the
-eight taking turns over the architectures. The rest of the square is `slow`.
+that are opposite in every respect. Numbers take three compilations: `.ci/run` asks them of one of
+these two, the eight taking turns over the architectures, and every run of two architectures. The
+rest of the square is `slow`.
 """
 
 import functools
@@ -196,6 +197,7 @@ def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, polic
   assert paths(state) == paths(jax.eval_shape(optimizer.init, plain.params))
 
 
+@pytest.mark.quick("transformer-linen-module-mixed_bfloat16", "gru-nnx-loss-mixed_float16")
 @combinations(is_measured)
 def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   truth = ran(case).grads
@@ -210,6 +212,7 @@ def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   )
 
 
+@pytest.mark.ci
 @combinations(is_measured, "resnet")
 def test_batchnorm_statistics_are_as_good_as_by_hand(case, policy, way):
   truth = ran(case).state
@@ -223,6 +226,7 @@ def test_batchnorm_statistics_are_as_good_as_by_hand(case, policy, way):
 FLOAT32 = {"spec": "float32", "map": mpjax.PolicyMap({".*": "float32"}, default="float32")}
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("case", "policy"), {str(case): case for case in CASES}, FLOAT32)
 def test_an_all_float32_policy_adds_no_equation(case, policy):
   assert str(traced(case, policy, "module").jaxpr) == str(traced(case).jaxpr)

@@ -49,6 +49,7 @@ def test_the_loss_is_that_of_flax_and_the_gradients_are_times_the_scale(model, x
   chex.assert_trees_all_equal(nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(other)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 @pytest.mark.parametrize("where", ["model", "loss"])
 def test_statistics_and_random_streams_move_under_a_policy(model, x, policy, where):

@@ -1,5 +1,7 @@
 """The train step of NNX."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -61,17 +63,25 @@ def all_but_the_scaler(model, optimizer):
   return bits((held, optimizer.step, inner))
 
 
+@functools.cache
 def scaled_adam(**settings):
+  """One for all tests, so that a step which several of them take is compiled once."""
   return mpjax.dynamic_loss_scaling(optax.adam(1e-2), **settings)
+
+
+@functools.cache
+def step_of(policy=None):
+  return make_train_step(loss_fn, policy=policy)
 
 
 POLICIES = [None, "float32", "mixed_bfloat16", "mixed_float16"]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_trains_in_place_and_reports(policy):
   model, optimizer = make(scaled_adam())
-  step = make_train_step(loss_fn, policy=policy)
+  step = step_of(policy)
   kernel = model.first.kernel
   losses = []
   for _ in range(40):
@@ -116,7 +126,7 @@ def test_a_step_equals_nnxs_own_loop():
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
 def test_a_skipped_step_leaves_every_variable_but_the_scalers(policy):
   model, optimizer = make(scaled_adam())
-  step = make_train_step(loss_fn, policy=policy)
+  step = step_of(policy)
   step(model, optimizer, BATCH)
   before, drawn = all_but_the_scaler(model, optimizer), int(model.drop.rngs.count[...])
   scale = float(mpjax.loss_scale(optimizer.opt_state))
@@ -182,6 +192,7 @@ def test_only_the_variables_of_the_optimizer_are_trained():
   np.testing.assert_array_equal(model.bias[...], [1.0])
 
 
+@pytest.mark.quick("mixed_float16")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_scheduled_faults_in_random_leaves_leave_everything_finite_and_train(policy):
   """NaN or inf in random gradient leaves on 5% of the steps."""
@@ -231,7 +242,7 @@ def test_buffers_are_donated_unless_told_otherwise():
   make_train_step(loss_fn, donate=False)(model, optimizer, BATCH)
   assert not old.is_deleted()
   old = model.first.kernel.get_value()
-  make_train_step(loss_fn)(model, optimizer, BATCH)
+  step_of()(model, optimizer, BATCH)
   assert old.is_deleted()
 
 
@@ -265,7 +276,7 @@ def test_float16_moments_without_a_scaler_are_refused():
 
 def test_the_states_go_through_split_and_merge_between_steps():
   model, optimizer = make(scaled_adam())
-  step = make_train_step(loss_fn)
+  step = step_of()
   step(model, optimizer, BATCH)
   model, optimizer = nnx.merge(*nnx.split((model, optimizer)))
   assert step(model, optimizer, BATCH).applied
@@ -341,6 +352,7 @@ def test_a_model_and_optimizer_may_come_alone_as_in_flaxs_own_loops():
   assert step.lower(optimizers[0], x, jnp.ones((3, 2)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("policy", [None, "mixed_float16"])
 @pytest.mark.parametrize("kind", [nnx.Optimizer, nnx.ModelAndOptimizer])
 def test_a_step_takes_streams_metrics_and_several_batches_as_flaxs_own_loops_do(kind, policy):
@@ -471,7 +483,7 @@ def test_a_model_whose_arrays_a_step_has_taken_is_told_so():
   twin = nnx.clone(model)
   nnx.update(twin, nnx.state(model))  # the same arrays in both
   of_twin = nnx.Optimizer(twin, scaled_adam(), wrt=nnx.Param)
-  step = make_train_step(loss_fn)
+  step = step_of()
   step(model, optimizer, BATCH)
   with pytest.raises(ValueError, match=r"Got calls, of which a step has taken the buffer.*clone"):
     step(twin, of_twin, BATCH)

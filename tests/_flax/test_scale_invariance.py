@@ -79,6 +79,7 @@ by_loss = pytest.mark.parametrize("loss", [loss_fn, float16_loss])
 # Right loops --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @by_loss
 @by_optimizer
 def test_a_right_loop_passes_and_its_arguments_stay_as_they_are(inner, loss):
@@ -110,7 +111,7 @@ def test_a_float16_network_passes_whose_gradients_vanish_in_part_at_small_scales
   x = jax.random.normal(jax.random.key(1), (2, 6, 4))
   loss = lambda p, x: jnp.mean(nn.log_softmax(model.apply(p, x))[..., 0])
   tx = scaler()
-  state = mpjax.TrainState.create(model.init(jax.random.key(0), x), tx)
+  state = mpjax.TrainState.create(jax.jit(model.init)(jax.random.key(0), x), tx)
   assert_scale_invariant(mpjax.make_train_step(loss, tx, policy="mixed_float16"), state, x)
 
 
@@ -138,11 +139,12 @@ def test_the_train_state_of_flax_is_compared(value_and_grad):
 def test_a_carry_and_legal_neighbors_of_the_scaler_pass():
   tx = optax.chain(inject_faults(FaultSchedule.at({})), scaler())
   step = make_step(tx, scaled)
-  carried = lambda carry, x: (step(*carry, x), jnp.zeros(()))
+  carried = jax.jit(lambda carry, x: (step(*carry, x), jnp.zeros(())))
   assert_scale_invariant(carried, (PARAMS, tx.init(PARAMS)), X)
   masters = mpjax.master_weights(scaler())
   params = mpjax.cast_floating(PARAMS, jnp.bfloat16)
-  assert_scale_invariant(make_step(masters, scaled), params, masters.init(params), X)
+  step = jax.jit(make_step(masters, scaled))
+  assert_scale_invariant(step, params, masters.init(params), X)
 
 
 def test_a_scale_that_overflows_does_not_count():
@@ -157,6 +159,7 @@ def test_a_scale_that_overflows_does_not_count():
 # Wrong loops --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @by_loss
 @by_optimizer
 @pytest.mark.parametrize("gradients", [unscaled, unscaled_twice], ids=["unscaled", "twice"])

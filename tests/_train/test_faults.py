@@ -26,6 +26,7 @@ def train(session, job, steps, size):
   return session.evaluate(), skipped
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", JOBS)
 def test_faults_cost_their_steps_and_nothing_else(name, monkeypatch, standard_promotion):
   """NaN, inf or -inf in one element of one gradient."""

@@ -106,6 +106,7 @@ def unsharded(policy):
   return train(step, tx, params, [batch] * 4)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sharded_step_trains_as_on_one_device_and_keeps_its_shardings(strategy, policy):
@@ -267,6 +268,7 @@ def test_the_gradient_of_a_weight_is_not_rounded_to_16_bits():
   assert np.max(errors[1]) < 2.0**-20 * np.max(np.abs(truth))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("devices", [1, 8], ids=["one device", "mesh"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_gradients_of_a_batch_of_sequences_sum_in_float32_on_cpus(policy, devices):

@@ -153,6 +153,7 @@ FLOAT16 = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("case", FLOAT16)
 def test_float16_without_a_scaler_warns_once_and_names_it(case):
   loss, params, policy = FLOAT16[case]
@@ -196,6 +197,7 @@ class Small(nnx.Module):
     return self.last(nnx.relu(self.first(x)))
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
   ("model", "policy"),
   [
@@ -246,6 +248,7 @@ def lora_params():
   return {"base": base, "lora_a": jnp.ones((4, 2)), "lora_b": jnp.zeros((2, 3))}
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
 def test_a_frozen_bfloat16_base_keeps_dtype_and_buffer_and_gets_no_gradient(policy, scaled):
@@ -301,6 +304,7 @@ def sam():
   return optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2, opaque_mode=True)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("make", [sam, optax.lbfgs, optax.polyak_sgd], ids=lambda f: f.__name__)
 def test_optimizers_get_the_extra_arguments_that_they_take(make, scaled):

@@ -103,6 +103,7 @@ def step_jaxpr(tx, policy):
 POLICIES = [None, "float32", "mixed_bfloat16", "mixed_float16"]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_trains_and_reports(policy):
   tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2))
@@ -187,6 +188,7 @@ def test_without_scaling_a_step_is_the_program_of_the_one_written_by_hand(policy
   assert compiled_operations(ours, scaled, BATCH) != found
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("scaler", [None, mpjax.static_loss_scaling], ids=["plain", "scaled"])
 def test_a_step_reads_its_gradients_once_for_the_norm_and_the_skip(policy, scaler):
@@ -387,6 +389,7 @@ def test_a_skipped_step_changes_nothing_but_the_scaler():
   assert int(after.step) == 2
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_scheduled_faults_in_random_leaves_leave_everything_finite_and_train(policy):
   """NaN or inf in random gradient leaves on 5% of the steps."""

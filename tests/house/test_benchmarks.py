@@ -1,6 +1,7 @@
 """Every benchmark's smallest case runs, and its rows have the columns that its table shows.
 
-Nothing is timed, and no figure is asserted but those that follow from counting.
+Nothing is timed, and no figure is asserted but those that follow from counting. Most of it is `ci`:
+what the benchmarks measure of mpjax, its own tests hold.
 """
 
 import jax
@@ -57,6 +58,7 @@ def test_a_peer_hands_back_the_state_that_it_was_given(name):
   assert loss.dtype == jnp.float32
 
 
+@pytest.mark.quick("resnet", "float8")
 @pytest.mark.parametrize("name", [n for n in workloads.TINY if n != "gpt"])
 def test_every_model_runs_its_matmuls_in_16_bits_under_the_policy(name):
   step, arguments = traced(peers.INSIDE, workloads.TINY[name](), "mixed_bfloat16")
@@ -118,6 +120,7 @@ def test_the_cells_of_the_gpu_table_are_distinct_and_lead_with_the_main_peers():
   assert {cell["peer"] for cell in cells[:6]} >= {peers.FLOAT32, peers.BY_HAND, peers.INSIDE}
 
 
+@pytest.mark.ci
 def test_a_cell_of_the_gpu_table_has_its_columns():
   cell = {"kind": "fixed", "workload": "gpt", "batch": 1, "peer": peers.INSIDE}
   cell |= {"policy": "mixed_bfloat16", "precision": "default", "seconds": 0}
@@ -127,6 +130,7 @@ def test_a_cell_of_the_gpu_table_has_its_columns():
   assert np.isfinite(row["loss"])
 
 
+@pytest.mark.quick("float32-12")
 @pytest.mark.parametrize(
   ("name", "size"),
   [("float32", 12), ("bfloat16, Kahan", 12), ("bfloat16 and states stochastic", 6)],
@@ -138,6 +142,7 @@ def test_a_row_of_the_rounding_table_holds_the_bytes_that_it_names(name, size, m
   assert round(run.held, 1) == size and np.isfinite(run.loss)
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:The Fp8DotGeneralOp is deprecated")  # a row of what it was
 def test_every_float8_row_multiplies_the_same_matmuls_in_float8():
   workload = workloads.language("text", models.Transformer, 2, 8, 16, layers=1, width=16, heads=2)
@@ -165,6 +170,7 @@ def test_an_unknown_peer_is_refused_with_the_names_that_are_known():
     peers.chosen(["nobody"], "mixed_bfloat16", workloads.TINY["gpt"]())
 
 
+@pytest.mark.ci
 def test_no_wrong_composition_is_silent_here_and_those_of_others_are_as_the_table_says():
   found = {(row["composition"], row["tool"]): row["observed"] for row in compositions.rows()}
   ours = {key: seen for key, seen in found.items() if key[1].startswith("mpjax")}
@@ -182,6 +188,7 @@ def test_no_wrong_composition_is_silent_here_and_those_of_others_are_as_the_tabl
 # Programs that 16 bits do not hold ----------------------------------------------------------------
 
 
+@pytest.mark.quick("MoE router-mixed_bfloat16")
 @pytest.mark.parametrize(
   ("name", "policy"), list(zip(laws.PROGRAMS, 6 * list(laws.FORMATS), strict=True))
 )

@@ -1,4 +1,7 @@
-"""The examples run as their first lines say; several processes end with the same numbers."""
+"""The examples run as their first lines say; several processes end with the same numbers.
+
+They are `ci`: `tests/_train/test_sharding.py` holds the steps that they run, in one process.
+"""
 
 import os
 import re
@@ -42,6 +45,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
+@pytest.mark.ci
 def test_parameters_lie_sharded_over_both_axes_of_a_mesh_and_train():
   (text,) = outputs([start("fsdp.py", "--model-axis", "2")])
   held, whole = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:of|bytes)", text))
@@ -51,6 +55,7 @@ def test_parameters_lie_sharded_over_both_axes_of_a_mesh_and_train():
   assert re.search(r"float32\[64, 256\] sharded P\w*\('data', 'model'\)", text)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)], ids=["two", "four"])
 def test_processes_end_with_the_same_state_though_one_meets_nan(count):
   shared = ("--address", f"localhost:{free_port()}", "--processes", str(count), "--fault", "1")

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import types
 
 import flax.linen as nn
@@ -307,3 +308,87 @@ def test_a_function_of_a_foreign_module_is_marked_in_its_place(operands):
   assert attention.kernel.__name__ == "without_float32"
   grad = jax.grad(mpjax.autocast(layer, "mixed_bfloat16"))
   assert not wide_contractions(jax.make_jaxpr(grad)(*operands), "bfloat16")
+
+
+# Kernels that others wrote, lowered for a TPU, which needs none ---------------------------------
+
+LENGTH, FEATURES = 256, 128
+
+
+def flash():
+  from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+  return functools.partial(flash_attention, causal=True)
+
+
+def splash():
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  mask = masks.MultiHeadMask([masks.CausalMask((LENGTH, LENGTH))] * 2)
+  return jax.vmap(kernels.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1))
+
+
+def megablox():
+  from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
+
+  def experts(query, key, value):
+    rows, matrices = query.reshape(-1, FEATURES), key.reshape(-1, FEATURES, FEATURES)
+    sizes = jnp.full(len(matrices), len(rows) // len(matrices), jnp.int32)
+    return gmm(rows, matrices, sizes, rows.dtype)
+
+  return experts
+
+
+def around(kernel, place):
+  """A loss of a projection and a kernel that stands in some place."""
+
+  def attend(w, x):
+    operand = (x @ w).reshape(1, 2, LENGTH, FEATURES)
+    return jnp.mean(kernel(operand, operand, operand)) * jnp.ones(())
+
+  places = {
+    "plain": attend,
+    "checkpoint": jax.checkpoint(attend),
+    "scan": lambda w, x: lax.scan(lambda c, _: (c + attend(w, x), None), 0.0, None, length=2)[0],
+    "vmap": lambda w, x: jax.vmap(attend, (None, 0))(w, x[None]).sum(),
+  }
+  return places[place]
+
+
+def returned_by_kernels(fn, *args):
+  """The dtypes that each TPU kernel in a program returns."""
+  text = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+  calls = [line for line in text.splitlines() if "@tpu_custom_call" in line]
+  return [set(re.findall(r"(b?f\d+)>", line.rsplit("->", 1)[1])) for line in calls]
+
+
+@pytest.mark.parametrize(
+  ("make", "place", "gradient"),
+  [
+    *((make, "plain", "outside") for make in (flash, splash, megablox)),
+    (splash, "plain", "inside"),
+    (flash, "checkpoint", "outside"),
+    (flash, "scan", "inside"),
+    (flash, "vmap", "outside"),
+  ],
+)
+@jax.numpy_rank_promotion("allow")
+@jax.numpy_dtype_promotion("standard")
+def test_the_pallas_kernels_of_jax_take_16_bits_forwards_and_backwards(make, place, gradient):
+  w = jnp.full((FEATURES, FEATURES), 0.01)
+  x = jnp.ones((2 * LENGTH, FEATURES))
+
+  def derived(kernel, policy=None):
+    loss = around(kernel, place)
+    if policy is None:
+      return jax.grad(loss)
+    if gradient == "inside":
+      return mpjax.autocast(jax.grad(loss), policy)
+    return jax.grad(mpjax.autocast(loss, policy))
+
+  wide = returned_by_kernels(derived(make()), w, x)
+  narrow = returned_by_kernels(derived(mpjax.cast_inputs(make()), "mixed_bfloat16"), w, x)
+  assert all(results == {"f32"} for results in wide)
+  assert all("bf16" in results for results in narrow)  # the sums of a softmax stay float32
+  assert len(narrow) == len(wide) > 1

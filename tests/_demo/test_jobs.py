@@ -102,6 +102,7 @@ def test_a_batch_depends_on_step_and_seed_alone(job):
     assert not np.array_equal(one.inputs, other.inputs)
 
 
+@pytest.mark.quick(every=2)
 def test_a_session_computes_in_16_bits_learns_and_is_restored_to_the_bit(job):
   policy = Policy.parse({"digits": "mixed_bfloat16", "text": "mixed_float16"}[job.name])
   session = job.start(policy, 8, 0)
@@ -124,12 +125,14 @@ def test_parameters_are_held_in_the_param_dtype(job):
   assert "bfloat16" in dtypes(session.state())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["float32", "float16"])
 def test_a_session_is_evaluated_under_its_policy(job, name):
   session = job.start(Policy.parse(name), 4, 0)
   assert 0 <= session.evaluate() < 12
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_the_compiled_residual_network_is_near_float32(name):
   model, images = ResNet(), JOBS["digits"]().held_out.inputs[:32]

@@ -286,7 +286,19 @@ def computed(construct, op, policy):
   return is_its_turn(places, [len(axis) for axis in axes.values()], turning=2)
 
 
-def cases(quick):
+def common(construct, op, policy):
+  """Whether they are in more than `.ci/run`: of each third construct."""
+  return computed(construct, op, policy) and list(CONSTRUCTS).index(construct) % 3 == 0
+
+
+def cases(quick, quicker=None):
+  """All cases; those that are not `quick` are slow, and those that are not `quicker` `ci`."""
+
+  def marks(*case):
+    if not quick(*case):
+      return pytest.mark.slow
+    return () if quicker is None or quicker(*case) else pytest.mark.ci
+
   return pytest.mark.parametrize(
     ("construct", "op", "transform", "policy"),
     [
@@ -296,7 +308,7 @@ def cases(quick):
         transform,
         policy,
         id=f"{construct}-{op}-{policy}-{transform}",
-        marks=() if quick(construct, op, policy) else pytest.mark.slow,
+        marks=marks(construct, op, policy),
       )
       for construct in CONSTRUCTS
       for op in OPS
@@ -314,8 +326,7 @@ def test_no_contraction_stays_float32(construct, op, transform, policy):
   assert {aval.dtype for aval in jaxpr.out_avals} == {np.dtype(np.float32)}
 
 
-@pytest.mark.quick(every=3)
-@cases(computed)
+@cases(computed, common)
 def test_values_are_those_of_float64(construct, op, transform, policy, record_property):
   got = results(construct, op, policy)[transform]
   want = np.asarray(truth(construct, op)[transform])

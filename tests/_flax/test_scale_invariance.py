@@ -150,7 +150,7 @@ def test_a_carry_and_legal_neighbors_of_the_scaler_pass():
 def test_a_scale_that_overflows_does_not_count():
   tx = scaler(optax.sgd(1e-3))
   loss = lambda params, x: float16_loss(params, x * 8)
-  step = make_step(tx, functools.partial(scaled, loss=loss))
+  step = jax.jit(make_step(tx, functools.partial(scaled, loss=loss)))
   assert_scale_invariant(step, PARAMS, tx.init(PARAMS), X, scales=(2, 64, 2**16))
   with pytest.raises(ValueError, match=r"applied at 1 of 64, 65536"):
     assert_scale_invariant(step, PARAMS, tx.init(PARAMS), X, scales=(64, 2**16))
@@ -183,7 +183,7 @@ def test_gradients_that_are_not_scaled_are_named(gradients, inner):
 def test_float16_gradients_that_vanish_in_part_are_named_too():
   wide = {"a": jnp.linspace(0.1, 1.0, 4)[:, None] * jnp.ones((4, 3)), "b": jnp.zeros((1, 3))}
   tx = scaler()
-  step = make_step(tx, functools.partial(unscaled_twice, loss=float16_loss))
+  step = jax.jit(make_step(tx, functools.partial(unscaled_twice, loss=float16_loss)))
   with pytest.raises(AssertionError, match="not scaled, or unscaled before"):
     assert_scale_invariant(step, wide, tx.init(wide), jnp.ones((8, 4)))
 

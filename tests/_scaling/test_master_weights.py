@@ -170,6 +170,7 @@ def masters_of(state):
   return found.masters
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
   ("place", "dtype"), [*((place, "bfloat16") for place in PLACES), ("inside the scaler", "float16")]
 )

@@ -133,6 +133,7 @@ def scales(tx, events):
   return np.asarray(jax.jit(jax.vmap(run))(jnp.asarray(events)))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("interval", RATES)
 @pytest.mark.parametrize("peer", PEERS)
 def test_forty_random_runs_have_the_scales_of_the_peer(peer, interval):

@@ -70,6 +70,7 @@ def plain(tx):
   return tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("make", INNER.values(), ids=INNER.keys())
 def test_the_optimizer_inside_does_what_it_does_without_scaling(make):
   tx = mpjax.dynamic_loss_scaling(make(), growth_interval=2)
@@ -91,6 +92,7 @@ def test_the_optimizer_inside_does_what_it_does_without_scaling(make):
   ]
 
 
+@pytest.mark.quick(every=3, start=1)
 @pytest.mark.parametrize("make", INNER.values(), ids=INNER.keys())
 def test_a_skip_changes_nothing_of_the_optimizer_inside(make):
   """Moments, schedule counts, accumulators, hyperparameters, averages, noise keys."""

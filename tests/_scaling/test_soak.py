@@ -16,6 +16,7 @@ def check(case):
   assert result.skipped > 5
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
   "case",
   [
@@ -53,6 +54,7 @@ def test_what_must_not_be_is_reported():
 # Every optimizer ----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("name", ["adamw", "noisy_sgd"])
 def test_a_run_with_faults_has_the_bits_of_one_that_never_saw_the_struck_batches(name):
   """`python -m benchmarks.every_optimizer` is the run over all."""

@@ -239,6 +239,7 @@ def bits_of_three_steps():
   return bits(three_steps())
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_the_bits_are_the_same_however_parameters_are_sharded_over_eight_devices(kind):
   mesh = jax.make_mesh((4, 2), ("d", "m"), axis_types=(kind, kind))
@@ -253,6 +254,7 @@ def test_the_bits_are_the_same_however_parameters_are_sharded_over_eight_devices
     assert bits(got) == bits_of_three_steps()
 
 
+@pytest.mark.ci
 def test_the_bits_are_the_same_on_every_replica_of_shard_map_pmap_and_vmap():
   expected = bits_of_three_steps()
   mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -365,6 +367,7 @@ def ten_steps_in_float32(name):
   return descend(tx, params, 10, GRADS)[0]
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("place", "name"), list(PLACES), list(HALF))
 def test_parameters_follow_float32_ones_wherever_the_wrappers_stand(place, name):
   """Within the noise of their roundings; and what is held has the dtypes that it should have."""

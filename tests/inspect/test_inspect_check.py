@@ -50,6 +50,7 @@ def test_a_branch_that_underflows_is_named(kind):
   assert report.faults[0] == f"small underflows ({2 * W} of {2 * W} numbers are zero)"
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("reference", ["float32", "float64"])
 def test_errors_are_those_of_the_two_functions(reference):
   def fn(w, x):
@@ -107,6 +108,7 @@ def overflowing(w, x):
     return (x @ w) * 16.0  # planted: while and cond
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("reference", ["float32", "float64"])
 def test_the_iteration_of_a_while_loop_that_overflows_is_named(reference):
   def fn(w, x):
@@ -325,6 +327,7 @@ def policed_losses():
   )
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", ["apply_policy", "autocast", "autocast in autocast"])
 def test_a_policy_inside_is_compared_with_what_runs_without_it(kind):
   params, x, losses = policed_losses()

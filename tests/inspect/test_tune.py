@@ -85,6 +85,7 @@ def nnx_problem():
   return loss, (NNXNet(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (16, 8)))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
   ("problem", "planted"),
   [

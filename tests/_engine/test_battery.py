@@ -71,7 +71,7 @@ def under(policy, name):
 @pytest.mark.quick(every=5)
 @in_turns(("name", "policy"), list(battery.CASES), reversed(EPS))
 def test_it_compiles_to_results_of_the_same_types(name, policy):
-  """In the other format every run traces it on the explicit mesh of test_explicit_mesh.py."""
+  """In the other format it is traced on the explicit mesh of test_explicit_mesh.py."""
   traced = jax.jit(under(policy, name)).trace(*operands())
   traced.lower()  # where JAX refuses an operation that has no 16-bit kernel
   want = [shapes for _, shapes in functions(name)]

@@ -274,20 +274,20 @@ def results(construct, op, policy):
 
 
 def in_turn(construct, op):
-  """The format of a construct in every run: one around a matmul, the other around a convolution.
+  """The format that is not slow: one of a construct around a matmul, the other of a convolution.
   In the other format it is traced on the explicit mesh of test_explicit_mesh.py."""
   return list(POLICIES)[(list(CONSTRUCTS).index(construct) + list(OPS).index(op)) % 2]
 
 
 def computed(construct, op, policy):
-  """Whether the values are computed in every run: of each construct around one operation."""
+  """Whether the computation is not slow: of each construct around one operation."""
   axes = {construct: CONSTRUCTS, op: OPS, policy: POLICIES}
   places = [list(axis).index(name) for name, axis in axes.items()]
   return is_its_turn(places, [len(axis) for axis in axes.values()], turning=2)
 
 
 def common(construct, op, policy):
-  """Whether they are in more than `.ci/run`: of each third construct."""
+  """Whether it is in every run, and not in `.ci/run` alone: of each third construct."""
   return computed(construct, op, policy) and list(CONSTRUCTS).index(construct) % 3 == 0
 
 

@@ -69,7 +69,7 @@ REFUSED = {"map", "shard_map", "pallas", "associative_scan"}
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("construct", CONSTRUCTS)
 def test_the_coverage_matrix_holds(construct, op):
-  """In the format in which test_coverage.py does not try it in every run."""
+  """In the format in which trying it is slow in test_coverage.py."""
   (policy,) = set(POLICIES) - {in_turn(construct, op)}
   fn = make(op, construct)
   refused = construct in REFUSED or (construct, op) == ("custom_vmap", "conv")

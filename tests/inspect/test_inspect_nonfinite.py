@@ -16,6 +16,7 @@ ZEROS = jnp.zeros((2, W))
 EYE = {"w": jnp.eye(W)}
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
 def test_an_overflow_in_one_head_of_layer_7_is_found_there(kind):
   if kind == "function":
@@ -42,6 +43,7 @@ def test_the_same_layers_are_finite_in_float32():
   assert "nothing that is not finite arrives" in report.summary
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("kind", ["function", "linen", "nnx"])
 def test_a_nan_in_iteration_13_of_a_scan_is_found_in_that_iteration(kind):
   xs = planted.bad_inputs()
@@ -98,6 +100,7 @@ def test_a_branch_a_while_loop_and_a_checkpoint_are_named_and_entered():
   assert branch.first.within == ("branch 0 of cond",)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("start", [4.0, jnp.nan], ids=["made in the loop", "given"])
 def test_a_while_loop_that_nan_keeps_from_ending_is_left_and_named(start):
   def fn(x):

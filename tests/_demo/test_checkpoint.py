@@ -66,6 +66,7 @@ def whole_run(tmp_path_factory):
   return directory, step, states
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("stopped", range(SHORT))
 def test_a_sharded_run_resumes_with_the_same_bits_at_any_step(whole_run, stopped):
   directory, step, states = whole_run

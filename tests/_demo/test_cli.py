@@ -116,6 +116,7 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys, module
   assert f"pip install {package}" in err
 
 
+@pytest.mark.ci
 def test_an_output_that_nobody_reads_is_one_line_and_status_2(tmp_path):
   (tmp_path / "closed_case.py").write_text(
     "import jax.numpy as jnp\n\ndef make():\n  return jnp.sin, jnp.ones(3)\n"

@@ -136,6 +136,7 @@ def test_each_device_runs_its_part_of_a_partitioned_function_under_the_policy(po
   np.testing.assert_allclose(cast(w, x), jnp.exp(x @ w), rtol=0.02)
 
 
+@pytest.mark.quick(every=2, start=1)
 @every_policy
 def test_a_compiled_function_and_a_sparse_product_run_as_traced_and_are_reported(policy, operands):
   exported = jax.export.export(jax.jit(lambda x: x @ x.T))(operands[1])

@@ -160,6 +160,7 @@ def refusing(primals, tangents):
   return jax.jvp(lambda x: op(x, w), (x,), (tx,))
 
 
+@pytest.mark.quick(every=2)
 @in_turns(("body", "policy"), {"plain_body": op, "custom_vjp_body": backward_only}, list(POLICIES))
 def test_a_rule_knows_which_tangents_are_zero(body, policy, operands):
   fn = with_rule(body, refusing, symbolic_zeros=True)

@@ -199,6 +199,7 @@ def test_vmap_runs_each_example_under_its_own_scale():
     assert np.array_equal(ours, jnp.stack(theirs))
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("mapped", [(None, 0), (0, None), (0, 0)], ids=["data", "weights", "both"])
 def test_gradients_of_a_mapped_function_sum_over_examples_of_any_scale(mapped):
   w, x, ct = draw(CASES["rows"], 1)

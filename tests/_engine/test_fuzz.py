@@ -230,6 +230,7 @@ SCANNED = {"scan", "scan_rows", "fori_loop", "map"}
 SCOPED = [*CONTRACT, *TAME, *["scope"] * 12]
 
 
+@pytest.mark.ci
 @search(10, 500)
 def test_rules_of_scopes_reach_into_every_construct(count):
   drawn = programs(SCOPED, extras={}, depth=3)
@@ -386,6 +387,7 @@ def batches(program, policy):
   check_bounds(found[0], found[1 : 1 + SAMPLES], found[1 + SAMPLES :], UNIT[policy])
 
 
+@pytest.mark.ci
 @search(12, 300)
 def test_vmap_commutes_with_autocast(count):
   assert hold(batches, count, programs(TAME, {}, size=4, depth=1), policies)

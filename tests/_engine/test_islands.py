@@ -39,6 +39,7 @@ def stored(fn, operands):
   return [leaf.dtype.name for leaf in jax.tree.leaves(pullback) if leaf.shape == SIZE]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 def test_float16_islands_store_nothing_wide(activation, operands, monkeypatch):
   fn = make(activation)
@@ -50,6 +51,7 @@ def test_float16_islands_store_nothing_wide(activation, operands, monkeypatch):
   assert sum(np.dtype(d).itemsize for d in kept) <= sum(np.dtype(d).itemsize for d in without)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
   fn = make(activation)
@@ -133,6 +135,7 @@ POLICIES = ("mixed_bfloat16", "mixed_float16")
 every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("softmax", "policy"), SOFTMAXES, POLICIES)
 def test_a_softmax_stores_its_weights_in_16_bits_alone(softmax, policy, operands):
   fn = mpjax.autocast(attend(softmax), policy)

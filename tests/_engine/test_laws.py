@@ -103,6 +103,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "loop", "policy"), STEPS, LOOPS, POLICIES, turning=2)
 def test_a_gradient_step_moves_a_parameter_by_what_float32_moves_it(fn, loop, policy):
   found, want = in_both_formats(loop(fn), policy, W, DATA)
@@ -466,6 +467,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(
   ("fn", "way", "policy"), {name: RECURRENCES[name] for name in STORED}, GRADIENTS, POLICIES
 )

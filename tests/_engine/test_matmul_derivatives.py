@@ -252,7 +252,7 @@ TWICE = {
 }
 
 
-@pytest.mark.quick("matmul-mixed_bfloat16", "einsum-mixed_float16", "convolution-mixed_float16")
+@pytest.mark.quick("matmul-mixed_bfloat16", "convolution-mixed_float16")
 @in_turns(("fn", "policy"), TWICE, POLICIES)
 def test_every_block_of_second_derivatives_is_there(fn, policy):
   """The gradient by the data depends on the parameters, as in a gradient penalty."""

@@ -249,6 +249,7 @@ def test_a_power_iteration_is_float32_as_flaxs_is(run, seed, policy):
   assert error(ours, truth) <= 1.001 * error(by_hand, truth)
 
 
+@pytest.mark.quick(every=2, start=1)
 @every_policy
 def test_a_power_iteration_is_float32_in_a_scan_too(policy):
   layer = lambda: nn.SpectralNorm(nn.Dense(16))
@@ -450,6 +451,7 @@ JAX_ATTENTION = {
 }
 
 
+@pytest.mark.quick(every=2)
 @in_turns(("attention", "masked"), JAX_ATTENTION, [False, True])
 def test_jax_attention_is_as_exact_as_by_hand(attention, masked):
   """As a kernel it keeps its float32 scores, else it rounds them as an einsum by hand does.
@@ -483,6 +485,7 @@ def test_the_scores_of_jax_attention_have_16_bit_derivatives(policy):
     assert wide_contractions(jax.make_jaxpr(fn)(*operands), COMPUTE[policy].name) == []
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("mask", "order", "policy"), MASKS, ["value", "gradient"], list(COMPUTE))
 def test_a_masked_softmax_is_finite_where_float32_is(mask, order, policy):
   keep = jnp.asarray(np.tri(8, dtype=bool) & (np.arange(8) != 3)[:, None])  # row 3: nothing kept
@@ -525,6 +528,7 @@ def masked_attention(api, dropout, policy):
   return jax.jit(lambda: (run(policy), run("float32")))()
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("api", "dropout", "policy"), ["linen", "nnx"], [0.0, 0.3], list(COMPUTE))
 def test_multi_head_attention_with_a_fully_masked_row_is_finite(api, dropout, policy):
   ours, truth = masked_attention(api, dropout, policy)

@@ -49,6 +49,7 @@ def test_others_keep_their_order(fn):
   assert orders[0] == orders[1]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("of", [lambda f: f, jax.vmap, jax.jit, jax.checkpoint])
 def test_values_and_gradients_are_those_of_the_plain_order(of):
   def loss(fn):

@@ -4,10 +4,10 @@
 a policy in two ways: `module`, where `apply_policy` wraps the model and the loss stays outside, and
 `loss`, where `autocast` wraps the whole loss.
 
-Of an architecture's eight combinations of API, format and way, every run asks what types say of two
-that are opposite in every respect. Numbers take three compilations: `.ci/run` asks them of one of
-these two, the eight taking turns over the architectures, and every run of two architectures. The
-rest of the square is `slow`.
+Of an architecture's eight combinations of API, format and way, `.ci/run` asks what types say of two
+that are opposite in every respect, and numbers, which take three compilations, of one of these, the
+eight taking turns over the architectures. Every run asks a third of the types, and numbers of one
+architecture. The rest of the square is `slow`.
 """
 
 import functools
@@ -128,7 +128,7 @@ def paths(tree: Any) -> list[str]:
 
 
 def is_typed(case: Case, policy: str, way: str) -> bool:
-  """Whether the types of a combination are asked for in every run.
+  """Whether asking for the types of a combination is not slow.
 
   Of an architecture's eight these are two, opposite in every respect: Linen and NNX, the one format
   and the other, around the module and around the loss. The formats take turns over the
@@ -166,6 +166,7 @@ def combinations(quick: Callable[[Case, str, str], bool], *names: str) -> pytest
   )
 
 
+@pytest.mark.quick(every=3, start=1)
 @combinations(is_typed)
 def test_loss_and_gradient_hold_no_wide_matmul(case, policy, way):
   jaxpr = traced(case, policy, way).jaxpr
@@ -173,6 +174,7 @@ def test_loss_and_gradient_hold_no_wide_matmul(case, policy, way):
   assert as_many_matmuls(jaxpr, traced(case).jaxpr)
 
 
+@pytest.mark.quick(every=3, start=1)
 @combinations(is_typed)
 def test_loss_state_and_gradients_keep_their_paths_and_float32(case, policy, way):
   ours, plain = traced(case, policy, way), traced(case)
@@ -181,6 +183,7 @@ def test_loss_state_and_gradients_keep_their_paths_and_float32(case, policy, way
   assert paths(ours.state) == paths(plain.state)
 
 
+@pytest.mark.quick(every=3, start=1)
 @combinations(is_typed)
 def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, policy, way):
   model, plain = pure(case, policy, "module"), pure(case)
@@ -197,7 +200,7 @@ def test_parameters_and_optimizer_state_keep_their_paths_and_float32(case, polic
   assert paths(state) == paths(jax.eval_shape(optimizer.init, plain.params))
 
 
-@pytest.mark.quick("transformer-linen-module-mixed_bfloat16", "gru-nnx-loss-mixed_float16")
+@pytest.mark.quick("gru-nnx-loss-mixed_float16")
 @combinations(is_measured)
 def test_gradient_error_is_no_larger_than_by_hand(case, policy, way):
   truth = ran(case).grads

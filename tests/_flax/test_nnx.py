@@ -427,6 +427,7 @@ def test_autocast_takes_a_loss_of_models_and_brings_updates_back(x):
   assert np.any(plain.norm.mean[...])
 
 
+@pytest.mark.ci
 def test_a_whole_zoo_model_trains_under_jit_as_in_float32():
   found = case("resnet", "nnx")
   batch, losses = found.batch(0), {}

@@ -91,6 +91,7 @@ def test_a_right_loop_passes_and_its_arguments_stay_as_they_are(inner, loss):
   assert float(PARAMS["b"].item()) == 0.5
 
 
+@pytest.mark.quick("mixed_float16")
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
 def test_the_train_steps_pass(policy):
   tx = scaler()

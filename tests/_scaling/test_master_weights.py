@@ -261,6 +261,7 @@ def half_params(dtype="bfloat16"):
   return mpjax.cast_floating({"w": w, "v": jnp.linspace(-1.0, 1.0, 8)}, dtype)
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("place", ["around the scaler", "inside the scaler"])
 def test_a_step_of_bfloat16_parameters_with_masters_is_silent_and_donates(place):
   tx = PLACES[place]()

@@ -16,7 +16,7 @@ def check(case):
   assert result.skipped > 5
 
 
-@pytest.mark.quick(every=2)
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "case",
   [

@@ -392,6 +392,7 @@ def test_parameters_follow_float32_ones_wherever_the_wrappers_stand(place, name)
   assert sum(x.dtype == jnp.bfloat16 for x in moments) == 2
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(
   "place", ["around the scaler", "inside the scaler", "around the static scaler"]
 )
@@ -500,6 +501,7 @@ OPTIMIZERS = {
 WRAPPED = {"states": (mpjax.bfloat16_states, "float32"), "both": (six_bytes, "bfloat16")}
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "wrapped"), list(OPTIMIZERS), WRAPPED)
 def test_any_optimizer_trains_as_it_does_with_float32_states(name, wrapped):
   """The loss falls as far; scalars, counts and factored moments keep their dtypes."""
@@ -593,6 +595,7 @@ def half_params(dtype="bfloat16"):
   return mpjax.cast_floating({"w": w, "v": jnp.linspace(-1.0, 1.0, 8)}, dtype)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("place", ["alone", "around the scaler", "inside the scaler"])
 def test_a_train_step_takes_both_without_a_warning_and_small_updates_arrive(place):
   make = {

@@ -105,6 +105,7 @@ def sam_alone():
   return by_functions(mpjax.dynamic_loss_scaling(sam()), 3)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("hold", "train"), HOLDERS, TRAINED)
 def test_sam_inside_of_another_transformation_does_what_it_does_alone(hold, train):
   metrics, w = train(mpjax.dynamic_loss_scaling(hold(sam())), 3)

@@ -133,6 +133,7 @@ def test_a_sharded_step_trains_as_on_one_device_and_keeps_its_shardings(strategy
   assert float(metrics.loss_scale) == float(expected_metrics.loss_scale)
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_nan_in_one_shard_skips_the_step_on_every_device(strategy):
   params, batch = placed(strategy)
@@ -301,6 +302,7 @@ def step_by_hand(tx, policy, dtype):
   return jax.jit(jax.shard_map(step, mesh=make_mesh(), **specs))
 
 
+@pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_shard_map_step_sums_in_its_dtype_and_trains_as_on_one_device(dtype):
   params, batch = problem()

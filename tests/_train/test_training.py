@@ -292,6 +292,7 @@ def test_statistics_keys_and_aux_go_through_a_step():
   assert metrics.aux["mean"].shape == ()
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_statistics_stay_float32_under_a_policy(policy):
   tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2))

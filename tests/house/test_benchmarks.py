@@ -46,6 +46,7 @@ def traced(peer: str, workload: workloads.Workload, policy: str):
 INSTALLED = [peer.name for peer in peers.ALL if peers.installed(peer)]
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_peer_hands_back_the_state_that_it_was_given(name):
   policy = peers.PEERS[name].policies[-1]
@@ -130,7 +131,7 @@ def test_a_cell_of_the_gpu_table_has_its_columns():
   assert np.isfinite(row["loss"])
 
 
-@pytest.mark.quick("float32-12")
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("name", "size"),
   [("float32", 12), ("bfloat16, Kahan", 12), ("bfloat16 and states stochastic", 6)],

@@ -122,6 +122,7 @@ def test_a_checkpoint_is_written_on_ctrl_c_and_gone_on_from_with_the_same_bits(t
   assert bits(whole.sessions[0]) == bits(last.sessions[0])
 
 
+@pytest.mark.ci
 def test_a_run_that_is_complete_is_resumed_to_the_same_report(tmp_path):
   first = run(LinearJob(), checkpoint=tmp_path)
   again = run(LinearJob(), checkpoint=tmp_path)
@@ -147,6 +148,7 @@ def test_a_kill_between_checkpoints_loses_only_what_came_after_the_last(tmp_path
   assert resumed.results[0].metric == unbroken.results[0].metric
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("change", [{"steps": 13}, {"batch_size": 4}, {"seed": 1}], ids=str)
 def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_trained(tmp_path, change):
   run(LinearJob(), FLOAT16, checkpoint=tmp_path)

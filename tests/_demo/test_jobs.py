@@ -132,7 +132,7 @@ def test_a_session_is_evaluated_under_its_policy(job, name):
   assert 0 <= session.evaluate() < 12
 
 
-@pytest.mark.quick(every=2)
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 def test_the_compiled_residual_network_is_near_float32(name):
   model, images = ResNet(), JOBS["digits"]().held_out.inputs[:32]

@@ -68,7 +68,7 @@ def under(policy, name):
   return lambda w, x: [mpjax.autocast(fn, policy)(w, x) for fn, _ in functions(name)]
 
 
-@pytest.mark.quick(every=5)
+@pytest.mark.quick(every=7)
 @in_turns(("name", "policy"), list(battery.CASES), reversed(EPS))
 def test_it_compiles_to_results_of_the_same_types(name, policy):
   """In the other format it is traced on the explicit mesh of test_explicit_mesh.py."""

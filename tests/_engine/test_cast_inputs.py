@@ -132,6 +132,7 @@ def narrow_derivative(kernel, place, derivative, policy):
   return jax.make_jaxpr(DERIVATIVES[derivative](PLACES[place](marked), policy))(*numbers())
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(("kernel", "place", "derivative", "policy"), CASES)
 def test_a_kernel_and_its_derivative_are_narrow_in_every_place(kernel, place, derivative, policy):
   closed = narrow_derivative(kernel, place, derivative, policy)

@@ -93,7 +93,7 @@ def description(tree: Any) -> list[str]:
   return [f"{jax.tree_util.keystr(path)} {x.shape} {x.dtype}" for path, x in leaves]
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("made", "way", "policy"), COMPOSITIONS, ("module", "function"), list(COMPUTE))
 def test_no_matmul_stays_wide_and_nothing_else_changes_dtype(made, policy, way):
   ours, plain = traced(made, policy, way), traced(made)

@@ -136,7 +136,7 @@ def truth(writing):
     return outcomes(writing)
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @every_writing
 def test_a_mask_means_what_it_means_in_float32(writing, policy):
   unit = UNIT[policy]

@@ -92,7 +92,7 @@ def gradient(fn):
   return jax.grad(loss)
 
 
-@pytest.mark.quick(every=5, start=2)
+@pytest.mark.quick(every=7, start=3)
 @pytest.mark.parametrize("name", battery.CASES)
 def test_the_battery_runs(name):
   """Places do not depend on the format; the two that there are take turns over the cases."""

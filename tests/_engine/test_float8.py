@@ -217,6 +217,7 @@ def test_gradients_of_a_mapped_function_sum_over_examples_of_any_scale(mapped):
   assert error(ours[1], want[1]) < OF_BACKWARD
 
 
+@pytest.mark.ci
 def test_examples_inside_examples():
   w, x, _ = draw(CASES["rows"], 1)
   f = matmul()
@@ -426,6 +427,7 @@ def test_a_derivative_that_a_user_gave_is_transposed(looped):
   )
 
 
+@pytest.mark.ci
 def test_devices_that_share_a_batch_have_the_gradients_of_one():
   mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
   grad = jax.grad(mpjax.autocast(mlp, "mixed_float8"))

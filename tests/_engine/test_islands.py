@@ -216,7 +216,7 @@ def test_gpus_store_the_weights_behind_a_barrier(platform, barriers, policy, ope
   assert lowered.as_text().count("optimization_barrier") == barriers
 
 
-@pytest.mark.quick(every=2)
+@pytest.mark.ci
 @pytest.mark.parametrize("bias", [0.0, 3.0])
 def test_gradients_of_attention_are_as_exact_where_keys_and_values_share_a_part(bias):
   """The mean of the weights' cotangent is taken from the weights: their rounding cancels in it."""

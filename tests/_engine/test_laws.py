@@ -178,6 +178,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @both
 @cases(**COUNTS)
 def test_a_long_loop_counts(fn, policy):
@@ -287,6 +288,7 @@ OUTER = {
 }
 
 
+@pytest.mark.quick(every=3)
 @both
 @cases(**OUTER)
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32], ids=["integers", "floats"])

@@ -576,7 +576,7 @@ def recurrent_truth(case):
   return recurrent_outputs(case, case.module())[1]
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("cell", "policy"), CELLS, list(COMPUTE))
 def test_a_cell_runs_a_long_sequence_as_well_as_flaxs(cell, policy):
   case = recurrent(*cell)
@@ -643,6 +643,7 @@ SUMS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @every_policy
 @pytest.mark.parametrize(("fn", "truth"), SUMS.values(), ids=SUMS.keys())
 def test_a_sum_of_narrow_values_does_not_stall_or_overflow(fn, truth, policy):

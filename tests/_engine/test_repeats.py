@@ -106,6 +106,7 @@ def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
   assert len(jitted) == len(codes)
 
 
+@pytest.mark.ci
 def test_values_are_the_same_to_the_bit(operands, monkeypatch):
   grads = jax.jit(jax.grad(mpjax.autocast(loss, "mixed_bfloat16")))(*operands)
   monkeypatch.setattr(repeats, "OFTEN", 10**9)

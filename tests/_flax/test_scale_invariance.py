@@ -106,6 +106,7 @@ def test_the_train_steps_pass(policy):
   assert float(mpjax.loss_scale(optimizer.opt_state)) == 2.0**15
 
 
+@pytest.mark.ci
 def test_a_float16_network_passes_whose_gradients_vanish_in_part_at_small_scales():
   # The gradient of the keys' bias is zero but for rounding.
   model = nn.Sequential([nn.Dense(16), nn.MultiHeadDotProductAttention(2), nn.tanh, nn.Dense(8)])

@@ -304,6 +304,7 @@ def test_two_states_may_both_be_donated():
     step(GRADS, tx.init(params), params)
 
 
+@pytest.mark.ci
 def test_a_run_that_is_resumed_gives_the_same_bits(tmp_path):
   ocp = pytest.importorskip("orbax.checkpoint")
   tx = mpjax.dynamic_loss_scaling(six_bytes())

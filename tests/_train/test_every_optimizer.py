@@ -59,7 +59,7 @@ TRAINED = {"functions": by_functions, "nnx": by_nnx}
 STEPS = 2  # some learn the size of gradients first
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("name", "train"), optimizers.NAMES, TRAINED)
 def test_an_optimizer_of_optax_is_applied_with_a_loss_scaler(name, train):
   metrics, w = train(mpjax.dynamic_loss_scaling(optimizers.build(name)), STEPS)

@@ -165,6 +165,7 @@ def compiled_operations(step, *args):
   return Counter(re.findall(r" = \S+ ([a-z\-]+)\(", text))
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_without_scaling_a_step_is_the_program_of_the_one_written_by_hand(policy):
   """Without its metrics: the norm and the count of steps are what it adds."""

@@ -5,6 +5,7 @@ The meanings are a chain of four, `Kind`; what each primitive does to them is in
 """
 
 import enum
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -72,6 +73,17 @@ def fits(value: float, dtype: np.dtype) -> bool:
   if 0.5 < magnitude < 2.0 and float(np.asarray(magnitude).astype(dtype)) == 1.0:
     return False
   return float(info.smallest_normal) <= magnitude < float(info.max) * (1 + float(info.eps))
+
+
+@functools.cache
+def keeps_its_distance(value: float, dtype: np.dtype) -> bool:
+  """Whether a number is as far from one in a format as it was, as well as the format can say it.
+
+  In bfloat16 0.99 is not: as a decay it forgets at 0.988, a sixth faster.
+  """
+  value = abs(float(value))
+  error = abs(float(np.asarray(value).astype(dtype)) - value)
+  return error <= abs(1 - value) * float(jnp.finfo(dtype).eps)
 
 
 def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:

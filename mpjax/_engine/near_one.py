@@ -7,6 +7,10 @@ runs in float32. The sigmoid may stand in another body than what needs it, as th
 do that are computed for all steps at once before the loop that they rule. A gate that is computed
 twice is needed as exactly at both places: the second may be what a derivative multiplies by.
 
+A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
+that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
+and 0.99 would forget a sixth faster. Where what it multiplies recurs, the product is in float32.
+
 So a jaxpr is read twice. Forwards, for what its values are made of: a `Role` each. Backwards, from
 what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
 read with the roles of their operands and the needs of their results; a loop's carry is a fixed
@@ -16,6 +20,8 @@ point of both.
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -25,6 +31,8 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.kinds import keeps_its_distance
+from mpjax._engine.loop_carries import terms_of
 from mpjax._engine.recomputed import recomputed
 
 Indices = frozenset[int]
@@ -68,24 +76,28 @@ class Needed(NamedTuple):
 class Role(NamedTuple):
   """What a value is made of; by default nothing that matters here.
 
-  A sigmoid is named by whatever tells it from the others of its jaxpr.
+  A sigmoid is named by whatever tells it from the others of its jaxpr; so is a parameter that is
+  subtracted from one, and a number near one by its value.
 
   Attributes:
     gates: The sigmoids that it is a moved piece of.
     products: The sigmoids that products and sums lead to it from, those among them.
     turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
     is_one: Whether it is 1 everywhere.
+    is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
   """
 
   gates: frozenset[Any] = frozenset()
   products: frozenset[Any] = frozenset()
   turns: float = 0
   is_one: bool = False
+  is_own: bool = False
 
 
 Roles = tuple[Role, ...]
 _NONE = Role()
 _ONE = Role(is_one=True)
+_OWN = Role(is_own=True)
 
 
 class _Forward(NamedTuple):
@@ -93,12 +105,20 @@ class _Forward(NamedTuple):
 
   roles: Mapping[Var, Role]
   inside: Mapping[int, tuple[Roles, ...]]
+  dtypes: Collection[np.dtype]
 
   def of(self, atom: Any) -> Role:
-    if isinstance(atom, Literal):
-      aval: Any = atom.aval  # that of a float0 or of a key is no number
-      return _ONE if np.issubdtype(aval.dtype, np.number) and atom.val == 1 else _NONE
-    return self.roles.get(atom, _NONE)
+    if not isinstance(atom, Literal):
+      return self.roles.get(atom, _NONE)
+    aval: Any = atom.aval  # that of a float0 or of a key is no number
+    is_real = np.issubdtype(aval.dtype, np.floating) or np.issubdtype(aval.dtype, np.integer)
+    if not is_real or not 0.5 < (value := float(atom.val)) < 2:
+      return _NONE
+    if value == 1:
+      return _ONE
+    if all(keeps_its_distance(value, dtype) for dtype in self.dtypes):
+      return _NONE
+    return Role(products=frozenset((value,)), is_own=True)
 
 
 class NearOne:
@@ -106,34 +126,62 @@ class NearOne:
 
   Args:
     table: The rule of each primitive.
-    most: How many turns of a loop a 16-bit gate survives.
+    dtypes: The 16-bit formats.
   """
 
-  def __init__(self, table: Mapping[str, Rule], most: float) -> None:
-    self._table, self._most = table, most
+  def __init__(self, table: Mapping[str, Rule], dtypes: Collection[np.dtype]) -> None:
+    self._table, self._dtypes = table, dtypes
+    self._most = min(map(terms_of, dtypes), default=float("inf"))
+    self._subtracted: dict[Any, tuple[set[Any], Indices]] = {}
     self._forwards: dict[Any, _Forward] = {}
     self._leads: dict[Any, tuple[set[Any], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
-  def exact(self, jaxpr: Any, outs: Iterable[int] = ()) -> Exact:
+  def exact(self, jaxpr: Any, outs: Iterable[int] = (), parameters: Iterable[int] = ()) -> Exact:
     """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
 
     Args:
-      jaxpr: A closed or open jaxpr that nothing is known of the operands of.
+      jaxpr: A closed or open jaxpr that nothing else is known of the operands of.
       outs: Which of its results are needed exactly.
+      parameters: Which of its operands are parameters.
     """
-    operands = versions.open_jaxpr(jaxpr).invars
-    needed = Needed(frozenset(outs))
-    return self._backward(jaxpr, (_NONE,) * len(operands), needed, frozenset())[0]
+    roles = [_NONE] * len(versions.open_jaxpr(jaxpr).invars)
+    for n in self._from_one(jaxpr)[1].intersection(parameters):
+      roles[n] = _OWN
+    return self._backward(jaxpr, tuple(roles), Needed(frozenset(outs)), frozenset())[0]
+
+  # First of all: which operands may be decays -----------------------------------------------------
+
+  def _from_one(self, jaxpr: Any) -> tuple[set[Any], Indices]:
+    """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
+
+    Or multiplies what a loop carries in every turn.
+    """
+    key = id(jaxpr)
+    if key not in self._subtracted:
+      inner = versions.open_jaxpr(jaxpr)
+      source, found = functools.cache(functools.partial(_sources, inner)), set[Any]()
+      for eqn in inner.eqns:
+        if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
+          found |= _variables(map(source(), eqn.invars[1:]))
+        for body in bodies_of(eqn):
+          operands = self._from_one(body.jaxpr)[1] | _multiplies_carry(body)
+          found |= _variables(source()(eqn.invars[body.operands[n]]) for n in operands)
+      leading = set(found)
+      for eqn in reversed(inner.eqns) if found else ():
+        leading |= set() if leading.isdisjoint(eqn.outvars) else _variables(eqn.invars)
+      self._subtracted[key] = found, _places(inner.invars, leading)
+    return self._subtracted[key]
 
   # Forwards: what values are made of ------------------------------------------------------------
 
   def _forward(self, jaxpr: Any, operands: Roles) -> _Forward:
     key = id(jaxpr), operands
     if key not in self._forwards:
-      inner = versions.open_jaxpr(jaxpr)
-      roles = {v: r for v, r in zip(inner.invars, operands, strict=True) if r != _NONE}
-      found = _Forward(roles, inside := {})
+      inner, (decays, _) = versions.open_jaxpr(jaxpr), self._from_one(jaxpr)
+      pairs = zip(inner.invars, operands, strict=True)
+      roles = {v: _decay(v, r) if v in decays else r for v, r in pairs if r != _NONE}
+      found = _Forward(roles, inside := {}, self._dtypes)
       for eqn in inner.eqns:
         read = [found.of(atom) for atom in eqn.invars]
         if eqn.primitive.name in _SATURATE:
@@ -144,7 +192,8 @@ class NearOne:
           made = [_derived(eqn, read)] * len(eqn.outvars)
         else:
           continue
-        roles |= {v: r for v, r in zip(eqn.outvars, made, strict=True) if r != _NONE}
+        pairs = zip(eqn.outvars, made, strict=True)
+        roles |= {v: _decay(v, r) if v in decays else r for v, r in pairs if r != _NONE}
       self._forwards[key] = found
     return self._forwards[key]
 
@@ -154,24 +203,27 @@ class NearOne:
 
   def _through(self, eqn: JaxprEqn, read: Sequence[Role]) -> tuple[tuple[Roles, ...], list[Role]]:
     """The roles of the operands of an equation's bodies, and of its results."""
-    held, sigmoids = _numbered(read)
+    is_own = any(role.is_own for role in read)
+    held, sigmoids = _numbered(_with_numbers(eqn, read) if is_own else read)
     bodies = bodies_of(eqn)
     for body in bodies:
       if body.carry and not body.is_test:
+        slices = body.operands[body.carry.stop :]  # of other numbers in every turn
+        held = [_NONE if n in slices and r.is_own else r for n, r in enumerate(held)]
         held = self._carried(eqn, body, held)
     entering = tuple(tuple(body.take(held)) for body in bodies)
-    turns, made = _joined(read).turns, [_NONE] * len(eqn.outvars)
+    turns, made = _joined(read).turns, []
 
     def outer(body: int, known: Any) -> Iterable[Any]:
-      return sigmoids.get(known, ((id(eqn), body, known),))
+      return sigmoids.get(known, (known,) if _is_number(known) else ((id(eqn), body, known),))
 
     for n, (body, operands) in enumerate(zip(bodies, entering, strict=True)):
       if not body.is_test:
         outs = self._results(body.jaxpr, operands)
         names = functools.partial(outer, n)
         outs = [_renamed(role._replace(turns=role.turns and turns), names) for role in outs]
-        made = [_joined(pair) for pair in zip(made, outs, strict=True)]
-    return entering, made
+        made.append(outs)
+    return entering, [_joined(column) for column in zip(*made, strict=True)]
 
   def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
     """The roles of a loop's operands in every turn."""
@@ -190,7 +242,7 @@ class NearOne:
       return [_renamed(role._replace(turns=0), last(n)) for n, role in enumerate(made)]
 
     def last(n: int) -> Callable[[Any], tuple[int]]:
-      return lambda known: (known if isinstance(known, int) else -1 - n,)
+      return lambda known: (known if isinstance(known, int) or _is_number(known) else -1 - n,)
 
     turn(settled([started(place) for place in places], turn, _joined))
     return operands
@@ -230,13 +282,14 @@ class NearOne:
       inner, forward = versions.open_jaxpr(jaxpr), self._forward(jaxpr, operands)
       leading, _ = self._leading(jaxpr, recurring)
       found = _variables(inner.outvars[n] for n in outs.exact)
-      found |= self._near_one(inner, forward, leading)
+      near, forgetting = self._near_one(inner, forward, leading)
+      found |= near
       bounded = _variables(inner.outvars[n] for n in outs.bounded)
       inside, gates = self._swept(inner, forward, leading, found, bounded)
       while (inside or gates & found) and (again := _computed_again(inner, found)):
         found |= again
         inside, gates = self._swept(inner, forward, leading, found, bounded)
-      exact = Exact(frozenset(gates & found), frozenset(inside.items()))
+      exact = Exact(frozenset(gates & found | forgetting), frozenset(inside.items()))
       places = (_places(inner.invars, variables) for variables in (found, bounded & found))
       self._backwards[key] = exact, Needed(*places)
     return self._backwards[key]
@@ -298,25 +351,29 @@ class NearOne:
         return tuple(exact for exact, _ in found), needed
       results = results._replace(exact=grown)
 
-  def _near_one(self, inner: Any, forward: _Forward, leading: Collection[Any]) -> set[Any]:
-    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry."""
-    if not forward.roles:
-      return set()
-    readers, found = functools.cache(functools.partial(_readers, inner)), set()
-    for eqn in inner.eqns:
+  def _near_one(
+    self, inner: Any, forward: _Forward, leading: Collection[Any]
+  ) -> tuple[set[Any], set[Any]]:
+    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
+
+    And the products of decays with what they made.
+    """
+    found, forgetting = set(), set()
+    readers = functools.cache(functools.partial(_readers, inner))
+    for eqn in inner.eqns if forward.roles else ():
       if eqn.primitive.name not in ("sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
       for (atom, role), (_, other) in (pair, pair[::-1]):
-        if isinstance(atom, Literal):
-          continue
         if eqn.primitive.name == "sub":
           near = other.is_one and role.gates and not _is_slope(eqn, atom, readers())
         else:
           recurs = other.turns > self._most and eqn.outvars[0] in leading
-          near = recurs or role.products & other.products
-        found.update((atom,) if near else ())
-    return found
+          again, decays = role.products & other.products, role.is_own != other.is_own
+          forgetting.update(eqn.outvars if again and decays else ())
+          near = recurs or (again and not decays)
+        found |= _variables([atom]) if near else set()
+    return found, forgetting
 
 
 def _computed_again(inner: Any, found: set[Any]) -> set[Any]:
@@ -359,27 +416,73 @@ def _comes_near_one(eqn: JaxprEqn, forward: _Forward) -> bool:
   return eqn.primitive.name in _SATURATE
 
 
+def _sources(inner: Any) -> Callable[[Any], Any]:
+  """Tells what a value of a jaxpr was before it was moved or spread."""
+  makers = {v: e for e in inner.eqns if e.primitive.name in _KEEP_ONE for v in e.outvars}
+
+  def source(atom: Any) -> Any:
+    while not isinstance(atom, Literal) and atom in makers:
+      atom = makers[atom].invars[0]
+    return atom
+
+  return source
+
+
+def _is_one(atom: Any) -> bool:
+  return isinstance(atom, Literal) and bool(atom.val == 1)
+
+
+def _multiplies_carry(body: Body) -> set[int]:
+  """Which operands of a loop's body, the same in every turn, multiply what it carries."""
+  inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
+  products = [e for e in inner.eqns if e.primitive.name == "mul"] if body.carry else []
+  if products:
+    source, own = _sources(inner), inner.invars[: body.carry.stop]
+    operands = {var: n for n, var in enumerate(own)}
+    for eqn in products:
+      places = [operands[v] for v in _variables(map(source, eqn.invars)) if v in operands]
+      if any(n in body.carry for n in places):
+        found.update(n for n in places if n < body.carry.start)
+  return found
+
+
 def _gate(eqn: JaxprEqn) -> Role:
   own = frozenset(eqn.outvars[:1])
   return Role(gates=own, products=own)
+
+
+def _decay(var: Var, role: Role) -> Role:
+  """The role of a value that is subtracted from one: a parameter has a name from then on."""
+  if not role.is_own or role.gates:
+    return role
+  return role._replace(gates=frozenset((var,)), products=role.products | {var})
 
 
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands."""
   name, role = eqn.primitive.name, _joined(read)
   keeps = name in _KEEP_NUMBERS
+  is_own = any(r.is_own for r in read) and _joined(_with_numbers(eqn, read)).is_own
   return Role(
-    gates=role.gates if keeps else frozenset(),
-    products=role.products if name in _PRODUCTS else frozenset(),
+    gates=role.gates if keeps or is_own else frozenset(),
+    products=role.products if name in _PRODUCTS or is_own else frozenset(),
     turns=role.turns if name in _RECUR else 0,
     is_one=name in _KEEP_ONE and all(r.is_one for r in read),
+    is_own=is_own,
   )
+
+
+def _with_numbers(eqn: JaxprEqn, read: Sequence[Role]) -> list[Role]:
+  """The roles of an equation's operands, numbers being as a parameter is."""
+  pairs = zip(eqn.invars, read, strict=True)
+  return [_OWN if isinstance(atom, Literal) and role == _NONE else role for atom, role in pairs]
 
 
 def _joined(roles: Iterable[Role]) -> Role:
   """The role of a value that is made of others, or is one of them; it is not known to be 1."""
-  gates, products, turns, _ = zip(_NONE, *roles, strict=True)
-  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns))
+  gates, products, turns, one, own = zip(_NONE, *roles, strict=True)
+  is_own = any(own) and all(map(operator.or_, one[1:], own[1:]))
+  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns), is_own=is_own)
 
 
 def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
@@ -397,12 +500,17 @@ def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[An
   """
   places: dict[Any, list[tuple[int, bool]]] = {}
   for n, role in enumerate(roles):
-    for known in role.products:
+    for known in itertools.filterfalse(_is_number, role.products):
       places.setdefault(known, []).append((n, known in role.gates))
   order = {place: n for n, place in enumerate(sorted(set(map(tuple, places.values()))))}
   numbers = {known: order[tuple(place)] for known, place in places.items()}
   names = {n: frozenset(k for k, m in numbers.items() if m == n) for n in order.values()}
-  return [_renamed(role, lambda known: (numbers[known],)) for role in roles], names
+  return [_renamed(role, lambda known: (numbers.get(known, known),)) for role in roles], names
+
+
+def _is_number(known: Any) -> bool:
+  """Whether it is a number near one, which is the same in every jaxpr, that has a name."""
+  return isinstance(known, float)
 
 
 def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:

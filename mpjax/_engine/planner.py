@@ -27,7 +27,7 @@ from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kernels import kernel_of
 from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
 from mpjax._engine.lookahead import Needs
-from mpjax._engine.loop_carries import accumulator, carried, long_sums, terms_of
+from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
@@ -100,8 +100,7 @@ class Planner:
     self.adapting = Adapting(policies.narrow_dtypes())
     self.needs = Needs(self.table)
     self.whole_numbers = WholeNumbers()
-    most = min(map(terms_of, policies.narrow_dtypes()), default=float("inf"))
-    self.near_one = NearOne(self.table, most)
+    self.near_one = NearOne(self.table, policies.narrow_dtypes())
     self._in_float8 = policies.multiplies_in_float8()
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
@@ -185,7 +184,10 @@ class _Walk:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    exact = planner.near_one.exact(jaxpr) if known.exact is None else known.exact
+    exact = known.exact
+    if exact is None:
+      parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
+      exact = planner.near_one.exact(jaxpr, parameters=parameters)
     self.exact_inside = dict(exact.inside)
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
     self.own = sharpening.own_variables(inner, known.own)

@@ -5,6 +5,7 @@ mixed precision by hand, which every figure of mpjax is compared with. `haiku_mo
 `torch_models.py` hold the same architectures.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -87,8 +88,9 @@ class LlamaBlock(nn.Module):
     heads: query heads.
     groups: heads of keys and values.
     hidden: features of the perceptron.
-    kernel: the `implementation` of `jax.nn.dot_product_attention`; None for attention that is
-      spelled out in einsums.
+    kernel: the `implementation` of `jax.nn.dot_product_attention`, a kernel that takes 16-bit
+      operands; "jax" for that function as anybody calls it; None for attention that is spelled out
+      in einsums.
     dtype: the compute dtype of every layer; None for the parameters' own.
   """
 
@@ -109,7 +111,7 @@ class LlamaBlock(nn.Module):
     y = nn.RMSNorm(dtype=self.dtype)(x)
     query = rotated(dense((self.heads, width // self.heads))(y))
     key, value = (dense((self.groups, width // self.heads))(y) for _ in range(2))
-    attend = spelled_out if self.kernel is None else mpjax.cast_inputs(self._fused)
+    attend = _ATTENTION.get(self.kernel) or mpjax.cast_inputs(self._fused)
     x = x + dense(width, (-2, -1))(attend(query, rotated(key), value))
     y = nn.RMSNorm(dtype=self.dtype)(x)
     return x + dense(width)(nn.silu(dense(self.hidden)(y)) * dense(self.hidden)(y))
@@ -142,6 +144,12 @@ def spelled_out(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array
   return mixed.reshape(batch, length, heads, features)
 
 
+_ATTENTION = {
+  None: spelled_out,
+  "jax": functools.partial(jax.nn.dot_product_attention, is_causal=True),
+}
+
+
 class Llama(nn.Module):
   """A causal language model like Llama: i32[batch, length] -> logits[batch, length, vocabulary].
 
@@ -153,6 +161,8 @@ class Llama(nn.Module):
     hidden: as in `LlamaBlock`.
     vocabulary: tokens.
     kernel: as in `LlamaBlock`.
+    remat: whether the backward pass computes every block again.
+    scanned: whether the blocks are one, scanned over its stacked parameters.
     dtype: the compute dtype of every layer; None for the parameters' own.
   """
 
@@ -163,14 +173,26 @@ class Llama(nn.Module):
   hidden: int = 2816
   vocabulary: int = 32000
   kernel: Any = None
+  remat: bool = False
+  scanned: bool = False
   dtype: DTypeLike | None = None
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps tokens to the logits of each next token."""
     x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
-    for _ in range(self.layers):
-      x = LlamaBlock(self.heads, self.groups, self.hidden, self.kernel, self.dtype)(x)
+    kind = nn.remat(LlamaBlock) if self.remat else LlamaBlock
+    block = functools.partial(kind, self.heads, self.groups, self.hidden, self.kernel, self.dtype)
+    if self.scanned:
+      scan = nn.scan(
+        lambda one, x, _: (one(x), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.layers,
+      )
+      x, _ = scan(block(), x, None)
+    for _ in range(0 if self.scanned else self.layers):
+      x = block()(x)
     x = nn.RMSNorm(dtype=self.dtype)(x)
     return nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)(x)
 

@@ -3,6 +3,7 @@
 The probes are workloads of one layer each, whose gradient is known without a computer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +77,27 @@ def _total(outputs: jax.Array, labels: jax.Array) -> jax.Array:
   return jnp.sum(outputs.astype(jnp.float32))
 
 
+def _attending(
+  name: str, *, batch: int = 8, length: int = 512, layers: int = 2, **options: Any
+) -> Workload:
+  options = {"width": 512, "heads": 8, "hidden": 2048} | options
+  return language(name, models.Llama, batch, length, 4096, layers=layers, **options)
+
+
+_ATTENTIONS: dict[str, dict[str, Any]] = {
+  "einsum-512": {"groups": 8},
+  "dpa-512": {"groups": 8, "kernel": "jax"},
+  "gqa-512": {"groups": 2, "kernel": "jax"},
+  "gqa-2048": {"groups": 2, "kernel": "jax", "length": 2048, "batch": 4, "layers": 1},
+}
+"""Blocks of a Llama whose attention is spelled out, JAX's function, and that with grouped heads."""
+
+_WAYS: dict[str, dict[str, Any]] = {
+  "": {},
+  "-remat": {"remat": True},
+  "-scan": {"scanned": True},
+}
+
 FULL: dict[str, Callable[..., Workload]] = {
   "gpt-124m": lambda batch=8, layers=12: language(
     "gpt-124m", models.Transformer, batch, 1024, 50257, layers=layers
@@ -89,6 +111,11 @@ FULL: dict[str, Callable[..., Workload]] = {
   "llama-200m-cudnn": lambda batch=4, layers=12: language(
     "llama-200m-cudnn", models.Llama, batch, 2048, 32000, layers=layers, kernel="cudnn"
   ),
+  **{
+    f"{name}{suffix}": functools.partial(_attending, f"{name}{suffix}", **sizes, **way)
+    for name, sizes in _ATTENTIONS.items()
+    for suffix, way in _WAYS.items()
+  },
   "vit-base": lambda batch=32: vision("vit-base", models.VisionTransformer, batch, 224, 1000),
   "resnet-50": lambda batch=32: vision("resnet-50", models.ResNet, batch, 224, 1000),
   "lstm-2x1024": lambda batch=64: language("lstm-2x1024", models.RecurrentModel, batch, 128, 10000),

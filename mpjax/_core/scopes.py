@@ -80,6 +80,12 @@ def is_backward(name_stack: Any) -> bool:
   return "transpose(" in str(name_stack)
 
 
+def is_forward_again(name_stack: Any) -> bool:
+  """Whether an equation is of the forward pass that a checkpoint computes again."""
+  _, again, then = str(name_stack).rpartition("rematted_computation")
+  return bool(again) and "transpose(" not in then
+
+
 def _of_linen(name: str) -> tuple[str, str]:
   """A component's module and its method, if Linen wrote one; Equinox's names have more dots."""
   owner, _, method = name.partition(".")

@@ -1,7 +1,7 @@
 """Reading, running and rebuilding equations through JAX's public interface."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -69,6 +69,23 @@ def located(eqn: JaxprEqn, scopes: slice = slice(None)) -> Iterator[None]:
   names = source_info_util.current_name_stack() + info.name_stack[scopes]
   with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
     yield
+
+
+def sources(inner: Any, moves: Collection[str]) -> Callable[[Any], Any]:
+  """Tells what an operand was before primitives that are called moves moved or spread it.
+
+  Args:
+    inner: The open jaxpr that it stands in.
+    moves: The names of the primitives.
+  """
+  moved = {eqn.outvars[0]: eqn.invars[0] for eqn in inner.eqns if eqn.primitive.name in moves}
+
+  def source(atom: Any) -> Any:
+    while not isinstance(atom, Literal) and atom in moved:
+      atom = moved[atom]
+    return atom
+
+  return source
 
 
 def common_scopes(eqns: Sequence[JaxprEqn]) -> int:

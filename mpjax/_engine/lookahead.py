@@ -16,6 +16,9 @@ from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
 
+_MATMULS = having(Trait.MATMUL)
+MOVES = having(Trait.MOVES)
+
 # What a gradient passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
 
@@ -30,6 +33,7 @@ class Needs:
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
     self._logarithms: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
+    self._heads: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
 
   def summed(
     self,
@@ -88,6 +92,31 @@ class Needs:
       outs: Which of its results do so outside.
     """
     return self._into_logarithms(jaxpr, outs)[0]
+
+  def heads(self, jaxpr: Any, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
+    """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
+
+    Args:
+      jaxpr: The jaxpr.
+      outs: Which of its results lead into a logarithm outside.
+
+    Returns:
+      The variables, and which of them are operands of the jaxpr, by index.
+    """
+    key = id(jaxpr), outs
+    if key not in self._heads:
+      inner, into = versions.open_jaxpr(jaxpr), self.logarithms(jaxpr, outs)
+      source, found = jaxprs.sources(inner, MOVES), set[Any]()
+      for eqn in inner.eqns:
+        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in into)
+        read = eqn.invars if results and eqn.primitive.name in _MATMULS else []
+        for body in bodies_of(eqn):
+          _, operands = self.heads(body.jaxpr, frozenset() if body.is_test else results)
+          read = [*read, *(eqn.invars[body.operands[n]] for n in operands)]
+        found |= {atom for atom in map(source, read) if not isinstance(atom, Literal)}
+      operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
+      self._heads[key] = frozenset(found), operands
+    return self._heads[key]
 
   def _into_logarithms(
     self, jaxpr: Any, outs: frozenset[int]

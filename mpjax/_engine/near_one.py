@@ -30,7 +30,7 @@ import numpy as np
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
 from mpjax._engine.kinds import keeps_its_distance
 from mpjax._engine.loop_carries import terms_of
 from mpjax._engine.recomputed import recomputed
@@ -160,7 +160,7 @@ class NearOne:
     key = id(jaxpr)
     if key not in self._subtracted:
       inner = versions.open_jaxpr(jaxpr)
-      source, found = functools.cache(functools.partial(_sources, inner)), set[Any]()
+      source, found = functools.cache(functools.partial(sources, inner, _KEEP_ONE)), set[Any]()
       for eqn in inner.eqns:
         if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
           found |= _variables(map(source(), eqn.invars[1:]))
@@ -416,18 +416,6 @@ def _comes_near_one(eqn: JaxprEqn, forward: _Forward) -> bool:
   return eqn.primitive.name in _SATURATE
 
 
-def _sources(inner: Any) -> Callable[[Any], Any]:
-  """Tells what a value of a jaxpr was before it was moved or spread."""
-  makers = {v: e for e in inner.eqns if e.primitive.name in _KEEP_ONE for v in e.outvars}
-
-  def source(atom: Any) -> Any:
-    while not isinstance(atom, Literal) and atom in makers:
-      atom = makers[atom].invars[0]
-    return atom
-
-  return source
-
-
 def _is_one(atom: Any) -> bool:
   return isinstance(atom, Literal) and bool(atom.val == 1)
 
@@ -437,7 +425,7 @@ def _multiplies_carry(body: Body) -> set[int]:
   inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
   products = [e for e in inner.eqns if e.primitive.name == "mul"] if body.carry else []
   if products:
-    source, own = _sources(inner), inner.invars[: body.carry.stop]
+    source, own = sources(inner, _KEEP_ONE), inner.invars[: body.carry.stop]
     operands = {var: n for n, var in enumerate(own)}
     for eqn in products:
       places = [operands[v] for v in _variables(map(source, eqn.invars)) if v in operands]

@@ -36,7 +36,7 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
 
 
 def why_not_float8(
-  eqn: JaxprEqn, rule: Rule, parameter: int | None, logarithms: Collection[Any]
+  eqn: JaxprEqn, rule: Rule, parameter: int | None, logarithms: Collection[Any], is_head: bool
 ) -> str:
   """Why a matmul multiplies in 16 bits although its policy says float8; empty if it does not.
 
@@ -45,6 +45,7 @@ def why_not_float8(
     rule: Its rule.
     parameter: Which operand is a parameter, by `parameter_of`.
     logarithms: The variables that lead into a logarithm.
+    is_head: Whether it is the backward pass of one whose result does.
   """
   if rule is not Rule.LOWER:
     return "what it returns is held in float32"
@@ -55,6 +56,8 @@ def why_not_float8(
     return "its arrays lie on an Explicit mesh" if placed else "no single operand is a parameter"
   if any(eqn.params["dimension_numbers"][1]):
     return "it has batch dimensions"
+  if is_head:
+    return "it is the derivative of one that leads into a logarithm"
   return "it leads into a logarithm" if eqn.outvars[0] in logarithms else ""
 
 

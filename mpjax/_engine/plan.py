@@ -34,16 +34,26 @@ class Place(NamedTuple):
     path: The module.
     backward: Whether in its backward pass.
     has_policy: Whether in a region that has a policy of its own, which governs there.
+    forward_again: Whether in the forward pass that a checkpoint computes again.
   """
 
   path: Path = ()
   backward: bool = False
   has_policy: bool = False
+  forward_again: bool = False
+
+  @property
+  def has_cotangents(self) -> bool:
+    """Whether derivatives are propagated there."""
+    return self.backward and not self.forward_again
 
   def within(self, outer: Place) -> Place:
     """The place of an equation of a body that stands in another place."""
     return Place(
-      outer.path + self.path, outer.backward or self.backward, outer.has_policy or self.has_policy
+      outer.path + self.path,
+      outer.backward or self.backward,
+      outer.has_policy or self.has_policy,
+      self.forward_again or (outer.forward_again and not self.backward),
     )
 
 

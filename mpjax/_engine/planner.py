@@ -7,6 +7,7 @@ fixed point. Executing a plan is `_interpreter`'s work, reporting one is `inspec
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kernels import kernel_of
 from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
-from mpjax._engine.lookahead import Needs
+from mpjax._engine.lookahead import MOVES, Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders, held_as
 from mpjax._engine.near_one import Exact, NearOne
@@ -48,6 +49,7 @@ class Known(NamedTuple):
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
     logarithms: Which results lead into a logarithm.
+    heads: Which operands are multiplied into one, in it or outside.
     whole: Which operands are whole numbers, see `whole_numbers`.
   """
 
@@ -58,6 +60,7 @@ class Known(NamedTuple):
   numbers: tuple[NumberSet, ...] = ()
   own: Own = Own()
   logarithms: tuple[int, ...] = ()
+  heads: tuple[int, ...] = ()
   whole: frozenset[int] = frozenset()
 
 
@@ -158,12 +161,21 @@ class Planner:
     """What in a jaxpr leads into a logarithm, if that decides anything."""
     return self.needs.logarithms(jaxpr, frozenset(outs)) if self._in_float8 else frozenset()
 
+  def heads(self, jaxpr: Any, outs: Sequence[int]) -> frozenset[Any]:
+    """What in a jaxpr is multiplied into a logarithm, if that decides anything."""
+    return self.needs.heads(jaxpr, frozenset(outs))[0] if self._in_float8 else frozenset()
+
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
     stack = eqn.source_info.name_stack
     _, place = self._names.get(id(stack), (None, None))
     if place is None:
-      place = Place(scopes.module_path(stack), scopes.is_backward(stack), scopes.has_policy(stack))
+      place = Place(
+        scopes.module_path(stack),
+        scopes.is_backward(stack),
+        scopes.has_policy(stack),
+        scopes.is_forward_again(stack),
+      )
       self._names[id(stack)] = stack, place
     if self._absolute and base and place.path[: len(base)] == base:
       return place._replace(path=place.path[len(base) :])
@@ -190,6 +202,7 @@ class _Walk:
       exact = planner.near_one.exact(jaxpr, parameters=parameters)
     self.exact_inside = dict(exact.inside)
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
+    self.heads = planner.heads(jaxpr, known.logarithms).union(inner.invars[n] for n in known.heads)
     self.own = sharpening.own_variables(inner, known.own)
     self.around = Surroundings(
       exact.values,
@@ -254,9 +267,11 @@ class _Walk:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
     if eqn.primitive.name not in _MATMULS or rule is Rule.MULTIPLY:
       return None
-    if reason := why_not_float8(eqn, rule, parameter, self.logarithms):
-      return Float8(reason=reason)
-    return Float8(parameter, place.backward)
+    backward = place.has_cotangents
+    is_head = backward and parameter is not None and self.is_head(eqn.invars[parameter])
+    if reason := why_not_float8(eqn, rule, parameter, self.logarithms, is_head):
+      return Float8(backward=backward, reason=reason)
+    return Float8(parameter, backward)
 
   def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
     """The table's rule, sharpened by what only the equation shows."""
@@ -386,8 +401,20 @@ class _Walk:
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=self.into_logarithms(eqn),
+      heads=self.places_of_heads(atoms),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
     )
+
+  def places_of_heads(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(n for n, atom in enumerate(atoms) if self.is_head(atom)) if self.heads else ()
+
+  @functools.cached_property
+  def source(self) -> Callable[[Any], Any]:
+    return jaxprs.sources(versions.open_jaxpr(self.jaxpr), MOVES)
+
+  def is_head(self, atom: Any) -> bool:
+    source = self.source(atom)
+    return not isinstance(source, Literal) and source in self.heads
 
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(n for n, var in enumerate(eqn.outvars) if var in self.logarithms)
@@ -411,6 +438,7 @@ class _Walk:
       parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
       own=own or Own(),
       logarithms=self.into_logarithms(eqn),
+      heads=self.places_of_heads(body.take(eqn.invars)),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
     )
 

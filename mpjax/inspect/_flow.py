@@ -211,7 +211,7 @@ class _Walker:
     key = (*spot.key, id(step))
     if key not in self._widenings:
       self._widenings[key] = len(self.flow.widenings)
-      path, backward, _ = step.place
+      path, backward, *_ = step.place
       result = describe(step.eqn.outvars[0].aval)
       made = Widening(path, backward, step.eqn.primitive.name, line, result, set())
       self.flow.widenings.append(made)
@@ -289,14 +289,14 @@ class _Walker:
     )
     self.count_traced(step, rule, spot)
     if step.float8 is not None:
-      wish = Float8Key(step.place.path, step.place.backward, step.float8.reason)
+      wish = Float8Key(step.place.path, step.float8.backward, step.float8.reason)
       entry = self.flow.float8.setdefault(wish, OpCount())
       entry.count += 1
       entry.flops += spot.times * flops(step.eqn)
 
   def count_traced(self, step: Step, rule: str, spot: Spot) -> None:
     """Count what runs as traced in a 16-bit scope, and the matmuls that it holds."""
-    path, backward, _ = step.place
+    path, backward, *_ = step.place
     name, line = step.eqn.primitive.name, line_of(step.eqn, spot.line)
     wide = OpCount()
     for matmul, times in matmuls_inside(step.eqn, step.params):

@@ -141,7 +141,7 @@ class Hunt:
     return env.read(inner.outvars)
 
   def _spot(self, eqn: JaxprEqn, spot: Spot) -> Spot:
-    path, backward, _ = self._planner.place_of(eqn, spot.path)
+    path, backward, *_ = self._planner.place_of(eqn, spot.path)
     return Spot(spot.path + path, spot.backward or backward, line_of(eqn, spot.line), spot.within)
 
   def _eqn(

@@ -351,6 +351,32 @@ def test_the_backward_pass_inside_a_policy_has_cotangents_in_e5m2():
   assert ("float8_e5m2", "float8_e4m3fn") in formats
 
 
+@pytest.mark.parametrize(
+  "around",
+  [
+    lambda loss: loss,
+    jax.jit,
+    jax.checkpoint,
+    lambda loss: lambda p, x: jnp.sum(lax.map(jax.checkpoint(lambda row: loss(p, row[None])), x)),
+  ],
+  ids=["plain", "jit", "checkpoint", "chunked"],
+)
+def test_the_cotangents_of_the_head_inside_a_policy_stay_in_16_bits(around):
+  """Of the logits, that is; those of the layer before are e5m2."""
+  params = {"body": jnp.ones((8, 8)), "head": jnp.ones((8, 4))}
+
+  def loss(params, x):
+    logits = jnp.tanh(jnp.tanh(x @ params["body"]) @ params["body"].T) @ params["head"]
+    return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
+
+  fn = mpjax.autocast(jax.grad(around(loss)), "mixed_float8")
+  cotangents = ("float8_e5m2", "float8_e4m3fn")
+  formats = in_formats(fn, params, jnp.ones((4, 8)))
+  assert formats.count(cotangents) + formats.count(cotangents[::-1]) == 1, "into the second layer"
+  plan = mpjax.inspect.explain(jax.grad(around(loss)), "mixed_float8", params, jnp.ones((4, 8)))
+  assert "it is the derivative of one that leads into a logarithm" in str(plan)
+
+
 @pytest.mark.parametrize("policy", ["mixed_float8", "p=f32, c=bf16, o=bf16, m=fp8"])
 def test_gradients_of_parameters_are_float32(policy):
   params = {"w": jnp.ones((8, 8)), "b": jnp.zeros((1, 8))}

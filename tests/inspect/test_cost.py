@@ -162,6 +162,17 @@ def test_a_report_says_what_multiplies_in_float8():
   )
 
 
+def test_the_compiler_of_an_h100_turns_no_planned_float8_matmul_back():
+  pytest.importorskip("jax_plugins.xla_cuda12", reason='needs pip install "jax[cuda12]"')
+  pytest.importorskip("flatbuffers")
+  shapes = {"body": (256, 256), "head": (256, 64)}
+  params = {name: jax.ShapeDtypeStruct(shape, F32) for name, shape in shapes.items()}
+  x = jax.ShapeDtypeStruct((128, 256), F32)
+  report = inspect.cost(wide, params, x, policies=("mixed_float8",), target="gpu:h100")
+  (row,) = report.rows
+  assert row.float8_calls == (row.float8.matmuls, 0)
+
+
 PROGRAM = """
 %gemm_fusion (param_0: f8e5m2[8,16], param_1: f8e4m3fn[4,16]) -> bf16[8,4] {
   %param_0 = f8e5m2[8,16]{1,0} parameter(0)

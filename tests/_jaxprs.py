@@ -12,11 +12,15 @@ CONTRACTIONS = frozenset(
 
 
 class Contraction(NamedTuple):
-  """A matmul or convolution: its primitive, and the dtypes of its factors and of its result."""
+  """A matmul or convolution: its primitive, and the dtypes of its factors and of its result.
+
+  Inner products add up all that they multiply: each number is read once.
+  """
 
   primitive: str
   factors: tuple[str, ...]
   result: str
+  is_inner: bool
 
 
 def sub_jaxprs(value: Any) -> Iterator[Jaxpr]:
@@ -47,6 +51,13 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
         yield from equations(inner)
 
 
+def _is_inner(eqn: JaxprEqn) -> bool:
+  if eqn.primitive.name != "dot_general":
+    return False
+  (left, _), (batch, _) = eqn.params["dimension_numbers"]
+  return all(atom.aval.ndim == len(left) + len(batch) for atom in eqn.invars)
+
+
 def contractions(jaxpr: Any) -> list[Contraction]:
   """Every matmul and convolution of a jaxpr."""
   return [
@@ -54,6 +65,7 @@ def contractions(jaxpr: Any) -> list[Contraction]:
       eqn.primitive.name,
       tuple(atom.aval.dtype.name for atom in eqn.invars[:2]),
       eqn.outvars[0].aval.dtype.name,
+      _is_inner(eqn),
     )
     for eqn in equations(jaxpr)
     if eqn.primitive.name in CONTRACTIONS

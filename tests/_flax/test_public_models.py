@@ -84,8 +84,12 @@ def by_hand(model: Public, dtype: str) -> Traced:
 
 
 def narrowable(found: list[Contraction]) -> list[Contraction]:
-  """Those without a complex factor: no 16-bit complex format exists."""
-  return [one for one in found if not any("complex" in dtype for dtype in one.factors)]
+  """Those without a complex factor, for which there is no 16-bit format, and no norms.
+
+  A norm that is written as a value's inner product with itself is float32, by design.
+  """
+  real = [one for one in found if not any("complex" in dtype for dtype in one.factors)]
+  return [one for one in real if not one.is_inner]
 
 
 def counts(jaxpr: Any, dtype: str) -> tuple[int, int]:

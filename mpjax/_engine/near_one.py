@@ -11,7 +11,7 @@ A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is
 that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
 and 0.99 would forget a sixth faster. Where what it multiplies recurs, the product is in float32.
 
-So a jaxpr is read twice. Forwards, for what its values are made of: a `Role` each. Backwards, from
+So a jaxpr is read twice. Forwards, for what its values are made of (`roles`). Backwards, from
 what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
 read with the roles of their operands and the needs of their results; a loop's carry is a fixed
 point of both.
@@ -20,30 +20,32 @@ point of both.
 from __future__ import annotations
 
 import functools
-import itertools
-import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
-from mpjax._engine.kinds import keeps_its_distance
+from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.loop_carries import terms_of
 from mpjax._engine.recomputed import recomputed
-
-Indices = frozenset[int]
+from mpjax._engine.roles import (
+  NONE,
+  OWN,
+  RECUR,
+  SATURATE,
+  Forward,
+  Indices,
+  RoleFinder,
+  Roles,
+  places_of,
+  variables_of,
+)
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
-_SATURATE = having(Trait.SATURATES)
-_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
-_KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
-_PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
-_RECUR = _KEEP_NUMBERS | having(Trait.ARITHMETIC)  # what it makes of its state
 _ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
 
@@ -73,54 +75,6 @@ class Needed(NamedTuple):
   bounded: Indices = frozenset()
 
 
-class Role(NamedTuple):
-  """What a value is made of; by default nothing that matters here.
-
-  A sigmoid is named by whatever tells it from the others of its jaxpr; so is a parameter that is
-  subtracted from one, and a number near one by its value.
-
-  Attributes:
-    gates: The sigmoids that it is a moved piece of.
-    products: The sigmoids that products and sums lead to it from, those among them.
-    turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
-    is_one: Whether it is 1 everywhere.
-    is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
-  """
-
-  gates: frozenset[Any] = frozenset()
-  products: frozenset[Any] = frozenset()
-  turns: float = 0
-  is_one: bool = False
-  is_own: bool = False
-
-
-Roles = tuple[Role, ...]
-_NONE = Role()
-_ONE = Role(is_one=True)
-_OWN = Role(is_own=True)
-
-
-class _Forward(NamedTuple):
-  """The roles of a jaxpr's variables, and of the operands of each body of its equations."""
-
-  roles: Mapping[Var, Role]
-  inside: Mapping[int, tuple[Roles, ...]]
-  dtypes: Collection[np.dtype]
-
-  def of(self, atom: Any) -> Role:
-    if not isinstance(atom, Literal):
-      return self.roles.get(atom, _NONE)
-    aval: Any = atom.aval  # that of a float0 or of a key is no number
-    is_real = np.issubdtype(aval.dtype, np.floating) or np.issubdtype(aval.dtype, np.integer)
-    if not is_real or not 0.5 < (value := float(atom.val)) < 2:
-      return _NONE
-    if value == 1:
-      return _ONE
-    if all(keeps_its_distance(value, dtype) for dtype in self.dtypes):
-      return _NONE
-    return Role(products=frozenset((value,)), is_own=True)
-
-
 class NearOne:
   """Finds what is needed exactly in jaxprs; what is known of one is kept.
 
@@ -130,10 +84,8 @@ class NearOne:
   """
 
   def __init__(self, table: Mapping[str, Rule], dtypes: Collection[np.dtype]) -> None:
-    self._table, self._dtypes = table, dtypes
+    self._table, self._roles = table, RoleFinder(dtypes)
     self._most = min(map(terms_of, dtypes), default=float("inf"))
-    self._subtracted: dict[Any, tuple[set[Any], Indices]] = {}
-    self._forwards: dict[Any, _Forward] = {}
     self._leads: dict[Any, tuple[set[Any], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
@@ -145,107 +97,10 @@ class NearOne:
       outs: Which of its results are needed exactly.
       parameters: Which of its operands are parameters.
     """
-    roles = [_NONE] * len(versions.open_jaxpr(jaxpr).invars)
-    for n in self._from_one(jaxpr)[1].intersection(parameters):
-      roles[n] = _OWN
+    roles = [NONE] * len(versions.open_jaxpr(jaxpr).invars)
+    for n in self._roles.from_one(jaxpr)[1].intersection(parameters):
+      roles[n] = OWN
     return self._backward(jaxpr, tuple(roles), Needed(frozenset(outs)), frozenset())[0]
-
-  # First of all: which operands may be decays -----------------------------------------------------
-
-  def _from_one(self, jaxpr: Any) -> tuple[set[Any], Indices]:
-    """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
-
-    Or multiplies what a loop carries in every turn.
-    """
-    key = id(jaxpr)
-    if key not in self._subtracted:
-      inner = versions.open_jaxpr(jaxpr)
-      source, found = functools.cache(functools.partial(sources, inner, _KEEP_ONE)), set[Any]()
-      for eqn in inner.eqns:
-        if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
-          found |= _variables(map(source(), eqn.invars[1:]))
-        for body in bodies_of(eqn):
-          operands = self._from_one(body.jaxpr)[1] | _multiplies_carry(body)
-          found |= _variables(source()(eqn.invars[body.operands[n]]) for n in operands)
-      leading = set(found)
-      for eqn in reversed(inner.eqns) if found else ():
-        leading |= set() if leading.isdisjoint(eqn.outvars) else _variables(eqn.invars)
-      self._subtracted[key] = found, _places(inner.invars, leading)
-    return self._subtracted[key]
-
-  # Forwards: what values are made of ------------------------------------------------------------
-
-  def _forward(self, jaxpr: Any, operands: Roles) -> _Forward:
-    key = id(jaxpr), operands
-    if key not in self._forwards:
-      inner, (decays, _) = versions.open_jaxpr(jaxpr), self._from_one(jaxpr)
-      pairs = zip(inner.invars, operands, strict=True)
-      roles = {v: _decay(v, r) if v in decays else r for v, r in pairs if r != _NONE}
-      found = _Forward(roles, inside := {}, self._dtypes)
-      for eqn in inner.eqns:
-        read = [found.of(atom) for atom in eqn.invars]
-        if eqn.primitive.name in _SATURATE:
-          made = [_gate(eqn)]
-        elif bodies_of(eqn):
-          inside[id(eqn)], made = self._through(eqn, read)
-        elif read.count(_NONE) < len(read):
-          made = [_derived(eqn, read)] * len(eqn.outvars)
-        else:
-          continue
-        pairs = zip(eqn.outvars, made, strict=True)
-        roles |= {v: _decay(v, r) if v in decays else r for v, r in pairs if r != _NONE}
-      self._forwards[key] = found
-    return self._forwards[key]
-
-  def _results(self, jaxpr: Any, operands: Roles) -> list[Role]:
-    forward = self._forward(jaxpr, operands)
-    return [forward.of(atom) for atom in versions.open_jaxpr(jaxpr).outvars]
-
-  def _through(self, eqn: JaxprEqn, read: Sequence[Role]) -> tuple[tuple[Roles, ...], list[Role]]:
-    """The roles of the operands of an equation's bodies, and of its results."""
-    is_own = any(role.is_own for role in read)
-    held, sigmoids = _numbered(_with_numbers(eqn, read) if is_own else read)
-    bodies = bodies_of(eqn)
-    for body in bodies:
-      if body.carry and not body.is_test:
-        slices = body.operands[body.carry.stop :]  # of other numbers in every turn
-        held = [_NONE if n in slices and r.is_own else r for n, r in enumerate(held)]
-        held = self._carried(eqn, body, held)
-    entering = tuple(tuple(body.take(held)) for body in bodies)
-    turns, made = _joined(read).turns, []
-
-    def outer(body: int, known: Any) -> Iterable[Any]:
-      return sigmoids.get(known, (known,) if _is_number(known) else ((id(eqn), body, known),))
-
-    for n, (body, operands) in enumerate(zip(bodies, entering, strict=True)):
-      if not body.is_test:
-        outs = self._results(body.jaxpr, operands)
-        names = functools.partial(outer, n)
-        outs = [_renamed(role._replace(turns=role.turns and turns), names) for role in outs]
-        made.append(outs)
-    return entering, [_joined(column) for column in zip(*made, strict=True)]
-
-  def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
-    """The roles of a loop's operands in every turn."""
-    turns, places = repetitions(eqn), [body.operands[n] for n in body.carry]
-    operands = list(held)
-
-    def started(place: int) -> Role:
-      times = float("inf") if turns is None else turns
-      return held[place]._replace(turns=times * max(1, held[place].turns))
-
-    def turn(carry: Sequence[Role]) -> list[Role]:
-      """What a turn makes is, in the next one, what the last made."""
-      for place, role in zip(places, carry, strict=True):
-        operands[place] = role
-      made = self._results(body.jaxpr, tuple(body.take(operands)))[: len(places)]
-      return [_renamed(role._replace(turns=0), last(n)) for n, role in enumerate(made)]
-
-    def last(n: int) -> Callable[[Any], tuple[int]]:
-      return lambda known: (known if isinstance(known, int) or _is_number(known) else -1 - n,)
-
-    turn(settled([started(place) for place in places], turn, _joined))
-    return operands
 
   # Backwards: what is needed exactly ------------------------------------------------------------
 
@@ -254,15 +109,15 @@ class NearOne:
     key = id(jaxpr), recurring
     if key not in self._leads:
       inner = versions.open_jaxpr(jaxpr)
-      found = _variables(inner.outvars[n] for n in recurring)
+      found = variables_of(inner.outvars[n] for n in recurring)
       for eqn in reversed(inner.eqns):
         read = []
         if bodies := bodies_of(eqn):
           for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
-        elif eqn.primitive.name in _RECUR and not found.isdisjoint(eqn.outvars):
+        elif eqn.primitive.name in RECUR and not found.isdisjoint(eqn.outvars):
           read = eqn.invars
-        found |= _variables(read)
+        found |= variables_of(read)
       self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
     return self._leads[key]
 
@@ -279,25 +134,25 @@ class NearOne:
     """
     key = id(jaxpr), operands, outs, recurring
     if key not in self._backwards:
-      inner, forward = versions.open_jaxpr(jaxpr), self._forward(jaxpr, operands)
+      inner, forward = versions.open_jaxpr(jaxpr), self._roles.forward(jaxpr, operands)
       leading, _ = self._leading(jaxpr, recurring)
-      found = _variables(inner.outvars[n] for n in outs.exact)
+      found = variables_of(inner.outvars[n] for n in outs.exact)
       near, forgetting = self._near_one(inner, forward, leading)
       found |= near
-      bounded = _variables(inner.outvars[n] for n in outs.bounded)
+      bounded = variables_of(inner.outvars[n] for n in outs.bounded)
       inside, gates = self._swept(inner, forward, leading, found, bounded)
       while (inside or gates & found) and (again := _computed_again(inner, found)):
         found |= again
         inside, gates = self._swept(inner, forward, leading, found, bounded)
       exact = Exact(frozenset(gates & found | forgetting), frozenset(inside.items()))
-      places = (_places(inner.invars, variables) for variables in (found, bounded & found))
+      places = (places_of(inner.invars, variables) for variables in (found, bounded & found))
       self._backwards[key] = exact, Needed(*places)
     return self._backwards[key]
 
   def _swept(
     self,
     inner: Any,
-    forward: _Forward,
+    forward: Forward,
     leading: Collection[Any],
     found: set[Any],
     bounded: set[Any],
@@ -306,19 +161,19 @@ class NearOne:
     inside, gates = {}, set()
     for eqn in reversed(inner.eqns):
       if id(eqn) in forward.inside:
-        results = Needed(*(_places(eqn.outvars, variables) for variables in (found, bounded)))
+        results = Needed(*(places_of(eqn.outvars, variables) for variables in (found, bounded)))
         entering = forward.inside[id(eqn)]
         exact, needed = self._of_bodies(eqn, entering, results, leading)
         inside |= {id(eqn): exact} if any(map(any, exact)) else {}
-        found |= _variables(eqn.invars[n] for n in needed.exact)
-        bounded |= _variables(eqn.invars[n] for n in needed.bounded)
+        found |= variables_of(eqn.invars[n] for n in needed.exact)
+        bounded |= variables_of(eqn.invars[n] for n in needed.bounded)
         continue
       if _is_bound(eqn, found) or _is_within(eqn, bounded):
-        bounded |= _variables(eqn.invars)
+        bounded |= variables_of(eqn.invars)
         gates.add(eqn.outvars[0])
       elif _comes_near_one(eqn, forward):
         gates.add(eqn.outvars[0])
-      found |= _variables(self._needed(eqn, found))
+      found |= variables_of(self._needed(eqn, found))
     return inside, gates
 
   def _needed(self, eqn: JaxprEqn, found: Set[Any]) -> Iterable[Any]:
@@ -352,7 +207,7 @@ class NearOne:
       results = results._replace(exact=grown)
 
   def _near_one(
-    self, inner: Any, forward: _Forward, leading: Collection[Any]
+    self, inner: Any, forward: Forward, leading: Collection[Any]
   ) -> tuple[set[Any], set[Any]]:
     """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
 
@@ -372,7 +227,7 @@ class NearOne:
           again, decays = role.products & other.products, role.is_own != other.is_own
           forgetting.update(eqn.outvars if again and decays else ())
           near = recurs or (again and not decays)
-        found |= _variables([atom]) if near else set()
+        found |= variables_of([atom]) if near else set()
     return found, forgetting
 
 
@@ -380,10 +235,6 @@ def _computed_again(inner: Any, found: set[Any]) -> set[Any]:
   """The variables that hold a value which is needed exactly, and are not known to."""
   same = (holding for holding in recomputed(inner) if not found.isdisjoint(holding))
   return set[Any]().union(*same) - found
-
-
-def _variables(atoms: Iterable[Any]) -> set[Any]:
-  return {atom for atom in atoms if not isinstance(atom, Literal)}
 
 
 def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) -> list[Indices]:
@@ -395,10 +246,6 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) 
   ]
 
 
-def _places(variables: Iterable[Any], found: Collection[Any]) -> Indices:
-  return frozenset(n for n, v in enumerate(variables) if not isinstance(v, Literal) and v in found)
-
-
 def _is_bound(eqn: JaxprEqn, found: Collection[Any]) -> bool:
   """Whether an equation cuts off what is needed exactly: a hard sigmoid does."""
   return eqn.primitive.name in _BOUNDS and eqn.outvars[0] in found
@@ -406,99 +253,14 @@ def _is_bound(eqn: JaxprEqn, found: Collection[Any]) -> bool:
 
 def _is_within(eqn: JaxprEqn, bounded: Collection[Any]) -> bool:
   """Whether an equation is part of the arithmetic that a bound cuts off."""
-  return eqn.primitive.name in _RECUR and eqn.outvars[0] in bounded
+  return eqn.primitive.name in RECUR and eqn.outvars[0] in bounded
 
 
-def _comes_near_one(eqn: JaxprEqn, forward: _Forward) -> bool:
+def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
   """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does."""
   if eqn.primitive.name in ("add", "sub"):
     return any(forward.of(atom).is_one for atom in eqn.invars)
-  return eqn.primitive.name in _SATURATE
-
-
-def _is_one(atom: Any) -> bool:
-  return isinstance(atom, Literal) and bool(atom.val == 1)
-
-
-def _multiplies_carry(body: Body) -> set[int]:
-  """Which operands of a loop's body, the same in every turn, multiply what it carries."""
-  inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
-  products = [e for e in inner.eqns if e.primitive.name == "mul"] if body.carry else []
-  if products:
-    source, own = sources(inner, _KEEP_ONE), inner.invars[: body.carry.stop]
-    operands = {var: n for n, var in enumerate(own)}
-    for eqn in products:
-      places = [operands[v] for v in _variables(map(source, eqn.invars)) if v in operands]
-      if any(n in body.carry for n in places):
-        found.update(n for n in places if n < body.carry.start)
-  return found
-
-
-def _gate(eqn: JaxprEqn) -> Role:
-  own = frozenset(eqn.outvars[:1])
-  return Role(gates=own, products=own)
-
-
-def _decay(var: Var, role: Role) -> Role:
-  """The role of a value that is subtracted from one: a parameter has a name from then on."""
-  if not role.is_own or role.gates:
-    return role
-  return role._replace(gates=frozenset((var,)), products=role.products | {var})
-
-
-def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
-  """The role of an equation's results, from those of its operands."""
-  name, role = eqn.primitive.name, _joined(read)
-  keeps = name in _KEEP_NUMBERS
-  is_own = any(r.is_own for r in read) and _joined(_with_numbers(eqn, read)).is_own
-  return Role(
-    gates=role.gates if keeps or is_own else frozenset(),
-    products=role.products if name in _PRODUCTS or is_own else frozenset(),
-    turns=role.turns if name in _RECUR else 0,
-    is_one=name in _KEEP_ONE and all(r.is_one for r in read),
-    is_own=is_own,
-  )
-
-
-def _with_numbers(eqn: JaxprEqn, read: Sequence[Role]) -> list[Role]:
-  """The roles of an equation's operands, numbers being as a parameter is."""
-  pairs = zip(eqn.invars, read, strict=True)
-  return [_OWN if isinstance(atom, Literal) and role == _NONE else role for atom, role in pairs]
-
-
-def _joined(roles: Iterable[Role]) -> Role:
-  """The role of a value that is made of others, or is one of them; it is not known to be 1."""
-  gates, products, turns, one, own = zip(_NONE, *roles, strict=True)
-  is_own = any(own) and all(map(operator.or_, one[1:], own[1:]))
-  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns), is_own=is_own)
-
-
-def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
-  """A role whose sigmoids have other names, several or one each."""
-  gates, products = (
-    frozenset(name for known in part for name in names(known)) for part in role[:2]
-  )
-  return role._replace(gates=gates, products=products)
-
-
-def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[Any]]]:
-  """Roles whose sigmoids are numbered, those that occur in the same places as one; with names.
-
-  So that a body is read once for all equations that use it alike.
-  """
-  places: dict[Any, list[tuple[int, bool]]] = {}
-  for n, role in enumerate(roles):
-    for known in itertools.filterfalse(_is_number, role.products):
-      places.setdefault(known, []).append((n, known in role.gates))
-  order = {place: n for n, place in enumerate(sorted(set(map(tuple, places.values()))))}
-  numbers = {known: order[tuple(place)] for known, place in places.items()}
-  names = {n: frozenset(k for k, m in numbers.items() if m == n) for n in order.values()}
-  return [_renamed(role, lambda known: (numbers.get(known, known),)) for role in roles], names
-
-
-def _is_number(known: Any) -> bool:
-  """Whether it is a number near one, which is the same in every jaxpr, that has a name."""
-  return isinstance(known, float)
+  return eqn.primitive.name in SATURATE
 
 
 def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:

@@ -1,0 +1,286 @@
+"""What the values of a jaxpr are made of, where that matters near one: sigmoids, decays.
+
+Read forwards, bodies with the roles of their operands; a loop's carry is a fixed point. `near_one`
+reads the same jaxprs backwards, for what needs such values exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import versions
+from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
+from mpjax._engine.kinds import keeps_its_distance
+
+Indices = frozenset[int]
+
+SATURATE = having(Trait.SATURATES)
+RECUR = having(Trait.KEEPS_NUMBERS | Trait.ARITHMETIC)
+"""What a recurrence makes of its state."""
+
+_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
+_KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
+_PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
+
+
+class Role(NamedTuple):
+  """What a value is made of; by default nothing that matters here.
+
+  A sigmoid is named by whatever tells it from the others of its jaxpr; so is a parameter that is
+  subtracted from one, and a number near one by its value.
+
+  Attributes:
+    gates: The sigmoids that it is a moved piece of.
+    products: The sigmoids that products and sums lead to it from, those among them.
+    turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
+    is_one: Whether it is 1 everywhere.
+    is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
+  """
+
+  gates: frozenset[Any] = frozenset()
+  products: frozenset[Any] = frozenset()
+  turns: float = 0
+  is_one: bool = False
+  is_own: bool = False
+
+
+Roles = tuple[Role, ...]
+NONE = Role()
+_ONE = Role(is_one=True)
+OWN = Role(is_own=True)
+
+
+class Forward(NamedTuple):
+  """The roles of a jaxpr's variables, and of the operands of each body of its equations."""
+
+  roles: Mapping[Var, Role]
+  inside: Mapping[int, tuple[Roles, ...]]
+  dtypes: Collection[np.dtype]
+
+  def of(self, atom: Any) -> Role:
+    """The role of an operand."""
+    if not isinstance(atom, Literal):
+      return self.roles.get(atom, NONE)
+    aval: Any = atom.aval  # that of a float0 or of a key is no number
+    is_real = np.issubdtype(aval.dtype, np.floating) or np.issubdtype(aval.dtype, np.integer)
+    if not is_real or not 0.5 < (value := float(atom.val)) < 2:
+      return NONE
+    if value == 1:
+      return _ONE
+    if all(keeps_its_distance(value, dtype) for dtype in self.dtypes):
+      return NONE
+    return Role(products=frozenset((value,)), is_own=True)
+
+
+class RoleFinder:
+  """Finds the roles of the values of jaxprs; what is known of one is kept.
+
+  Args:
+    dtypes: The 16-bit formats.
+  """
+
+  def __init__(self, dtypes: Collection[np.dtype]) -> None:
+    self._dtypes = dtypes
+    self._subtracted: dict[Any, tuple[set[Any], Indices]] = {}
+    self._forwards: dict[Any, Forward] = {}
+
+  # First of all: which operands may be decays -----------------------------------------------------
+
+  def from_one(self, jaxpr: Any) -> tuple[set[Any], Indices]:
+    """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
+
+    Or multiplies what a loop carries in every turn.
+    """
+    key = id(jaxpr)
+    if key not in self._subtracted:
+      inner = versions.open_jaxpr(jaxpr)
+      source, found = functools.cache(functools.partial(sources, inner, _KEEP_ONE)), set[Any]()
+      for eqn in inner.eqns:
+        if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
+          found |= variables_of(map(source(), eqn.invars[1:]))
+        for body in bodies_of(eqn):
+          operands = self.from_one(body.jaxpr)[1] | _multiplies_carry(body)
+          found |= variables_of(source()(eqn.invars[body.operands[n]]) for n in operands)
+      leading = set(found)
+      for eqn in reversed(inner.eqns) if found else ():
+        leading |= set() if leading.isdisjoint(eqn.outvars) else variables_of(eqn.invars)
+      self._subtracted[key] = found, places_of(inner.invars, leading)
+    return self._subtracted[key]
+
+  # Forwards: what values are made of ------------------------------------------------------------
+
+  def forward(self, jaxpr: Any, operands: Roles) -> Forward:
+    """The roles in a jaxpr, given those of its operands."""
+    key = id(jaxpr), operands
+    if key not in self._forwards:
+      inner, (decays, _) = versions.open_jaxpr(jaxpr), self.from_one(jaxpr)
+      pairs = zip(inner.invars, operands, strict=True)
+      roles = {v: _decay(v, r) if v in decays else r for v, r in pairs if r != NONE}
+      found = Forward(roles, inside := {}, self._dtypes)
+      for eqn in inner.eqns:
+        read = [found.of(atom) for atom in eqn.invars]
+        if eqn.primitive.name in SATURATE:
+          made = [_gate(eqn)]
+        elif bodies_of(eqn):
+          inside[id(eqn)], made = self._through(eqn, read)
+        elif read.count(NONE) < len(read):
+          made = [_derived(eqn, read)] * len(eqn.outvars)
+        else:
+          continue
+        pairs = zip(eqn.outvars, made, strict=True)
+        roles |= {v: _decay(v, r) if v in decays else r for v, r in pairs if r != NONE}
+      self._forwards[key] = found
+    return self._forwards[key]
+
+  def _results(self, jaxpr: Any, operands: Roles) -> list[Role]:
+    forward = self.forward(jaxpr, operands)
+    return [forward.of(atom) for atom in versions.open_jaxpr(jaxpr).outvars]
+
+  def _through(self, eqn: JaxprEqn, read: Sequence[Role]) -> tuple[tuple[Roles, ...], list[Role]]:
+    """The roles of the operands of an equation's bodies, and of its results."""
+    is_own = any(role.is_own for role in read)
+    held, sigmoids = _numbered(_with_numbers(eqn, read) if is_own else read)
+    bodies = bodies_of(eqn)
+    for body in bodies:
+      if body.carry and not body.is_test:
+        slices = body.operands[body.carry.stop :]  # of other numbers in every turn
+        held = [NONE if n in slices and r.is_own else r for n, r in enumerate(held)]
+        held = self._carried(eqn, body, held)
+    entering = tuple(tuple(body.take(held)) for body in bodies)
+    turns, made = _joined(read).turns, []
+
+    def outer(body: int, known: Any) -> Iterable[Any]:
+      return sigmoids.get(known, (known,) if _is_number(known) else ((id(eqn), body, known),))
+
+    for n, (body, operands) in enumerate(zip(bodies, entering, strict=True)):
+      if not body.is_test:
+        outs = self._results(body.jaxpr, operands)
+        names = functools.partial(outer, n)
+        outs = [_renamed(role._replace(turns=role.turns and turns), names) for role in outs]
+        made.append(outs)
+    return entering, [_joined(column) for column in zip(*made, strict=True)]
+
+  def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
+    """The roles of a loop's operands in every turn."""
+    turns, places = repetitions(eqn), [body.operands[n] for n in body.carry]
+    operands = list(held)
+
+    def started(place: int) -> Role:
+      times = float("inf") if turns is None else turns
+      return held[place]._replace(turns=times * max(1, held[place].turns))
+
+    def turn(carry: Sequence[Role]) -> list[Role]:
+      """What a turn makes is, in the next one, what the last made."""
+      for place, role in zip(places, carry, strict=True):
+        operands[place] = role
+      made = self._results(body.jaxpr, tuple(body.take(operands)))[: len(places)]
+      return [_renamed(role._replace(turns=0), last(n)) for n, role in enumerate(made)]
+
+    def last(n: int) -> Callable[[Any], tuple[int]]:
+      return lambda known: (known if isinstance(known, int) or _is_number(known) else -1 - n,)
+
+    turn(settled([started(place) for place in places], turn, _joined))
+    return operands
+
+
+def variables_of(atoms: Iterable[Any]) -> set[Any]:
+  """Those of some operands that are no literals."""
+  return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def places_of(atoms: Iterable[Any], found: Collection[Any]) -> Indices:
+  """Where among operands variables are that are found."""
+  return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
+
+
+def _is_one(atom: Any) -> bool:
+  return isinstance(atom, Literal) and bool(atom.val == 1)
+
+
+def _multiplies_carry(body: Body) -> set[int]:
+  """Which operands of a loop's body, the same in every turn, multiply what it carries."""
+  inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
+  products = [e for e in inner.eqns if e.primitive.name == "mul"] if body.carry else []
+  if products:
+    source, own = sources(inner, _KEEP_ONE), inner.invars[: body.carry.stop]
+    operands = {var: n for n, var in enumerate(own)}
+    for eqn in products:
+      places = [operands[v] for v in variables_of(map(source, eqn.invars)) if v in operands]
+      if any(n in body.carry for n in places):
+        found.update(n for n in places if n < body.carry.start)
+  return found
+
+
+def _gate(eqn: JaxprEqn) -> Role:
+  own = frozenset(eqn.outvars[:1])
+  return Role(gates=own, products=own)
+
+
+def _decay(var: Var, role: Role) -> Role:
+  """The role of a value that is subtracted from one: a parameter has a name from then on."""
+  if not role.is_own or role.gates:
+    return role
+  return role._replace(gates=frozenset((var,)), products=role.products | {var})
+
+
+def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
+  """The role of an equation's results, from those of its operands."""
+  name, role = eqn.primitive.name, _joined(read)
+  keeps = name in _KEEP_NUMBERS
+  is_own = any(r.is_own for r in read) and _joined(_with_numbers(eqn, read)).is_own
+  return Role(
+    gates=role.gates if keeps or is_own else frozenset(),
+    products=role.products if name in _PRODUCTS or is_own else frozenset(),
+    turns=role.turns if name in RECUR else 0,
+    is_one=name in _KEEP_ONE and all(r.is_one for r in read),
+    is_own=is_own,
+  )
+
+
+def _with_numbers(eqn: JaxprEqn, read: Sequence[Role]) -> list[Role]:
+  """The roles of an equation's operands, numbers being as a parameter is."""
+  pairs = zip(eqn.invars, read, strict=True)
+  return [OWN if isinstance(atom, Literal) and role == NONE else role for atom, role in pairs]
+
+
+def _joined(roles: Iterable[Role]) -> Role:
+  """The role of a value that is made of others, or is one of them; it is not known to be 1."""
+  gates, products, turns, one, own = zip(NONE, *roles, strict=True)
+  is_own = any(own) and all(map(operator.or_, one[1:], own[1:]))
+  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns), is_own=is_own)
+
+
+def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
+  """A role whose sigmoids have other names, several or one each."""
+  gates, products = (
+    frozenset(name for known in part for name in names(known)) for part in role[:2]
+  )
+  return role._replace(gates=gates, products=products)
+
+
+def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[Any]]]:
+  """Roles whose sigmoids are numbered, those that occur in the same places as one; with names.
+
+  So that a body is read once for all equations that use it alike.
+  """
+  places: dict[Any, list[tuple[int, bool]]] = {}
+  for n, role in enumerate(roles):
+    for known in itertools.filterfalse(_is_number, role.products):
+      places.setdefault(known, []).append((n, known in role.gates))
+  order = {place: n for n, place in enumerate(sorted(set(map(tuple, places.values()))))}
+  numbers = {known: order[tuple(place)] for known, place in places.items()}
+  names = {n: frozenset(k for k, m in numbers.items() if m == n) for n in order.values()}
+  return [_renamed(role, lambda known: (numbers.get(known, known),)) for role in roles], names
+
+
+def _is_number(known: Any) -> bool:
+  """Whether it is a number near one, which is the same in every jaxpr, that has a name."""
+  return isinstance(known, float)

@@ -3,6 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mpjax._core import ctrl_c as _ctrl_c  # noqa: F401  # before what takes time to import
+
+# isort: split
 from mpjax import inspect, linen, nnx, testing, training
 from mpjax._core.casting import cast_floating
 from mpjax._core.policy import Policy

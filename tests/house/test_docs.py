@@ -11,37 +11,13 @@ from pathlib import Path
 import pytest
 
 import mpjax
-from mpjax import cli
+from _documents import DOCUMENTS, PAGES, README, ROOT, blocks, commands
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-SITE = ROOT / "docs"
-PAGES = sorted(
-  page
-  for page in SITE.rglob("*.md")
-  if page.relative_to(SITE).parts[0] not in ("notebooks", "results")
-)
 # What comes with the extra `docs` alone; pages that import it run with `-m docs`.
 EXTRA = ("equinox", "haiku")
 LONGEST_PAGE, LONGEST_README = 1000, 150
-
-
-def blocks(document: Path, *languages: str) -> list[str]:
-  """The fenced code blocks of a document in these languages."""
-  pattern = rf"^```(?:{'|'.join(languages)})\n(.*?)^```$"
-  return re.findall(pattern, document.read_text(), re.M | re.S)
-
-
-def commands(document: Path) -> Iterator[str]:
-  """The command lines of a document's shell blocks, without prompt, continuation or comment."""
-  for block in blocks(document, "bash", "sh", "shell", "console"):
-    for line in block.replace("\\\n", " ").splitlines():
-      command = re.sub(r"(^|\s)#.*$", "", line.removeprefix("$ ")).strip()
-      if command:
-        yield command
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -126,58 +102,11 @@ def test_every_page_with_code_is_run() -> None:
   assert {page for page in PAGES if blocks(page, "python")} <= run_in_batches
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
-def test_the_extras_that_a_document_installs_exist(document: Path) -> None:
-  named = {
-    extra.strip()
-    for group in re.findall(r"\.\[([\w,\s-]+)\]\"?", "\n".join(commands(document)))
-    for extra in group.split(",")
-  }
-  assert named <= set(PROJECT["project"]["optional-dependencies"])
-
-
-@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES], ids=lambda path: path.name)
-def test_the_modules_and_files_that_a_document_runs_exist(document: Path) -> None:
-  """Not run here: `python -m benchmarks.soak` takes an hour."""
-  code = blocks(document, "bash", "sh", "shell", "console")
-  code += re.findall(r"`([^`\n]+)`", document.read_text())
-  modules = {name for text in code for name in re.findall(r"python -m ([\w.]+)", text)}
-  files = {
-    name
-    for text in code
-    if re.search(r"\b(?:python|pytest)\b", text)
-    for name in re.findall(r"(?<![\w/.])(?:tests|benchmarks|examples|notebooks)/[\w/]+\.py", text)
-  }
-  lost = [name for name in files if not (ROOT / name).exists() and "NAME" not in name]
-  ours = {name for name in modules if name.split(".")[0] in ("mpjax", "benchmarks")}
-  lost += [name for name in ours if not any(ROOT.glob(f"{name.replace('.', '/')}*"))]
-  assert not lost
-
-
-def test_the_flags_that_the_documents_show_exist(capsys: pytest.CaptureFixture[str]) -> None:
-  shown = {
-    flag
-    for document in (README, *PAGES)
-    for command in commands(document)
-    if re.search(r"\bmpjax compare\b", command)
-    for flag in re.findall(r"(?<=\s)--[a-z-]+", command)
-  }
-  with pytest.raises(SystemExit, match="0"):
-    cli.main(["compare", "--help"])
-  unknown = shown - set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
-  assert not unknown, f"`mpjax compare --help` does not know {sorted(unknown)}"
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_the_files_that_a_document_links_to_exist(document: Path) -> None:
   targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", document.read_text())
   missing = [target for target in targets if not (document.parent / target).exists()]
   assert not missing, f"{document.name} links to {missing}"
-
-
-def test_contributing_quotes_the_one_script() -> None:
-  assert ".ci/run" in list(commands(ROOT / "CONTRIBUTING.md"))
-  assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_the_supported_versions_agree() -> None:

@@ -99,6 +99,40 @@ def test_histograms_add_up_in_a_scan_and_refuse_another_tree():
     _ = start + inspect.histogram({"h": jnp.float32(0)})
 
 
+def test_a_histogram_shows_in_a_line_and_prints_a_row_for_each_leaf():
+  held = inspect.histogram({"b": jnp.array([0.0, jnp.nan]), "w": jnp.array([0.75, 1.0, 3.0])})
+  assert repr(held) == ("Histogram(2 leaves, 5 values: 1 zero, 1 NaN, others above 2^-1, up to 3)")
+  assert [line.split() for line in str(held).splitlines()[1:]] == [
+    ["b", "2", "1", "0", "0", "1"],
+    ["w", "3", "0", "2^-1", "3", "0", "0"],
+  ]
+  assert "<td" in held._repr_html_() and "2^-1" in held._repr_html_()
+  assert repr(inspect.histogram({})) == "Histogram(0 leaves, 0 values)"
+  nothing = np.zeros((2, 50, 281), np.uint32)
+  many = inspect.Histogram(nothing, np.zeros(50), tuple(map(str, range(50))))
+  assert len(str(many).splitlines()) < 25 and "and 30 more leaves" in str(many)
+
+
+def test_a_histogram_shows_where_its_counts_cannot_be_read():
+  seen = []
+
+  def step(x):
+    held = inspect.histogram(x)
+    seen.extend([repr(held), str(held), held._repr_html_()])
+    return held
+
+  shapes = jax.eval_shape(step, jnp.ones(3))
+  stacked = jax.vmap(inspect.histogram)(jnp.ones((4, 3)))
+  gone = inspect.histogram(jnp.ones(3))
+  gone.counts.delete()
+  assert {*seen, repr(shapes), repr(gone)} == {
+    "Histogram(1 leaf, counts u32[2,1,281])",
+    "<p>Histogram(1 leaf, counts u32[2,1,281])</p>",
+  }
+  assert repr(stacked) == "Histogram(1 leaf, counts u32[4,2,1,281])"
+  assert repr(jax.tree.map(lambda leaf: None, gone)) == "Histogram(1 leaf, counts not here)"
+
+
 def test_what_is_no_float_is_left_out():
   tree = {"key": jax.random.key(0), "n": jnp.arange(3), "x": jnp.ones(2, jnp.bfloat16), "no": None}
   assert inspect.histogram(tree).names == ("x",)

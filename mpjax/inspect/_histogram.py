@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import leaf_paths
@@ -101,7 +101,7 @@ class Histogram:
     counts = self.counts
     return (
       isinstance(counts, np.ndarray | jax.Array)
-      and not isinstance(counts, jax.core.Tracer)
+      and not isinstance(counts, core.Tracer)
       and counts.ndim == 3
       and (isinstance(counts, np.ndarray) or _is_here(counts))
     )

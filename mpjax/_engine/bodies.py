@@ -125,6 +125,7 @@ _BODIES: dict[Rule, Callable[[JaxprEqn], tuple[Body, ...]]] = {
   Rule.CUSTOM_PARTITIONING: _call,
 }
 _FINDERS = {name: _BODIES[rule] for name, rule in RULES.items() if rule in _BODIES}
+HAVE_BODIES = _FINDERS.keys()  # few do, so who asks of every equation looks here first
 
 
 def repetitions(eqn: JaxprEqn) -> int | None:

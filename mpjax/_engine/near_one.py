@@ -27,7 +27,7 @@ import numpy as np
 
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.loop_carries import terms_of
 from mpjax._engine.recomputed import recomputed
@@ -112,7 +112,8 @@ class NearOne:
       found = variables_of(inner.outvars[n] for n in recurring)
       for eqn in reversed(inner.eqns):
         read = []
-        if bodies := bodies_of(eqn):
+        if eqn.primitive.name in HAVE_BODIES:
+          bodies = bodies_of(eqn)
           for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
         elif eqn.primitive.name in RECUR and not found.isdisjoint(eqn.outvars):

@@ -523,8 +523,9 @@ _NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
   """Whether an equation is a matmul or has one in a body."""
-  inside = (_multiplies(step.eqn, step.bodies) for body in bodies for step in body.steps)
-  return eqn.primitive.name in _MATMULS or any(inside)
+  if eqn.primitive.name in _MATMULS or not bodies:
+    return eqn.primitive.name in _MATMULS
+  return any(_multiplies(step.eqn, step.bodies) for body in bodies for step in body.steps)
 
 
 def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
 from mpjax._engine.kinds import keeps_its_distance
 
@@ -106,7 +106,7 @@ class RoleFinder:
       for eqn in inner.eqns:
         if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
           found |= variables_of(map(source(), eqn.invars[1:]))
-        for body in bodies_of(eqn):
+        for body in bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ():
           operands = self.from_one(body.jaxpr)[1] | _multiplies_carry(body)
           found |= variables_of(source()(eqn.invars[body.operands[n]]) for n in operands)
       leading = set(found)
@@ -129,7 +129,7 @@ class RoleFinder:
         read = [found.of(atom) for atom in eqn.invars]
         if eqn.primitive.name in SATURATE:
           made = [_gate(eqn)]
-        elif bodies_of(eqn):
+        elif eqn.primitive.name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
         elif read.count(NONE) < len(read):
           made = [_derived(eqn, read)] * len(eqn.outvars)

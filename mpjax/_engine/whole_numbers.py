@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of, settled
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 
 Indices = frozenset[int]
@@ -74,10 +74,11 @@ class WholeNumbers:
     made = [not _is_inexact(var) for var in eqn.outvars]
     if all(made):
       return made
-    if bodies := [body for body in bodies_of(eqn) if not body.is_test]:
+    name = eqn.primitive.name
+    if name in HAVE_BODIES:
+      bodies = [body for body in bodies_of(eqn) if not body.is_test]
       columns = [self._results(b.jaxpr, self.entering(eqn, b, found)) for b in bodies]
       return [all(column) for column in zip(*columns, strict=True)]
-    name = eqn.primitive.name
     keeps = name == "iota" or (
       name in _KEEPS_WHOLE and all(is_whole(atom, found) for atom in eqn.invars)
     )

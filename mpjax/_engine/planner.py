@@ -2,7 +2,7 @@
 
 The plan is made by abstract interpretation: each float32 of the trace gets a `Form`, equations
 join the forms of their operands as the primitive table says, and the carry of a loop is the least
-fixed point. Executing a plan is `_interpreter`'s work, reporting one is `inspect`'s.
+fixed point. Executing a plan is `execute`'s work, reporting one is `inspect`'s.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ import numpy as np
 from jax.extend import source_info_util
 
 from mpjax._core import scopes
-from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine import constants, jaxprs, sharpening, versions
+from mpjax._engine import jaxprs, sharpening, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
+from mpjax._engine.decisions import NAMEABLE, Decision, Decisions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.kernels import kernel_of
-from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
+from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import MOVES, Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums
-from mpjax._engine.module_exits import Borders, held_as
+from mpjax._engine.module_exits import Borders
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
@@ -65,13 +64,6 @@ class Known(NamedTuple):
 
 
 NOTHING = Known()
-
-
-class _Decision(NamedTuple):
-  wanted: Sequence[np.dtype | None]
-  outs: Forms
-  params: dict[str, Any]
-  bodies: tuple[Plan, ...] = ()
 
 
 class Planner:
@@ -215,6 +207,7 @@ class _Walk:
     self.numbers = Numbers(planner.adapting)
     for var, numbers in zip(inner.invars, known.numbers, strict=False):
       self.numbers.define(var, numbers)
+    self.decisions = Decisions(self.numbers, self.around)
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.adapting.form(value) if jaxprs.is_float32(var) else None
@@ -238,10 +231,12 @@ class _Walk:
     won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
     policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
     rule = self.rule(eqn, forms, policy.compute_dtype)
-    if self.planner.policies.is_for_op(won) and rule in _NAMEABLE:
-      rule, decision = Rule.NAMED, self.named(eqn, forms, policy)
+    if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
+      rule, decision = Rule.NAMED, self.decisions.named(eqn, forms, policy)
+    elif rule in _WAYS:
+      decision = _WAYS[rule](self, eqn, forms, policy.compute_dtype, place)
     else:
-      decision = _DECIDE[rule](self, eqn, forms, policy.compute_dtype, place)
+      decision = self.decisions.decide(rule, eqn, forms, policy.compute_dtype)
     reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
     self.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
@@ -302,80 +297,9 @@ class _Walk:
     rule = self.planner.rule_at(self.place.path + path)
     return rule, self.planner.policies.policy_of(rule)
 
-  # Deciding one equation -----------------------------------------------------------------------
+  # Deciding an equation that has bodies -------------------------------------------------------
 
-  def lower(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """In 16 bits: those of the policy, or those that the author gave one of the operands."""
-    compute = sharpening.foreign_format(eqn, forms) or compute
-    decision = self.uniform(eqn, forms, narrow(compute))
-    if not any(forms):
-      return decision
-    return decision._replace(params=jaxprs.without_algorithm(decision.params))
-
-  def wide(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """Scores and what is added up are float32: they leave their matmul as it summed them up."""
-    decision = self.lower(eqn, forms, compute, place)
-    params = decision.params | {"preferred_element_type": FLOAT32}
-    return decision._replace(outs=_for_float32(eqn.outvars, DATA), params=params)
-
-  def full(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    return self.uniform(eqn, forms, DATA)
-
-  def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    form = join(forms) or DATA
-    if form.kind is Kind.CONSTANT:
-      form = self.numbers.form_after(eqn, forms)
-    if eqn.outvars[0] in self.around.sums.updates:
-      form = DATA
-    decision = self.uniform(eqn, forms, form)
-    if sharpening.looks_up_rows(eqn, forms) and compute != FLOAT32:
-      return decision._replace(outs=(narrow(compute),))
-    return decision
-
-  def named(self, eqn: JaxprEqn, forms: Forms, policy: Policy) -> _Decision:
-    """An operation that a rule speaks of runs as the rule says, and returns what it says."""
-    decision = self.uniform(eqn, forms, held_as(policy.compute_dtype))
-    if not any(forms):
-      return decision
-    outs = tuple(held_as(policy.output_dtype) if f is not None else None for f in decision.outs)
-    return decision._replace(outs=outs, params=jaxprs.without_algorithm(decision.params))
-
-  def uniform(self, eqn: JaxprEqn, forms: Forms, form: Form) -> _Decision:
-    """Every float32 operand and result of the equation in one form."""
-    wanted = [form.dtype if f is not None else None for f in forms]
-    held = form if any(forms) else DATA
-    params = jaxprs.retyped(eqn.params, held.dtype) if any(forms) else eqn.params
-    return _Decision(wanted, _for_float32(eqn.outvars, held), params)
-
-  def traced(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    wanted = [FLOAT32 if f is not None else None for f in forms]
-    return _Decision(wanted, _for_float32(eqn.outvars, DATA), eqn.params)
-
-  def custom_lin(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """Operands are read as they are held: the backward pass is planned when it is run."""
-    return _Decision([None] * len(forms), _for_float32(eqn.outvars, DATA), eqn.params)
-
-  def each(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    return _Decision([None] * len(forms), forms, eqn.params)
-
-  def convert(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """float32 to float32 passes on; a mask or a number adapts; an integer becomes data."""
-    operand: Any = eqn.invars[0]
-    (form,), (result,) = forms, eqn.outvars
-    if not jaxprs.is_float32(result):
-      return _Decision([None], (None,), eqn.params)
-    if form is not None:
-      self.numbers.define(result, self.numbers.of(operand))
-      held = DATA if compute == FLOAT32 else form
-      return self.uniform(eqn, forms, held)
-    if operand.aval.dtype == np.bool_:
-      self.numbers.define(result, constants.MASK)
-      return _Decision([None], (CONSTANT,), eqn.params)
-    numbers = self.numbers.of(operand)
-    self.numbers.define(result, numbers)
-    return _Decision([None], (self.numbers.form_of_all(numbers),), eqn.params)
-
-  def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+  def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
     (held,) = bodies_of(eqn)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
     own = self.own.among(eqn.invars) if is_call else Own()
@@ -384,7 +308,7 @@ class _Walk:
     if eqn.primitive.name in _SHARES_READS:
       body = self.planner.plan(held.jaxpr, widened(body), place, known=known)
     wanted = [form and form.dtype for form in body.in_forms]
-    return _Decision(wanted, body.out_forms, eqn.params, (body,))
+    return Decision(wanted, body.out_forms, eqn.params, (body,))
 
   def exact_of_bodies(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
     return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
@@ -419,14 +343,14 @@ class _Walk:
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
     return tuple(n for n, var in enumerate(eqn.outvars) if var in self.logarithms)
 
-  def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+  def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
     (body,) = bodies_of(eqn)
     own = self.own.among(eqn.invars).without(body.carry)
     return self.loop(eqn, forms, compute, place, own)
 
   def loop(
     self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place, own: Own | None = None
-  ) -> _Decision:
+  ) -> Decision:
     *tests, body = bodies_of(eqn)
     *of_tests, exact = self.exact_of_bodies(eqn)
     count, turns = len(body.carry), repetitions(eqn)
@@ -467,9 +391,9 @@ class _Walk:
       of_test = Known(needed, whole=whole)
       bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=of_test))
     wanted = [form and form.dtype for form in operands]
-    return _Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
+    return Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
 
-  def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
+  def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
     branches, own = bodies_of(eqn), self.own.among(eqn.invars[1:])
     exact = self.exact_of_bodies(eqn)
     known = [self.known(eqn, b, forms[1:], own, e) for b, e in zip(branches, exact, strict=True)]
@@ -477,48 +401,24 @@ class _Walk:
     free = [self.planner.plan(b, forms[1:], place, known=k).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
     bodies = tuple(self.planner.plan(b, forms[1:], place, outs, k) for b, k in pairs)
-    return _Decision([None] * len(forms), outs, eqn.params, bodies)
-
-  def marker(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> _Decision:
-    """A marked function takes and makes what its trace in the compute dtype does."""
-    jaxpr = kernel_of(eqn.params).traced_in(compute)
-    operands = zip(jaxpr.in_avals, forms, strict=True)
-    wanted = [aval.dtype if f is not None else None for aval, f in operands]
-    outs = tuple(
-      held_as(aval.dtype) if jaxprs.is_float32(var) else None
-      for var, aval in zip(eqn.outvars, jaxpr.out_avals, strict=True)
-    )
-    return _Decision(wanted, outs, {"jaxpr": jaxpr})
+    return Decision([None] * len(forms), outs, eqn.params, bodies)
 
 
-_DECIDE: dict[Rule, Callable[..., _Decision]] = {
-  Rule.LOWER: _Walk.lower,
-  Rule.WIDE: _Walk.wide,
-  Rule.FULL: _Walk.full,
-  Rule.ALWAYS: _Walk.full,
-  Rule.LOSS_SCALE: _Walk.full,
-  Rule.FOLLOW: _Walk.follow,
-  Rule.MULTIPLY: _Walk.follow,
-  Rule.EACH: _Walk.each,
-  Rule.CONVERT: _Walk.convert,
+_WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, np.dtype, Place], Decision]] = {
   Rule.CALL: _Walk.call,
   Rule.SCAN: _Walk.scan,
   Rule.WHILE: _Walk.loop,
   Rule.COND: _Walk.cond,
   Rule.CUSTOM_JVP: _Walk.call,
   Rule.CUSTOM_VJP: _Walk.call,
-  Rule.CUSTOM_LIN: _Walk.custom_lin,
   Rule.CUSTOM_VMAP: _Walk.call,
   Rule.REMAT_OPT: _Walk.call,
   Rule.LINEAR_CALL: _Walk.call,
   Rule.CUSTOM_PARTITIONING: _Walk.call,
-  Rule.MARKER: _Walk.marker,
-  Rule.TRACED: _Walk.traced,
 }
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = having(Trait.JIT)
 _MATMULS = having(Trait.MATMUL)
-_NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
@@ -532,7 +432,3 @@ def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> R
   if form is None or wanted is None or wanted == form.dtype:
     return Read(via)
   return Read(via, wanted)
-
-
-def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
-  return tuple(form if jaxprs.is_float32(var) else None for var in outvars)

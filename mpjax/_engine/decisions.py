@@ -80,9 +80,11 @@ class Decisions(NamedTuple):
     return decision._replace(outs=_for_float32(eqn.outvars, DATA), params=params)
 
   def full(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Decision:
+    """In float32."""
     return _uniform(eqn, forms, DATA)
 
   def follow(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Decision:
+    """In the form that its operands join to; an update, and what it adds, in float32."""
     form = join(forms) or DATA
     if form.kind is Kind.CONSTANT:
       form = self.numbers.form_after(eqn, forms)
@@ -94,6 +96,7 @@ class Decisions(NamedTuple):
     return decision
 
   def traced(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Decision:
+    """As it stands in the trace: autocast does not know what it computes."""
     wanted = [FLOAT32 if f is not None else None for f in forms]
     return Decision(wanted, _for_float32(eqn.outvars, DATA), eqn.params)
 
@@ -102,6 +105,7 @@ class Decisions(NamedTuple):
     return Decision([None] * len(forms), _for_float32(eqn.outvars, DATA), eqn.params)
 
   def each(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Decision:
+    """Each result is held as the operand in its place."""
     return Decision([None] * len(forms), forms, eqn.params)
 
   def convert(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Decision:

@@ -11,7 +11,8 @@ from typing import Any
 
 from mpjax._core.arguments import shown
 from mpjax._demo.jobs import UsageError
-from mpjax.inspect._cost import CostReport, cost
+from mpjax.inspect._cost import cost
+from mpjax.inspect._cost_report import CostReport
 from mpjax.inspect._source_lines import raised_at
 
 

@@ -6,7 +6,8 @@ Every report prints as a text table, shows as HTML in a notebook, and exports wi
 
 from mpjax.inspect._check import check
 from mpjax.inspect._check_report import CheckReport
-from mpjax.inspect._cost import CostReport, cost
+from mpjax.inspect._cost import cost
+from mpjax.inspect._cost_report import CostReport
 from mpjax.inspect._explain import explain
 from mpjax.inspect._flow_report import FlowReport
 from mpjax.inspect._histogram import Histogram, histogram

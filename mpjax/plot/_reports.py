@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpjax._core.formats import Format, read_format
-from mpjax.inspect._cost import CostReport
+from mpjax.inspect._cost_report import CostReport
 from mpjax.inspect._ranges import RangeReport, UpdateReport
 from mpjax.inspect._tune_report import TuneReport
 from mpjax.plot._axes import BLUE, GREEN, GREY, ORANGE, RED, legend_below, new_axes

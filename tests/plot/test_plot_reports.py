@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 import mpjax
 from mpjax import inspect
-from mpjax.inspect._cost import CostRow
+from mpjax.inspect._cost_report import CostRow
 from mpjax.inspect._tune_report import Trial
 from mpjax.plot import plot_cost, plot_frontier, plot_range, plot_scale_choice, plot_updates
 

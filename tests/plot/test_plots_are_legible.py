@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import mpjax
 from mpjax import inspect, plot
-from mpjax.inspect._cost import CostRow
+from mpjax.inspect._cost_report import CostRow
 from mpjax.inspect._tune_report import Trial
 from mpjax.plot import _axes
 

@@ -89,6 +89,14 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
   "dpa-512": {"groups": 8, "kernel": "jax"},
   "gqa-512": {"groups": 2, "kernel": "jax"},
   "gqa-2048": {"groups": 2, "kernel": "jax", "length": 2048, "batch": 4, "layers": 1},
+  **{
+    f"{name}-8192": {**options, "length": 8192, "batch": 1, "layers": 1}
+    for name, options in (
+      ("einsum", {"groups": 8}),
+      ("dpa", {"groups": 8, "kernel": "jax"}),
+      ("gqa", {"groups": 2, "kernel": "jax"}),
+    )
+  },
 }
 """Blocks of a Llama whose attention is spelled out, JAX's function, and that with grouped heads."""
 

@@ -20,6 +20,21 @@ CODE = sorted(
   for file in (ROOT / folder).rglob("*.py")
 )
 
+
+def text_of(page: Path) -> str:
+  """What a page says: its text with what it includes, without its code and its tables."""
+  text = page.read_text()
+  for whole, path, end in re.findall(
+    r'^(```\{include\} (\S+)\n(?::end-before: "(.*)"\n)?```)$', text, re.M
+  ):
+    included = (page.parent / path).read_text()
+    text = text.replace(whole, included.partition(end)[0] if end else included)
+  text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+  if page.suffix == ".py":  # a notebook's source: prose is what is commented out
+    text = "\n".join(re.findall(r"^# (.*)$", text, re.M))
+  return re.sub(r"^\|.*$", "", text, flags=re.M)
+
+
 SHELL = ("bash", "sh", "shell", "console")
 # How a command begins, so that a name in backticks is none: `pip`, `mpjax.plot`.
 _BEGINS = r"(?:python3? [-\w.]|pip install |mpjax (?:compare|cost)\b|srun |\.ci/run$)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -168,6 +169,7 @@ Tally = tuple[jax.Array, jax.Array]
 """The counts of one array, u32[2, 281], and its largest finite magnitude, f32[]."""
 
 
+@partial(jax.jit, inline=True)  # outside of a `jit` one program, not fifteen
 def tally(x: jax.Array) -> Tally:
   """Counts one array."""
   x = jnp.asarray(x).astype(FLOAT32)
@@ -195,6 +197,7 @@ def stack(tallies: list[Tally], names: tuple[str, ...]) -> Histogram:
   return Histogram(counts, jnp.stack([largest for _, largest in tallies]), names)
 
 
+@partial(jax.jit, inline=True)
 def add_counts(a: jax.Array, b: jax.Array) -> jax.Array:
   """The sum of 64-bit counts held as u32[2, ...], high word and low word.
 

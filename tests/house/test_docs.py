@@ -11,13 +11,33 @@ from pathlib import Path
 import pytest
 
 import mpjax
-from _documents import DOCUMENTS, PAGES, README, ROOT, blocks, commands
+from _documents import (
+  DOCUMENTS,
+  NOTEBOOKS,
+  PAGES,
+  README,
+  ROOT,
+  SITE,
+  TABLES,
+  blocks,
+  commands,
+  text_of,
+)
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # What comes with the extra `docs` alone; pages that import it run with `-m docs`.
 EXTRA = ("equinox", "haiku")
 LONGEST_PAGE, LONGEST_README = 1000, 150
+# All that a reader meets but the reference and the list of every change.
+LIMITED = [
+  README,
+  ROOT / "CONTRIBUTING.md",
+  ROOT / "benchmarks" / "README.md",
+  *PAGES,
+  *TABLES,
+  *NOTEBOOKS,
+]
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -57,7 +77,7 @@ def batches() -> Iterator[object]:
   yield pytest.param(extra, id="extra", marks=pytest.mark.docs)
 
 
-@pytest.mark.quick("top")
+@pytest.mark.ci  # what they show, the tests of each piece hold
 @pytest.mark.parametrize("documents", list(batches()))
 def test_the_python_of_the_documents_runs_and_prints_what_they_say(
   documents: list[Path], tmp_path: Path
@@ -81,16 +101,16 @@ def test_the_readme_begins_with_the_two_commands() -> None:
   assert lines.startswith(install)
 
 
-def prose(page: Path) -> str:
-  """The text of a page without its code and its tables."""
-  text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
-  return re.sub(r"^\|.*$", "", text, flags=re.M)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", LIMITED, ids=lambda page: page.stem)
 def test_a_page_is_short(page: Path) -> None:
-  words = len(prose(page).split())
+  words = len(text_of(page).split())
   assert words <= LONGEST_PAGE, f"{page.name} has {words} words"
+
+
+def test_what_is_longer_is_tables_that_benchmarks_write() -> None:
+  """`docs/reference.rst` is made of docstrings; all else that the site shows is a page."""
+  assert all(table.with_suffix(".json").exists() for table in TABLES)
+  assert {file.name for file in SITE.rglob("*.rst")} == {"reference.rst"}
 
 
 def test_the_readme_is_short() -> None:
@@ -102,7 +122,9 @@ def test_every_page_with_code_is_run() -> None:
   assert {page for page in PAGES if blocks(page, "python")} <= run_in_batches
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+  "document", [*DOCUMENTS, ROOT / "benchmarks" / "README.md"], ids=["top", "how", "new", "measured"]
+)
 def test_the_files_that_a_document_links_to_exist(document: Path) -> None:
   targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", document.read_text())
   missing = [target for target in targets if not (document.parent / target).exists()]

@@ -43,13 +43,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+  return ast.parse(path.read_text())
+
+
 def module_name(path: Path) -> str:
   return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imported_names(path: Path) -> Iterator[str]:
   """Dotted names of all that a module imports: `mpjax._core.policy.Policy`, `jax.numpy`, ..."""
-  for node in ast.walk(ast.parse(path.read_text())):
+  for node in ast.walk(parsed(path)):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -99,7 +104,7 @@ def public_functions(node: ast.Module | ast.ClassDef, where: str) -> Iterator[tu
 
 def public_definitions(path: Path) -> Iterator[tuple[str, Function | ast.ClassDef]]:
   """Public functions, methods and classes of a module, whether the module is private or not."""
-  tree = ast.parse(path.read_text())
+  tree = parsed(path)
   where = module_name(path)
   for child in tree.body:
     if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
@@ -164,9 +169,7 @@ def test_a_package_is_imported_only_from_its_floor_upwards() -> None:
 
 
 def test_every_public_definition_has_a_docstring() -> None:
-  bare = [
-    module_name(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))
-  ]
+  bare = [module_name(path) for path in MODULES if not ast.get_docstring(parsed(path))]
   bare += [
     name
     for path in MODULES
@@ -196,7 +199,7 @@ def test_no_function_is_longer_than_50_lines() -> None:
   long = {
     f"{module_name(path)}.{node.name}": body_lines(node)
     for path in MODULES
-    for node in ast.walk(ast.parse(path.read_text()))
+    for node in ast.walk(parsed(path))
     if isinstance(node, Function) and body_lines(node) > 50
   }
   assert not long

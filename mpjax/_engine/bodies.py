@@ -23,6 +23,7 @@ import jax
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine import versions
 from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.versions import AnyJaxpr
 
 T = TypeVar("T")
 
@@ -45,7 +46,7 @@ class Body(NamedTuple):
     is_test: Whether its one result tells a loop to go on, and is none of the equation's.
   """
 
-  jaxpr: Any
+  jaxpr: AnyJaxpr
   operands: Sequence[int]
   carry: range
   is_test: bool = False
@@ -106,7 +107,7 @@ def _cond(eqn: JaxprEqn) -> tuple[Body, ...]:
   return tuple(_function(branch, rest) for branch in eqn.params["branches"])
 
 
-def _function(jaxpr: Any, operands: range) -> Body:
+def _function(jaxpr: AnyJaxpr, operands: range) -> Body:
   """A body that runs once: nothing is carried from turn to turn."""
   return Body(jaxpr, operands, range(len(operands), len(operands)))
 

@@ -19,6 +19,7 @@ from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import CONSTANT, DATA, Form, fits, join, saturated
 from mpjax._engine.plan import Forms
+from mpjax._engine.versions import Atom
 
 NumberSet = frozenset[float] | None
 """The numbers that occur in a constant; None where they are not known."""
@@ -125,7 +126,7 @@ class Numbers:
     self._adapting = adapting
     self._known: dict[Var, NumberSet] = {}
 
-  def of(self, atom: Any) -> NumberSet:
+  def of(self, atom: Atom) -> NumberSet:
     """The values of an operand."""
     return numbers_of(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
 
@@ -162,11 +163,11 @@ class Numbers:
       return DATA
     return join(map(self._adapting.form, numbers)) or CONSTANT
 
-  def form_of(self, atom: Any) -> Form | None:
+  def form_of(self, literal: Literal) -> Form | None:
     """How a literal is held, None for one that is not float32."""
-    return self._adapting.form(atom.val) if jaxprs.is_float32(atom) else None
+    return self._adapting.form(literal.val) if jaxprs.is_float32(literal) else None
 
 
-def _is_integer(atom: Any) -> bool:
+def _is_integer(atom: Atom) -> bool:
   dtype = getattr(atom.aval, "dtype", None)
   return isinstance(dtype, np.dtype) and dtype.kind in "iu"

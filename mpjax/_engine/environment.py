@@ -14,6 +14,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.plan import Read
+from mpjax._engine.versions import Atom
 
 
 class Key(NamedTuple):
@@ -69,7 +70,7 @@ class Environment:
     self._known[key] = to_dtype(self.get(without_last_cast(key)), dtype)
     return self._known[key]
 
-  def read(self, atom: Any, read: Read) -> Any:
+  def read(self, atom: Atom, read: Read) -> Any:
     """An operand in the dtype that an equation wants."""
     if isinstance(atom, Literal):
       return self._literal(atom, read.to)

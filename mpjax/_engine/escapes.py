@@ -15,6 +15,7 @@ import jax
 from jax.core import Tracer
 
 from mpjax._engine import versions
+from mpjax._engine.versions import AnyJaxpr
 
 _MOST = 500
 """Objects that are looked at in one result: what users make is small, what it refers to may not."""
@@ -37,7 +38,7 @@ def hidden(leaves: Iterable[Any], tree: Any) -> list[tuple[str, Tracer]]:
   ]
 
 
-def check(found: Sequence[tuple[str, Tracer]], jaxpr: Any) -> None:
+def check(found: Sequence[tuple[str, Tracer]], jaxpr: AnyJaxpr) -> None:
   """Refuse what `hidden` found if this trace has computed it: it ends, and the value with it.
 
   Args:

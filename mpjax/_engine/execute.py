@@ -340,7 +340,7 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32.
   """
   if step.parameter is not None and step.outs[0] is not None:
-    shape = step.eqn.outvars[0].aval.shape  # pyright: ignore[reportAttributeAccessIssue]
+    shape = jaxprs.shape(step.eqn.outvars[0])
     parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
     spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
     operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)

@@ -1,6 +1,7 @@
 """Reading, running and rebuilding equations through JAX's public interface."""
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -14,6 +15,7 @@ from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AxisType
 
 from mpjax._engine import versions
+from mpjax._engine.versions import Atom
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -23,14 +25,20 @@ def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
   return jax.make_jaxpr(fn)(*avals)
 
 
-def is_float32(atom: Any) -> bool:
+def is_float32(atom: Atom) -> bool:
   """Whether a variable or literal of a jaxpr is float32 as traced."""
   return getattr(atom.aval, "dtype", None) == _FLOAT32
 
 
-def size(atom: Any) -> int:
+def shape(atom: Atom) -> tuple[int, ...]:
+  """The shape of an array that a variable or literal of a jaxpr holds."""
+  aval: Any = atom.aval
+  return aval.shape
+
+
+def size(atom: Atom) -> int:
   """How many numbers a variable or literal of a jaxpr holds."""
-  return atom.aval.size
+  return math.prod(shape(atom))
 
 
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:
@@ -80,7 +88,7 @@ def sources(inner: Any, moves: Collection[str]) -> Callable[[Any], Any]:
   """
   moved = {eqn.outvars[0]: eqn.invars[0] for eqn in inner.eqns if eqn.primitive.name in moves}
 
-  def source(atom: Any) -> Any:
+  def source(atom: Atom) -> Any:
     while not isinstance(atom, Literal) and atom in moved:
       atom = moved[atom]
     return atom

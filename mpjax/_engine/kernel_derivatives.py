@@ -31,6 +31,7 @@ from mpjax._engine.kernels import (
   corresponds,
   in_every_format,
 )
+from mpjax._engine.versions import AnyJaxpr
 
 
 class _Forward(NamedTuple):
@@ -43,7 +44,7 @@ class _Forward(NamedTuple):
     tree: Of the residuals, as the function that is the backward pass.
   """
 
-  jaxpr: Any
+  jaxpr: AnyJaxpr
   sources: tuple[int, ...]
   residuals: list[Any]
   tree: Any

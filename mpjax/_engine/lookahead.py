@@ -13,6 +13,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr
 
 Indices = tuple[int, ...]
 
@@ -84,7 +85,7 @@ class Needs:
             found[atom] = found.get(atom, False) or any(leads)
     return found
 
-  def logarithms(self, jaxpr: Any, outs: frozenset[int]) -> frozenset[Any]:
+  def logarithms(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Any]:
     """The variables of a jaxpr that lead into a logarithm, with no matmul between.
 
     Args:
@@ -93,7 +94,7 @@ class Needs:
     """
     return self._into_logarithms(jaxpr, outs)[0]
 
-  def heads(self, jaxpr: Any, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
+  def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
 
     Args:
@@ -119,7 +120,7 @@ class Needs:
     return self._heads[key]
 
   def _into_logarithms(
-    self, jaxpr: Any, outs: frozenset[int]
+    self, jaxpr: AnyJaxpr, outs: frozenset[int]
   ) -> tuple[frozenset[Any], frozenset[int]]:
     """What leads into a logarithm: variables, and operands by index."""
     key = id(jaxpr), outs

@@ -13,6 +13,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
+from mpjax._engine.versions import AnyJaxpr
 
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _MATMULS = having(Trait.MATMUL)
@@ -55,7 +56,7 @@ def carried(held: Form | None, out: Form | None) -> Form | None:
   return out if held != PARAM or out == PARAM else DATA
 
 
-def accumulates(jaxpr: Any, carry: range) -> tuple[float, ...]:
+def accumulates(jaxpr: AnyJaxpr, carry: range) -> tuple[float, ...]:
   """How many terms a turn of a loop may add to each value that it carries; 0 if it adds none.
 
   A value is added to if elementwise arithmetic leads to it from what is carried; loops inside
@@ -83,7 +84,7 @@ def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Any, float]) -> list[flo
   return [max(before, turns * max(column)) for column in zip(*counts, strict=True)]
 
 
-def _through(jaxpr: Any, reading: Iterable[int], results: int) -> list[float]:
+def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[float]:
   """How many terms a jaxpr adds to those operands that are carried, in each of its results."""
   inner = versions.open_jaxpr(jaxpr)
   terms: dict[Any, float] = {inner.invars[n]: 0.0 for n in reading}

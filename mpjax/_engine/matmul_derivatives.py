@@ -24,6 +24,7 @@ from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed
 from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.versions import AnyJaxpr, Atom
 
 Dims = tuple[int, ...]
 
@@ -172,13 +173,13 @@ class Convolution(NamedTuple):
     return self._replace(mapped=(*self.mapped, (0 in operands, 1 in operands)))
 
 
-def _summing_in_float32(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+def _summing_in_float32(jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
   """Evaluate the transpose of a convolution, whose result leaves it in float32."""
   inner = versions.open_jaxpr(jaxpr)
   known = dict(zip(inner.constvars, versions.constants(jaxpr), strict=True))
   known |= dict(zip(inner.invars, operands, strict=True))
 
-  def read(atom: Any) -> Any:
+  def read(atom: Atom) -> Any:
     return atom.val if isinstance(atom, Literal) else known[atom]
 
   for eqn in inner.eqns:

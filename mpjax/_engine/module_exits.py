@@ -10,8 +10,10 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.scopes import Path
+from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
+from mpjax._engine.versions import Atom
 
 Governs = Callable[[Path], tuple[int | None, Policy]]
 """The rule, by its index, and the policy of a module."""
@@ -27,7 +29,7 @@ class Borders:
   def __init__(self, governs: Governs) -> None:
     self._governs = governs
     self._homes: dict[Var, Path] = {}
-    self._births: dict[Var, dict[tuple[int, ...], Path]] = {}
+    self._births: dict[Atom, dict[tuple[int, ...], Path]] = {}
     self._entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
 
   def settle(self, eqn: JaxprEqn, path: Path, *, multiplies: bool) -> None:
@@ -54,7 +56,7 @@ class Borders:
       self._homes[var] = path
       self._births[var] = {getattr(var.aval, "shape", ()): path} | begun
 
-  def cross(self, atom: Any, form: Form | None, path: Path) -> Form | None:
+  def cross(self, atom: Atom, form: Form | None, path: Path) -> Form | None:
     """The form of a value that is read in another module than it was computed in."""
     home = () if form is None or isinstance(atom, Literal) else self._homes.get(atom, ())
     if form is None or home == path:
@@ -64,7 +66,7 @@ class Borders:
       self._enter(atom, form, home, path)
     return form
 
-  def _leave(self, atom: Any, form: Form, home: Path, path: Path) -> Form:
+  def _leave(self, atom: Atom, form: Form, home: Path, path: Path) -> Form:
     """The form of a value after it left every module between its home and a path.
 
     Data goes on in 16 bits where it is what came in, made over: every value of its shape came in as
@@ -79,19 +81,20 @@ class Borders:
       if rule is not None and rule != self._governs(home[: depth - 1])[0]:
         form = held_as(policy.output_dtype)
       elif form.kind is Kind.DATA and policy.compute_dtype != FLOAT32:
-        shape = atom.aval.shape
+        shape = jaxprs.shape(atom)
         dtype = self._entered.get(home[:depth], {}).get(shape)
         birth = self._births.get(atom, {}).get(shape, home)
         dtype = None if birth[:depth] == home[:depth] else dtype
         form = form if dtype is None else narrow(dtype)
     return form
 
-  def _enter(self, atom: Any, form: Form, home: Path, path: Path) -> None:
+  def _enter(self, atom: Atom, form: Form, home: Path, path: Path) -> None:
     """Remember the format in which every module gets values of a shape: None if in float32."""
     for depth in range(common_depth(home, path) + 1, len(path) + 1):
       formats = self._entered.setdefault(path[:depth], {})
       dtype = form.dtype if form.kind is Kind.NARROW else None
-      formats[atom.aval.shape] = dtype if formats.get(atom.aval.shape, dtype) == dtype else None
+      shape = jaxprs.shape(atom)
+      formats[shape] = dtype if formats.get(shape, dtype) == dtype else None
 
 
 def held_as(dtype: np.dtype) -> Form:

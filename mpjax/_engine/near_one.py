@@ -43,6 +43,7 @@ from mpjax._engine.roles import (
   places_of,
   variables_of,
 )
+from mpjax._engine.versions import AnyJaxpr
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
@@ -89,7 +90,9 @@ class NearOne:
     self._leads: dict[Any, tuple[set[Any], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
-  def exact(self, jaxpr: Any, outs: Iterable[int] = (), parameters: Iterable[int] = ()) -> Exact:
+  def exact(
+    self, jaxpr: AnyJaxpr, outs: Iterable[int] = (), parameters: Iterable[int] = ()
+  ) -> Exact:
     """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
 
     Args:
@@ -104,7 +107,7 @@ class NearOne:
 
   # Backwards: what is needed exactly ------------------------------------------------------------
 
-  def _leading(self, jaxpr: Any, recurring: Indices) -> tuple[set[Any], Indices]:
+  def _leading(self, jaxpr: AnyJaxpr, recurring: Indices) -> tuple[set[Any], Indices]:
     """What arithmetic leads from to results that recur, in a jaxpr and among its operands."""
     key = id(jaxpr), recurring
     if key not in self._leads:
@@ -123,7 +126,7 @@ class NearOne:
     return self._leads[key]
 
   def _backward(
-    self, jaxpr: Any, operands: Roles, outs: Needed, recurring: Indices
+    self, jaxpr: AnyJaxpr, operands: Roles, outs: Needed, recurring: Indices
   ) -> tuple[Exact, Needed]:
     """What is needed exactly in a jaxpr, and which of its operands are.
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.primitives import Rule
+from mpjax._engine import jaxprs
 from mpjax._engine.plan import Plan, Step, readers_of
 
 
@@ -66,7 +67,7 @@ def _parts(step: Step) -> tuple[int, int, int]:
   """How many dimensions of the result are matched, the first operand's and the second's."""
   contracted, batch = step.params["dimension_numbers"]
   first, second = (
-    len(atom.aval.shape) - len(c) - len(b)  # pyright: ignore[reportAttributeAccessIssue]
+    len(jaxprs.shape(atom)) - len(c) - len(b)
     for atom, c, b in zip(step.eqn.invars, contracted, batch, strict=True)
   )
   return len(batch[0]), first, second

@@ -14,6 +14,7 @@ from mpjax._core.scopes import Path
 from mpjax._engine import versions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
+from mpjax._engine.versions import AnyJaxpr
 
 Forms = tuple[Form | None, ...]
 
@@ -104,7 +105,7 @@ class Step:
 class Plan:
   """A jaxpr with what was decided for each of its equations and results."""
 
-  jaxpr: Any
+  jaxpr: AnyJaxpr
   in_forms: Forms
   steps: tuple[Step, ...]
   out_reads: tuple[Read, ...]

@@ -33,6 +33,7 @@ from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
 from mpjax._engine.sharpening import Own, Sight, Surroundings
+from mpjax._engine.versions import AnyJaxpr, Atom
 from mpjax._engine.whole_numbers import WholeNumbers
 
 
@@ -104,7 +105,7 @@ class Planner:
 
   def plan(
     self,
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     in_forms: Forms,
     place: Place = ROOT,
     out_forms: Forms | None = None,
@@ -126,7 +127,12 @@ class Planner:
     return self._plans[key]
 
   def rule_of(
-    self, jaxpr: Any, in_forms: Forms, place: Place, primals: Forms, out_forms: Forms | None = None
+    self,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    place: Place,
+    primals: Forms,
+    out_forms: Forms | None = None,
   ) -> Plan:
     """Plan a user's rule whose first results are those of the function that it is for.
 
@@ -149,11 +155,11 @@ class Planner:
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
 
-  def logarithms(self, jaxpr: Any, outs: Sequence[int]) -> frozenset[Any]:
+  def logarithms(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
     """What in a jaxpr leads into a logarithm, if that decides anything."""
     return self.needs.logarithms(jaxpr, frozenset(outs)) if self._in_float8 else frozenset()
 
-  def heads(self, jaxpr: Any, outs: Sequence[int]) -> frozenset[Any]:
+  def heads(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
     """What in a jaxpr is multiplied into a logarithm, if that decides anything."""
     return self.needs.heads(jaxpr, frozenset(outs))[0] if self._in_float8 else frozenset()
 
@@ -180,7 +186,7 @@ class _Walk:
   def __init__(
     self,
     planner: Planner,
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     in_forms: Forms,
     place: Place,
     known: Known,
@@ -289,7 +295,7 @@ class _Walk:
       forms.append(form)
     return vias, tuple(forms)
 
-  def held(self, atom: Any) -> Form | None:
+  def held(self, atom: Atom) -> Form | None:
     return self.numbers.form_of(atom) if isinstance(atom, Literal) else self.forms[atom]
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
@@ -336,7 +342,7 @@ class _Walk:
   def source(self) -> Callable[[Any], Any]:
     return jaxprs.sources(versions.open_jaxpr(self.jaxpr), MOVES)
 
-  def is_head(self, atom: Any) -> bool:
+  def is_head(self, atom: Atom) -> bool:
     source = self.source(atom)
     return not isinstance(source, Literal) and source in self.heads
 

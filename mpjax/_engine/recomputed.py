@@ -15,9 +15,10 @@ import numpy as np
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of, repetitions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, Atom
 
 
-def recomputed(jaxpr: Any) -> list[set[Var]]:
+def recomputed(jaxpr: AnyJaxpr) -> list[set[Var]]:
   """The sets of a jaxpr's variables that hold one value.
 
   Two equations compute one value from the same operands if their primitives and parameters are
@@ -48,7 +49,7 @@ class _Values:
     self.fresh = itertools.count()
     self._known: dict[Hashable, int] = {}
 
-  def of_variables(self, jaxpr: Any, operands: Sequence[int]) -> dict[Var, int]:
+  def of_variables(self, jaxpr: AnyJaxpr, operands: Sequence[int]) -> dict[Var, int]:
     """The number of each variable of a jaxpr, of which the operands' are given."""
     inner = versions.open_jaxpr(jaxpr)
     numbers = dict(zip(inner.invars, operands, strict=True))
@@ -58,7 +59,7 @@ class _Values:
       numbers |= zip(eqn.outvars, self._results(eqn, read), strict=True)
     return numbers
 
-  def _of(self, atom: Any, numbers: dict[Var, int]) -> int:
+  def _of(self, atom: Atom, numbers: dict[Var, int]) -> int:
     if not isinstance(atom, Literal):
       return numbers[atom]
     aval: Any = atom.aval

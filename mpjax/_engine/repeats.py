@@ -21,6 +21,7 @@ from mpjax._engine.islands import Island
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.plan import Plan, Read, Readers, Step, readers_of
 from mpjax._engine.softmax import Softmax
+from mpjax._engine.versions import Atom
 
 OFTEN = 4
 """How often a run must recur to be worth a function of its own."""
@@ -122,7 +123,7 @@ def _repeat(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Repeat:
   inside_of_islands = {i for u in units.values() if not isinstance(u, Step) for i in u.steps}
   inputs: dict[Key, int] = {}
 
-  def operand(index: int, atom: Any, read: Read) -> Hashable:
+  def operand(index: int, atom: Atom, read: Read) -> Hashable:
     if isinstance(atom, Literal):
       return atom.aval, np.asarray(atom.val).tobytes(), read
     if atom in made:

@@ -19,6 +19,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
 from mpjax._engine.kinds import keeps_its_distance
+from mpjax._engine.versions import AnyJaxpr, Atom
 
 Indices = frozenset[int]
 
@@ -65,7 +66,7 @@ class Forward(NamedTuple):
   inside: Mapping[int, tuple[Roles, ...]]
   dtypes: Collection[np.dtype]
 
-  def of(self, atom: Any) -> Role:
+  def of(self, atom: Atom) -> Role:
     """The role of an operand."""
     if not isinstance(atom, Literal):
       return self.roles.get(atom, NONE)
@@ -94,7 +95,7 @@ class RoleFinder:
 
   # First of all: which operands may be decays -----------------------------------------------------
 
-  def from_one(self, jaxpr: Any) -> tuple[set[Any], Indices]:
+  def from_one(self, jaxpr: AnyJaxpr) -> tuple[set[Any], Indices]:
     """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
 
     Or multiplies what a loop carries in every turn.
@@ -117,7 +118,7 @@ class RoleFinder:
 
   # Forwards: what values are made of ------------------------------------------------------------
 
-  def forward(self, jaxpr: Any, operands: Roles) -> Forward:
+  def forward(self, jaxpr: AnyJaxpr, operands: Roles) -> Forward:
     """The roles in a jaxpr, given those of its operands."""
     key = id(jaxpr), operands
     if key not in self._forwards:
@@ -140,7 +141,7 @@ class RoleFinder:
       self._forwards[key] = found
     return self._forwards[key]
 
-  def _results(self, jaxpr: Any, operands: Roles) -> list[Role]:
+  def _results(self, jaxpr: AnyJaxpr, operands: Roles) -> list[Role]:
     forward = self.forward(jaxpr, operands)
     return [forward.of(atom) for atom in versions.open_jaxpr(jaxpr).outvars]
 
@@ -201,7 +202,7 @@ def places_of(atoms: Iterable[Any], found: Collection[Any]) -> Indices:
   return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
 
 
-def _is_one(atom: Any) -> bool:
+def _is_one(atom: Atom) -> bool:
   return isinstance(atom, Literal) and bool(atom.val == 1)
 
 

@@ -21,6 +21,7 @@ from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
+from mpjax._engine.versions import Atom
 
 SATURATING = having(Trait.SATURATES)
 _MOVES = having(Trait.MOVES)
@@ -280,7 +281,7 @@ def is_square(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
-def _source(atom: Any, makers: Mapping[Any, JaxprEqn]) -> tuple[Any, ...]:
+def _source(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> tuple[Any, ...]:
   """What a value was before it was moved, and how it was."""
   moves = []
   while not isinstance(atom, Literal) and atom in makers and makers[atom].primitive.name in _MOVES:
@@ -290,8 +291,8 @@ def _source(atom: Any, makers: Mapping[Any, JaxprEqn]) -> tuple[Any, ...]:
   return (id(atom), *moves)
 
 
-def _rank(atom: Any) -> int:
-  return len(atom.aval.shape)
+def _rank(atom: Atom) -> int:
+  return len(jaxprs.shape(atom))
 
 
 def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:
@@ -385,7 +386,7 @@ def power_iteration(inner: Any, state: Collection[Any]) -> set[Any]:
         products.append(eqn.outvars[0])
       elif len(matrices) == 1:
         ((matrix, along),) = matrices
-        source, axes = turned.get(matrix, (matrix, range(len(matrix.aval.shape))))
+        source, axes = turned.get(matrix, (matrix, range(_rank(matrix))))
         ways = found.setdefault(source, {})
         ways.setdefault(tuple(sorted(axes[d] for d in along)), []).append(eqn.outvars[0])
   there_and_back = [ways for ways in found.values() if len(ways) > 1]
@@ -396,7 +397,7 @@ def power_iteration(inner: Any, state: Collection[Any]) -> set[Any]:
 def _factors(eqn: JaxprEqn) -> Iterator[tuple[Any, Sequence[int], bool]]:
   """The factors of a matmul, each with its contracted dimensions, and whether it is one vector."""
   for atom, contracted, batch in zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True):
-    shape: Any = atom.aval.shape
+    shape = jaxprs.shape(atom)
     free = (size for d, size in enumerate(shape) if d not in contracted and d not in batch)
     yield atom, contracted, all(size == 1 for size in free)
 

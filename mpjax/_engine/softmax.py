@@ -23,6 +23,7 @@ from mpjax._engine.environment import to_dtype
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
+from mpjax._engine.versions import Atom
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
 _REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
@@ -79,7 +80,7 @@ def match(
   fits = (
     total.invars[0] is steps[exp].eqn.outvars[0]
     and _keeps_axes(steps, chain, axes)
-    and _shape(x) == _shape(result)
+    and jaxprs.shape(x) == jaxprs.shape(result)
     and _is_one_number(m, axes, steps, makers)
     and len(formats) == 1
     and FLOAT32 not in formats
@@ -160,21 +161,17 @@ def _sum_behind(steps: Sequence[Step], makers: Mapping[Any, int], last: int) -> 
 
 def _keeps_axes(steps: Sequence[Step], chain: Sequence[int], axes: tuple[int, ...]) -> bool:
   """Whether a sum over some axes stands along them again, where it came from."""
-  shape = _shape(steps[chain[-1]].eqn.invars[0])
+  shape = jaxprs.shape(steps[chain[-1]].eqn.invars[0])
   kept = [axis for axis in range(len(shape)) if axis not in axes]
   for index in reversed(chain[:-1]):
     eqn = steps[index].eqn
-    place = [*range(len(shape))] if len(_shape(eqn.invars[0])) == len(shape) else kept
+    place = [*range(len(shape))] if len(jaxprs.shape(eqn.invars[0])) == len(shape) else kept
     if eqn.primitive.name == "broadcast_in_dim":
       if [*map(int, eqn.params["broadcast_dimensions"])] != place:
         return False
-    elif _shape(eqn.outvars[0]) != _narrowed(shape, axes):
+    elif jaxprs.shape(eqn.outvars[0]) != _narrowed(shape, axes):
       return False
-  return len(_shape(steps[chain[0]].eqn.outvars[0])) == len(shape)
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-  return atom.aval.shape
+  return len(jaxprs.shape(steps[chain[0]].eqn.outvars[0])) == len(shape)
 
 
 def _narrowed(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -182,10 +179,10 @@ def _narrowed(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_one_number(
-  atom: Any, axes: tuple[int, ...], steps: Sequence[Step], makers: Mapping[Any, int]
+  atom: Atom, axes: tuple[int, ...], steps: Sequence[Step], makers: Mapping[Any, int]
 ) -> bool:
   """Whether a value is the same all along some axes, so that a softmax does not depend on it."""
-  shape = _shape(atom)
+  shape = jaxprs.shape(atom)
   if all(axis < len(shape) and shape[axis] == 1 for axis in axes):
     return True
   made = makers.get(atom)
@@ -194,7 +191,7 @@ def _is_one_number(
     return False
   if eqn.primitive.name == "stop_gradient":
     return _is_one_number(eqn.invars[0], axes, steps, makers)
-  sizes = dict(zip(eqn.params["broadcast_dimensions"], _shape(eqn.invars[0]), strict=True))
+  sizes = dict(zip(eqn.params["broadcast_dimensions"], jaxprs.shape(eqn.invars[0]), strict=True))
   return all(sizes.get(axis, 1) == 1 for axis in axes)
 
 

@@ -7,15 +7,21 @@ carries by trees where it gave their counts before. The rest of the library know
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+
+Atom = Var | Literal
+"""An operand of an equation, or a result of a jaxpr."""
+AnyJaxpr = Jaxpr | ClosedJaxpr
+"""A jaxpr as a parameter of an equation holds it, open or closed over its constants."""
 
 
-def open_jaxpr(jaxpr: Any) -> Jaxpr:
+def open_jaxpr(jaxpr: AnyJaxpr) -> Jaxpr:
   """The equations of a jaxpr, whether it came closed over its constants or not."""
-  return getattr(jaxpr, "jaxpr", jaxpr)
+  inner: Any = getattr(jaxpr, "jaxpr", jaxpr)
+  return inner
 
 
-def constants(jaxpr: Any) -> Sequence[Any]:
+def constants(jaxpr: AnyJaxpr) -> Sequence[Any]:
   """The constants that a closed jaxpr carries; none for an open one."""
   return getattr(jaxpr, "consts", None) or ()
 

@@ -18,6 +18,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, Atom
 
 Indices = frozenset[int]
 
@@ -34,7 +35,7 @@ class WholeNumbers:
   def __init__(self) -> None:
     self._known: dict[Any, frozenset[Var]] = {}
 
-  def variables(self, jaxpr: Any, operands: Indices) -> frozenset[Var]:
+  def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
     """The variables of a jaxpr that hold whole numbers, integers and booleans among them.
 
     Args:
@@ -65,7 +66,7 @@ class WholeNumbers:
     settled(own[body.carry.start : body.carry.stop], turn, all)
     return _places(own)
 
-  def _results(self, jaxpr: Any, operands: Indices) -> list[bool]:
+  def _results(self, jaxpr: AnyJaxpr, operands: Indices) -> list[bool]:
     found = self.variables(jaxpr, operands)
     return [is_whole(atom, found) for atom in versions.open_jaxpr(jaxpr).outvars]
 
@@ -85,7 +86,7 @@ class WholeNumbers:
     return [keeps] * len(eqn.outvars)
 
 
-def is_whole(atom: Any, found: Any) -> bool:
+def is_whole(atom: Atom, found: Any) -> bool:
   """Whether a variable or a literal holds whole numbers, given which variables do."""
   return _are_whole(atom.val) if isinstance(atom, Literal) else atom in found
 

@@ -205,8 +205,8 @@ class Interpreter:
   def run_step(self, step: Step, values: Environment) -> None:
     """Execute one step on the values that the steps before it wrote."""
     reads = list(step.reads)
-    if step.parameter is not None:  # it rounds inside, and its cotangent does not
-      reads[step.parameter] = reads[step.parameter]._replace(to=None)
+    if step.wide is not None:  # it rounds inside, and its cotangent does not
+      reads[step.wide] = reads[step.wide]._replace(to=None)
     read = [values.read(a, r) for a, r in zip(step.eqn.invars, reads, strict=True)]
     outs = _RUN.get(step.rule, _bind)(self, step, read)
     held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]

@@ -5,14 +5,16 @@ Matmuls among them multiply in float8 where a policy says so.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from mpjax._core.dtypes import BFLOAT16
 from mpjax._core.primitives import Rule, Trait, having
-from mpjax._engine.jaxprs import JaxprEqn, is_float32
-from mpjax._engine.kinds import PARAM
+from mpjax._engine.jaxprs import JaxprEqn, Literal, is_float32
+from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
 
 _ELEMENTWISE = having(Trait.ARITHMETIC)
@@ -35,15 +37,63 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
   return None if placed else found[0]
 
 
+class CastParameters:
+  """Parameters that a model casts to 16 bits itself, as by ``dtype=``, in one jaxpr.
+
+  In ``c:bf16 = convert_element_type w``, ``d:bf16 = transpose c`` both are. Rows that are looked up
+  are none, as those of an embedding.
+
+  Args:
+    variables: Those that come in so.
+  """
+
+  def __init__(self, variables: Iterable[Any]) -> None:
+    self._cast = set(variables)
+
+  def follow(self, eqn: JaxprEqn, forms: Mapping[Any, Form | None]) -> None:
+    """Add what an equation casts or moves."""
+    if eqn.primitive.name not in _CASTS:
+      return
+    operands: list[Any] = [a for a in eqn.invars if _is_float(a)]
+    if operands and all(self._is_parameter(atom, forms) for atom in operands):
+      self._cast.update(v for v in eqn.outvars if _is_float(v) and not is_float32(v))
+
+  def among(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+    """Which of some operands are cast parameters, by index."""
+    pairs = enumerate(atoms)
+    return tuple(n for n, a in pairs if not isinstance(a, Literal) and a in self._cast)
+
+  def sole(self, eqn: JaxprEqn, forms: Mapping[Any, Form | None]) -> int | None:
+    """The one operand of a matmul that is a parameter, in whatever format."""
+    found = [n for n, atom in enumerate(eqn.invars[:2]) if self._is_parameter(atom, forms)]
+    return found[0] if len(found) == 1 else None
+
+  def _is_parameter(self, atom: Any, forms: Mapping[Any, Form | None]) -> bool:
+    return not isinstance(atom, Literal) and (forms[atom] == PARAM or atom in self._cast)
+
+
+_CASTS = having(Trait.KEEPS_NUMBERS) - {"gather"}
+
+
+def _is_float(atom: Any) -> bool:
+  return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+
+
 def why_not_float8(
-  eqn: JaxprEqn, rule: Rule, parameter: int | None, logarithms: Collection[Any], is_head: bool
+  eqn: JaxprEqn,
+  rule: Rule,
+  forms: Forms,
+  parameter: int | None,
+  logarithms: Collection[Any],
+  is_head: bool,
 ) -> str:
   """Why a matmul multiplies in 16 bits although its policy says float8; empty if it does not.
 
   Args:
     eqn: The matmul.
     rule: Its rule.
-    parameter: Which operand is a parameter, by `parameter_of`.
+    forms: How its operands are held, None for what is not float32.
+    parameter: Which operand is a parameter, by `CastParameters.sole`.
     logarithms: The variables that lead into a logarithm.
     is_head: Whether it is the backward pass of one whose result does.
   """
@@ -51,14 +101,28 @@ def why_not_float8(
     return "what it returns is held in float32"
   if eqn.primitive.name != "dot_general":
     return f"{eqn.primitive.name} has no float8 form"
+  if any(_is_placed(atom.aval, eqn) for atom in eqn.invars):
+    return "its arrays lie on an Explicit mesh"
   if parameter is None:
-    placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
-    return "its arrays lie on an Explicit mesh" if placed else "no single operand is a parameter"
+    return "no single operand is a parameter"
   if any(eqn.params["dimension_numbers"][1]):
     return "it has batch dimensions"
+  if foreign := _other_format(eqn, forms):
+    return f"its author gave it {foreign}"
   if is_head:
     return "it is the derivative of one that leads into a logarithm"
   return "it leads into a logarithm" if eqn.outvars[0] in logarithms else ""
+
+
+def _other_format(eqn: JaxprEqn, forms: Forms) -> str:
+  """The format other than bfloat16 that a matmul's author gave an operand, or 16-bit ones' result.
+
+  Empty if there is none.
+  """
+  given: list[Any] = [a.aval for a, form in zip(eqn.invars, forms, strict=True) if form is None]
+  if not any(forms):
+    given.append(eqn.outvars[0].aval)
+  return next((aval.dtype.name for aval in given if aval.dtype != BFLOAT16), "")
 
 
 def _is_spread(eqn: JaxprEqn, operand: int) -> bool:

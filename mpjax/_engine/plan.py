@@ -100,6 +100,12 @@ class Step:
     """Whether it multiplies in float8."""
     return self.float8 is not None and not self.float8.reason
 
+  @property
+  def wide(self) -> int | None:
+    """Which operand is read as it is held: a parameter that rounds inside."""
+    in_float8 = None if self.float8 is None else self.float8.parameter
+    return self.parameter if in_float8 is None else in_float8
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:

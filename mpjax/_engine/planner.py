@@ -30,7 +30,7 @@ from mpjax._engine.lookahead import MOVES, Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.near_one import Exact, NearOne
-from mpjax._engine.parameter_gradients import parameter_of, why_not_float8
+from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
 from mpjax._engine.sharpening import Own, Sight, Surroundings
 from mpjax._engine.versions import AnyJaxpr, Atom
@@ -51,6 +51,7 @@ class Known(NamedTuple):
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
     whole: Which operands are whole numbers, see `whole_numbers`.
+    cast: Which operands are parameters that their author cast to 16 bits.
   """
 
   exact: Exact | None = None
@@ -62,6 +63,7 @@ class Known(NamedTuple):
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
   whole: frozenset[int] = frozenset()
+  cast: tuple[int, ...] = ()
 
 
 NOTHING = Known()
@@ -97,7 +99,7 @@ class Planner:
     self.needs = Needs(self.table)
     self.whole_numbers = WholeNumbers()
     self.near_one = NearOne(self.table, policies.narrow_dtypes())
-    self._in_float8 = policies.multiplies_in_float8()
+    self.in_float8 = policies.multiplies_in_float8()
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
@@ -157,11 +159,11 @@ class Planner:
 
   def logarithms(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
     """What in a jaxpr leads into a logarithm, if that decides anything."""
-    return self.needs.logarithms(jaxpr, frozenset(outs)) if self._in_float8 else frozenset()
+    return self.needs.logarithms(jaxpr, frozenset(outs)) if self.in_float8 else frozenset()
 
   def heads(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
     """What in a jaxpr is multiplied into a logarithm, if that decides anything."""
-    return self.needs.heads(jaxpr, frozenset(outs))[0] if self._in_float8 else frozenset()
+    return self.needs.heads(jaxpr, frozenset(outs))[0] if self.in_float8 else frozenset()
 
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
@@ -201,6 +203,7 @@ class _Walk:
     self.exact_inside = dict(exact.inside)
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
     self.heads = planner.heads(jaxpr, known.logarithms).union(inner.invars[n] for n in known.heads)
+    self.cast = CastParameters(inner.invars[n] for n in known.cast)
     self.own = sharpening.own_variables(inner, known.own)
     self.around = Surroundings(
       exact.values,
@@ -249,6 +252,8 @@ class _Walk:
     self.borders.settle(eqn, home, multiplies=_multiplies(eqn, decision.bodies))
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
+    if self.planner.in_float8:
+      self.cast.follow(eqn, self.forms)
     parameter = parameter_of(eqn, rule, forms)
     return Step(
       eqn,
@@ -261,16 +266,16 @@ class _Walk:
       decision.params,
       decision.bodies,
       parameter if self.planner.wide_gradients else None,
-      float8=self.float8(eqn, rule, parameter, place) if policy.matmul_format else None,
+      float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
     )
 
-  def float8(self, eqn: JaxprEqn, rule: Rule, parameter: int | None, place: Place) -> Float8 | None:
+  def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
     if eqn.primitive.name not in _MATMULS or rule is Rule.MULTIPLY:
       return None
-    backward = place.has_cotangents
+    backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
     is_head = backward and parameter is not None and self.is_head(eqn.invars[parameter])
-    if reason := why_not_float8(eqn, rule, parameter, self.logarithms, is_head):
+    if reason := why_not_float8(eqn, rule, forms, parameter, self.logarithms, is_head):
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
@@ -333,6 +338,7 @@ class _Walk:
       logarithms=self.into_logarithms(eqn),
       heads=self.places_of_heads(atoms),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
+      cast=self.cast.among(atoms),
     )
 
   def places_of_heads(self, atoms: Sequence[Any]) -> tuple[int, ...]:
@@ -370,6 +376,7 @@ class _Walk:
       logarithms=self.into_logarithms(eqn),
       heads=self.places_of_heads(body.take(eqn.invars)),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
+      cast=tuple(n for n in self.cast.among(body.take(eqn.invars)) if n not in body.carry),
     )
 
     slices = tuple(taken.slices)

@@ -285,6 +285,66 @@ def test_a_matmul_of_one_parameter_multiplies_in_float8():
   assert eight(lambda w, x: w @ w @ x.T, w, x) == (0, 2), "two parameters, then none"
 
 
+def narrow_layers(weights, x):
+  """A stack of layers that is cast to bfloat16 once and scanned, as in a model's ``dtype=``."""
+  start, stack = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+  return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), start, stack)[0]
+
+
+def of(convert, multiply=jnp.matmul):
+  """A product of an input and a weight that were converted, in float32."""
+  return lambda w, x: multiply(*convert(x, w)).astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [
+    of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))),
+    of(lambda x, w: (x, w.astype(jnp.bfloat16))),
+    of(lambda x, w: (x.astype(jnp.bfloat16), w)),
+    of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16).T)),
+    of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)[:, :4])),
+    of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)), jax.jit(jnp.matmul)),
+    of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)), jax.checkpoint(jnp.matmul)),
+    lambda w, x: narrow_layers(w[None], x).astype(jnp.float32),
+  ],
+  ids=["both", "weight", "input", "turned", "part", "jit", "checkpoint", "scan"],
+)
+def test_a_parameter_that_its_author_cast_to_bfloat16_multiplies_in_float8(fn, standard_promotion):
+  assert eight(fn, WEIGHTS[0], INPUTS) == (1, 0)
+  loss = lambda w, x: jnp.sum(jnp.sin(fn(w, x)))
+  found, want = (
+    jax.grad(f, (0, 1))(WEIGHTS[0], INPUTS) for f in (mpjax.autocast(loss, "mixed_float8"), loss)
+  )
+  for ours, exact in zip(found, want, strict=True):
+    assert ours.dtype == jnp.float32
+    assert error(ours, exact) < OF_BACKWARD
+
+
+def test_what_is_no_cast_parameter_or_was_given_another_format_does_not(standard_promotion):
+  bf16, w, x = jnp.bfloat16, jnp.ones((8, 8)), jnp.ones((4, 8))
+  assert eight(lambda w, x: w.astype(bf16) @ w.astype(bf16), w, x) == (0, 1), "two"
+  assert eight(lambda w, x: x.astype(bf16) @ x.astype(bf16).T + w[0, 0], w, x) == (0, 1), "none"
+  assert eight(lambda w, x: x.astype(bf16) @ (w.astype(bf16) * x[0, 0].astype(bf16)), w, x) == (
+    0,
+    1,
+  )
+  rows = lambda w, x: w.astype(bf16)[jnp.array([0, 1, 5])] @ w.astype(bf16)
+  assert eight(rows, w, x) == (1, 0), "rows that are looked up are data"
+  turn = lambda h: jnp.tanh(h @ x.astype(bf16).T @ x.astype(bf16))
+  loop = lambda w: lax.fori_loop(0, 3, lambda n, h: turn(h), w.astype(bf16))
+  assert eight(loop, w) == (0, 2), "what a loop made of one"
+
+  def reasons(fn):
+    return [row.reason for row in mpjax.inspect.explain(fn, "mixed_float8", w, x).float8]
+
+  assert reasons(lambda w, x: x @ w.astype(jnp.float16)) == ["its author gave it float16"]
+  wide = lambda w, x: jnp.matmul(x.astype(bf16), w.astype(bf16), preferred_element_type=jnp.float32)
+  assert reasons(wide) == ["its author gave it float32"]
+  head = lambda w, x: jax.nn.log_softmax((x.astype(bf16) @ w.astype(bf16)).astype(jnp.float32))
+  assert reasons(head) == ["it leads into a logarithm"]
+
+
 @pytest.mark.parametrize(
   "loss",
   [
@@ -504,12 +564,14 @@ def test_arrays_on_an_explicit_mesh_multiply_in_16_bits_and_it_is_said():
 # Models -------------------------------------------------------------------------------------------
 
 
-def test_models_of_flax_multiply_in_float8():
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["plain", "dtype"])
+def test_models_of_flax_multiply_in_float8(dtype, standard_promotion):
   class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
-      x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
-      return x + nn.Dense(16)(nn.gelu(nn.Dense(32)(nn.LayerNorm()(x))))
+      x = x + nn.MultiHeadDotProductAttention(2, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))
+      hidden = nn.gelu(nn.Dense(32, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x)))
+      return (x + nn.Dense(16, dtype=dtype)(hidden)).astype(jnp.float32)
 
   x = jax.random.normal(KEY, (2, 4, 16))
   model = mpjax.apply_policy(Block(), "mixed_float8")

@@ -119,7 +119,7 @@ BY_ONE_OPERATION = {
 }
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("fn", "policy"), BY_ONE_OPERATION, list(POLICIES))
 def test_gradients_are_taken_operation_by_operation_too(fn, policy):
   loss = lambda w, x: total(fn(x @ w))

@@ -230,7 +230,7 @@ def test_examples_inside_examples():
   assert np.array_equal(both, jnp.stack([jax.grad(total)(w, xs) for w in ws]))
 
 
-@pytest.mark.quick(every=2, start=1)
+@pytest.mark.ci  # `test_matmul_derivatives.py` holds second derivatives in every run
 @pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["forward", "reverse"])
 def test_every_block_of_second_derivatives_is_there(outer):
   w, x = jax.random.normal(KEY, (3, 2)) * 0.5, jax.random.normal(KEY, (3, 3))
@@ -587,6 +587,7 @@ def test_models_of_flax_multiply_in_float8(dtype, standard_promotion):
   assert in_formats(lambda s: nnx.merge(graph, s)(x), state) == [EIGHT]
 
 
+@pytest.mark.ci
 def test_a_train_step_learns_as_in_bfloat16(standard_promotion):
   data = jax.random.normal(KEY, (64, 16))
   wanted = jnp.tanh(data @ WEIGHTS[0])

@@ -151,7 +151,7 @@ DERIVATIVES = {
 }
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("softmax", "derivative", "policy"), SOFTMAXES, DERIVATIVES, POLICIES)
 def test_the_derivative_by_16_bit_weights_is_about_as_exact(
   softmax, derivative, policy, operands, monkeypatch
@@ -179,7 +179,7 @@ READ_OTHERWISE = {
 }
 
 
-@pytest.mark.quick(every=3, start=1)
+@pytest.mark.quick(every=6, start=1)
 @in_turns(("softmax", "policy"), READ_OTHERWISE, POLICIES)
 def test_what_only_looks_like_a_softmax_is_differentiated_as_written(softmax, policy, operands):
   with jax.numpy_rank_promotion("allow"):

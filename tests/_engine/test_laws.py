@@ -444,7 +444,7 @@ RECURRENCES = {
 }
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=5)
 @in_turns(("fn", "policy"), RECURRENCES, POLICIES)
 def test_gates_and_decays_near_one_forget_at_the_rate_of_float32(fn, policy):
   found, want = in_both_formats(fn, policy, GATES, KEYS)
@@ -528,6 +528,7 @@ DECAYS = {
 LEARNED = {"w": jnp.eye(4), "d": jnp.full(4, 0.99), "r": jnp.full(4, 0.1), "s": jnp.full(4, 4.6)}
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), DECAYS, POLICIES)
 def test_a_learned_decay_and_a_number_forget_as_in_float32_however_short_the_loop(fn, policy):
   """In bfloat16 0.99 is 0.988: it forgets a sixth faster, and is 0.998 with the 0.01 beside it."""

@@ -192,7 +192,7 @@ def test_only_the_variables_of_the_optimizer_are_trained():
   np.testing.assert_array_equal(model.bias[...], [1.0])
 
 
-@pytest.mark.quick("mixed_float16")
+@pytest.mark.ci  # `tests/_train/test_training.py` holds it for the core that both steps share
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
 def test_scheduled_faults_in_random_leaves_leave_everything_finite_and_train(policy):
   """NaN or inf in random gradient leaves on 5% of the steps."""

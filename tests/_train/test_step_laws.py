@@ -304,7 +304,7 @@ def sam():
   return optax.contrib.sam(optax.sgd(0.1), adversary, sync_period=2, opaque_mode=True)
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=6)
 @pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("make", [sam, optax.lbfgs, optax.polyak_sgd], ids=lambda f: f.__name__)
 def test_optimizers_get_the_extra_arguments_that_they_take(make, scaled):

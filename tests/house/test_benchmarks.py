@@ -46,7 +46,7 @@ def traced(peer: str, workload: workloads.Workload, policy: str):
 INSTALLED = [peer.name for peer in peers.ALL if peers.installed(peer)]
 
 
-@pytest.mark.quick(every=3)
+@pytest.mark.quick(every=6)
 @pytest.mark.parametrize("name", INSTALLED)
 def test_a_peer_hands_back_the_state_that_it_was_given(name):
   policy = peers.PEERS[name].policies[-1]

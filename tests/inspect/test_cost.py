@@ -148,6 +148,7 @@ def test_what_multiplies_in_float8_is_counted_and_what_is_too_small_to_gain():
     assert 0.9 < work.share <= 1
 
 
+@pytest.mark.ci
 def test_a_report_says_what_multiplies_in_float8():
   params = {"body": jnp.ones((8, 8)), "head": jnp.ones((8, 4))}
   report = inspect.cost(wide, params, jnp.ones((2, 8)), policies=("mixed_bfloat16", "mixed_float8"))

@@ -1,5 +1,7 @@
 """Every plot: its legend covers nothing, and its colors are those of one palette."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,15 +105,14 @@ PLOTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def drawn():
-  """Every plot, on axes of a figure of its own."""
-  axes = {}
-  for name, (draw, make) in PLOTS.items():
-    figure = Figure(layout="constrained")
-    axes[name] = draw(make(), ax=figure.subplots())
-    figure.draw_without_rendering()
-  return axes
+@functools.cache
+def drawn(name):
+  """A plot on axes of a figure of its own."""
+  draw, make = PLOTS[name]
+  figure = Figure(layout="constrained")
+  ax = draw(make(), ax=figure.subplots())
+  figure.draw_without_rendering()
+  return ax
 
 
 def covered(ax):
@@ -136,30 +137,20 @@ def used_colors(ax):
 
 
 @pytest.mark.parametrize("name", list(PLOTS))
-def test_a_legend_covers_nothing(drawn, name):
-  ax = drawn[name]
-  if ax.get_legend() is None:
-    assert name == "nonfinite"
-  else:
-    assert not list(covered(ax))
-
-
-@pytest.mark.parametrize("name", list(PLOTS))
-def test_a_legend_lies_within_the_figure(drawn, name):
-  ax = drawn[name]
-  if (legend := ax.get_legend()) is not None:
-    box, page = legend.get_window_extent(), ax.get_figure().bbox
-    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-
-
-@pytest.mark.parametrize("name", list(PLOTS))
-def test_a_plot_has_the_colors_of_the_palette(drawn, name):
+def test_a_plot_has_the_palettes_colors_and_a_legend_that_covers_nothing(name):
+  ax = drawn(name)
   palette = {*_axes.SERIES, _axes.ORANGE, _axes.GREEN, _axes.RED, _axes.BLUE}
-  assert used_colors(drawn[name]) <= palette
+  assert used_colors(ax) <= palette
+  if (legend := ax.get_legend()) is None:
+    assert name == "nonfinite"
+    return
+  box, page = legend.get_window_extent(), ax.get_figure().bbox
+  assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+  assert not list(covered(ax))
 
 
-def test_a_check_of_many_modules_has_the_one_that_overflows_and_not_those_behind_it(drawn):
-  ax = drawn["check of many modules"]
+def test_a_check_of_many_modules_has_the_one_that_overflows_and_not_those_behind_it():
+  ax = drawn("check of many modules")
   rows = [label.get_text() for label in ax.get_yticklabels()]
   assert "layer_3" in rows and "layer_4" not in rows and len(rows) <= 30
   assert "of 40 modules" in ax.get_title()

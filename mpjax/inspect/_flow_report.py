@@ -105,8 +105,8 @@ class FlowReport(Report):
     integers = sum(op.count for op in self.ops if _is_matmul(op) and not _is_of_floats(op))
     facts = (
       f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
-      f"16 bits{self._and_float8} ({_percent(self.narrow_share)} of "
-      f"{in_units(self.flops, 'FLOP')})"
+      f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
+      f"{self._and_float8}"
       f"{f', and {integers} on integers as written' * bool(integers)}"
     )
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
@@ -122,8 +122,8 @@ class FlowReport(Report):
   def _and_float8(self) -> str:
     """How many of those that run narrow multiply in float8, if the policy asks for it."""
     count = sum(row.count for row in self.float8 if not row.reason)
-    share = f" or, {count} of them with {_percent(self.float8_share)} of the FLOP, in float8"
-    return share if self.float8 else ""
+    share = f", {count} of them in float8 ({_percent(self.float8_share)})"
+    return (share if count else ", none of them in float8") if self.float8 else ""
 
   @property
   def _hides(self) -> bool:

@@ -338,7 +338,9 @@ def test_what_is_no_cast_parameter_or_was_given_another_format_does_not(standard
   def reasons(fn):
     return [row.reason for row in mpjax.inspect.explain(fn, "mixed_float8", w, x).float8]
 
-  assert reasons(lambda w, x: x @ w.astype(jnp.float16)) == ["its author gave it float16"]
+  half = lambda w, x: x @ w.astype(jnp.float16)
+  assert reasons(half) == ["its author gave it float16"]
+  assert "none of them in float8" in mpjax.inspect.explain(half, "mixed_float8", w, x).summary
   wide = lambda w, x: jnp.matmul(x.astype(bf16), w.astype(bf16), preferred_element_type=jnp.float32)
   assert reasons(wide) == ["its author gave it float32"]
   head = lambda w, x: jax.nn.log_softmax((x.astype(bf16) @ w.astype(bf16)).astype(jnp.float32))
@@ -626,7 +628,7 @@ def test_explain_says_in_which_formats_each_matmul_multiplies_or_why_not():
   ]
   assert report.narrow_share == 1
   assert report.keeps_promise
-  assert "1 of them with 40% of the FLOP, in float8" in report.summary
+  assert "FLOP), 1 of them in float8 (40%); nothing widens" in report.summary
   assert "e4m3 x e4m3 -> bf16, backward e5m2" in str(report)
   assert not mpjax.inspect.explain(loss, "mixed_bfloat16", params, jnp.ones((4, 8))).float8
 

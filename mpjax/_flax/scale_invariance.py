@@ -301,8 +301,10 @@ def _message(paths: list[str], tiny: tuple[_Run, _Run], runs: list[_Run]) -> str
 
 def _cause(paths: list[str], tiny: tuple[_Run, _Run], runs: list[_Run]) -> tuple[str, str]:
   """What makes these leaves depend on the scale, and what to do about it."""
-  first, last = runs[0].changes, runs[-1].changes
-  rising = [path for path in paths if first[path].size < last[path].size]
+  first, last = runs[0], runs[-1]
+  # By more than a little: of gradients divided to nothing, the decay of old moments is left.
+  least = math.sqrt(last.scale / first.scale)
+  rising = [p for p in paths if last.changes[p].size > least * first.changes[p].size]
   if rising:
     return (
       f"gradients that reach an optimizer scaled ({', '.join(rising[:3])}), as where a scaler is "

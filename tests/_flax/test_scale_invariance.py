@@ -182,6 +182,17 @@ def test_gradients_that_are_not_scaled_are_named(gradients, inner):
   assert len(str(caught.value)) < 600
 
 
+def test_gradients_that_are_not_scaled_are_named_in_the_middle_of_a_training_too():
+  """Moments that are there already decay, the more so the less arrives of the gradients."""
+  tx = scaler(optax.adam(1e-3))
+  right, params, state = jax.jit(make_step(tx, scaled)), PARAMS, tx.init(PARAMS)
+  for _ in range(5):
+    params, state = right(params, state, X)
+  assert_scale_invariant(right, params, state, X)
+  with pytest.raises(AssertionError, match="not scaled, or unscaled before"):
+    assert_scale_invariant(jax.jit(make_step(tx, unscaled)), params, state, X)
+
+
 def test_float16_gradients_that_vanish_in_part_are_named_too():
   wide = {"a": jnp.linspace(0.1, 1.0, 4)[:, None] * jnp.ones((4, 3)), "b": jnp.zeros((1, 3))}
   tx = scaler()

@@ -58,10 +58,16 @@ class Trait(enum.Flag):
   """Elementwise, and they store it."""
   SATURATES = enum.auto()
   """Becomes a constant for arguments that are far from zero."""
+  ONE_AT_ZERO = enum.auto()
+  """Is one, to second order, for arguments near zero."""
   LOGARITHM = enum.auto()
   """Infinite for an argument that a 16-bit sigmoid reaches."""
+  STEEP = enum.auto()
+  """Has an infinite slope at zero, which a sigmoid is in float16 from an argument of -17 on."""
   MULTIPLIES_UP = enum.auto()
   """Multiplies many numbers with each other."""
+  FACTORS = enum.auto()
+  """Factors a matrix, and knows definite ones from others."""
   MOVES = enum.auto()
   """Each number of its one operand goes to one place of its result."""
   KEEPS_NUMBERS = enum.auto()
@@ -117,10 +123,12 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
   ("polynomial", Facts(Rule.RANGE, _RANGE)),
   ("atan2", Facts(Rule.RANGE, "its derivative divides by a sum of squares, which leaves float16")),
-  ("cosh sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
+  ("cosh", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
+  ("sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
   ("square", Facts(Rule.FULL, "nearly always feeds a sum: a variance, a norm", _T.ARITHMETIC)),
   ("log log1p log2 atanh erf_inv", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
-  ("rsqrt acosh asinh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
+  ("rsqrt", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.STEEP)),
+  ("acosh asinh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
   (
     "polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta bessel_i0e "
     "bessel_i1e random_gamma",
@@ -138,14 +146,19 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("reduce_max reduce_min", Facts(Rule.FULL, _LARGEST)),
   (
-    "cholesky eig eigh fft hessenberg householder_product lu qr schur svd triangular_solve "
-    "tridiagonal tridiagonal_solve complex geqp3 geqrf ormqr symmetric_product",
+    "cholesky eig eigh hessenberg lu qr schur svd tridiagonal geqp3 geqrf",
+    Facts(Rule.ALWAYS, _NO_KERNEL, _T.FACTORS),
+  ),
+  (
+    "fft householder_product triangular_solve tridiagonal_solve complex ormqr symmetric_product",
     Facts(Rule.ALWAYS, _NO_KERNEL),
   ),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.ARITHMETIC)),
   ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
-  ("sqrt cbrt sin cos asin acos atan", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
+  ("sin asin acos atan", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
+  ("sqrt cbrt", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.STEEP)),
+  ("cos", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
   (
     "tanh logistic erf erfc",
     Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.SATURATES),

@@ -33,7 +33,8 @@ class Needs:
 
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
-    self._logarithms: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
+    self._ends: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
+    self._factoring: dict[int, bool] = {}
     self._heads: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
 
   def summed(
@@ -92,7 +93,38 @@ class Needs:
       jaxpr: The jaxpr.
       outs: Which of its results do so outside.
     """
-    return self._into_logarithms(jaxpr, outs)[0]
+    return self._into(_LOGARITHMS, jaxpr, outs)[0]
+
+  def factored(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Any]:
+    """The variables of a jaxpr that lead into a factorization, with no matmul between.
+
+    Args:
+      jaxpr: The jaxpr.
+      outs: Which of its results do so outside.
+    """
+    return self._into(_FACTORS, jaxpr, outs)[0] if outs or self._factors(jaxpr) else frozenset()
+
+  def factored_by_bodies(self, eqn: JaxprEqn, found: frozenset[Any]) -> frozenset[int]:
+    """Which results of an equation's bodies lead into a factorization, in them or outside.
+
+    Args:
+      eqn: The equation.
+      found: The variables that do outside.
+    """
+    results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+    if not results and not any(self._factors(body.jaxpr) for body in bodies_of(eqn)):
+      return results
+    return self._through_bodies(_FACTORS, eqn, results)[1]
+
+  def _factors(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, factors matrices."""
+    key = id(jaxpr)
+    if key not in self._factoring:
+      self._factoring[key] = any(
+        eqn.primitive.name in _FACTORS or any(self._factors(b.jaxpr) for b in bodies_of(eqn))
+        for eqn in versions.open_jaxpr(jaxpr).eqns
+      )
+    return self._factoring[key]
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
@@ -119,40 +151,46 @@ class Needs:
       self._heads[key] = frozenset(found), operands
     return self._heads[key]
 
-  def _into_logarithms(
-    self, jaxpr: AnyJaxpr, outs: frozenset[int]
+  def _into(
+    self, ends: frozenset[str], jaxpr: AnyJaxpr, outs: frozenset[int]
   ) -> tuple[frozenset[Any], frozenset[int]]:
-    """What leads into a logarithm: variables, and operands by index."""
-    key = id(jaxpr), outs
-    if key not in self._logarithms:
+    """What leads into some primitives: variables, and operands by index."""
+    key = ends, id(jaxpr), outs
+    if key not in self._ends:
       inner = versions.open_jaxpr(jaxpr)
       found = {v for n, v in enumerate(inner.outvars) if n in outs and not isinstance(v, Literal)}
       for eqn in reversed(inner.eqns):
         results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
         if bodies_of(eqn):
-          read = [eqn.invars[n] for n in self._through_bodies(eqn, results)]
+          read = [eqn.invars[n] for n in self._through_bodies(ends, eqn, results)[0]]
         else:
           name = eqn.primitive.name
-          leads = name in _LOGARITHMS or (results and self._table.get(name) in _PASSED)
+          leads = name in ends or (results and self._table.get(name) in _PASSED)
           read = eqn.invars if leads else []
         found |= {atom for atom in read if not isinstance(atom, Literal)}
       operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
-      self._logarithms[key] = frozenset(found), operands
-    return self._logarithms[key]
+      self._ends[key] = frozenset(found), operands
+    return self._ends[key]
 
-  def _through_bodies(self, eqn: JaxprEqn, results: frozenset[int]) -> frozenset[int]:
-    """Which operands of an equation lead into a logarithm, in its bodies or behind it."""
+  def _through_bodies(
+    self, ends: frozenset[str], eqn: JaxprEqn, results: frozenset[int]
+  ) -> tuple[frozenset[int], frozenset[int]]:
+    """Which operands of an equation lead into some primitives, in its bodies or behind it.
+
+    And which results do, those among them that a loop hands on to such an operand.
+    """
     while True:
       needed, grown = set[int](), set(results)
       for body in bodies_of(eqn):
-        _, operands = self._into_logarithms(body.jaxpr, frozenset() if body.is_test else results)
+        _, operands = self._into(ends, body.jaxpr, frozenset() if body.is_test else results)
         needed |= {body.operands[n] for n in operands}
         grown |= {n for n, own in enumerate(body.carry) if body.operands[own] in needed}
       if grown == results:
-        return frozenset(needed)
+        return frozenset(needed), results
       results = frozenset(grown)
 
 
+_FACTORS = having(Trait.FACTORS)
 _LOGARITHMS = having(Trait.LOGARITHM)
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
@@ -19,32 +16,30 @@ _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _MATMULS = having(Trait.MATMUL)
 
 
-def terms_of(dtype: np.dtype) -> int:
-  """How many terms a sum in a format may have: half of what the format counts, one by one.
+TERMS = 128
+"""How many terms a sum in 16 bits may have: no stack of layers is higher.
 
-  128 in bfloat16, where 256 + 1 is 256, and 1024 in float16.
-  """
-  return 2 ** int(jnp.finfo(dtype).nmant)
+256 + 1 is 256 in bfloat16. float16 counts to 2048, but the roundings of a thousand terms often have
+one sign, and make a hundredth of the sum.
+"""
 
 
-def long_sums(body: Body, turns: int | None, dtype: np.dtype) -> list[bool]:
-  """Which values a loop carries that it adds more terms to than a format counts.
+def long_sums(body: Body, turns: int | None) -> list[bool]:
+  """Which values a loop carries that it adds more terms to than 16 bits hold.
 
   Args:
     body: The loop's body.
     turns: How often it runs, None if it does not say.
-    dtype: The format.
   """
-  most = terms_of(dtype)
   terms = accumulates(body.jaxpr, body.carry)
-  return [bool(term) and (turns is None or turns * term > most) for term in terms]
+  return [bool(term) and (turns is None or turns * term > TERMS) for term in terms]
 
 
 def accumulator(form: Form | None, is_long: bool) -> Form | None:
   """How a carry is held that starts in a form.
 
   One that starts from a constant is an accumulator or the state of a recurrent cell: it is
-  float32, as is a 16-bit one that more is added to than its format counts.
+  float32, as is a 16-bit one that more is added to than 16 bits hold.
   """
   if form is None or form.kind is Kind.PARAM:
     return form

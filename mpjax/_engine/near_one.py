@@ -29,13 +29,14 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.loop_carries import terms_of
+from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.recomputed import recomputed
 from mpjax._engine.roles import (
+  GATES,
   NONE,
   OWN,
+  POWERS,
   RECUR,
-  SATURATE,
   Forward,
   Indices,
   RoleFinder,
@@ -46,7 +47,7 @@ from mpjax._engine.roles import (
 from mpjax._engine.versions import AnyJaxpr
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
-_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
+_NEED = having(Trait.LOGARITHM | Trait.STEEP | Trait.MULTIPLIES_UP)
 _ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
 
@@ -86,7 +87,6 @@ class NearOne:
 
   def __init__(self, table: Mapping[str, Rule], dtypes: Collection[np.dtype]) -> None:
     self._table, self._roles = table, RoleFinder(dtypes)
-    self._most = min(map(terms_of, dtypes), default=float("inf"))
     self._leads: dict[Any, tuple[set[Any], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
@@ -185,7 +185,8 @@ class NearOne:
     name = eqn.primitive.name
     if name in _NEED:
       return eqn.invars
-    passes = not found.isdisjoint(eqn.outvars) and self._table.get(name) in _ELEMENTWISE
+    passes = name in POWERS or self._table.get(name) in _ELEMENTWISE
+    passes = passes and not found.isdisjoint(eqn.outvars)
     return eqn.invars if passes else ()
 
   def _of_bodies(
@@ -227,7 +228,7 @@ class NearOne:
         if eqn.primitive.name == "sub":
           near = other.is_one and role.gates and not _is_slope(eqn, atom, readers())
         else:
-          recurs = other.turns > self._most and eqn.outvars[0] in leading
+          recurs = other.turns > TERMS and eqn.outvars[0] in leading
           again, decays = role.products & other.products, role.is_own != other.is_own
           forgetting.update(eqn.outvars if again and decays else ())
           near = recurs or (again and not decays)
@@ -264,7 +265,7 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
   """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does."""
   if eqn.primitive.name in ("add", "sub"):
     return any(forward.of(atom).is_one for atom in eqn.invars)
-  return eqn.primitive.name in SATURATE
+  return eqn.primitive.name in GATES
 
 
 def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:

@@ -50,6 +50,8 @@ class Known(NamedTuple):
     own: Which operands depend on nothing but a model's parameters and state.
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
+    factored: Which results lead into the factorization of a matrix.
+    carry: Which operands a loop hands on from turn to turn.
     whole: Which operands are whole numbers, see `whole_numbers`.
     cast: Which operands are parameters that their author cast to 16 bits.
   """
@@ -62,6 +64,8 @@ class Known(NamedTuple):
   own: Own = Own()
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
+  factored: frozenset[int] = frozenset()
+  carry: range = range(0)
   whole: frozenset[int] = frozenset()
   cast: tuple[int, ...] = ()
 
@@ -209,8 +213,10 @@ class _Walk:
       exact.values,
       planner.needs.summed(inner, known.parameters, known.kin, known.summed, self.is_backward),
       sharpening.power_iteration(inner, self.own.state),
+      planner.needs.factored(jaxpr, known.factored),
       planner.whole_numbers.variables(jaxpr, known.whole),
       {var: eqn for eqn in inner.eqns for var in eqn.outvars},
+      frozenset(inner.invars[n] for n in known.carry),
       planner.adapting,
     )
     self.numbers = Numbers(planner.adapting)
@@ -337,6 +343,7 @@ class _Walk:
       own=own,
       logarithms=self.into_logarithms(eqn),
       heads=self.places_of_heads(atoms),
+      factored=self.planner.needs.factored_by_bodies(eqn, self.around.factored),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
       cast=self.cast.among(atoms),
     )
@@ -367,7 +374,7 @@ class _Walk:
     *of_tests, exact = self.exact_of_bodies(eqn)
     count, turns = len(body.carry), repetitions(eqn)
     taken = body.split(forms)
-    long = long_sums(body, turns, compute)
+    long = long_sums(body, turns)
     known = Known(
       exact=exact,
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
@@ -375,6 +382,8 @@ class _Walk:
       own=own or Own(),
       logarithms=self.into_logarithms(eqn),
       heads=self.places_of_heads(body.take(eqn.invars)),
+      factored=self.planner.needs.factored_by_bodies(eqn, self.around.factored),
+      carry=body.carry,
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
       cast=tuple(n for n in self.cast.among(body.take(eqn.invars)) if n not in body.carry),
     )

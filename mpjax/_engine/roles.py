@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +24,18 @@ from mpjax._engine.versions import AnyJaxpr, Atom
 
 Indices = frozenset[int]
 
-SATURATE = having(Trait.SATURATES)
+GATES = having(Trait.SATURATES | Trait.ONE_AT_ZERO)
+"""What comes near one for many arguments, or for small ones."""
+
 RECUR = having(Trait.KEEPS_NUMBERS | Trait.ARITHMETIC)
 """What a recurrence makes of its state."""
 
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
+POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
+"""What a power of a gate is, that is near one where the gate is."""
+
+_OFTEN = 4
 _PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
 
 
@@ -39,7 +46,7 @@ class Role(NamedTuple):
   subtracted from one, and a number near one by its value.
 
   Attributes:
-    gates: The sigmoids that it is a moved piece of.
+    gates: The sigmoids that it is a moved piece of, or a power.
     products: The sigmoids that products and sums lead to it from, those among them.
     turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
     is_one: Whether it is 1 everywhere.
@@ -98,12 +105,13 @@ class RoleFinder:
   def from_one(self, jaxpr: AnyJaxpr) -> tuple[set[Any], Indices]:
     """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
 
-    Or multiplies what a loop carries in every turn.
+    Or multiplies what a loop carries in every turn, or one thing after the other.
     """
     key = id(jaxpr)
     if key not in self._subtracted:
       inner = versions.open_jaxpr(jaxpr)
-      source, found = functools.cache(functools.partial(sources, inner, _KEEP_ONE)), set[Any]()
+      source = functools.cache(functools.partial(sources, inner, _KEEP_ONE))
+      found = _multiplies_often(inner, source)
       for eqn in inner.eqns:
         if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
           found |= variables_of(map(source(), eqn.invars[1:]))
@@ -128,7 +136,7 @@ class RoleFinder:
       found = Forward(roles, inside := {}, self._dtypes)
       for eqn in inner.eqns:
         read = [found.of(atom) for atom in eqn.invars]
-        if eqn.primitive.name in SATURATE:
+        if eqn.primitive.name in GATES:
           made = [_gate(eqn)]
         elif eqn.primitive.name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
@@ -220,6 +228,16 @@ def _multiplies_carry(body: Body) -> set[int]:
   return found
 
 
+def _multiplies_often(inner: Any, source: Callable[[], Callable[[Any], Any]]) -> set[Any]:
+  """What multiplies more often than any scale does, whose derivatives multiply by it once more."""
+  products = [eqn for eqn in inner.eqns if eqn.primitive.name == "mul"]
+  if len(products) <= _OFTEN:
+    return set()
+  factors = map(source(), (atom for eqn in products for atom in eqn.invars))
+  times = Counter(atom for atom in factors if not isinstance(atom, Literal))
+  return {var for var, count in times.items() if count > _OFTEN}
+
+
 def _gate(eqn: JaxprEqn) -> Role:
   own = frozenset(eqn.outvars[:1])
   return Role(gates=own, products=own)
@@ -235,11 +253,11 @@ def _decay(var: Var, role: Role) -> Role:
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands."""
   name, role = eqn.primitive.name, _joined(read)
-  keeps = name in _KEEP_NUMBERS
+  keeps = name in _KEEP_NUMBERS or name in POWERS
   is_own = any(r.is_own for r in read) and _joined(_with_numbers(eqn, read)).is_own
   return Role(
     gates=role.gates if keeps or is_own else frozenset(),
-    products=role.products if name in _PRODUCTS or is_own else frozenset(),
+    products=role.products if keeps or name in _PRODUCTS or is_own else frozenset(),
     turns=role.turns if name in RECUR else 0,
     is_one=name in _KEEP_ONE and all(r.is_one for r in read),
     is_own=is_own,

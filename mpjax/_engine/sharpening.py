@@ -21,6 +21,8 @@ from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
+from mpjax._engine.roles import GATES
+from mpjax._engine.small_steps import is_small_step
 from mpjax._engine.versions import Atom
 
 SATURATING = having(Trait.SATURATES)
@@ -48,16 +50,20 @@ class Surroundings(NamedTuple):
     exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
+    factored: The variables that lead into the factorization of a matrix.
     whole: The variables that hold whole numbers.
     makers: The equation that makes each variable.
+    carried: The variables that a loop hands on from turn to turn.
     adapting: Which numbers adapt to the formats of the policies.
   """
 
   exact: frozenset[Any]
   sums: Sums
   iterated: Collection[Any]
+  factored: frozenset[Any]
   whole: Collection[Any]
   makers: Mapping[Any, JaxprEqn]
+  carried: Collection[Any]
   adapting: Adapting
 
 
@@ -153,7 +159,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "near one or into a logarithm",
     frozenset(Rule),
     lambda s: (
-      not s.around.exact.isdisjoint(s.eqn.outvars) and (s.name in SATURATING or _is_narrow(s.forms))
+      not s.around.exact.isdisjoint(s.eqn.outvars) and (s.name in GATES or _is_narrow(s.forms))
     ),
     Rule.FULL,
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
@@ -201,11 +207,25 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
   ),
   Sharpening(
+    "factored matrix",
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.result in s.around.factored,
+    Rule.WIDE,
+    "a Gram matrix that rounds has negative eigenvalues, however much its diagonal is damped",
+  ),
+  Sharpening(
     "outer product",
     {Rule.LOWER},
     lambda s: s.has_float32 and contracts_nothing(s.eqn) and _is_float32(s.forms),
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
+    "small step",
+    {"add", "sub"},
+    lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.makers, s.around.carried),
+    Rule.FULL,
+    "0.002 times what a value gave is lost where 16 bits add it to that value",
   ),
   Sharpening(
     "divides by a narrow value",

@@ -158,6 +158,7 @@ def test_a_class_token_is_put_before_the_sequence(policy):
 
 
 ONES = jnp.ones((4001, 1))
+KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
 one = jnp.ones((1, 1))
 _first = lambda y: (y[0], y[1:])
 _one_more = lambda h: (h[0] + 1, h[1] + 1)
@@ -188,6 +189,27 @@ def test_a_long_loop_counts(fn, policy):
 
 
 @both
+@cases(
+  ones=lambda h, us: h + us,
+  own_rule=lambda h, us: _own_sum(h, us),
+  where=lambda h, us: jnp.where(us > 1, h + us, h + 0.3),
+)
+def test_a_loop_of_a_thousand_turns_does_not_drift(fn, policy):
+  """float16 counts as far, but each of its roundings may have the same sign."""
+  program = lambda w, x: lax.scan(lambda h, u: (fn(h, u), None), *_first(x @ w))[0]
+  found, want = in_both_formats(program, policy, W * 0.3, jnp.tile(KEYS[:100], (10, 1)))
+  np.testing.assert_allclose(found, want, rtol=2e-3 if policy == "mixed_float16" else 1e-2)
+
+
+@jax.custom_vjp
+def _own_sum(h, u):
+  return h + u
+
+
+_own_sum.defvjp(lambda h, u: (h + u, None), lambda _, g: (g, g))
+
+
+@both
 def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
   def layers(ws, x):
     return lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x @ ws[0], ws)[0]
@@ -199,6 +221,106 @@ def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
     if e.primitive.name == "scan"
   ]
   assert scan.outvars[0].aval.dtype.itemsize == 2
+
+
+slope = lambda w, y: jnp.tanh(y @ w)
+euler = lambda w, y: y + 0.002 * slope(w, y)
+
+
+def runge_kutta(w, y):
+  k1 = slope(w, y)
+  k2 = slope(w, y + 0.001 * k1)
+  return y + 0.002 / 6 * (k1 + 2 * k2 + 3 * slope(w, y + 0.001 * k2))
+
+
+def leapfrog(w, y):
+  q, v = jnp.split(y, 2)
+  v = v - 0.002 * slope(w, q)
+  return jnp.concatenate([q + 0.002 * v, v])
+
+
+def pair_of_states(w, y):
+  """Neither is computed from itself, but in the turn before."""
+  turn = lambda s, _: ((s[0] + 0.002 * slope(w, s[1]), s[1] - 0.002 * slope(w, s[0])), None)
+  return jnp.stack(lax.scan(turn, (y, y[::-1]), None, length=50)[0]) - jnp.stack([y, y[::-1]])
+
+
+def repeated(step):
+  return lambda w, y: functools.reduce(lambda z, _: step(w, z), range(50), y) - y
+
+
+def in_scan(step):
+  return lambda w, y: lax.scan(lambda z, _: (step(w, z), None), y, None, length=50)[0] - y
+
+
+STEPPED = {
+  "written_out": repeated(euler),
+  "scanned": in_scan(euler),
+  "subtracted": in_scan(lambda w, y: y - slope(w, y) * -0.002),
+  "added_first": in_scan(lambda w, y: 0.002 * slope(w, y) + y),
+  "divided": in_scan(lambda w, y: y + slope(w, y) / 500),
+  "followed": in_scan(lambda w, y: y + 0.002 * (slope(w, y) - y)),
+  "two_terms": in_scan(lambda w, y: y + (0.002 * slope(w, y) - 0.002 * jnp.sin(y))),
+  "one_by_one": in_scan(lambda w, y: y + 0.002 * slope(w, y) - 0.002 * jnp.sin(y)),
+  "elementwise": in_scan(lambda w, y: y + 0.002 * jnp.cos(y)),
+  "runge_kutta": in_scan(runge_kutta),
+  "leapfrog": in_scan(leapfrog),
+  "pair_of_states": pair_of_states,
+  "turned": in_scan(lambda w, y: y[::-1] + 0.002 * slope(w, y[::-1])),
+  "jitted": repeated(jax.jit(euler)),
+  "remat": in_scan(jax.checkpoint(euler)),
+  "cond": in_scan(lambda w, y: lax.cond(y[0, 0] < 99, euler, lambda w, y: y, w, y)),
+  "mapped": lambda w, y: jax.vmap(in_scan(euler), (None, 0))(w, y[:, None]),
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), STEPPED, POLICIES)
+def test_small_steps_move_what_came_out_of_a_matmul(fn, policy):
+  w, x = jnp.eye(4) * 0.7, jnp.linspace(0.3, 2, 16).reshape(4, 4)
+  found, want = in_both_formats(lambda w, x: fn(w, x @ w), policy, w, x)
+  np.testing.assert_allclose(found, want, atol=0.02 * float(np.abs(want).max()))
+
+
+@both
+def test_a_small_step_is_differentiated(policy):
+  w, x = jnp.eye(4) * 0.7, jnp.linspace(0.3, 2, 16).reshape(4, 4)
+  loss = lambda w, x: jnp.sum(STEPPED["scanned"](w, lax.stop_gradient(x @ w)))
+  found = rounded(jax.grad(mpjax.autocast(loss, policy)))(w, x)
+  np.testing.assert_allclose(found, jax.grad(loss)(w, x), rtol=0.05, atol=1e-3)
+
+
+@both
+@cases(
+  added=lambda h: 5 + 0.001 * h,
+  subtracted=lambda h: 5 - h / 1000,
+  last=lambda h: h * 0.001 - 5,
+)
+def test_a_number_keeps_a_small_step_beside_it(fn, policy):
+  program = lambda w, x: (lambda y: y[1:] - y[:1])(fn(x @ w))
+  x = jnp.linspace(0.3, 2, 16).reshape(4, 4)
+  found, want = in_both_formats(program, policy, W, x)
+  np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+@both
+def test_residuals_and_polynomials_take_no_small_steps(policy):
+  """A scaled and a gated residual, a low-rank one, two branches, gelu's cube, a leaky relu."""
+
+  def fn(w, x):
+    h = x @ w
+    h = h + 0.1 * jnp.tanh(h @ w)
+    h = h + w[0] * (h @ w)
+    h = h @ w + 0.01 * (h @ w @ w)
+    h = h + 0.01 * (x @ w)
+    h = jnp.where(h > 0, h, 0.01 * h) + 1e-3
+    return (h + 0 * (h @ w)) / 100
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(W, DATA))
+  assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "add"} == {2}
+  gelu = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: jax.nn.gelu(x @ w), policy))(W, DATA))
+  if policy == "mixed_bfloat16":  # in float16 the cube leaves the format
+    assert {e.outvars[0].aval.dtype.itemsize for e in gelu if e.primitive.name == "add"} == {2}
 
 
 @both
@@ -312,7 +434,6 @@ def test_an_outer_product_of_what_is_narrow_stays_narrow(policy):
 
 # Near one -----------------------------------------------------------------------------------------
 
-KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
 GATES = {"z": jnp.eye(4) * 0.1, "w": jnp.eye(4)}
 
 
@@ -521,6 +642,10 @@ DECAYS = {
   "unrolled": lambda p, x: functools.reduce(
     functools.partial(blend, p["d"]), list(x[:101] @ p["w"])
   ),
+  "unrolled_without_the_rest": lambda p, x: functools.reduce(
+    lambda h, u: p["d"] * h + u, list(x[:101] @ p["w"])
+  ),
+  "nothing_else": lambda p, x: functools.reduce(lambda h, _: p["d"] * h, range(100), x @ p["w"]),
   "unrolled_number": lambda p, x: functools.reduce(
     functools.partial(blend, 0.99), list(x[:101] @ p["w"])
   ),
@@ -574,6 +699,106 @@ def test_a_swish_and_a_gated_unit_stay_in_16_bits(policy):
   grad = jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS)
   found = [e for e in equations(grad) if e.primitive.name == "logistic"]
   assert {e.outvars[0].aval.dtype.itemsize for e in found} == {2}
+
+
+POWERS = {
+  "squared": lambda s: jnp.sqrt(1 - s**2),
+  "by_square": lambda s: jnp.sqrt(1 - jnp.square(s)),
+  "multiplied": lambda s: jnp.sqrt(1 - s * s),
+  "cubed": lambda s: 1 - s**3,
+  "to_a_power": lambda s: 1 - s**1.5,
+  "root": lambda s: 1 - jnp.sqrt(s),
+  "jitted": lambda s: 1 - jax.jit(lambda s: s**2)(s),
+}
+
+
+@in_turns(("fn", "policy"), POWERS, POLICIES)
+def test_powers_of_a_gate_keep_their_distance_from_one(fn, policy):
+  program = lambda p, x: fn(jnp.tanh(x[:64] @ p["w"] / 9 + 4))
+  found, want = in_both_formats(program, policy, GATES, KEYS)
+  np.testing.assert_allclose(found, want, rtol=0.05)
+
+
+@both
+def test_the_root_of_a_gate_near_zero_has_a_slope(policy):
+  """A sigmoid of -20 is 0 in float16, where the slope of a root is infinite."""
+  loss = lambda p, x: jnp.sum(jnp.sqrt(sigmoid(x[:64] @ p["w"] - 20)))
+  run = lambda p, x: [jax.grad(mpjax.autocast(loss, policy))(p, x), jax.grad(loss)(p, x)]
+  found, want = rounded(run)(GATES, KEYS)
+  np.testing.assert_allclose(found["w"], want["w"], rtol=0.05)
+
+
+near_zero = lambda p, x: x[:64] @ p["w"] / 20
+ONE_AT_ZERO = {
+  "cosine": lambda p, x: 1 - jnp.cos(near_zero(p, x)),
+  "cosine_first": lambda p, x: jnp.cos(near_zero(p, x)) - 1,
+  "hyperbolic": lambda p, x: jnp.cosh(near_zero(p, x)) - 1,
+  "of_a_piece": lambda p, x: 1 - jnp.split(jnp.cos(near_zero(p, x)), 2)[1],
+  "jitted": lambda p, x: 1 - jax.jit(jnp.cos)(near_zero(p, x)),
+  "scanned": lambda p, x: lax.scan(
+    lambda n, h: (n + (1 - jnp.cos(h)), None), jnp.zeros(4), near_zero(p, x)
+  )[0],
+  "logarithm": lambda p, x: jnp.log(jnp.cosh(near_zero(p, x))),
+}
+
+
+@both
+@cases(**ONE_AT_ZERO)
+def test_what_is_one_at_zero_keeps_its_distance_from_one(fn, policy):
+  found, want = in_both_formats(fn, policy, GATES, KEYS)
+  np.testing.assert_allclose(found, want, rtol=0.03, atol=1e-6)
+
+
+@both
+def test_a_cosine_that_is_not_subtracted_from_one_stays_in_16_bits(policy):
+  found = equations(
+    jax.make_jaxpr(mpjax.autocast(lambda p, x: jnp.cos(x @ p["w"]), policy))(GATES, KEYS)
+  )
+  (cosine,) = [e for e in found if e.primitive.name == "cos"]
+  assert cosine.outvars[0].aval.dtype.itemsize == 2
+
+
+# Factorizations -----------------------------------------------------------------------------------
+
+damp = lambda gram: gram + 1e-3 * jnp.eye(len(gram))
+FACTORED = {
+  "cholesky": lambda h: jnp.diag(jnp.linalg.cholesky(damp(h @ h.T))),
+  "eigh": lambda h: jnp.linalg.eigvalsh(damp(h @ h.T)),
+  "eigenvalues_to_a_power": lambda h: jnp.linalg.eigh(damp(h @ h.T))[0] ** -0.25,
+  "slogdet": lambda h: jnp.linalg.slogdet(damp(h @ h.T))[1],
+  "einsum": lambda h: jnp.linalg.cholesky(damp(jnp.einsum("ik,jk->ij", h, h)))[-1],
+  "mean": lambda h: jnp.diag(jnp.linalg.cholesky(damp(h @ h.T / 2))),
+  "sum": lambda h: jnp.diag(jnp.linalg.cholesky(damp(sum(2 * a @ a.T for a in (h, h[::-1]))))),
+  "batched": lambda h: jnp.linalg.eigvalsh(jax.vmap(lambda h: damp(h @ h.T))(jnp.stack([h, h]))),
+  "jitted": lambda h: jnp.linalg.eigvalsh(jax.jit(lambda h: damp(h @ h.T))(h)),
+  "jitted_factorization": lambda h: jax.jit(jnp.linalg.eigvalsh)(damp(h @ h.T)),
+  "mapped": lambda h: lax.map(lambda h: jnp.linalg.eigvalsh(damp(h @ h.T)), jnp.stack([h, h])),
+  "in_scan": lambda h: lax.scan(
+    lambda g, h: (g + h @ h.T, jnp.linalg.eigvalsh(g)), 1e-3 * jnp.eye(6), jnp.stack([h, h])
+  )[1],
+  "kernel": lambda h: jnp.diag(jnp.linalg.cholesky(damp(jnp.exp(h @ h.T)))),
+  "cond": lambda h: lax.cond(h[0, 0] < 9, jnp.linalg.eigvalsh, lambda g: g[0], damp(h @ h.T)),
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), FACTORED, POLICIES)
+def test_a_damped_gram_matrix_stays_definite(fn, policy):
+  """It has rank two of six: what a rounding adds to it is more than the damping."""
+  program = lambda w, x: fn(x @ w[:, :2])
+  w = jnp.eye(4) * 0.5
+  x = KEYS[:6].astype(mpjax.Policy.parse(policy).compute_dtype).astype(jnp.float32)
+  found, want = in_both_formats(program, policy, w, x)
+  np.testing.assert_allclose(found, want, rtol=0.01, atol=1e-4)
+  for product in matmuls(mpjax.autocast(lambda w, x: fn(x @ w), policy), w, x)[:2]:
+    assert {v.aval.dtype.itemsize for v in product.invars} == {2}
+
+
+@both
+def test_what_is_factored_behind_another_matmul_stays_in_16_bits(policy):
+  fn = lambda w, x: jnp.linalg.eigvalsh((x @ w) @ x.T)
+  first, second = matmuls(mpjax.autocast(fn, policy), W, DATA)
+  assert [e.outvars[0].aval.dtype.itemsize for e in (first, second)] == [2, 4]
 
 
 # Constants ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The plan is made by abstract interpretation: each float32 of the trace gets a `Form`, equations
 join the forms of their operands as the primitive table says, and the carry of a loop is the least
-fixed point. Executing a plan is `execute`'s work, reporting one is `inspect`'s.
+fixed point. Executing a plan is `interpreter`'s work, reporting one is `inspect`'s.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
-from mpjax._engine.execute import Decided, Interpreter
+from mpjax._engine.execute import Decided
+from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan
 from mpjax._engine.planner import Planner

@@ -14,7 +14,8 @@ from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine import jaxprs
 from mpjax._engine.calls import is_traced
-from mpjax._engine.execute import Decided, Interpreter
+from mpjax._engine.execute import Decided
+from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import Kind
 from mpjax._engine.planner import Planner
 from mpjax.inspect._flow_report import TOP

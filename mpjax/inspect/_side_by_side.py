@@ -19,7 +19,7 @@ from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of, mapped
 from mpjax._engine.environment import Environment, Key
-from mpjax._engine.execute import Interpreter
+from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.jaxprs import Literal
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Plan, Read, Step

@@ -10,7 +10,7 @@ import mpjax
 from _jaxprs import equations, primitives
 from _turns import in_turns
 from mpjax._core.scopes import module_path
-from mpjax._engine import execute
+from mpjax._engine import interpreter
 
 ACTIVATIONS = {
   "gelu": nn.gelu,
@@ -46,7 +46,7 @@ def test_float16_islands_store_nothing_wide(activation, operands, monkeypatch):
   kept = stored(mpjax.autocast(fn, "mixed_float16"), operands)
   # The input is the caller's own float32 array; all else is float16.
   assert kept.count("float32") <= 1
-  monkeypatch.setattr(execute.islands, "find", lambda plan: {})
+  monkeypatch.setattr(interpreter.islands, "find", lambda plan: {})
   without = stored(mpjax.autocast(fn, "mixed_float16"), operands)
   assert sum(np.dtype(d).itemsize for d in kept) <= sum(np.dtype(d).itemsize for d in without)
 
@@ -56,7 +56,7 @@ def test_float16_islands_store_nothing_wide(activation, operands, monkeypatch):
 def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
   fn = make(activation)
   grads = jax.grad(mpjax.autocast(fn, "mixed_float16"))(*operands)
-  monkeypatch.setattr(execute.islands, "find", lambda plan: {})
+  monkeypatch.setattr(interpreter.islands, "find", lambda plan: {})
   storing = jax.grad(mpjax.autocast(fn, "mixed_float16"))(*operands)
   np.testing.assert_allclose(grads, storing, rtol=2e-3, atol=2e-3)
 
@@ -165,7 +165,7 @@ def test_the_derivative_by_16_bit_weights_is_about_as_exact(
 
   plain = derivative(fn, operands)
   found = errors()
-  monkeypatch.setattr(execute.islands.softmax, "match", lambda *_: None)
+  monkeypatch.setattr(interpreter.islands.softmax, "match", lambda *_: None)
   for error, storing in zip(found, errors(), strict=True):
     assert error < 1.5 * storing + unit
 

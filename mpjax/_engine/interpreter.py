@@ -1,0 +1,358 @@
+"""Executes plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine import (
+  call_rules,
+  custom_rules,
+  islands,
+  jaxprs,
+  operand_order,
+  repeats,
+  softmax,
+  versions,
+)
+from mpjax._engine.attached_derivatives import with_derivative
+from mpjax._engine.environment import Environment, Key, to_dtype
+from mpjax._engine.float8 import in_float8
+from mpjax._engine.float32_products import but_on_gpus, unfolded
+from mpjax._engine.islands import Island
+from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.matmul_derivatives import (
+  Contraction,
+  product_of,
+  with_wide_cotangent,
+)
+from mpjax._engine.plan import Plan, Step
+from mpjax._engine.planner import Planner
+from mpjax._engine.repeats import Repeat, Unit
+from mpjax._engine.scaled_cotangents import UNSCALED, within
+from mpjax._engine.softmax import Softmax
+
+
+class Interpreter:
+  """Executes plans. A body is rebuilt once for each plan that it has.
+
+  Args:
+    planner: The planner that made the plans.
+    stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
+      none is computed again in the backward pass: for reports, not for speed.
+    loss_scale: What cotangents are multiplied by inside.
+  """
+
+  def __init__(
+    self, planner: Planner, *, stepwise: bool = False, loss_scale: float = UNSCALED
+  ) -> None:
+    self.planner, self.loss_scale = planner, loss_scale
+    self._stepwise = stepwise
+    self._rebuilt: dict[int, Any] = {}
+    self._units: dict[int, list[Unit | Repeat]] = {}
+    self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
+
+  def run(
+    self, plan: Plan, operands: Sequence[Any], captured: Sequence[Any] | None = None
+  ) -> list[Any]:
+    """Execute a plan on operands that are held as its forms say.
+
+    Args:
+      plan: The plan.
+      operands: The operands.
+      captured: What stands for the constants of its jaxpr, if not they themselves.
+    """
+    inner = versions.open_jaxpr(plan.jaxpr)
+    values = Environment(self.planner.adapting.saturated)
+    values.write(inner.invars, operands)
+    constants = versions.constants(plan.jaxpr) if captured is None else captured
+    values.write(inner.constvars, constants)
+    for unit in self._units_of(plan):
+      self._run_unit(plan, unit, values)
+    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def _units_of(self, plan: Plan) -> list[Unit | Repeat]:
+    """What a plan executes one after the other."""
+    if self._stepwise:
+      return list(plan.steps)
+    if id(plan) not in self._units:
+      found = islands.find(plan)
+      taken = {index for island in found.values() for index in island.steps}
+      turned = operand_order.turned(plan)
+      rest = {
+        n: replace(step, turned=True) if n in turned else step
+        for n, step in enumerate(plan.steps)
+        if n not in taken
+      }
+      self._units[id(plan)] = repeats.joined(plan, dict(sorted({**rest, **found}.items())))
+    return self._units[id(plan)]
+
+  def _run_unit(
+    self, plan: Plan, unit: Unit | Repeat, values: Environment, scopes: int = 0
+  ) -> None:
+    """Run a unit; so many scopes of its equations, from the outermost in, are current already."""
+    if isinstance(unit, Step):
+      with jaxprs.located(unit.eqn, slice(scopes, None)):
+        self.run_step(unit, values)
+    elif isinstance(unit, Repeat):
+      self._run_repeat(plan, unit, values)
+    else:
+      self._run_island(plan, unit, values, scopes)
+
+  def run_step(self, step: Step, values: Environment) -> None:
+    """Execute one step on the values that the steps before it wrote."""
+    reads = list(step.reads)
+    if step.wide is not None:  # it rounds inside, and its cotangent does not
+      reads[step.wide] = reads[step.wide]._replace(to=None)
+    read = [values.read(a, r) for a, r in zip(step.eqn.invars, reads, strict=True)]
+    outs = _RUN.get(step.rule, _bind)(self, step, read)
+    held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+    values.write(step.eqn.outvars, held)
+
+  def _run_repeat(self, plan: Plan, repeat: Repeat, values: Environment) -> None:
+    """Run units that recur: traced as one function that all their recurrences call."""
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      operands = [values.get(key) for key in repeat.inputs]
+    if not any(isinstance(x, Tracer) for x in operands):
+      for unit in repeat.units:
+        self._run_unit(plan, unit, values)
+      return
+
+    compute = self._function(plan, repeat.units, repeat.inputs, repeat.outputs, repeat.scopes)
+    function = self._functions.setdefault(repeat.code, jax.jit(compute, inline=True))
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      values.fill(repeat.outputs, function(*operands))
+
+  def _run_island(
+    self, plan: Plan, island: Island | Softmax, values: Environment, scopes: int
+  ) -> None:
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
+    steps = [plan.steps[index] for index in island.steps]
+    inner = jaxprs.common_scopes([step.eqn for step in steps])
+    last = steps[-1].eqn
+    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, last.outvars))
+    compute = self._function(plan, steps, inputs, outputs, inner)
+    if isinstance(island, Softmax):
+      run = softmax.storing_weights(compute, island)
+    else:
+      run = jax.checkpoint(_rounding(compute, island.dtype, last, inner))
+    with jaxprs.located(last, slice(scopes, inner)):
+      values.fill(outputs, run(*map(values.get, inputs)))
+    if isinstance(island, Softmax) and island.matmul is not None:
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
+
+  def _run_weighting(self, step: Step, weights: Key, values: Environment, scopes: int) -> None:
+    """Run a matmul so that the cotangent of its weights does not round."""
+    eqn = step.eqn
+    wide = 0 if eqn.invars[0] is weights.var else 1
+    with jaxprs.located(eqn, slice(scopes, None)):
+      other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
+      contraction = Contraction.of(step.params, wide, other.dtype)
+      weigh = with_wide_cotangent(contraction)
+      values.write(eqn.outvars, [weigh(values.get(weights), other)])
+
+  def _function(
+    self,
+    plan: Plan,
+    units: Sequence[Unit],
+    inputs: Sequence[Key],
+    outputs: Sequence[Key],
+    scopes: int,
+  ) -> Callable[..., list[Any]]:
+    """Some units as a function from what they read to what others read of them."""
+
+    def compute(*operands: Any) -> list[Any]:
+      inside = Environment(self.planner.adapting.saturated)
+      inside.fill(inputs, operands)
+      for unit in units:
+        self._run_unit(plan, unit, inside, scopes)
+      return [inside.get(key) for key in outputs]
+
+    return compute
+
+  def rebuild(self, plan: Plan) -> Any:
+    """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
+    if id(plan) not in self._rebuilt:
+      invars = versions.open_jaxpr(plan.jaxpr).invars
+      avals = [
+        v.aval if form is None else jaxprs.with_dtype(v.aval, form.dtype)
+        for v, form in zip(invars, plan.in_forms, strict=True)
+      ]
+      self._rebuilt[id(plan)] = jaxprs.trace(lambda *xs: self.run(plan, xs), avals)
+    return self._rebuilt[id(plan)]
+
+
+def _rounding(
+  compute: Callable[..., list[Any]],
+  dtype: np.dtype | None,
+  last: JaxprEqn,
+  scopes: int,
+) -> Callable[..., list[Any]]:
+  """A function whose one result is cast to a format, if there is one, in its last step's scope.
+
+  What crosses the border of a checkpoint lies in memory: so the result rounds inside, and with it
+  the cotangent that comes in.
+  """
+
+  def run(*operands: Any) -> list[Any]:
+    (result,) = compute(*operands)
+    with jaxprs.located(last, slice(scopes, None)):
+      return [result if dtype is None else to_dtype(result, dtype)]
+
+  return run
+
+
+# How each rule runs ------------------------------------------------------------------------------
+
+
+def _bind(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.run_with(step.eqn, operands, step.params)
+
+
+def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.run_as_traced(step.eqn, operands)
+
+
+def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul in 16 bits, or 8; the gradient of a parameter leaves its own in float32."""
+  if step.float8 is not None and step.float8.parameter is not None:
+    wide, other = operands[step.float8.parameter], operands[1 - step.float8.parameter]
+    contraction = Contraction.of(step.params, step.float8.parameter, other.dtype)
+    return [in_float8(contraction, step.float8.backward)(wide, other)]
+  if step.parameter is None:
+    if step.turned:
+      return [operand_order.run(step, *operands)]
+    return _bind(interpreter, step, operands)
+  wide, other = operands[step.parameter], operands[1 - step.parameter]
+  product = product_of(step.eqn, step.params, step.parameter, other.dtype)
+  return [with_wide_cotangent(product)(wide, other)]
+
+
+def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """An elementwise operation; a parameter that it spreads rounds after it was spread.
+
+  ``add h:bf16[8,4] b:f32[1,4]`` becomes ``c:f32[8,4] = broadcast_in_dim b``, then
+  ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32.
+  """
+  if step.parameter is not None and step.outs[0] is not None:
+    shape = jaxprs.shape(step.eqn.outvars[0])
+    parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
+    spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
+    operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
+  return _bind(interpreter, step, operands)
+
+
+def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
+  del interpreter
+  factors, rest = operands[:2], operands[2:]
+  narrow = step.params | {"preferred_element_type": factors[0].dtype}
+
+  def matmul(*pair: Any) -> Any:
+    return jaxprs.run_with(step.eqn, [*pair, *rest], step.params)[0]
+
+  def moved(*pair: Any) -> Any:
+    return to_dtype(jaxprs.run_with(step.eqn, [*pair, *rest], narrow)[0], FLOAT32)
+
+  is_conv = step.eqn.primitive.name == "conv_general_dilated"
+  run = but_on_gpus(matmul, moved) if is_conv else unfolded(matmul)
+  return [with_derivative(run, moved, moved)(*factors)]
+
+
+def _multiply(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
+  del interpreter
+  contracted, batch = step.params["dimension_numbers"]
+  shaped = []
+  free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contracted, batch, strict=True)]
+  for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
+    own = [dim for dim in range(x.ndim) if dim not in (*ones, *along)]
+    x = lax.squeeze(lax.transpose(x, (*along, *own, *ones)), range(x.ndim - len(ones), x.ndim))
+    start = len(along) + (free[0] if n == 0 else 0)
+    shaped.append(lax.expand_dims(x, range(start, start + free[1 - n])))
+  return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
+
+
+def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  name, (body,) = step.eqn.primitive.name, step.bodies
+  if name == "shard_map":
+    return _shard_map(interpreter, step, operands)
+  if name not in _KEEPS_ITS_CALL:
+    return interpreter.run(body, operands)
+  held = "jaxpr" if "jaxpr" in step.params else "call_jaxpr"
+  jaxpr, consts = versions.like(step.params[held], interpreter.rebuild(body))
+  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {held: jaxpr})
+
+
+_KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
+
+
+def _loss_scale(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  return jaxprs.run_with(step.eqn, operands, within(step.params, interpreter.loss_scale))
+
+
+def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  del interpreter
+  return jaxprs.evaluate(step.params["jaxpr"], operands)
+
+
+def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  params, (body,) = step.params, step.bodies
+  mapped = jax.shard_map(
+    lambda *shards: tuple(interpreter.run(body, shards)),
+    mesh=params["mesh"],
+    in_specs=tuple(params["in_specs"]),
+    out_specs=tuple(params["out_specs"]),
+    axis_names=params["newly_manual_axes"],
+    check_vma=params["check_vma"],
+  )
+  return list(mapped(*operands))
+
+
+def _scan(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
+  return jaxprs.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
+
+
+def _while(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  cond, body = map(interpreter.rebuild, step.bodies)
+  params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
+  return jaxprs.run_with(step.eqn, operands, params)
+
+
+def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+  branches = tuple(map(interpreter.rebuild, step.bodies))
+  return jaxprs.run_with(step.eqn, operands, step.params | {"branches": branches})
+
+
+_RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.LOWER: _lower,
+  Rule.FOLLOW: _follow,
+  Rule.WIDE: _wide,
+  Rule.MULTIPLY: _multiply,
+  Rule.TRACED: _traced,
+  Rule.CALL: _call,
+  Rule.SCAN: _scan,
+  Rule.WHILE: _while,
+  Rule.COND: _cond,
+  Rule.CUSTOM_JVP: custom_rules.custom_jvp,
+  Rule.CUSTOM_VJP: custom_rules.custom_vjp,
+  Rule.CUSTOM_LIN: custom_rules.custom_lin,
+  Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
+  Rule.REMAT_OPT: call_rules.remat_opt,
+  Rule.LINEAR_CALL: call_rules.linear_call,
+  Rule.CUSTOM_PARTITIONING: call_rules.custom_partitioning,
+  Rule.MARKER: _marked,
+  Rule.LOSS_SCALE: _loss_scale,
+}

@@ -182,7 +182,9 @@ def _along(scale: jax.Array, names: Sequence[int], others: Sequence[int]) -> jax
 
 @functools.lru_cache(maxsize=1024)
 def in_float8(contraction: Contraction, backward: bool = False) -> Matmul:
-  """The matmul of a wide operand and another in float8; its wide cotangent does not round.
+  """The matmul of a parameter, the wide operand, and another in float8.
+
+  The cotangent of a float32 parameter does not round; one that its author cast has its format.
 
   What is stored for the backward pass are the two operands in float8. Second derivatives multiply
   in 16 bits.

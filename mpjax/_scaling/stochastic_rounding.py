@@ -37,8 +37,9 @@ def stochastic_rounding(
 
   The updates are float32, and such that ``optax.apply_updates(params, updates)`` takes every
   parameter to the number that was drawn, bit for bit. An update of zero leaves every bit. A number
-  that becomes too large for the format becomes infinite, as in a cast; NaN stays NaN. Leaves that
-  are float32, integers or anything else pass untouched.
+  that becomes too large for the format becomes infinite, as in a cast; NaN stays NaN. Where a
+  device takes float32 numbers below 2**-126 for zero, as CPUs do, updates below that are lost.
+  Leaves that are float32, integers or anything else pass untouched.
 
   The random bits are a function of the seed, the number of the update, a parameter's path and the
   place in its array: a run that is resumed has the same ones, so have all replicas, and arrays

@@ -146,7 +146,8 @@ def range_report(
     The report.
 
   Raises:
-    ValueError: If the scale is not a power of two, the format not known, or the histogram empty.
+    ValueError: If the scale is no power of two and not ``"amax"``, the format not known, or the
+      histogram empty.
 
   Example:
     >>> import jax.numpy as jnp, mpjax
@@ -160,6 +161,10 @@ def range_report(
     (0.33, 0.0)
   """
   to = read_format(dtype)
+  if isinstance(scale, str) and scale != "amax":
+    raise ValueError(
+      f"scale must be a power of two or 'amax'. Got {scale!r}. Write one of the two."
+    )
   if scale != "amax":
     scale = power_of_two("scale", scale)
   if not 0 <= tolerance < 1:

@@ -194,6 +194,7 @@ def test_the_report_names_the_parameters_that_would_stall_without_float32_master
   [
     (lambda h: inspect.range_report(h, "float12"), "one of bfloat16, float16.*Got 'float12'"),
     (lambda h: inspect.range_report(h, scale=3), "scale must be a positive power of two"),
+    (lambda h: inspect.range_report(h, scale="max"), "a power of two or 'amax'. Got 'max'"),
     (lambda h: inspect.range_report(h, tolerance=1.5), "tolerance must be a share"),
     (lambda h: inspect.range_report(inspect.histogram([jnp.zeros(3)])), "other than zero. Got no"),
     (lambda h: inspect.record(jnp.sin, "float32"), "holds nothing so"),

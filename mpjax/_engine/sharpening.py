@@ -18,7 +18,7 @@ from mpjax._engine import jaxprs
 from mpjax._engine.constants import Adapting
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
-from mpjax._engine.kinds import Form, Kind, join
+from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
@@ -228,6 +228,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "0.002 times what a value gave is lost where 16 bits add it to that value",
   ),
   Sharpening(
+    "merged parameter",
+    {"add", "sub"},
+    lambda s: _is_narrow(s.forms) and merges(s.eqn, s.forms, s.around.sums.pure),
+    Rule.FULL,
+    "a parameter with a low-rank change merged into it is a parameter, in float32",
+  ),
+  Sharpening(
     "divides by a narrow value",
     {"div"},
     lambda s: s.rule is Rule.FOLLOW and _is_float16(s.forms[1]),
@@ -328,6 +335,13 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   """What a gather of floats gives for an index that is out of bounds, if that is a number."""
   fill = eqn.params["fill_value"]
   return fill if fill is not None and jaxprs.is_float32(eqn.outvars[0]) and fill == fill else None
+
+
+def merges(eqn: JaxprEqn, forms: Forms, pure: Collection[Any]) -> bool:
+  """Whether a whole parameter is added to what matmuls made of parameters alone."""
+  sizes = {jaxprs.size(atom) for atom, form in zip(eqn.invars, forms, strict=True) if form == PARAM}
+  is_pure = all(not isinstance(atom, Literal) and atom in pure for atom in eqn.invars)
+  return is_pure and jaxprs.size(eqn.outvars[0]) in sizes
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:

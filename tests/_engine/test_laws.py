@@ -157,6 +157,31 @@ def test_a_class_token_is_put_before_the_sequence(policy):
   np.testing.assert_allclose(rounded(mpjax.autocast(fn, policy))(p, DATA), fn(p, DATA), rtol=1e-2)
 
 
+MERGED = {
+  "added": lambda p: p["w"] + p["a"] @ p["b"],
+  "scaled": lambda p: p["w"] + 0.5 * (p["a"] @ p["b"]),
+  "subtracted": lambda p: p["w"] - p["a"] @ p["b"],
+  "second": lambda p: jnp.einsum("ir,rj->ij", p["a"], p["b"]) + p["w"],
+  "turned": lambda p: p["w"].T + (p["a"] @ p["b"]).T,
+  "jitted": lambda p: jax.jit(lambda w, a, b: w + a @ b)(p["w"], p["a"], p["b"]),
+  "jitted_change": lambda p: p["w"] + jax.jit(jnp.matmul)(p["a"], p["b"]),
+  "mapped": lambda p: lax.map(
+    lambda p: p["w"] + p["a"] @ p["b"], jax.tree.map(lambda v: v[None], p)
+  )[0],
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), MERGED, POLICIES)
+def test_a_parameter_with_a_low_rank_change_is_as_exact_as_it_was(fn, policy):
+  p = {"w": W + 1e-4, "a": jnp.full((4, 2), 1e-2), "b": jnp.full((2, 4), 1e-2)}
+  found, want = in_both_formats(fn, policy, p)
+  np.testing.assert_allclose(found, want, rtol=1e-6)
+  forward = mpjax.autocast(lambda p, x: x @ fn(p), policy)
+  *_, product = matmuls(forward, p, DATA)
+  assert {v.aval.dtype.itemsize for v in (*product.invars, *product.outvars)} == {2}
+
+
 ONES = jnp.ones((4001, 1))
 KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
 one = jnp.ones((1, 1))

@@ -50,8 +50,11 @@ class CastParameters:
   def __init__(self, variables: Iterable[Any]) -> None:
     self._cast = set(variables)
 
-  def follow(self, eqn: JaxprEqn, forms: Mapping[Any, Form | None]) -> None:
-    """Add what an equation casts or moves."""
+  def follow(
+    self, eqn: JaxprEqn, forms: Mapping[Any, Form | None], called: Sequence[int] = ()
+  ) -> None:
+    """Add what an equation casts or moves, and these results of the function that it calls."""
+    self._cast.update(eqn.outvars[n] for n in called)
     if eqn.primitive.name not in _CASTS:
       return
     operands: list[Any] = [a for a in eqn.invars if _is_float(a)]

@@ -116,6 +116,8 @@ class Plan:
   steps: tuple[Step, ...]
   out_reads: tuple[Read, ...]
   out_forms: Forms
+  cast: tuple[int, ...] = ()
+  """Which results are parameters that their author cast to 16 bits."""
 
   @property
   def in_float8(self) -> bool:

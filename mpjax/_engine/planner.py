@@ -234,7 +234,7 @@ class _Walk:
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
-    return Plan(self.jaxpr, self.in_forms, steps, reads, held)
+    return Plan(self.jaxpr, self.in_forms, steps, reads, held, self.cast.among(inner.outvars))
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
     return self.place.backward or self.planner.place_of(eqn, self.place.path).backward
@@ -259,7 +259,8 @@ class _Walk:
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
     if self.planner.in_float8:
-      self.cast.follow(eqn, self.forms)
+      called = decision.bodies[0].cast if rule is Rule.CALL else ()
+      self.cast.follow(eqn, self.forms, called)
     parameter = parameter_of(eqn, rule, forms)
     return Step(
       eqn,

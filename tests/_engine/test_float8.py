@@ -306,9 +306,16 @@ def of(convert, multiply=jnp.matmul):
     of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)[:, :4])),
     of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)), jax.jit(jnp.matmul)),
     of(lambda x, w: (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)), jax.checkpoint(jnp.matmul)),
+    of(lambda x, w: (x.astype(jnp.bfloat16), jax.jit(lambda w: w.astype(jnp.bfloat16))(w))),
+    of(
+      lambda x, w: (
+        x.astype(jnp.bfloat16),
+        lax.dynamic_index_in_dim(w.astype(jnp.bfloat16)[None], 0, keepdims=False),
+      )
+    ),
     lambda w, x: narrow_layers(w[None], x).astype(jnp.float32),
   ],
-  ids=["both", "weight", "input", "turned", "part", "jit", "checkpoint", "scan"],
+  ids=["both", "weight", "input", "turned", "part", "jit", "checkpoint", "cast", "index", "scan"],
 )
 def test_a_parameter_that_its_author_cast_to_bfloat16_multiplies_in_float8(fn, standard_promotion):
   assert eight(fn, WEIGHTS[0], INPUTS) == (1, 0)

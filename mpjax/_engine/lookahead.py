@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import bodies_of
+from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.versions import AnyJaxpr
 
@@ -121,7 +121,10 @@ class Needs:
     key = id(jaxpr)
     if key not in self._factoring:
       self._factoring[key] = any(
-        eqn.primitive.name in _FACTORS or any(self._factors(b.jaxpr) for b in bodies_of(eqn))
+        eqn.primitive.name in _FACTORS
+        or (
+          eqn.primitive.name in HAVE_BODIES and any(self._factors(b.jaxpr) for b in bodies_of(eqn))
+        )
         for eqn in versions.open_jaxpr(jaxpr).eqns
       )
     return self._factoring[key]

@@ -47,7 +47,8 @@ from mpjax._engine.roles import (
 from mpjax._engine.versions import AnyJaxpr
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
-_NEED = having(Trait.LOGARITHM | Trait.STEEP | Trait.MULTIPLIES_UP)
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
+_STEEP = having(Trait.STEEP)
 _ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
 
@@ -177,13 +178,15 @@ class NearOne:
         gates.add(eqn.outvars[0])
       elif _comes_near_one(eqn, forward):
         gates.add(eqn.outvars[0])
-      found |= variables_of(self._needed(eqn, found))
+      found |= variables_of(self._needed(eqn, forward, found))
     return inside, gates
 
-  def _needed(self, eqn: JaxprEqn, found: Set[Any]) -> Iterable[Any]:
+  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Any]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
     name = eqn.primitive.name
     if name in _NEED:
+      return eqn.invars
+    if name in _STEEP and forward.of(eqn.invars[0]).gates:
       return eqn.invars
     passes = name in POWERS or self._table.get(name) in _ELEMENTWISE
     passes = passes and not found.isdisjoint(eqn.outvars)

@@ -94,7 +94,7 @@ class CostReport(Report):
       None if it has none, or takes the policy as a parameter.
 
   Example:
-    >>> import jax.numpy as jnp, mpjax
+    >>> import jax, jax.numpy as jnp, mpjax
     >>> square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     >>> report = mpjax.inspect.cost(lambda w, x: x @ w, square, square, policies=["float32"])
     >>> report.parameters, report.rows[0].output_bytes, report.fits(report.rows[0])

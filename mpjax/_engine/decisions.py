@@ -138,10 +138,11 @@ class Decisions(NamedTuple):
 
 def _uniform(eqn: JaxprEqn, forms: Forms, form: Form) -> Decision:
   """Every float32 operand and result of the equation in one form."""
+  if not any(forms):
+    return Decision([None] * len(forms), _for_float32(eqn.outvars, DATA), eqn.params)
   wanted = [form.dtype if f is not None else None for f in forms]
-  held = form if any(forms) else DATA
-  params = jaxprs.retyped(eqn.params, held.dtype) if any(forms) else eqn.params
-  return Decision(wanted, _for_float32(eqn.outvars, held), params)
+  params = jaxprs.retyped(eqn.params, form.dtype)
+  return Decision(wanted, _for_float32(eqn.outvars, form), params)
 
 
 def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:

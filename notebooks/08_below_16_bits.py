@@ -57,8 +57,9 @@ paths = {
   "bfloat16, stochastic": descend(mpjax.stochastic_rounding(sgd), jnp.bfloat16),
 }
 figure, ax = plt.subplots(figsize=(7, 3.2))
-for (name, path), style in zip(paths.items(), ("-", "--", "-"), strict=True):
-  ax.plot(path, style, label=f"{name}: {float(path[-1]):.2f}")
+colors = "#0072B2", "#E69F00", "#009E73"
+for (name, path), style, color in zip(paths.items(), ("-", "--", ":"), colors, strict=True):
+  ax.plot(path, style, color=color, linewidth=2, label=f"{name}: {float(path[-1]):.2f}")
 ax.set(xlabel="update", ylabel="parameter (mean of 512)", title="A hundred updates of -0.001")
 ax.legend(frameon=False)
 plt.show()
@@ -107,10 +108,10 @@ print(f"bfloat16_states     {fall(mpjax.bfloat16_states(adam)):.3f}")
 magnitudes = jnp.asarray(np.geomspace(1e-6, 1e6, 200 * 64).reshape(200, 64), jnp.float32)
 formats = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "bfloat16": jnp.bfloat16}
 figure, ax = plt.subplots(figsize=(7, 3.2))
-for name, dtype in formats.items():
+for (name, dtype), color in zip(formats.items(), colors, strict=True):
   errors = jnp.abs(magnitudes.astype(dtype).astype(jnp.float32) - magnitudes) / magnitudes
   fits = magnitudes[:, -1] <= float(jnp.finfo(dtype).max)
-  ax.loglog(magnitudes[fits, 0], errors[fits].max(axis=1), label=name)
+  ax.loglog(magnitudes[fits, 0], errors[fits].max(axis=1), color=color, label=name)
 ax.set(xlabel="magnitude", ylabel="largest relative error", title="What rounding costs")
 ax.set_ylim(1e-3, 3)
 ax.legend(frameon=False, loc="upper right")

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from mpjax.plot import _axes
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -61,3 +64,12 @@ def test_a_notebook_is_committed_with_its_outputs(source):
   assert any(cell.get("outputs") for cell in cells)
   kinds = [out["output_type"] for cell in cells for out in cell.get("outputs", [])]
   assert "error" not in kinds
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda source: source.stem[:2])
+def test_what_a_notebook_draws_by_itself_has_a_color_of_the_palette(source):
+  palette = {color.upper() for color in (*_axes.SERIES, _axes.GREY)}
+  text = source.read_text()
+  drawn = re.findall(r"\bax\w*\.(?:plot|loglog|semilog[xy]|bar|barh|scatter|step)\((.*)\)", text)
+  assert all("color=" in arguments for arguments in drawn)
+  assert {color.upper() for color in re.findall(r"#[0-9a-fA-F]{6}\b", text)} <= palette

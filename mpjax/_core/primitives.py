@@ -293,7 +293,7 @@ DEFAULT_OPS: Mapping[str, str] = MappingProxyType(
 
 ``lower``: runs in the compute dtype (matmuls, convolutions), but for the power iteration of Flax's
 spectral norms, which is float32 in modules under `apply_policy`, and for matmuls that count whole
-numbers or sum up the squares of one value. ``full``: runs in float32
+numbers or are inner products, which add up all that they multiply. ``full``: runs in float32
 (logarithms, sums, statistics). ``range``: runs in float32 if the compute dtype is float16, whose
 range it leaves (integer powers). ``follow``: runs in whatever its operands have. Changes go
 into ``PolicyMap(..., ops={"exp": "follow"})``.

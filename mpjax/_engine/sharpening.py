@@ -26,7 +26,6 @@ from mpjax._engine.small_steps import is_small_step
 from mpjax._engine.versions import Atom
 
 SATURATING = having(Trait.SATURATES)
-_MOVES = having(Trait.MOVES)
 _WITH_BODIES = frozenset(
   {
     Rule.CALL,
@@ -166,8 +165,8 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "square",
-    {"integer_pow", "mul", "dot_general"},
-    lambda s: is_square(s.eqn, s.around.makers),
+    {"integer_pow", "mul"},
+    lambda s: is_square(s.eqn),
     Rule.FULL,
     "nearly always feeds a sum: a variance, a norm",
   ),
@@ -184,6 +183,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: has_foreign_float(s.eqn, s.forms),
     Rule.TRACED,
     "float64, complex and 8-bit operands are their author's",
+  ),
+  Sharpening(
+    "inner product",
+    {Rule.LOWER},
+    lambda s: s.has_float32 and is_inner(s.eqn),
+    Rule.FULL,
+    "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
   ),
   Sharpening(
     "power iteration",
@@ -292,30 +298,22 @@ def _held(sight: Sight) -> np.dtype | None:
   return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
 
 
-def is_square(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
-  """X * x and x ** 2 are squares, however they were written, and so are x @ x and ``vdot(x, x)``.
-
-  A matmul of a value with itself is the sum of its squares where it adds up all that it multiplies.
-  """
+def is_square(eqn: JaxprEqn) -> bool:
+  """X * x and x ** 2 are squares, however they were written."""
   if eqn.primitive.name == "integer_pow":
     return eqn.params["y"] == 2
-  if eqn.primitive.name == "dot_general":
-    (left, right), (batch, other) = eqn.params["dimension_numbers"]
-    rank = len(left) + len(batch)
-    first, second = eqn.invars
-    is_inner = {_rank(first), _rank(second)} == {rank} and (left, batch) == (right, other)
-    return is_inner and _source(first, makers) == _source(second, makers)
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
-def _source(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> tuple[Any, ...]:
-  """What a value was before it was moved, and how it was."""
-  moves = []
-  while not isinstance(atom, Literal) and atom in makers and makers[atom].primitive.name in _MOVES:
-    eqn = makers[atom]
-    moves.append((eqn.primitive.name, str(eqn.params)))
-    (atom,) = eqn.invars
-  return (id(atom), *moves)
+def is_inner(eqn: JaxprEqn) -> bool:
+  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
+  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
+    return False
+  contracted, batch = eqn.params["dimension_numbers"]
+  return all(
+    _rank(atom) == len(summed) + len(kept)
+    for atom, summed, kept in zip(eqn.invars, contracted, batch, strict=True)
+  )
 
 
 def _rank(atom: Atom) -> int:

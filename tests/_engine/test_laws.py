@@ -783,6 +783,38 @@ def test_a_cosine_that_is_not_subtracted_from_one_stays_in_16_bits(policy):
   assert cosine.outvars[0].aval.dtype.itemsize == 2
 
 
+# Inner products -----------------------------------------------------------------------------------
+
+INNER = {
+  "matmul": lambda a, b: a[0] @ b[0],
+  "vdot": jnp.vdot,
+  "einsum": lambda a, b: jnp.einsum("td,td->t", a, b),
+  "of_columns": lambda a, b: jnp.einsum("td,td->d", a, b),
+  "tensordot": lambda a, b: jnp.tensordot(a, b, 2),
+  "turned": lambda a, b: jnp.einsum("td,dt->", a, b.T),
+  "mapped": lambda a, b: jax.vmap(jnp.dot)(a, b),
+  "jitted": lambda a, b: jax.jit(jnp.vdot)(a, b),
+}
+
+
+@in_turns(("fn", "policy"), INNER, POLICIES)
+def test_an_inner_product_is_a_sum_of_products(fn, policy):
+  """1e-4 squared is 0 in float16, and 300 squared infinite."""
+  sizes = jnp.array([1e-4, 300.0])[:, None, None]
+  program = lambda w, x: jax.vmap(lambda size: fn(size * (x @ w), size * x))(sizes)
+  x = jnp.arange(1.0, 17).reshape(4, 4) / 16
+  found, want = in_both_formats(program, policy, jnp.eye(4), x)
+  np.testing.assert_allclose(found, want, rtol=0.01)
+
+
+@both
+def test_a_head_of_one_output_is_no_inner_product(policy):
+  fn = lambda w, x: (x @ w[:, 0], x[:1] @ w[:, :1], jnp.einsum("td,sd->ts", x, x))
+  assert {
+    v.aval.dtype.itemsize for e in matmuls(mpjax.autocast(fn, policy), W, DATA) for v in e.invars
+  } == {2}
+
+
 # Factorizations -----------------------------------------------------------------------------------
 
 damp = lambda gram: gram + 1e-3 * jnp.eye(len(gram))

@@ -1,4 +1,6 @@
-"""Which matmuls of a jaxpr make what is added up, found before any equation is decided.
+"""Where values of a jaxpr lead, found before any equation is decided.
+
+Which are added up, and by which matmuls; which are factored, or lead into a logarithm.
 
 ``w - rate * (x.T @ error)``: the matmul returns the float32 that it adds up in, since its result is
 added to the parameter that it came from, or is the gradient of one.

@@ -25,7 +25,7 @@ one sign, and make a hundredth of the sum.
 
 
 def long_sums(body: Body, turns: int | None) -> list[bool]:
-  """Which values a loop carries that it adds more terms to than 16 bits hold.
+  """Which values a loop carries that it adds more than `TERMS` terms to.
 
   Args:
     body: The loop's body.
@@ -39,7 +39,7 @@ def accumulator(form: Form | None, is_long: bool) -> Form | None:
   """How a carry is held that starts in a form.
 
   One that starts from a constant is an accumulator or the state of a recurrent cell: it is
-  float32, as is a 16-bit one that more is added to than 16 bits hold.
+  float32, as is a 16-bit one that more than `TERMS` are added to.
   """
   if form is None or form.kind is Kind.PARAM:
     return form

@@ -16,6 +16,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine.jaxprs import JaxprEqn, Literal, is_float32
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
+from mpjax._engine.sharpening import contracts_nothing, is_inner
 
 _ELEMENTWISE = having(Trait.ARITHMETIC)
 
@@ -110,6 +111,8 @@ def why_not_float8(
     return "no single operand is a parameter"
   if any(eqn.params["dimension_numbers"][1]):
     return "it has batch dimensions"
+  if contracts_nothing(eqn) or is_inner(eqn):
+    return "it is a product or a sum of products, no matmul"
   if foreign := _other_format(eqn, forms):
     return f"its author gave it {foreign}"
   if is_head:

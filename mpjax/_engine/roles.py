@@ -33,9 +33,9 @@ RECUR = having(Trait.KEEPS_NUMBERS | Trait.ARITHMETIC)
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
 POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
-"""What a power of a gate is, that is near one where the gate is."""
+"""Of a gate they are near one where it is."""
 
-_OFTEN = 4
+_OFTEN = 32
 _PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
 
 
@@ -229,7 +229,7 @@ def _multiplies_carry(body: Body) -> set[int]:
 
 
 def _multiplies_often(inner: Any, source: Callable[[], Callable[[Any], Any]]) -> set[Any]:
-  """What multiplies more often than any scale does, whose derivatives multiply by it once more."""
+  """What multiplies more often than the scale of any stack of layers, and its derivatives, do."""
   products = [eqn for eqn in inner.eqns if eqn.primitive.name == "mul"]
   if len(products) <= _OFTEN:
     return set()

@@ -236,7 +236,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "merged parameter",
     {"add", "sub"},
-    lambda s: _is_narrow(s.forms) and merges(s.eqn, s.forms, s.around.sums.pure),
+    lambda s: _is_narrow(s.forms) and merges(s.eqn, s.forms, s.around),
     Rule.FULL,
     "a parameter with a low-rank change merged into it is a parameter, in float32",
   ),
@@ -335,11 +335,29 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   return fill if fill is not None and jaxprs.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
-def merges(eqn: JaxprEqn, forms: Forms, pure: Collection[Any]) -> bool:
-  """Whether a whole parameter is added to what matmuls made of parameters alone."""
-  sizes = {jaxprs.size(atom) for atom, form in zip(eqn.invars, forms, strict=True) if form == PARAM}
-  is_pure = all(not isinstance(atom, Literal) and atom in pure for atom in eqn.invars)
-  return is_pure and jaxprs.size(eqn.outvars[0]) in sizes
+def merges(eqn: JaxprEqn, forms: Forms, around: Surroundings) -> bool:
+  """Whether a whole matrix of parameters is added to what matmuls made of parameters alone.
+
+  Not a vector of them, which is a bias, nor one that is spread over a batch: queries that are
+  learned are the first stream of a decoder.
+  """
+  pairs = zip(eqn.invars, forms, strict=True)
+  matrices = [atom for atom, form in pairs if form == PARAM and _rank(atom) > 1]
+  return (
+    all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
+    and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))
+    and not any(_is_spread(atom, around.makers) for atom in matrices)
+  )
+
+
+def _is_spread(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value is larger than what it was moved or cast from."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) and len(made.invars) == 1:
+    (before,) = made.invars
+    if jaxprs.size(before) < jaxprs.size(atom):
+      return True
+    atom = before
+  return False
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:

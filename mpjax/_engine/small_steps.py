@@ -8,6 +8,7 @@ of ``h + f(h)``, or one with a learned scale, takes no small steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
@@ -66,7 +67,19 @@ def _factor(atom: Atom, makers: Makers, deep: int = _DEEP) -> float:
     if number == 1:
       break
     factor *= number
-  return factor
+  return 1.0 if (made := _maker(atom, makers)) and _undoes_a_sum(factor, made) else factor
+
+
+def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:
+  """Whether a sum of n products times a number is their mean, or as large as one of them.
+
+  ``h @ w / n`` and ``h @ w / n ** 0.5`` are no smaller than h, however large n is.
+  """
+  if eqn.primitive.name != "dot_general":
+    return False
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  summed = math.prod(jaxprs.shape(eqn.invars[0])[dim] for dim in contracted)
+  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in (summed, summed**0.5))
 
 
 def _without_number(eqn: JaxprEqn) -> tuple[Atom, float]:

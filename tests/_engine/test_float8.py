@@ -70,6 +70,21 @@ def in_formats(fn, *args):
 round_to = jax.jit(scaled, static_argnums=1)
 
 
+def test_products_of_a_parameter_that_its_author_cast_are_no_float8_matmuls():
+  """What contracts nothing, as a Dense of a time, and what contracts everything."""
+  half = jnp.bfloat16
+
+  def fn(p, t):
+    h = t.astype(half)[:, None] @ p["w"].astype(half)
+    return h * jnp.vdot(p["w"].astype(half), h[:1])
+
+  p, t = {"w": jnp.ones((1, 8))}, jnp.arange(4.0)
+  formats = in_formats(mpjax.autocast(fn, "mixed_float8"), p, t)
+  assert formats and not any("float8" in name for pair in formats for name in pair)
+  rows = mpjax.inspect.explain(fn, "mixed_float8", p, t).float8
+  assert {row.reason for row in rows} == {"it is a product or a sum of products, no matmul"}
+
+
 # Scales -------------------------------------------------------------------------------------------
 
 

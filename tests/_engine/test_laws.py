@@ -182,6 +182,35 @@ def test_a_parameter_with_a_low_rank_change_is_as_exact_as_it_was(fn, policy):
   assert {v.aval.dtype.itemsize for v in (*product.invars, *product.outvars)} == {2}
 
 
+@both
+@cases(
+  queries=lambda p: (lambda t: t + t @ p["w"])(jnp.broadcast_to(p["w"], (8, 4, 4))),
+  bias=lambda p: p["w"] @ p["w"] + p["a"][:, 0],
+  vector=lambda p: p["w"][0] @ p["w"] + p["a"][:, 0],
+)
+def test_what_is_spread_over_a_batch_or_is_a_bias_is_no_merged_parameter(fn, policy):
+  p = {"w": W, "a": jnp.full((4, 2), 1e-2)}
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(p))
+  (add,) = (e for e in found if e.primitive.name == "add")
+  assert add.outvars[0].aval.dtype.itemsize == 2
+
+
+@both
+def test_a_slope_and_a_scale_that_layers_share_are_no_decays(policy):
+  def fn(p, x):
+    h = x @ p["w"]
+    for _ in range(6):
+      h = h + h @ p["w"]
+      h = jnp.where(h > 0, h, p["slope"] * h)
+      h = (h + jnp.tanh(h @ p["w"])) * p["scale"]
+    return h
+
+  p = {"w": W, "slope": jnp.array(0.9), "scale": jnp.full(4, 0.9)}
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(p, DATA))
+  products = [e for e in found if e.primitive.name in ("mul", "add")]
+  assert {e.outvars[0].aval.dtype.itemsize for e in products} == {2}
+
+
 ONES = jnp.ones((4001, 1))
 KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
 one = jnp.ones((1, 1))
@@ -330,7 +359,7 @@ def test_a_number_keeps_a_small_step_beside_it(fn, policy):
 
 @both
 def test_residuals_and_polynomials_take_no_small_steps(policy):
-  """A scaled and a gated residual, a low-rank one, two branches, gelu's cube, a leaky relu."""
+  """A scaled, a gated and a low-rank residual, branches, means, a leaky relu, the cube of gelu."""
 
   def fn(w, x):
     h = x @ w
@@ -338,6 +367,9 @@ def test_residuals_and_polynomials_take_no_small_steps(policy):
     h = h + w[0] * (h @ w)
     h = h @ w + 0.01 * (h @ w @ w)
     h = h + 0.01 * (x @ w)
+    wide, mixed = jnp.tile(h, 1025), jnp.tile(h, (300, 1))
+    h = h + wide @ jnp.tile(w, (1025, 1)) / 4100**0.5
+    h = h + (jax.nn.relu(h @ mixed.T) / 1200 @ mixed) + (jax.nn.relu(h @ mixed.T) @ mixed) / 1200
     h = jnp.where(h > 0, h, 0.01 * h) + 1e-3
     return (h + 0 * (h @ w)) / 100
 

@@ -15,7 +15,7 @@ from mpjax._engine import escapes
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.kinds import DATA, PARAM, Form
 from mpjax._engine.plan import Forms
-from mpjax._engine.sharpening import Own
+from mpjax._engine.power_iteration import Own
 
 STATE = "state"
 """The flag of what a model holds beside its parameters."""

@@ -104,7 +104,7 @@ class Needs:
       jaxpr: The jaxpr.
       outs: Which of its results do so outside.
     """
-    return self._into(_FACTORS, jaxpr, outs)[0] if outs or self._factors(jaxpr) else frozenset()
+    return self._into(_FACTORS, jaxpr, outs)[0] if outs or self._factorizes(jaxpr) else frozenset()
 
   def factored_by_bodies(self, eqn: JaxprEqn, found: frozenset[Any]) -> frozenset[int]:
     """Which results of an equation's bodies lead into a factorization, in them or outside.
@@ -114,22 +114,23 @@ class Needs:
       found: The variables that do outside.
     """
     results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-    if not results and not any(self._factors(body.jaxpr) for body in bodies_of(eqn)):
+    if not results and not self._bodies_factorize(eqn):
       return results
     return self._through_bodies(_FACTORS, eqn, results)[1]
 
-  def _factors(self, jaxpr: AnyJaxpr) -> bool:
+  def _factorizes(self, jaxpr: AnyJaxpr) -> bool:
     """Whether a jaxpr, or a body in it, factors matrices."""
     key = id(jaxpr)
     if key not in self._factoring:
       self._factoring[key] = any(
         eqn.primitive.name in _FACTORS
-        or (
-          eqn.primitive.name in HAVE_BODIES and any(self._factors(b.jaxpr) for b in bodies_of(eqn))
-        )
+        or (eqn.primitive.name in HAVE_BODIES and self._bodies_factorize(eqn))
         for eqn in versions.open_jaxpr(jaxpr).eqns
       )
     return self._factoring[key]
+
+  def _bodies_factorize(self, eqn: JaxprEqn) -> bool:
+    return any(self._factorizes(body.jaxpr) for body in bodies_of(eqn))
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.

@@ -32,7 +32,8 @@ from mpjax._engine.module_exits import Borders
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
-from mpjax._engine.sharpening import Own, Sight, Surroundings
+from mpjax._engine.power_iteration import Own, own_variables, power_iteration
+from mpjax._engine.sharpening import Sight, Surroundings
 from mpjax._engine.versions import AnyJaxpr, Atom
 from mpjax._engine.whole_numbers import WholeNumbers
 
@@ -208,11 +209,11 @@ class _Walk:
     self.logarithms = planner.logarithms(jaxpr, known.logarithms)
     self.heads = planner.heads(jaxpr, known.logarithms).union(inner.invars[n] for n in known.heads)
     self.cast = CastParameters(inner.invars[n] for n in known.cast)
-    self.own = sharpening.own_variables(inner, known.own)
+    self.own = own_variables(inner, known.own)
     self.around = Surroundings(
       exact.values,
       planner.needs.summed(inner, known.parameters, known.kin, known.summed, self.is_backward),
-      sharpening.power_iteration(inner, self.own.state),
+      power_iteration(inner, self.own.state),
       planner.needs.factored(jaxpr, known.factored),
       planner.whole_numbers.variables(jaxpr, known.whole),
       {var: eqn for eqn in inner.eqns for var in eqn.outvars},
@@ -331,8 +332,10 @@ class _Walk:
   def exact_of_bodies(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
     return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
 
-  def known(self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own, exact: Exact) -> Known:
-    """What is known of the operands and results of a body that runs once for all of an equation."""
+  def known(
+    self, eqn: JaxprEqn, body: Body, forms: Sequence[Form | None], own: Own, exact: Exact
+  ) -> Known:
+    """What is known of the operands and results of a body, all of it if that runs once."""
     atoms = body.take(eqn.invars)
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
@@ -376,18 +379,9 @@ class _Walk:
     count, turns = len(body.carry), repetitions(eqn)
     taken = body.split(forms)
     long = long_sums(body, turns)
-    known = Known(
-      exact=exact,
-      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
-      parameters=tuple(n for n, form in enumerate(body.take(forms)) if form == PARAM),
-      own=own or Own(),
-      logarithms=self.into_logarithms(eqn),
-      heads=self.places_of_heads(body.take(eqn.invars)),
-      factored=self.planner.needs.factored_by_bodies(eqn, self.around.factored),
-      carry=body.carry,
-      whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
-      cast=tuple(n for n in self.cast.among(body.take(eqn.invars)) if n not in body.carry),
-    )
+    known = self.known(eqn, body, body.take(forms), own or Own(), exact)
+    cast = tuple(n for n in known.cast if n not in body.carry)
+    known = known._replace(kin=(), numbers=(), carry=body.carry, cast=cast)
 
     slices = tuple(taken.slices)
 

@@ -23,7 +23,7 @@ SMALL = 1 / 32
 _KEEPS_SIZE = having(Trait.MOVES) | {"neg", "convert_element_type", "broadcast_in_dim"}
 _SUMS = frozenset({"add", "sub"})
 _DEEP = 4
-"""Sums of more sums than these are not looked through."""
+"""How deep sums within sums are looked through."""
 
 Makers = Mapping[Any, JaxprEqn]
 
@@ -40,7 +40,7 @@ def is_small_step(eqn: JaxprEqn, makers: Makers, carried: Collection[Any]) -> bo
   """
   first, second = eqn.invars
   for value, step in ((first, second), (second, first)):
-    if 0 < (factor := _factor(step, makers)) < SMALL:
+    if 0 < (factor := _multiple(step, makers)) < SMALL:
       while (made := _maker(value, makers)) and made.primitive.name in _KEEPS_SIZE:
         (value,) = made.invars
       if _is_number(value):
@@ -50,13 +50,13 @@ def is_small_step(eqn: JaxprEqn, makers: Makers, carried: Collection[Any]) -> bo
   return False
 
 
-def _factor(atom: Atom, makers: Makers, deep: int = _DEEP) -> float:
+def _multiple(atom: Atom, makers: Makers, deep: int = _DEEP) -> float:
   """The number of times that a value is something, as far as it is written out; else 1."""
   factor = 1.0
   while eqn := _maker(atom, makers):
     name = eqn.primitive.name
     if name in _SUMS and factor == 1 and deep:
-      terms = (_factor(term, makers, deep - 1) for term in eqn.invars)
+      terms = (_multiple(term, makers, deep - 1) for term in eqn.invars)
       return next((1.0 for size in terms if size >= SMALL), SMALL / 2)
     if name in _KEEPS_SIZE:
       (atom,) = eqn.invars

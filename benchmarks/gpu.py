@@ -13,6 +13,7 @@ import concurrent.futures
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -119,7 +120,11 @@ def _has_torchao(workload: str) -> bool:
 
 
 def run(
-  cell: dict[str, Any], seconds: float, scratch: Path, limit: int | None = None
+  cell: dict[str, Any],
+  seconds: float,
+  scratch: Path,
+  limit: int | None = None,
+  alone_s: int = 0,
 ) -> report.Row:
   """Measures a cell in a process of its own; a failure is a row that says so.
 
@@ -129,10 +134,11 @@ def run(
     scratch: a folder for the lock of the card and for what the compiler has tuned: the same
       matmul is tuned once, so that no peer has the luck of a better draw.
     limit: bytes that the largest batch may take; those of the card otherwise.
+    alone_s: seconds that it may hold the card; 0 for as long as it takes.
   """
   module = "torch_cell" if cell["peer"] in TORCH else "gpu_cell"
   given = {**cell, "compiled": cell["peer"].endswith("compiled"), "limit": limit}
-  given["lock"] = str(scratch / "lock")
+  given |= {"lock": str(scratch / "lock"), "alone_s": alone_s}
   settings = {
     "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
     "JAX_TRACEBACK_FILTERING": "off",  # the last line is the error
@@ -151,6 +157,8 @@ def run(
     )
   except subprocess.TimeoutExpired:
     return {**cell, "error": f"{_LATE} {seconds:.0f} s"}
+  if done.returncode == -signal.SIGALRM:
+    return {**cell, "error": f"held the card for {alone_s} s without an end"}
   if done.returncode:
     return {**cell, "error": (done.stderr.strip().splitlines() or ["no message"])[-1][:200]}
   return {**cell, "error": None, **json.loads(done.stdout.strip().splitlines()[-1])}
@@ -184,6 +192,14 @@ def markdown(rows: list[report.Row]) -> str:
   return "\n".join(parts)
 
 
+def _asked(cell: dict[str, Any], arguments: argparse.Namespace) -> bool:
+  """Whether the command line asks for a cell: by its peer, its matmuls and its kind."""
+  named = not arguments.peers or cell["peer"] in arguments.peers
+  asked = (arguments.precision, arguments.kind)
+  have = (cell["precision"], cell["kind"])
+  return named and all(a in (None, b) for a, b in zip(asked, have, strict=True))
+
+
 def main() -> None:
   """Measures what is missing from the results, until the minutes are over."""
   parser = argparse.ArgumentParser(description="Step time, memory and energy on a GPU.")
@@ -191,8 +207,13 @@ def main() -> None:
   parser.add_argument("--tiny", action="store_true", help="tiny workloads, on any machine")
   parser.add_argument("--minutes", type=float, default=9)
   parser.add_argument("--seconds", type=float, default=3, help="measured for each cell")
+  parser.add_argument(
+    "--cell-seconds", type=int, default=240, help="that a cell may hold the card, compiling and all"
+  )
   parser.add_argument("--jobs", type=int, default=4, help="cells traced while one is measured")
   parser.add_argument("--peers", nargs="+", help="only cells of these")
+  parser.add_argument("--precision", help="only cells with these float32 matmuls: default, highest")
+  parser.add_argument("--kind", help="only cells of this kind: fixed, largest, float8, ...")
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
   ends = time.monotonic() + 60 * arguments.minutes
@@ -204,7 +225,7 @@ def main() -> None:
   wanted = [
     cell
     for cell in cells(names, arguments.seconds)
-    if _key(cell) not in done and (not arguments.peers or cell["peer"] in arguments.peers)
+    if _key(cell) not in done and _asked(cell, arguments)
   ]
   limit = _TINY_BYTES if arguments.tiny else None
   scratch = Path(tempfile.gettempdir()) / "mpjax-gpu-cells"
@@ -212,7 +233,7 @@ def main() -> None:
 
   def measured(cell: dict[str, Any]) -> report.Row | None:
     left = ends - time.monotonic()
-    return run(cell, left, scratch, limit) if left > 20 else None
+    return run(cell, left, scratch, limit, arguments.cell_seconds) if left > 20 else None
 
   with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
     for row in pool.map(measured, wanted):

@@ -1,6 +1,7 @@
 """Timing and energy of repeated calls on a device."""
 
 import contextlib
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,14 @@ def card() -> str:
 
 
 @contextlib.contextmanager
-def alone(path: str | None) -> Iterator[None]:
-  """Holds a file's lock, so that no other process that asks for it uses the device meanwhile."""
+def alone(path: str | None, seconds: int = 0) -> Iterator[None]:
+  """Holds a file's lock, so that no other process that asks for it uses the device meanwhile.
+
+  Args:
+    path: the file; None for no lock.
+    seconds: for so long at most: then a signal ends this process, for a compilation that does not
+      end listens to nothing else. 0 for as long as it takes.
+  """
   if path is None:
     yield
     return
@@ -46,7 +53,11 @@ def alone(path: str | None) -> Iterator[None]:
 
   with Path(path).open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    yield
+    signal.alarm(seconds)
+    try:
+      yield
+    finally:
+      signal.alarm(0)
 
 
 def measure(step: Callable[[], None], wait: Callable[[], None], seconds: float) -> dict[str, Any]:

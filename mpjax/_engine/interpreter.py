@@ -89,7 +89,7 @@ class Interpreter:
       taken = {index for island in found.values() for index in island.steps}
       turned = operand_order.turned(plan)
       rest = {
-        n: replace(step, turned=True) if n in turned else step
+        n: replace(step, order=turned[n]) if n in turned else step
         for n, step in enumerate(plan.steps)
         if n not in taken
       }
@@ -231,8 +231,8 @@ def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[An
     contraction = Contraction.of(step.params, step.float8.parameter, other.dtype)
     return [in_float8(contraction, step.float8.backward)(wide, other)]
   if step.parameter is None:
-    if step.turned:
-      return [operand_order.run(step, *operands)]
+    if step.order is not None:
+      return [operand_order.run(step, step.order, *operands)]
     return _bind(interpreter, step, operands)
   wide, other = operands[step.parameter], operands[1 - step.parameter]
   product = product_of(step.eqn, step.params, step.parameter, other.dtype)

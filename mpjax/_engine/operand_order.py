@@ -1,14 +1,16 @@
-"""Matmuls whose result is turned at once, with their operands the other way round.
+"""Matmuls whose result is turned at once, computed so that it lies as it is read.
 
 XLA lays the result of a matmul out as it stands: what is matched, the rows of the first operand,
-those of the second. An einsum that wants the rows of the second ahead of the first's is a matmul
-and a transposition, which on GPUs is a pass over the result: of the scores of grouped attention
-(``bqgrd,bkgd->bgrqk``, keys first) with every operation behind it, since these stand in the layout
-of the scores. With the queries first the scores lie as the softmax reads them.
+those of the second. An einsum that wants another order is a matmul and a transposition, which on
+GPUs is a pass over the result, and over what stands behind it in the same layout: of the scores of
+grouped attention (``bqgrd,bkgd->bgrqk``) over their softmax and, until XLA of JAX 0.12, over a
+second copy of its weights that waits for the backward pass. With the queries first, and turned
+while they are a query's features wide and not yet all keys long, the scores lie as they are read.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +19,15 @@ from jax import lax
 
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
-from mpjax._engine.plan import Plan, Step, readers_of
+from mpjax._engine.plan import Order, Plan, Step, readers_of
 
 
-def turned(plan: Plan) -> frozenset[int]:
-  """The 16-bit matmuls of a plan, by index, whose result is read with its halves exchanged."""
+def turned(plan: Plan) -> dict[int, Order]:
+  """The 16-bit matmuls of a plan, by index, that are computed in another order than written."""
   if not any(_is_transpose(step) for step in plan.steps):
-    return frozenset()
+    return {}
   readers = readers_of(plan)
-  found = set()
+  found = {}
   for index, step in enumerate(plan.steps):
     matmul = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
     if not matmul or step.parameter is not None or _is_particular(step):
@@ -34,9 +36,10 @@ def turned(plan: Plan) -> frozenset[int]:
     (reader, _), *others = reads or [(-1, None)]
     if others or reader < 0 or not _is_transpose(plan.steps[reader]):
       continue
-    if _exchanges(step, plan.steps[reader].eqn.params["permutation"]):
-      found.add(index)
-  return frozenset(found)
+    order = _order(step, plan.steps[reader].eqn.params["permutation"])
+    if order is not None:
+      found[index] = order
+  return found
 
 
 def _is_particular(step: Step) -> bool:
@@ -49,35 +52,61 @@ def _is_transpose(step: Step) -> bool:
   return step.eqn.primitive.name == "transpose"
 
 
-def _exchanges(step: Step, permutation: Sequence[int]) -> bool:
-  """Whether all rows of the second operand come ahead of those of the first, and not in order.
+def _order(step: Step, permutation: Sequence[int]) -> Order | None:
+  """The order in which a matmul is computed whose result is read under a permutation.
 
-  In order they come by exchanging the operands alone, which XLA does by itself.
+  Operands are exchanged where all rows of the second are read ahead of those of the first. Where
+  the result then lies as it is read, the rows of an operand that is smaller than the result are
+  turned, too. What XLA does by itself is left to it: halves that are in order once exchanged.
   """
-  matched, first, second = _parts(step)
-  order = [*map(int, permutation)]
-  ahead = range(matched, matched + first)
-  last = range(matched + first, matched + first + second)
-  if order == [*range(matched), *last, *ahead]:
-    return False
-  return bool(last and ahead) and max(map(order.index, last)) < min(map(order.index, ahead))
+  free, read = _free(step), [*map(int, permutation)]
+  rows = _rows(free, len(read))
+  first, second = as_read = [sorted(half, key=read.index) for half in rows]
+  exchanged = bool(first and second) and read.index(second[-1]) < read.index(first[0])
+  order = free
+  if read == [*range(rows[0].start), *(second + first if exchanged else first + second)]:
+    if all(map(operator.eq, as_read, map(list, rows))):
+      return None
+    smaller = [jaxprs.size(atom) < jaxprs.size(step.eqn.outvars[0]) for atom in step.eqn.invars]
+    order = tuple(
+      tuple(dims[row - half.start] for row in wanted) if turns else dims
+      for dims, half, wanted, turns in zip(free, rows, as_read, smaller, strict=True)
+    )
+  return Order(exchanged, order) if exchanged or order != free else None
 
 
-def _parts(step: Step) -> tuple[int, int, int]:
-  """How many dimensions of the result are matched, the first operand's and the second's."""
+def _free(step: Step) -> tuple[tuple[int, ...], ...]:
+  """For each operand, its dimensions that are neither matched nor summed over."""
   contracted, batch = step.params["dimension_numbers"]
-  first, second = (
-    len(jaxprs.shape(atom)) - len(c) - len(b)
+  return tuple(
+    tuple(n for n in range(len(jaxprs.shape(atom))) if n not in (*c, *b))
     for atom, c, b in zip(step.eqn.invars, contracted, batch, strict=True)
   )
-  return len(batch[0]), first, second
 
 
-def run(step: Step, left: Any, right: Any) -> Any:
-  """The matmul of a step, computed with its operands exchanged."""
-  contracted, batch = (tuple(reversed(pair)) for pair in step.params["dimension_numbers"])
-  params = {k: v for k, v in step.params.items() if k != "dimension_numbers"}
-  found = lax.dot_general_p.bind(right, left, dimension_numbers=(contracted, batch), **params)
-  matched, first, second = _parts(step)
-  along, ahead = range(matched), range(matched, matched + second)
-  return jnp.transpose(found, (*along, *range(matched + second, matched + second + first), *ahead))
+def _rows(free: tuple[tuple[int, ...], ...], rank: int) -> tuple[range, range]:
+  """Where the dimensions of the two operands stand in a result of a rank, as written."""
+  middle = rank - len(free[1])
+  return range(middle - len(free[0]), middle), range(middle, rank)
+
+
+def run(step: Step, order: Order, left: Any, right: Any) -> Any:
+  """The matmul of a step, computed in another order; its result has the one that is written."""
+  contracted, batch = step.params["dimension_numbers"]
+  rest = {k: v for k, v in step.params.items() if k != "dimension_numbers"}
+  natural, matched = _free(step), range(len(batch[0]))
+  rows = _rows(natural, len(jaxprs.shape(step.eqn.outvars[0])))
+  labels: list[int] = [*matched]
+  sides = []
+  for n in (1, 0) if order.exchanged else (0, 1):
+    dims, x = order.free[n], (left, right)[n]
+    labels += [rows[n][natural[n].index(dim)] for dim in dims]
+    along = tuple(contracted[n]), tuple(batch[n])
+    if dims != natural[n]:
+      x = jnp.transpose(x, (*batch[n], *dims, *contracted[n]))
+      along = tuple(range(len(batch[n] + dims), x.ndim)), tuple(matched)
+    sides.append((x, along))
+  (first, ahead), (second, last) = sides
+  numbers = tuple(zip(ahead, last, strict=True))
+  found = lax.dot_general_p.bind(first, second, dimension_numbers=numbers, **rest)
+  return jnp.transpose(found, [labels.index(n) for n in range(found.ndim)])

@@ -61,6 +61,19 @@ class Place(NamedTuple):
 ROOT = Place()
 
 
+class Order(NamedTuple):
+  """How a matmul is computed whose result is read in another order than it is written.
+
+  Attributes:
+    exchanged: Whether the second operand comes first.
+    free: For each operand, its dimensions that are neither matched nor summed over, in the order
+      in which the result is to have them.
+  """
+
+  exchanged: bool
+  free: tuple[tuple[int, ...], ...]
+
+
 class Float8(NamedTuple):
   """What was decided for a matmul whose policy asks for float8.
 
@@ -90,8 +103,8 @@ class Step:
   bodies: tuple[Plan, ...] = ()
   parameter: int | None = None
   """Which operand is a parameter, if its cotangent is to be summed in float32."""
-  turned: bool = False
-  """Whether it is a matmul that is computed with its operands exchanged."""
+  order: Order | None = None
+  """The order in which it is computed, if it is a matmul that has another than written."""
   float8: Float8 | None = None
   """What its policy's wish for float8 came to; None if it has none, or this is no matmul."""
 

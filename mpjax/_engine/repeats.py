@@ -175,7 +175,7 @@ def _code(step: Step, scopes: int) -> tuple[Any, ...]:
   params = tuple(sorted(step.params.items()))
   bodies = tuple(map(id, step.bodies))
   written = info.traceback, info.name_stack[scopes:], eqn.ctx
-  ways = step.parameter, step.turned, step.float8
+  ways = step.parameter, step.order, step.float8
   return eqn.primitive, params, shapes, step.rule, step.outs, bodies, written, ways
 
 

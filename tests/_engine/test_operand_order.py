@@ -14,7 +14,7 @@ def narrow(fn):
 
 
 def grouped(q, k):
-  q, k = q.reshape(2, 16, 2, 3, 4), k.reshape(2, 16, 2, 12)[..., :4]
+  q, k = q.reshape(-1, 16, 2, 3, 4), k.reshape(-1, 16, 2, 12)[..., :4]
   return jnp.einsum("bqgrd,bkgd->bgrqk", q, k)
 
 
@@ -35,11 +35,28 @@ W = jax.random.normal(jax.random.key(0), (24, 24))
 X = jax.random.normal(jax.random.key(1), (2, 16, 24))
 
 
-def test_the_scores_of_grouped_attention_have_the_queries_first():
-  scores = last_matmul(jax.make_jaxpr(narrow(grouped))(W, X))
-  assert scores.outvars[0].aval.shape == (2, 2, 16, 3, 16)  # batch, group, query, head, key
-  plain = last_matmul(jax.make_jaxpr(grouped)(X, X))
-  assert plain.outvars[0].aval.shape == (2, 2, 16, 16, 3)  # key first, as JAX's einsum has them
+def in_jax(q, k):
+  q, k = q.reshape(-1, 16, 2, 3, 4), k.reshape(-1, 16, 2, 12)[..., :4]
+  return jnp.einsum("BTNGH,BSNH->BNGTS", q, k)
+
+
+def weighting(q, k):
+  weights = jnp.einsum("bqd,bkd->bqk", q, k).reshape(-1, 2, 8, 4, 4)
+  return jnp.einsum("bgrqk,bkgd->bqgrd", weights, k[:, :4, :6].reshape(-1, 4, 2, 3))
+
+
+@pytest.mark.parametrize("fn", [grouped, in_jax])
+def test_the_scores_of_grouped_attention_lie_as_their_softmax_reads_them(fn):
+  scores = last_matmul(jax.make_jaxpr(narrow(fn))(W, X))
+  assert scores.outvars[0].aval.shape == (2, 2, 3, 16, 16)  # batch, group, head, query, key
+  plain = last_matmul(jax.make_jaxpr(fn)(X, X))
+  assert plain.outvars[0].aval.shape != scores.outvars[0].aval.shape
+
+
+def test_an_operand_that_is_larger_than_the_result_is_not_turned():
+  mixed = last_matmul(jax.make_jaxpr(narrow(weighting))(W, X))
+  assert mixed.invars[0].aval.shape == (2, 2, 8, 4, 4)
+  assert mixed.outvars[0].aval.shape == (2, 2, 8, 4, 3)  # the values are turned, not the weights
 
 
 @pytest.mark.parametrize("fn", [matmul, read_twice])
@@ -50,18 +67,19 @@ def test_others_keep_their_order(fn):
 
 
 @pytest.mark.quick(every=3)
+@pytest.mark.parametrize("fn", [grouped, in_jax, weighting])
 @pytest.mark.parametrize("of", [lambda f: f, jax.vmap, jax.jit, jax.checkpoint])
-def test_values_and_gradients_are_those_of_the_plain_order(of):
-  def loss(fn):
-    return lambda w, x: jnp.sum(jnp.sin(of(fn)(x @ w, x @ w)))
+def test_values_and_gradients_are_those_of_the_plain_order(of, fn):
+  def loss(run):
+    return lambda w, x: jnp.sum(jnp.sin(of(run)(x @ w, x @ w)))
 
-  def mapped(q, k):
-    return jnp.einsum("qgrd,kgd->grqk", q.reshape(16, 2, 3, 4), k.reshape(16, 2, 12)[..., :4])
+  def one(q, k):
+    return fn(q[None], k[None])[0]
 
-  fn = mapped if of is jax.vmap else grouped
+  taken = one if of is jax.vmap else fn
   small = W / 24
-  wanted = jax.jit(jax.grad(loss(fn), (0, 1)))(small, X)
-  found = jax.jit(jax.grad(mpjax.autocast(loss(fn), "mixed_bfloat16"), (0, 1)))(small, X)
+  wanted = jax.jit(jax.grad(loss(taken), (0, 1)))(small, X)
+  found = jax.jit(jax.grad(mpjax.autocast(loss(taken), "mixed_bfloat16"), (0, 1)))(small, X)
   for got, want in zip(found, wanted, strict=True):
     assert jnp.linalg.norm(got - want) < 0.02 * jnp.linalg.norm(want)
 

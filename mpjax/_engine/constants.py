@@ -130,6 +130,11 @@ class Numbers:
     """The values of an operand."""
     return numbers_of(atom.val) if isinstance(atom, Literal) else self._known.get(atom)
 
+  def number(self, atom: Atom) -> float | None:
+    """The one number that occurs in an operand; None if there are several, or it is not known."""
+    values = self.of(atom)
+    return next(iter(values)) if values is not None and len(values) == 1 else None
+
   def define(self, var: Any, values: NumberSet) -> None:
     """Say what values a variable has."""
     self._known[var] = values

@@ -34,6 +34,7 @@ from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.sharpening import Sight, Surroundings
+from mpjax._engine.small_steps import View
 from mpjax._engine.versions import AnyJaxpr, Atom
 from mpjax._engine.whole_numbers import WholeNumbers
 
@@ -210,17 +211,18 @@ class _Walk:
     self.heads = planner.heads(jaxpr, known.logarithms).union(inner.invars[n] for n in known.heads)
     self.cast = CastParameters(inner.invars[n] for n in known.cast)
     self.own = own_variables(inner, known.own)
+    self.numbers = Numbers(planner.adapting)
+    makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
     self.around = Surroundings(
       exact.values,
       planner.needs.summed(inner, known.parameters, known.kin, known.summed, self.is_backward),
       power_iteration(inner, self.own.state),
       planner.needs.factored(jaxpr, known.factored),
       planner.whole_numbers.variables(jaxpr, known.whole),
-      {var: eqn for eqn in inner.eqns for var in eqn.outvars},
+      View(makers, self.numbers.number),
       frozenset(inner.invars[n] for n in known.carry),
       planner.adapting,
     )
-    self.numbers = Numbers(planner.adapting)
     for var, numbers in zip(inner.invars, known.numbers, strict=False):
       self.numbers.define(var, numbers)
     self.decisions = Decisions(self.numbers, self.around)
@@ -381,7 +383,8 @@ class _Walk:
     long = long_sums(body, turns)
     known = self.known(eqn, body, body.take(forms), own or Own(), exact)
     cast = tuple(n for n in known.cast if n not in body.carry)
-    known = known._replace(kin=(), numbers=(), carry=body.carry, cast=cast)
+    numbers = tuple(None if n in body.carry else x for n, x in enumerate(known.numbers))
+    known = known._replace(kin=(), numbers=numbers, carry=body.carry, cast=cast)
 
     slices = tuple(taken.slices)
 

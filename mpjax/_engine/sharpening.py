@@ -22,7 +22,7 @@ from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
-from mpjax._engine.small_steps import is_small_step
+from mpjax._engine.small_steps import View, is_small_step
 from mpjax._engine.versions import Atom
 
 SATURATING = having(Trait.SATURATES)
@@ -51,7 +51,7 @@ class Surroundings(NamedTuple):
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
     whole: The variables that hold whole numbers.
-    makers: The equation that makes each variable.
+    view: The equation that makes each variable, and the numbers that are known.
     carried: The variables that a loop hands on from turn to turn.
     adapting: Which numbers adapt to the formats of the policies.
   """
@@ -61,7 +61,7 @@ class Surroundings(NamedTuple):
   iterated: Collection[Any]
   factored: frozenset[Any]
   whole: Collection[Any]
-  makers: Mapping[Any, JaxprEqn]
+  view: View
   carried: Collection[Any]
   adapting: Adapting
 
@@ -229,7 +229,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "small step",
     {"add", "sub"},
-    lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.makers, s.around.carried),
+    lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.view, s.around.carried),
     Rule.FULL,
     "0.002 times what a value gave is lost where 16 bits add it to that value",
   ),
@@ -346,7 +346,7 @@ def merges(eqn: JaxprEqn, forms: Forms, around: Surroundings) -> bool:
   return (
     all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
     and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))
-    and not any(_was_spread(atom, around.makers) for atom in matrices)
+    and not any(_was_spread(atom, around.view.makers) for atom in matrices)
   )
 
 

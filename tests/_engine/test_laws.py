@@ -5,12 +5,12 @@ The programs run with every 16-bit value rounded, as on the backend that fuses l
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from jax import lax
 
 import mpjax
@@ -299,6 +299,29 @@ def pair_of_states(w, y):
   return jnp.stack(lax.scan(turn, (y, y[::-1]), None, length=50)[0]) - jnp.stack([y, y[::-1]])
 
 
+DT = np.float32(0.002) * jnp.float32(1)
+
+
+@jax.jit
+def jitted_slope(w, y):
+  return 0.002 * slope(w, y)
+
+
+@jax.jit
+def jitted_euler(w, y, size):
+  return y + size * slope(w, y)
+
+
+def by_halves(w, y):
+  first, last = jnp.split(slope(w, y), 2)
+  return y + jnp.concatenate([DT * first, 0.002 * last])
+
+
+def over_times(w, y):
+  turn = lambda z, dt: (z + dt * slope(w, z), None)
+  return lax.scan(turn, y, jnp.full(50, 0.002))[0] - y
+
+
 def repeated(step):
   return lambda w, y: functools.reduce(lambda z, _: step(w, z), range(50), y) - y
 
@@ -325,6 +348,16 @@ STEPPED = {
   "remat": in_scan(jax.checkpoint(euler)),
   "cond": in_scan(lambda w, y: lax.cond(y[0, 0] < 99, euler, lambda w, y: y, w, y)),
   "mapped": lambda w, y: jax.vmap(in_scan(euler), (None, 0))(w, y[:, None]),
+  "number_of_an_array": repeated(lambda w, y: y + DT * slope(w, y)),
+  "number_captured_by_a_loop": in_scan(lambda w, y: y + slope(w, y) * DT),
+  "numbers_of_a_loop": over_times,
+  "jitted_slope": in_scan(lambda w, y: y + jitted_slope(w, y)),
+  "number_of_a_helper": in_scan(lambda w, y: jitted_euler(w, y, DT)),
+  "where": in_scan(lambda w, y: y + jnp.where(y > 0, jitted_slope(w, y), 0)),
+  "relu": in_scan(lambda w, y: y - jax.nn.relu(-0.002 * slope(w, y))),
+  "clipped": in_scan(lambda w, y: y + jnp.clip(0.002 * slope(w, y), -1, 1)),
+  "barrier": in_scan(lambda w, y: y + lax.optimization_barrier(0.002 * slope(w, y))),
+  "by_halves": in_scan(by_halves),
 }
 
 
@@ -370,6 +403,7 @@ def test_residuals_and_polynomials_take_no_small_steps(policy):
     wide, mixed = jnp.tile(h, 1025), jnp.tile(h, (300, 1))
     h = h + wide @ jnp.tile(w, (1025, 1)) / 4100**0.5
     h = h + (jax.nn.relu(h @ mixed.T) / 1200 @ mixed) + (jax.nn.relu(h @ mixed.T) @ mixed) / 1200
+    h = h + jax.jit(lambda h: jnp.where(h > 0, h @ w, 0.001 * h))(h)
     h = jnp.where(h > 0, h, 0.01 * h) + 1e-3
     return (h + 0 * (h @ w)) / 100
 
@@ -378,6 +412,25 @@ def test_residuals_and_polynomials_take_no_small_steps(policy):
   gelu = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: jax.nn.gelu(x @ w), policy))(W, DATA))
   if policy == "mixed_bfloat16":  # in float16 the cube leaves the format
     assert {e.outvars[0].aval.dtype.itemsize for e in gelu if e.primitive.name == "add"} == {2}
+
+
+@both
+def test_a_residual_of_means_takes_no_small_step(policy):
+  class Pooled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.avg_pool(x, (8, 8), (1, 1), "SAME")
+
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.Conv(4, (3, 3))(x)
+      return nn.Conv(4, (3, 3))(h + Pooled()(h))
+
+  x = jnp.ones((1, 16, 16, 3))
+  variables = Model().init(jax.random.key(0), x)
+  found = equations(jax.make_jaxpr(mpjax.autocast(Model().apply, policy))(variables, x))
+  assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "add"} == {2}
 
 
 @both

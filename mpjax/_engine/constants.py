@@ -63,8 +63,13 @@ _KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
 
 
 def numbers_of(value: Any) -> NumberSet:
-  """The numbers that occur in a scalar of the trace; None for an array, whose are not followed."""
-  if isinstance(value, Tracer) or np.ndim(value):
+  """The numbers that occur in a scalar of the trace; None for an array, whose are not followed.
+
+  None, too, for a scalar of which other processes hold a part.
+  """
+  if (
+    isinstance(value, Tracer) or np.ndim(value) or not getattr(value, "is_fully_addressable", True)
+  ):
     return None
   dtype = getattr(value, "dtype", np.dtype(type(value)))
   real = isinstance(dtype, np.dtype) and dtype.kind in "iuf"

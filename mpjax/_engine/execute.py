@@ -13,6 +13,7 @@ from jax.extend import source_info_util
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
 from mpjax._engine import (
+  captured,
   escapes,
   jaxprs,
   versions,
@@ -103,6 +104,7 @@ def decide(
   planner = Planner(policies, root, absolute, located)
   jaxpr = jaxprs.trace(call.flat, call.operands)
   escapes.check(call.hidden, jaxpr)
+  jaxpr = captured.written_out(jaxpr)
   of_call = Known(
     summed=tuple(range(len(versions.open_jaxpr(jaxpr).outvars))),
     parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),

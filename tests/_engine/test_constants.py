@@ -222,3 +222,27 @@ def test_every_part_of_a_constant_adapts(policy):
   products = [e.outvars[0].aval for e in equations(jaxpr) if e.primitive.name == "mul"]
   narrow = [aval.dtype for aval in products if aval.shape == (4, 4)]
   assert narrow == 2 * [policy.removeprefix("mixed_")]
+
+
+CAPTURED = {
+  "subtracted_from_one": lambda one, w, x: (one - jax.nn.sigmoid(x @ w - 6)) * x,
+  "cosine": lambda one, w, x: one - jnp.cos(x @ w * 0.1),
+  "in_a_loop": lambda one, w, x: lax.fori_loop(
+    0, 9, lambda _, y: (one - jax.nn.sigmoid(y @ w - 6)) * y, x @ w
+  ),
+  "in_a_helper": lambda one, w, x: jax.jit(lambda y: one - jax.nn.sigmoid(y))(x @ w - 6) * x,
+  "returned": lambda one, w, x: (one, x @ w * one),
+  "integer_beside_an_array": lambda one, w, x: x[jnp.int32(1)] @ w * one + ROW,
+}
+ROW = jnp.arange(4.0)
+
+
+@every_policy
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_scalar_is_the_number_that_it_is(name, policy):
+  w, x = jnp.eye(4) * 0.7, jnp.linspace(0.3, 2, 16).reshape(4, 4)
+  captured, written = (
+    jax.jit(mpjax.autocast(functools.partial(CAPTURED[name], one), policy))
+    for one in (jnp.float32(1), np.float32(1))
+  )
+  jax.tree.map(np.testing.assert_array_equal, captured(w, x), written(w, x))

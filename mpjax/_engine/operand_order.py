@@ -56,8 +56,9 @@ def _order(step: Step, permutation: Sequence[int]) -> Order | None:
   """The order in which a matmul is computed whose result is read under a permutation.
 
   Operands are exchanged where all rows of the second are read ahead of those of the first. Where
-  the result then lies as it is read, the rows of an operand that is smaller than the result are
-  turned, too. What XLA does by itself is left to it: halves that are in order once exchanged.
+  the result then lies as it is read, the rows of an operand that is at most half as large are
+  turned, too: its copy stays for the backward pass. What XLA does by itself is left to it: halves
+  that are in order once exchanged.
   """
   free, read = _free(step), [*map(int, permutation)]
   rows = _rows(free, len(read))
@@ -67,10 +68,10 @@ def _order(step: Step, permutation: Sequence[int]) -> Order | None:
   if read == [*range(rows[0].start), *(second + first if exchanged else first + second)]:
     if all(map(operator.eq, as_read, map(list, rows))):
       return None
-    smaller = [jaxprs.size(atom) < jaxprs.size(step.eqn.outvars[0]) for atom in step.eqn.invars]
+    small = [2 * jaxprs.size(atom) <= jaxprs.size(step.eqn.outvars[0]) for atom in step.eqn.invars]
     order = tuple(
       tuple(dims[row - half.start] for row in wanted) if turns else dims
-      for dims, half, wanted, turns in zip(free, rows, as_read, smaller, strict=True)
+      for dims, half, wanted, turns in zip(free, rows, as_read, small, strict=True)
     )
   return Order(exchanged, order) if exchanged or order != free else None
 

@@ -51,7 +51,7 @@ class Surroundings(NamedTuple):
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
     whole: The variables that hold whole numbers.
-    view: The equation that makes each variable, and the numbers that are known.
+    view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
     adapting: Which numbers adapt to the formats of the policies.
   """

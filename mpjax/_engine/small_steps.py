@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, bodies_of, repetitions
+from mpjax._engine.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.constants import numbers_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.versions import Atom
 
@@ -30,8 +31,11 @@ _KEEPS_SIZE = having(Trait.MOVES) | {
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
 _SUMS = frozenset({"add", "sub"})
 _CHOICES = frozenset({"select_n", "max", "min", "concatenate"})
+_ROUNDS = frozenset({"round", "floor", "ceil"})
+"""Whoever rounds has made numbers large before, and makes them small behind it."""
+
 _DEEP = 4
-"""How deep sums within sums are looked through, and functions within functions."""
+"""How deep sums within sums are looked through."""
 
 Makers = Mapping[Any, JaxprEqn]
 
@@ -63,19 +67,23 @@ class View(NamedTuple):
     """The equation that makes a value, or None."""
     return None if isinstance(atom, Literal) else self.makers.get(atom)
 
-  def inside(self, eqn: JaxprEqn, atom: Atom) -> tuple[Atom, View] | None:
-    """What the body of a call returns as one of its results; None if this runs no body once."""
-    if eqn.primitive.name not in HAVE_BODIES or repetitions(eqn) != 1:
-      return None
-    body, *others = bodies_of(eqn)
-    if others:
-      return None
-    inner = versions.open_jaxpr(body.jaxpr)
-    makers = {var: e for e in inner.eqns for var in e.outvars}
-    outside = {
-      var: (operand, self) for var, operand in zip(inner.invars, body.take(eqn.invars), strict=True)
-    }
-    return inner.outvars[eqn.outvars.index(atom)], View(makers, _written_out, outside)  # pyright: ignore[reportArgumentType]
+  def inside(self, eqn: JaxprEqn, atom: Atom) -> list[Seen]:
+    """What the bodies of a call or branch return as one of its results; nothing for a loop."""
+    bodies = bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
+    if any(body.carry for body in bodies):
+      return []
+    place, found = [*eqn.outvars].index(atom), []  # pyright: ignore[reportArgumentType]
+    for body in bodies:
+      inner = versions.open_jaxpr(body.jaxpr)
+      makers = {var: made for made in inner.eqns for var in made.outvars}
+      pairs = zip(inner.invars, body.take(eqn.invars), strict=True)
+      outside = {var: (operand, self) for var, operand in pairs}
+      found.append((inner.outvars[place], View(makers, _written_out, outside)))
+    return found
+
+
+Seen = tuple[Atom, View]
+"""A value, and what is known of the jaxpr that it stands in."""
 
 
 def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
@@ -100,9 +108,18 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
   return False
 
 
-def _multiple(atom: Atom, view: View, deep: int = _DEEP) -> float:
-  """The number of times that a value is something, as far as it is known; else 1."""
-  factor = 1.0
+def _multiple(atom: Atom, view: View, factor: float = 1.0, deep: int = _DEEP) -> float:
+  """The number of times that a value is something, as far as it is known; else 1.
+
+  Of a sum, or one or the other of several values, only whether all are small: then half of
+  `SMALL`, or 0 if they are nothing.
+
+  Args:
+    atom: The value.
+    view: What is known of the jaxpr that it stands in.
+    factor: The number of times of it that is asked for.
+    deep: How many sums within sums are looked through.
+  """
   while True:
     eqn = view.maker(atom)
     if eqn is None:
@@ -111,51 +128,61 @@ def _multiple(atom: Atom, view: View, deep: int = _DEEP) -> float:
       atom, view = view.outside[atom]
       continue
     name = eqn.primitive.name
-    if factor == 1 and deep and (parts := _parts(eqn, view)):
-      sizes = (_multiple(part, view, deep - 1) for part in parts)
-      return next((1.0 for size in sizes if size >= SMALL), SMALL / 2)
-    if name in _KEEPS_SIZE:
-      (atom,) = eqn.invars
-    elif name == "optimization_barrier":
-      atom = eqn.invars[eqn.outvars.index(atom)]  # pyright: ignore[reportArgumentType]
+    parts = _parts(eqn, atom, view)
+    if len(parts) == 1:
+      ((atom, view),) = parts
+    elif parts and deep:
+      sizes = [_multiple(*part, factor, deep - 1) for part in parts]
+      return 1.0 if max(sizes) >= SMALL else min(max(sizes), SMALL / 2)
     elif name in ("mul", "div"):
       atom, number = _without_number(eqn, view)
       if number == 1:
         return factor
       factor *= number
-    elif deep and (found := view.inside(eqn, atom)):
-      (atom, view), deep = found, deep - 1
     else:
-      return 1.0 if _undoes_a_sum(factor, eqn) else factor
+      return 1.0 if name in _ROUNDS or _undoes_a_sum(factor, eqn) else factor
 
 
-def _parts(eqn: JaxprEqn, view: View) -> list[Atom]:
-  """What a sum adds, but for zeros, or a choice chooses from, but for numbers; else nothing."""
-  name = eqn.primitive.name
+def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
+  """What a sum adds, but for zeros; what a choice is among, but for numbers; what a call returns.
+
+  One value of the size of the result where that is moved; nothing for other equations.
+  """
+  name, invars = eqn.primitive.name, eqn.invars
+  if name in _KEEPS_SIZE:
+    return [(invars[0], view)]
+  if name == "optimization_barrier":
+    return [(invars[[*eqn.outvars].index(atom)], view)]  # pyright: ignore[reportArgumentType]
   if name in _SUMS:
-    return [atom for atom in eqn.invars if view.number(atom) != 0]
+    return [(part, view) for part in invars if view.number(part) != 0]
   if name in _CHOICES:
-    choices = eqn.invars[1:] if name == "select_n" else eqn.invars
-    return [atom for atom in choices if view.number(atom) is None]
-  return []
+    choices = invars[1:] if name == "select_n" else invars
+    return [(part, view) for part in choices if view.number(part) is None]
+  return view.inside(eqn, atom)
 
 
 def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:
   """Whether a sum of n values times a number is their mean, or as large as one of them.
 
-  ``h @ w / n`` and ``h @ w / n ** 0.5`` are no smaller than h, however large n is.
+  ``h @ w / n``, ``h @ w / n ** 0.5`` and ``relu(h @ w) * (2 / n) ** 0.5`` are no smaller than h,
+  however large n is.
   """
-  name, shape = eqn.primitive.name, jaxprs.shape(eqn.invars[0])
+  n = _summed(eqn)
+  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in (n, n**0.5, (n / 2) ** 0.5))
+
+
+def _summed(eqn: JaxprEqn) -> int:
+  """How many values an equation adds up to one of its result; 0 for one that adds up none."""
+  name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    summed = math.prod(shape[dim] for dim in contracted)
-  elif name == "reduce_sum":
-    summed = math.prod(shape[axis] for axis in eqn.params["axes"])
-  elif name == "reduce_window_sum":
-    summed = math.prod(eqn.params["window_dimensions"])
-  else:
-    return False
-  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in (summed, summed**0.5))
+    (contracted, _), _ = params["dimension_numbers"]
+    return math.prod(jaxprs.shape(eqn.invars[0])[dim] for dim in contracted)
+  if name == "conv_general_dilated":
+    kernel = jaxprs.shape(eqn.invars[1])
+    return math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+  if name == "reduce_sum":
+    return math.prod(jaxprs.shape(eqn.invars[0])[axis] for axis in params["axes"])
+  return math.prod(params["window_dimensions"]) if name == "reduce_window_sum" else 0
 
 
 def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float]:
@@ -170,7 +197,8 @@ def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float]:
 
 
 def _written_out(atom: Atom) -> float | None:
-  return float(atom.val) if isinstance(atom, Literal) and not jaxprs.shape(atom) else None
+  numbers = numbers_of(atom.val) if isinstance(atom, Literal) else None
+  return None if numbers is None else next(iter(numbers))
 
 
 def _reads(atom: Atom, values: Collection[Any], makers: Makers) -> bool:

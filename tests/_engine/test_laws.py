@@ -358,6 +358,9 @@ STEPPED = {
   "clipped": in_scan(lambda w, y: y + jnp.clip(0.002 * slope(w, y), -1, 1)),
   "barrier": in_scan(lambda w, y: y + lax.optimization_barrier(0.002 * slope(w, y))),
   "by_halves": in_scan(by_halves),
+  "of_a_sum": in_scan(lambda w, y: y + DT * (jitted_slope(w, y) * 500 - jnp.sin(y))),
+  "branch": in_scan(lambda w, y: y + lax.cond(y[0, 0] < 9, jitted_slope, lambda w, y: 0 * y, w, y)),
+  "helpers": in_scan(lambda w, y: y + jax.jit(jax.jit(jax.jit(jax.nn.relu)))(jitted_slope(w, y))),
 }
 
 
@@ -390,6 +393,41 @@ def test_a_number_keeps_a_small_step_beside_it(fn, policy):
   np.testing.assert_allclose(found, want, atol=1e-4)
 
 
+def convolved(h, kernel):
+  images = jnp.broadcast_to(h[:, None, None], (len(h), 1, 1, 4))
+  dims = ("NHWC", "HWIO", "NHWC")
+  return lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=dims)[:, 0, 0]
+
+
+class Position(nn.Module):
+  @nn.compact
+  def __call__(self, h):
+    return 0.01 * lax.broadcasted_iota(jnp.float32, h.shape, 1) + 0.01 * jnp.exp(h)
+
+
+class Turned(nn.Module):
+  @nn.compact
+  def __call__(self, h):
+    turned = jax.jit(lambda h: lax.convert_element_type(lax.complex(h, h) * 0.5j, jnp.float32))
+    return turned(h)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("module", [Position, Turned])
+def test_a_sum_with_what_is_made_of_no_operand_or_of_complex_numbers_is_planned(module, policy):
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.Dense(4)(x)
+      return nn.Dense(4)(h + module()(h))
+
+  variables = Model().init(jax.random.key(0), DATA)
+  want = Model().apply(variables, DATA)
+  found = mpjax.autocast(Model().apply, policy)(variables, DATA)
+  np.testing.assert_allclose(found, want, rtol=0.05, atol=0.05)
+
+
 @both
 def test_residuals_and_polynomials_take_no_small_steps(policy):
   """A scaled, a gated and a low-rank residual, branches, means, a leaky relu, the cube of gelu."""
@@ -404,6 +442,10 @@ def test_residuals_and_polynomials_take_no_small_steps(policy):
     h = h + wide @ jnp.tile(w, (1025, 1)) / 4100**0.5
     h = h + (jax.nn.relu(h @ mixed.T) / 1200 @ mixed) + (jax.nn.relu(h @ mixed.T) @ mixed) / 1200
     h = h + jax.jit(lambda h: jnp.where(h > 0, h @ w, 0.001 * h))(h)
+    h = h + jax.nn.relu(0.0 * (h @ w)) + jnp.where(h > 0, 0.0 * (h @ w), 0)
+    h = h + jax.nn.relu(wide @ jnp.tile(w, (1025, 1)) * (2 / 4100) ** 0.5)
+    h = h + jax.jit(lambda h: jnp.round(h * 127) / 127)(h @ w)
+    h = h + jax.nn.relu(convolved(h, jnp.tile(w, (12, 12, 1, 1))) / (144 * 4) ** 0.5)
     h = jnp.where(h > 0, h, 0.01 * h) + 1e-3
     return (h + 0 * (h @ w)) / 100
 

@@ -53,7 +53,7 @@ def test_the_scores_of_grouped_attention_lie_as_their_softmax_reads_them(fn):
   assert plain.outvars[0].aval.shape != scores.outvars[0].aval.shape
 
 
-def test_an_operand_that_is_larger_than_the_result_is_not_turned():
+def test_an_operand_that_is_no_smaller_than_half_of_the_result_is_not_turned():
   mixed = last_matmul(jax.make_jaxpr(narrow(weighting))(W, X))
   assert mixed.invars[0].aval.shape == (2, 2, 8, 4, 4)
   assert mixed.outvars[0].aval.shape == (2, 2, 8, 4, 3)  # the values are turned, not the weights

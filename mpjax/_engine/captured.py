@@ -17,6 +17,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.constants import numbers_of
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
+from mpjax._engine.roles import variables_of
 from mpjax._engine.versions import ClosedJaxpr
 
 
@@ -43,9 +44,8 @@ def _written_out(jaxpr: Any, done: dict[int, tuple[Any, Any]]) -> Any:
   changed = {}
   for n, eqn in enumerate(inner.eqns):
     params = _bodies_written_out(eqn, done) if eqn.primitive.name in HAVE_BODIES else {}
-    invars = read(eqn.invars) if numbers else eqn.invars
-    if params or any(map(operator.is_not, invars, eqn.invars)):
-      changed[n] = eqn.replace(invars=invars, params=eqn.params | params)
+    if params or (numbers and not numbers.keys().isdisjoint(variables_of(eqn.invars))):
+      changed[n] = eqn.replace(invars=read(eqn.invars), params=eqn.params | params)
   found = jaxpr
   if numbers or changed:
     kept = [(v, x) for v, x in pairs if v not in numbers]

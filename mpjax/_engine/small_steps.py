@@ -9,7 +9,7 @@ of ``h + f(h)``, or one with a learned scale, takes no small steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Trait, having
@@ -35,7 +35,7 @@ _ROUNDS = frozenset({"round", "floor", "ceil"})
 """Whoever rounds has made numbers large before, and makes them small behind it."""
 
 _DEEP = 4
-"""How deep sums within sums are looked through."""
+"""How deep sums and choices within each other are looked through."""
 
 Makers = Mapping[Any, JaxprEqn]
 
@@ -118,7 +118,7 @@ def _multiple(atom: Atom, view: View, factor: float = 1.0, deep: int = _DEEP) ->
     atom: The value.
     view: What is known of the jaxpr that it stands in.
     factor: The number of times of it that is asked for.
-    deep: How many sums within sums are looked through.
+    deep: How many sums and choices within each other are looked through.
   """
   while True:
     eqn = view.maker(atom)
@@ -128,37 +128,41 @@ def _multiple(atom: Atom, view: View, factor: float = 1.0, deep: int = _DEEP) ->
       atom, view = view.outside[atom]
       continue
     name = eqn.primitive.name
-    parts = _parts(eqn, atom, view)
-    if len(parts) == 1:
-      ((atom, view),) = parts
-    elif parts and deep:
-      sizes = [_multiple(*part, factor, deep - 1) for part in parts]
-      return 1.0 if max(sizes) >= SMALL else min(max(sizes), SMALL / 2)
-    elif name in ("mul", "div"):
+    if name in ("mul", "div"):
       atom, number = _without_number(eqn, view)
       if number == 1:
         return factor
       factor *= number
+    elif name in _KEEPS_SIZE:
+      atom = eqn.invars[0]
+    elif (parts := _parts(eqn, atom, view)) and len(parts) == 1:
+      ((atom, view),) = parts
+    elif parts and deep:
+      return _of_parts(name, parts, factor, deep - 1)
     else:
       return 1.0 if name in _ROUNDS or _undoes_a_sum(factor, eqn) else factor
 
 
 def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
-  """What a sum adds, but for zeros; what a choice is among, but for numbers; what a call returns.
-
-  One value of the size of the result where that is moved; nothing for other equations.
-  """
+  """What a sum adds, what a choice is among, what a call returns; nothing for other equations."""
   name, invars = eqn.primitive.name, eqn.invars
-  if name in _KEEPS_SIZE:
-    return [(invars[0], view)]
+  if name in _SUMS or name in _CHOICES:
+    return [(part, view) for part in (invars[1:] if name == "select_n" else invars)]
   if name == "optimization_barrier":
     return [(invars[[*eqn.outvars].index(atom)], view)]  # pyright: ignore[reportArgumentType]
-  if name in _SUMS:
-    return [(part, view) for part in invars if view.number(part) != 0]
-  if name in _CHOICES:
-    choices = invars[1:] if name == "select_n" else invars
-    return [(part, view) for part in choices if view.number(part) is None]
   return view.inside(eqn, atom)
+
+
+def _of_parts(name: str, parts: Sequence[Seen], factor: float, deep: int) -> float:
+  """The number of times of a sum, or of one or the other: a zero adds nothing, no number counts."""
+  largest = 0.0
+  for atom, view in parts:
+    size = _multiple(atom, view, factor, deep)
+    if size < SMALL:
+      largest = max(largest, size)
+    elif (number := view.number(atom)) is None or (name in _SUMS and number != 0):
+      return 1.0
+  return min(largest, SMALL / 2)
 
 
 def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:

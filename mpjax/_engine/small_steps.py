@@ -130,7 +130,7 @@ def _multiple(atom: Atom, view: View, factor: float = 1.0, deep: int = _DEEP) ->
     name = eqn.primitive.name
     if name in ("mul", "div"):
       atom, number = _without_number(eqn, view)
-      if number == 1:
+      if number is None:
         return factor
       factor *= number
     elif name in _KEEPS_SIZE:
@@ -183,21 +183,22 @@ def _summed(eqn: JaxprEqn) -> int:
     return math.prod(jaxprs.shape(eqn.invars[0])[dim] for dim in contracted)
   if name == "conv_general_dilated":
     kernel = jaxprs.shape(eqn.invars[1])
-    return math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+    features = params["dimension_numbers"].rhs_spec[0]
+    return math.prod(size for dim, size in enumerate(kernel) if dim != features)
   if name == "reduce_sum":
     return math.prod(jaxprs.shape(eqn.invars[0])[axis] for axis in params["axes"])
   return math.prod(params["window_dimensions"]) if name == "reduce_window_sum" else 0
 
 
-def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float]:
-  """What a product or quotient is a multiple of, and how large a one; 1 if by no number."""
+def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:
+  """What a product or quotient is a multiple of, and how large a one; None if by no number."""
   left, right = eqn.invars
   number, rest = view.number(right), left
   if eqn.primitive.name == "div":
-    return rest, 1 / abs(number) if number else 1.0
+    return rest, 1 / abs(number) if number else None
   if number is None:
     number, rest = view.number(left), right
-  return rest, 1.0 if number is None else abs(number)
+  return rest, None if number is None else abs(number)
 
 
 def _written_out(atom: Atom) -> float | None:

@@ -360,6 +360,7 @@ STEPPED = {
   "by_halves": in_scan(by_halves),
   "of_a_sum": in_scan(lambda w, y: y + DT * (jitted_slope(w, y) * 500 - jnp.sin(y))),
   "branch": in_scan(lambda w, y: y + lax.cond(y[0, 0] < 9, jitted_slope, lambda w, y: 0 * y, w, y)),
+  "once_a_step": in_scan(lambda w, y: y + 1.0 * jitted_slope(w, y)),
   "helpers": in_scan(lambda w, y: y + jax.jit(jax.jit(jax.jit(jax.nn.relu)))(jitted_slope(w, y))),
 }
 

@@ -63,7 +63,7 @@ def of_text(text: str) -> dict[str, Any]:
 def timed(cell: dict[str, Any], workload: workloads.Workload) -> dict[str, Any]:
   """Step time, energy and memory of a peer on a workload."""
   training, lowered = lowered_step(cell, workload)
-  with meters.alone(cell.get("lock"), cell.get("alone_s", 0)):
+  with meters.alone(cell):
     return _timed(cell, workload, training, lowered)
 
 
@@ -103,7 +103,7 @@ def largest(cell: dict[str, Any]) -> dict[str, Any]:
     raise ValueError("The cell must have a limit in bytes where the device states none. Add it.")
   first = workload_of(cell).inputs.shape[0]
   steps = [lowered_step(cell, workload_of(cell, n))[1] for n in (first, 2 * first)]
-  with meters.alone(cell.get("lock"), cell.get("alone_s", 0)):
+  with meters.alone(cell):
     sizes = [needed(step.compile()) for step in steps]
   slope = (sizes[1] - sizes[0]) / first
   batch = math.floor((limit - sizes[0]) / slope + first)
@@ -136,7 +136,7 @@ def scatter(cell: dict[str, Any]) -> dict[str, Any]:
     "one_token_ms": (scattered, jnp.zeros_like(tokens)),
     "matmul_ms": (multiplied, tokens),
   }
-  with meters.alone(cell.get("lock"), cell.get("alone_s", 0)):
+  with meters.alone(cell):
     return {name: _time_of(fn, arg, cell["seconds"]) for name, (fn, arg) in cases.items()}
 
 
@@ -154,7 +154,7 @@ def optimizer(cell: dict[str, Any]) -> dict[str, Any]:
 
   _, step = rounding.optimizer_step(cell["peer"], [jnp.zeros(1)], tx)
   lowered = jax.jit(step, donate_argnums=0).lower(*jax.eval_shape(begin, jax.random.key(0)))
-  with meters.alone(cell.get("lock"), cell.get("alone_s", 0)):
+  with meters.alone(cell):
     compiled = lowered.compile()
     held, grads = jax.jit(begin)(jax.random.key(0))
     current = [held]

@@ -4,7 +4,7 @@ import contextlib
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,14 @@ def card() -> str:
 
 
 @contextlib.contextmanager
-def alone(path: str | None, seconds: int = 0) -> Iterator[None]:
-  """Holds a file's lock, so that no other process that asks for it uses the device meanwhile.
+def alone(cell: Mapping[str, Any]) -> Iterator[None]:
+  """Holds a cell's lock, so that no other process that asks for it uses the device meanwhile.
 
   Args:
-    path: the file; None for no lock.
-    seconds: for so long at most: then a signal ends this process, for a compilation that does not
-      end listens to nothing else. 0 for as long as it takes.
+    cell: its `lock`, a file, if it has one; and `alone_s`, for how many seconds at most: then a
+      signal ends this process, for a compilation that does not end listens to nothing else.
   """
+  path, seconds = cell.get("lock"), cell.get("alone_s", 0)
   if path is None:
     yield
     return

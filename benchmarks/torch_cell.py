@@ -121,7 +121,7 @@ def main() -> None:
   # JAX's default on these cards is TF32, which is "high" here.
   torch.set_float32_matmul_precision("highest" if cell["precision"] == "highest" else "high")
   torch.backends.cudnn.allow_tf32 = cell["precision"] != "highest"
-  with meters.alone(cell.get("lock"), cell.get("alone_s", 0)):
+  with meters.alone(cell):
     figures = KINDS[cell["kind"]](cell)
   print(json.dumps({"framework": f"torch {torch.__version__}", **figures}))
 

@@ -76,6 +76,11 @@ def numbers_of(value: Any) -> NumberSet:
   return frozenset({float(value)}) if real else None
 
 
+def only(numbers: NumberSet) -> float | None:
+  """The number of a set of one; None for several, or if they are not known."""
+  return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
+
+
 def _makes_numbers(primitive: str) -> bool:
   """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
   return primitive not in _KEEPS_NUMBERS
@@ -137,8 +142,7 @@ class Numbers:
 
   def number(self, atom: Atom) -> float | None:
     """The one number that occurs in an operand; None if there are several, or it is not known."""
-    values = self.of(atom)
-    return next(iter(values)) if values is not None and len(values) == 1 else None
+    return only(self.of(atom))
 
   def define(self, var: Any, values: NumberSet) -> None:
     """Say what values a variable has."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
-from mpjax._engine.constants import numbers_of
+from mpjax._engine.constants import numbers_of, only
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.versions import Atom
 
@@ -202,8 +202,7 @@ def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:
 
 
 def _written_out(atom: Atom) -> float | None:
-  numbers = numbers_of(atom.val) if isinstance(atom, Literal) else None
-  return None if numbers is None else next(iter(numbers))
+  return only(numbers_of(atom.val)) if isinstance(atom, Literal) else None
 
 
 def _reads(atom: Atom, values: Collection[Any], makers: Makers) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.custom_derivatives
 
-from mpjax._engine import custom_derivatives, jaxprs, versions
+from mpjax._engine import captured, custom_derivatives, jaxprs, versions
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
 
@@ -42,7 +42,7 @@ def remat_opt(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[An
     traced, of_traced = params["fun_jaxpr_thunk"]()
     inner = versions.open_jaxpr(traced)
     avals = [atom.aval for atom in step.eqn.invars[known:]]
-    closed = jaxprs.trace(lambda *xs: jaxprs.evaluate_open(inner, of_traced, xs), avals)
+    closed = captured.trace(lambda *xs: jaxprs.evaluate_open(inner, of_traced, xs), avals)
     outs = body.out_forms[stored:]
     plan = interpreter.planner.rule_of(closed, body.in_forms[known:], step.place, outs, outs)
     rebuilt = interpreter.rebuild(plan)
@@ -108,7 +108,7 @@ def custom_partitioning(interpreter: Rebuilds, step: Step, operands: list[Any]) 
       traced = [
         jaxprs.with_dtype(jax.typeof(x), aval.dtype) for x, aval in zip(leaves, avals, strict=True)
       ]
-      closed = jaxprs.trace(flat, traced)
+      closed = captured.trace(flat, traced)
       outs = body.out_forms
       plan = interpreter.planner.rule_of(closed, body.in_forms, step.place, outs, outs)
       return jax.tree.unflatten(out_tree, interpreter.run(plan, leaves))

@@ -8,17 +8,22 @@ who asks for a number has to look in two places.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mpjax._engine import versions
+from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.constants import numbers_of
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
 from mpjax._engine.roles import variables_of
 from mpjax._engine.versions import ClosedJaxpr
+
+
+def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
+  """Trace what is to be planned to a closed jaxpr, captured scalars written out."""
+  return written_out(jaxprs.trace(fn, avals))
 
 
 def written_out(jaxpr: Any) -> Any:
@@ -36,7 +41,7 @@ def _written_out(jaxpr: Any, done: dict[int, tuple[Any, Any]]) -> Any:
   inner = versions.open_jaxpr(jaxpr)
   values = versions.constants(jaxpr)  # an open one has none
   pairs = list(zip(inner.constvars, values, strict=False))
-  numbers = {v: Literal(np.asarray(x), v.aval) for v, x in pairs if numbers_of(x) is not None}
+  numbers = {v: Literal(np.array(x), v.aval) for v, x in pairs if numbers_of(x) is not None}
 
   def read(atoms: Sequence[Any]) -> list[Any]:
     return [atom if isinstance(atom, Literal) else numbers.get(atom, atom) for atom in atoms]

@@ -18,7 +18,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
-from mpjax._engine import jaxprs, versions
+from mpjax._engine import captured, jaxprs, versions
 from mpjax._engine.jaxprs import JaxprEqn
 
 
@@ -91,7 +91,7 @@ def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
     out, out_tangents = jax.jvp(fn, tuple(values), tuple(tangents))
     return [*out, *outs.keep(out_tangents)]
 
-  return jaxprs.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
+  return captured.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
 
 
 def _differentiable(eqn: JaxprEqn, ins: Slots, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -138,7 +138,7 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
     residuals, residual_tree = jax.tree.flatten(pullback)
     return [*out, *residuals]
 
-  closed = jaxprs.trace(forward, avals)
+  closed = captured.trace(forward, avals)
   stored = [v.aval for v in versions.open_jaxpr(closed).outvars[len(results) :]]
 
   def backward(outs: Slots) -> Any:
@@ -149,7 +149,7 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
       # A zero that JAX knows to be one: an array would count, for what a batch shares, each time.
       return list(pullback([next(given) if d else ad.Zero(a.to_ct_aval()) for d, a in pairs]))
 
-    return jaxprs.trace(back, [*stored, *outs.keep(results)])
+    return captured.trace(back, [*stored, *outs.keep(results)])
 
   return Vjp(closed, backward)
 
@@ -170,7 +170,7 @@ def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> Any:
 
     return list(jax.linear_transpose(linear, *avals[count:])(list(flat[count:])))
 
-  return jaxprs.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
+  return captured.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
 
 
 def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:
@@ -188,4 +188,4 @@ def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:
     for a, b in zip(operands, batched, strict=True)
   ]
   rule = jax.vmap(lambda *xs: jaxprs.run_as_traced(eqn, xs), axes, axis_size=size)
-  return jaxprs.trace(rule, avals)
+  return captured.trace(rule, avals)

@@ -7,8 +7,8 @@ what takes its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.custom_batching
@@ -20,6 +20,8 @@ from mpjax._engine.custom_derivatives import Slots, Vjp
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
 
+T = TypeVar("T")
+
 
 class Interprets(Protocol):
   """What plans the rules and runs the plans."""
@@ -30,19 +32,17 @@ class Interprets(Protocol):
     """Execute a plan on operands that are held as its forms say."""
     ...
 
+  def of_step(self, step: Step, make: Callable[[Step], T]) -> T:
+    """What is made of a step the first time that it runs."""
+    ...
+
 
 def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
   """The body under the policy, with the user's derivative under the policy."""
   eqn, known = step.eqn, custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
   captured = operands[:known]
-
-  @functools.cache
-  def rule_plan(ins: Slots) -> Plan:
-    forms = (*step.operands, *ins.keep(step.operands[known:]))
-    held = (*step.outs, *outs.keep(step.outs))
-    rule = custom_derivatives.trace_jvp(eqn, ins)
-    return interpreter.planner.rule_of(rule, forms, step.place, step.outs, held)
+  rule_plan = interpreter.of_step(step, functools.partial(_jvp_plans, interpreter.planner))
 
   @jax.custom_jvp
   def call(*primals: Any) -> list[Any]:
@@ -63,6 +63,21 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
 
   call.defjvp(rule, symbolic_zeros=True)
   return call(*operands[known:])
+
+
+def _jvp_plans(planner: Planner, step: Step) -> Callable[[Slots], Plan]:
+  """The plans of a derivative, by the operands that have a tangent."""
+  eqn, known = step.eqn, custom_derivatives.closed_over(step.eqn)
+  outs = custom_derivatives.slots(eqn.outvars)
+
+  @functools.cache
+  def rule_plan(ins: Slots) -> Plan:
+    forms = (*step.operands, *ins.keep(step.operands[known:]))
+    held = (*step.outs, *outs.keep(step.outs))
+    rule = custom_derivatives.trace_jvp(eqn, ins)
+    return planner.rule_of(rule, forms, step.place, step.outs, held)
+
+  return rule_plan
 
 
 def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
@@ -106,23 +121,9 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   """The body under the policy, with the user's forward and backward pass under the policy."""
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
-  captured, plan, rule_of = operands[:known], interpreter.planner.plan, interpreter.planner.rule_of
-
-  @functools.cache
-  def traced(ins: Slots) -> Vjp:
-    return custom_derivatives.trace_vjp(eqn, ins)
-
-  @functools.cache
-  def forward_plan(ins: Slots) -> Plan:
-    jaxpr = traced(ins).forward
-    forward = functools.partial(rule_of, jaxpr, step.operands, step.place, step.outs)
-    return forward((*step.outs, *forward().out_forms[count:]))
-
-  @functools.cache
-  def backward_plan(ins: Slots, given: Slots) -> Plan:
-    forms = (*forward_plan(ins).out_forms[count:], *given.keep(step.outs))
-    held = tuple(ins.keep(step.operands[known:]))
-    return plan(traced(ins).backward(given), forms, step.place, held)
+  captured = operands[:known]
+  plans = functools.partial(_vjp_plans, interpreter.planner)
+  forward_plan, backward_plan = interpreter.of_step(step, plans)
 
   @jax.custom_vjp
   def call(*primals: Any) -> list[Any]:
@@ -141,6 +142,34 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
 
   call.defvjp(forward, backward, symbolic_zeros=True)
   return call(*operands[known:])
+
+
+def _vjp_plans(
+  planner: Planner, step: Step
+) -> tuple[Callable[[Slots], Plan], Callable[[Slots, Slots], Plan]]:
+  """The plans of the two passes, by the operands whose cotangents are asked for.
+
+  The backward pass goes by the results that have a cotangent, too.
+  """
+  eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
+
+  @functools.cache
+  def traced(ins: Slots) -> Vjp:
+    return custom_derivatives.trace_vjp(eqn, ins)
+
+  @functools.cache
+  def forward_plan(ins: Slots) -> Plan:
+    jaxpr = traced(ins).forward
+    forward = functools.partial(planner.rule_of, jaxpr, step.operands, step.place, step.outs)
+    return forward((*step.outs, *forward().out_forms[count:]))
+
+  @functools.cache
+  def backward_plan(ins: Slots, given: Slots) -> Plan:
+    forms = (*forward_plan(ins).out_forms[count:], *given.keep(step.outs))
+    held = tuple(ins.keep(step.operands[known:]))
+    return planner.plan(traced(ins).backward(given), forms, step.place, held)
+
+  return forward_plan, backward_plan
 
 
 def custom_vmap(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:

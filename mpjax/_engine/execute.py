@@ -15,12 +15,11 @@ from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
 from mpjax._engine import (
   captured,
   escapes,
-  jaxprs,
   versions,
 )
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import to_dtype
-from mpjax._engine.interpreter import Interpreter
+from mpjax._engine.kept_plans import Planned, Program, planned
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.plan import Plan
 from mpjax._engine.planner import Known, Planner
@@ -28,11 +27,27 @@ from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of
 
 
 class Decided(NamedTuple):
-  """A call whose dtypes are decided, before it runs."""
+  """A call whose dtypes are decided, before it runs.
+
+  Attributes:
+    call: The call.
+    planned: Its plan, and what is rebuilt to run it.
+    captured: The arrays that its function closed over this time.
+  """
 
   call: Call
-  planner: Planner
-  plan: Plan
+  planned: Planned
+  captured: Sequence[Any]
+
+  @property
+  def planner(self) -> Planner:
+    """The planner that made the plan."""
+    return self.planned.planner
+
+  @property
+  def plan(self) -> Plan:
+    """The plan."""
+    return self.planned.plan
 
   def run(self, loss_scale: float = UNSCALED) -> Result:
     """Execute the plan on the arguments of the call; the call itself where that is asked for.
@@ -45,12 +60,8 @@ class Decided(NamedTuple):
       return self.call.result(outs, (None,) * len(outs))
     with jax.named_scope(POLICY_REGION):
       operands = [into(x, loss_scale) for x in self.call.operands]
-      captured = [
-        into(x, loss_scale) if isinstance(x, Tracer) else x
-        for x in versions.constants(self.plan.jaxpr)
-      ]
-      interpreter = Interpreter(self.planner, loss_scale=loss_scale)
-      leaves = interpreter.run(self.plan, operands, captured)
+      captured = [into(x, loss_scale) if isinstance(x, Tracer) else x for x in self.captured]
+      leaves = self.planned.interpreter(loss_scale).run(self.plan, operands, captured)
       arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
       outside = [
         out_of(x, loss_scale) if form else to_dtype(out_of(x, loss_scale), x.dtype)
@@ -101,16 +112,15 @@ def decide(
     TypeError: A result holds arrays outside of its pytree.
   """
   call = Call(fn, args, kwargs, flags)
-  planner = Planner(policies, root, absolute, located)
-  jaxpr = jaxprs.trace(call.flat, call.operands)
+  jaxpr = captured.trace(call.flat, call.operands)
   escapes.check(call.hidden, jaxpr)
-  jaxpr = captured.written_out(jaxpr)
   of_call = Known(
     summed=tuple(range(len(versions.open_jaxpr(jaxpr).outvars))),
     parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
     own=call.own,
   )
-  plan = planner.plan(jaxpr, call.forms, known=of_call)
+  program = Program(jaxpr, call.forms, of_call, policies, root, absolute, located)
+  found = planned(program, call.operands)
   if strict:
-    policies.check_used((*planner.ops, *known), planner.ops)
-  return Decided(call, planner, plan)
+    policies.check_used((*found.planner.ops, *known), found.planner.ops)
+  return Decided(call, found, versions.constants(jaxpr))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ from mpjax._engine.repeats import Repeat, Unit
 from mpjax._engine.scaled_cotangents import UNSCALED, within
 from mpjax._engine.softmax import Softmax
 
+T = TypeVar("T")
+
 
 class Interpreter:
   """Executes plans. A body is rebuilt once for each plan that it has.
@@ -60,6 +62,7 @@ class Interpreter:
     self._rebuilt: dict[int, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
     self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
+    self._of_steps: dict[int, tuple[Step, Any]] = {}
 
   def run(
     self, plan: Plan, operands: Sequence[Any], captured: Sequence[Any] | None = None
@@ -189,6 +192,12 @@ class Interpreter:
       ]
       self._rebuilt[id(plan)] = jaxprs.trace(lambda *xs: self.run(plan, xs), avals)
     return self._rebuilt[id(plan)]
+
+  def of_step(self, step: Step, make: Callable[[Step], T]) -> T:
+    """What is made of a step the first time that it runs."""
+    if id(step) not in self._of_steps:
+      self._of_steps[id(step)] = step, make(step)
+    return self._of_steps[id(step)][1]
 
 
 def _rounding(

@@ -1,0 +1,309 @@
+"""What a call that nothing compiles may keep for the next, and what it must look at anew."""
+
+import gc
+import weakref
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mpjax
+from mpjax._engine import kept_plans
+
+POLICY = "mixed_bfloat16"
+
+
+@pytest.fixture
+def planned(monkeypatch):
+  """What is planned from here on, nothing being kept yet."""
+  kept_plans._kept.cache_clear()
+  found = []
+  plan = kept_plans.Planned.__init__
+
+  def counting(self, program):
+    found.append(self)
+    plan(self, program)
+
+  monkeypatch.setattr(kept_plans.Planned, "__init__", counting)
+  return found
+
+
+@pytest.fixture
+def weights():
+  key = jax.random.key(0)
+  return {"w": jax.random.normal(key, (8, 8)), "b": jnp.ones(8)}
+
+
+X = np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8)
+
+
+def deep(p, x):
+  """Helpers, a loop and a branch: each has a body that is rebuilt."""
+  x = jax.nn.relu(x @ p["w"] + p["b"][None])
+  x, _ = jax.lax.scan(lambda h, _: (jax.nn.gelu(h @ p["w"]), None), x, None, length=3)
+  x = jax.lax.cond(x.sum() > 0, lambda h: h @ p["w"], lambda h: h, x)
+  return jax.nn.softmax(x).max(axis=-1).sum()
+
+
+@pytest.fixture
+def compiled():
+  """What XLA compiled from here on."""
+  seen = []
+
+  def listen(name, *_, **__):
+    if "backend_compile" in name:
+      seen.append(name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seen
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_second_call_is_not_planned_and_compiles_nothing(planned, compiled, weights):
+  call = mpjax.autocast(deep, POLICY)
+  first = call(weights, X)
+  compiled.clear()
+  np.testing.assert_array_equal(first, call(weights, X))
+  assert compiled == []
+  assert len(planned) == 1
+
+
+def test_a_second_gradient_compiles_no_more_than_that_of_the_function(planned, compiled, weights):
+  counts = []
+  for fn in (mpjax.autocast(deep, POLICY), deep):
+    jax.grad(fn)(weights, X)
+    compiled.clear()
+    jax.grad(fn)(weights, X)
+    counts.append(len(compiled))
+  assert counts[0] <= counts[1]
+  assert len(planned) == 1
+
+
+def test_a_function_made_anew_at_each_call_has_the_same_plan(planned, weights):
+  for _ in range(3):
+    mpjax.autocast(lambda p, x: (x @ p["w"]).sum(), POLICY)(weights, X)
+  assert len(planned) == 1
+
+
+def test_what_is_kept_computes_what_a_plan_of_its_own_does(weights):
+  call = jax.value_and_grad(mpjax.autocast(deep, "mixed_float16"))
+  call(weights, X)
+  kept = call(weights, X + 1)
+  kept_plans._kept.cache_clear()
+  jax.tree.map(np.testing.assert_array_equal, kept, call(weights, X + 1))
+
+
+def test_what_a_function_reads_outside_is_read_at_every_call(weights):
+  number, table, switch = 1.0, np.ones((4, 8), np.float32), True
+
+  def f(p, x):
+    y = (x + table) @ p["w"] * number
+    return jnp.tanh(y) if switch else y
+
+  cast = mpjax.autocast(f, POLICY)
+
+  def agrees():
+    np.testing.assert_allclose(cast(weights, X), f(weights, X), rtol=0.02, atol=0.1)
+
+  agrees()
+  number = 3.0
+  agrees()
+  table *= 2  # in place: the array that the first trace captured
+  agrees()
+  table[0, 0] = -5
+  agrees()
+  switch = False
+  agrees()
+  number = 1.0
+  table /= 2
+  agrees()
+
+
+def test_a_number_of_another_kind_is_another_number(weights):
+  seen = [
+    mpjax.autocast(lambda p, x, n=n: (x @ p["w"]).sum() * n, POLICY)(weights, X)
+    for n in (1.0, -0.0, 0.0, 2.0)
+  ]
+  assert np.signbit(seen[1]) != np.signbit(seen[2])
+  np.testing.assert_allclose(seen[3], 2 * seen[0])
+
+
+@pytest.mark.parametrize("change", ["policy", "shape", "static", "scope", "rule"])
+def test_another_program_is_planned(planned, weights, change):
+  def f(p, x, flag=False):
+    with jax.named_scope("other" if change == "scope" and flag else "head"):
+      y = x @ p["w"] + (p["b"][None] if flag and change == "static" else 0.0)
+    return y.sum()
+
+  args = {
+    "policy": ("mixed_float16", X, False),
+    "shape": (POLICY, X[:2], False),
+    "static": (POLICY, X, True),
+    "scope": (POLICY, X, True),
+    "rule": (mpjax.PolicyMap({"head": "float32"}, default=POLICY), X, False),
+  }
+  policy, x, flag = args[change]
+  for _ in range(2):
+    mpjax.autocast(f, POLICY)(weights, X)
+    mpjax.autocast(f, policy)(weights, x, flag=flag)
+  assert len(planned) == 2
+
+
+def test_a_rule_of_a_map_is_looked_for_at_every_call(weights):
+  cast = mpjax.autocast(
+    lambda p, x: x @ p["w"], mpjax.PolicyMap({"nowhere": "float32"}, default=POLICY)
+  )
+  for _ in range(2):
+    with pytest.raises(ValueError, match="nowhere"):
+      cast(weights, X)
+
+
+def scaled(p, x, scale, *, symbolic_zeros=False):
+  """Rules made anew in each call."""
+
+  @jax.custom_vjp
+  def times(y):
+    return y * scale
+
+  def forward(y):
+    return (y.value if symbolic_zeros else y) * scale, None
+
+  times.defvjp(forward, lambda _, g: (g * scale,), symbolic_zeros=symbolic_zeros)
+  return times(x @ p["w"]).sum()
+
+
+def test_derivative_rules_are_the_same_where_their_traces_are(planned, weights):
+  for scale in (2.0, 3.0, 2.0, 3.0):
+    grads = jax.grad(mpjax.autocast(scaled, POLICY))(weights, X, scale)
+    expected = jax.grad(scaled)(weights, X, scale)
+    np.testing.assert_allclose(grads["w"], expected["w"], rtol=0.02, atol=0.02)
+  assert len(planned) == 2
+
+
+def test_a_rule_that_looks_at_zeros_is_planned_at_each_call(planned, weights):
+  for _ in range(2):
+    jax.grad(mpjax.autocast(scaled, POLICY))(weights, X, 2.0, symbolic_zeros=True)
+  assert len(planned) == 2
+
+
+def test_a_rule_that_raises_does_so_where_it_is_needed(planned, weights):
+  @jax.custom_jvp
+  def only_forward(y):
+    return jnp.sin(y)
+
+  @only_forward.defjvp
+  def rule(primals, tangents):
+    raise NotImplementedError("no derivative")
+
+  cast = mpjax.autocast(lambda p, x: only_forward(x @ p["w"]).sum(), POLICY)
+  assert cast(weights, X) == cast(weights, X)
+  assert len(planned) == 2
+  with pytest.raises(NotImplementedError, match="no derivative"):
+    jax.grad(cast)(weights, X)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_traced_calls_keep_nothing(planned, weights, transform):
+  call = transform(lambda x: mpjax.autocast(lambda p, x: x @ p["w"], POLICY)(weights, x))
+  call(X)
+  call(X + 1)
+  assert kept_plans._kept.cache_info().currsize == 0
+  assert len(planned) == (1 if transform is jax.jit else 2)
+
+
+def test_captured_arrays_are_the_same_where_nobody_can_tell_them_apart(planned, weights):
+  big = jax.random.normal(jax.random.key(1), (4096, 8))
+
+  def call(table):
+    return mpjax.autocast(lambda p, x: (x @ p["w"]).sum() + (table @ p["w"]).sum(), POLICY)
+
+  first = call(big)(weights, X)
+  assert call(big)(weights, X) == first
+  assert len(planned) == 1
+  assert call(big + 1)(weights, X) != first
+  assert len(planned) == 2
+  for _ in range(2):
+    call(jnp.arange(16, dtype=jnp.float32).reshape(2, 8))(weights, X)
+  assert len(planned) == 3  # a small one by its numbers
+
+
+def test_no_large_array_is_kept(weights):
+  class Held(np.ndarray):
+    """An array that a weak reference can be made to."""
+
+  def call():
+    table = np.ones((kept_plans.HELD // 8 + 1, 8), np.float32).view(Held)
+    on_device = jnp.asarray(table)
+    mpjax.autocast(lambda p, x: (x @ p["w"]).sum() + on_device.sum(), POLICY)(weights, X)
+    return weakref.ref(on_device)
+
+  gone = call()
+  gc.collect()
+  assert gone() is None
+
+
+def test_operands_are_not_kept():
+  kept_plans._kept.cache_clear()
+  cast = jax.grad(mpjax.autocast(lambda p, x: (x @ p["w"]).sum(), POLICY))
+
+  def call():
+    params = {"w": jnp.ones((8, 8))}
+    cast(params, X)
+    return weakref.ref(params["w"])
+
+  gone = call()
+  gc.collect()
+  assert gone() is None
+  assert kept_plans._kept.cache_info().currsize == 1
+
+
+def second_derivative(f):
+  return jax.grad(lambda *args: jax.grad(f)(*args)["w"].sum())
+
+
+def rectified(p, x):
+  return (jax.nn.relu(x @ p["w"]) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+  ("derivative", "fn"), [(jax.grad, deep), (second_derivative, rectified)], ids=["first", "second"]
+)
+def test_a_kept_plan_does_not_grow(planned, weights, derivative, fn):
+  """The plan of a derivative rule is made where it is first needed, and is kept, too."""
+  call = derivative(mpjax.autocast(fn, POLICY))
+  call(weights, X)
+  call(weights, X)
+  (kept,) = planned
+  before = len(kept.planner._plans)
+  call(weights, X)
+  assert len(kept.planner._plans) == before
+
+
+def test_models_keep_their_plans(planned):
+  model = mpjax.linen.apply_policy(nn.Dense(4), POLICY)
+  variables = model.init(jax.random.key(0), X)
+  planned.clear()
+  outs = [model.apply(variables, X) for _ in range(2)]
+  np.testing.assert_array_equal(*outs)
+  assert len(planned) == 1
+
+  model = mpjax.nnx.apply_policy(nnx.BatchNorm(8, rngs=nnx.Rngs(0)), POLICY)
+  planned.clear()
+  means = []
+  for _ in range(2):
+    model(X)
+    means.append(model.mean[...])
+  assert len(planned) == 1
+  assert not np.array_equal(*means)  # what a call changes is changed at each call
+
+
+def test_only_so_many_programs_are_kept(planned, weights):
+  cast = mpjax.autocast(lambda p, x: (x @ p["w"]).sum(), POLICY)
+  for n in range(kept_plans.PROGRAMS + 2):
+    cast(weights, np.ones((n + 1, 8), np.float32))
+  assert kept_plans._kept.cache_info().currsize == kept_plans.PROGRAMS
+  cast(weights, np.ones((1, 8), np.float32))
+  assert len(planned) == kept_plans.PROGRAMS + 3

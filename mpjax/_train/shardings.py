@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 
 class Placement(NamedTuple):
@@ -65,6 +65,11 @@ def place_beside(tree: Any, params: Any) -> Any:
     return jax.device_put(leaf, everywhere)
 
   return jax.tree.map(place, tree)
+
+
+def is_on_one_device(x: Any) -> bool:
+  """Whether an array lies on a single device; a tracer does not say."""
+  return _is_concrete(type(x)) and isinstance(x.sharding, SingleDeviceSharding)
 
 
 _sharding_of = operator.attrgetter("sharding")

@@ -23,6 +23,7 @@ from mpjax._train.accumulation import Window, mean_loss
 from mpjax._train.accumulation import accumulate as run_window
 from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
+from mpjax._train.returned import Returned
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
@@ -134,6 +135,7 @@ class TrainStep:
     self._limit = max_consecutive_skips
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
+    self._returned = Returned()
 
   def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
@@ -154,21 +156,34 @@ class TrainStep:
     """
     _check_is_state(state, batch)
     given = state
-    leaves, structure = jax.tree.flatten(state)
-    others = jax.tree.leaves(batch)
-    if self._donate and (shared := shared_buffers(leaves, others)):
-      leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
-      state = structure.unflatten(leaves)
-    where = placement(leaves)
+    state, where = self._enter(state, batch)
     self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
     try:
       state, metrics, bad = self._jitted(state, batch, where)
     except (RuntimeError, ValueError) as error:
       explain_if_deleted(error, leaf_paths(given), _DELETED)
-      raise
+      if "donate" not in str(error) or self._returned.placement(given) is None:
+        raise
+      self._returned.forget()  # it was changed in place, and now holds an array twice
+      return self(given, batch)
+    self._returned.note(state, state.step, where)
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
+
+  def _enter(self, state: TrainState, batch: Any) -> tuple[TrainState, Placement]:
+    """A state whose arrays can be donated, if they are to be, and where they are."""
+    others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
+    where = self._returned.placement(state)
+    if where is not None and (not others or not self._donate):
+      return state, where
+    leaves, structure = jax.tree.flatten(state)
+    if where is not None and {*map(id, others)}.isdisjoint(map(id, leaves)):
+      return state, where
+    if self._donate and (shared := shared_buffers(leaves, others)):
+      leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
+      state = structure.unflatten(leaves)
+    return state, placement(leaves)
 
   def lower(
     self, state: TrainState, batch: Any, *, lowering_platforms: tuple[str, ...] | None = None

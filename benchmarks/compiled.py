@@ -9,7 +9,6 @@ workload, policy and peer, and results/compiled.md is written anew from all of t
 
 import argparse
 import os
-import re
 import sys
 import time
 from importlib import metadata
@@ -43,9 +42,9 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
   import jax
   import optax
 
-  from benchmarks import flops, peers
+  from benchmarks import flops, harness
 
-  training = peer.build(workload, policy, optax.adamw(1e-3), peers.Scaling())
+  training = peer.build(workload, policy, optax.adamw(1e-3), harness.Scaling())
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
   arguments = (state, workload.inputs, workload.labels)
   began = time.perf_counter()
@@ -64,42 +63,17 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
     "low_share": flops.low_share(operations),
     "flops": operations.total(),
   }
-  return {**row, **figures(compiled, target), "seconds": round(time.perf_counter() - began, 1)}
+  return {
+    **row,
+    **compilers.figures(compiled, target),
+    "seconds": round(time.perf_counter() - began, 1),
+  }
 
 
 def compiler(target: str) -> str:
   """The package that holds a target's compiler, with its version."""
   package = COMPILER[compilers.PLATFORM[target]]
   return f"{package} {metadata.version(package)}"
-
-
-def figures(compiled: Any, target: str) -> report.Row:
-  """What a compiler says of its program, and what stands in the program's text."""
-  from mpjax.inspect import _compiled_text
-
-  memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-  text = compiled.as_text()
-  device_bytes = _compiled_text.moved(text)
-  return {
-    "temp_bytes": memory.temp_size_in_bytes,
-    "argument_bytes": memory.argument_size_in_bytes,
-    "converts": len(re.findall(r" convert\(", text)),
-    "bytes_moved": int(costs["bytes accessed"]) if costs else device_bytes,
-    "device_bytes": device_bytes,
-    **_estimate(text, target),
-  }
-
-
-def _estimate(text: str, target: str) -> report.Row:
-  """The time of a step in milliseconds, as far as the compiler's text tells it."""
-  from mpjax.inspect import _compiled_text
-  from mpjax.inspect._targets import card_of
-
-  if compilers.PLATFORM[target] == "cuda":
-    seconds = _compiled_text.roofline(text, card_of(target)).seconds
-    return {"estimated_ms": round(seconds * 1e3, 4)}
-  cycles = _compiled_text.estimated_cycles(text)
-  return {} if cycles is None else {"estimated_mcycles": round(cycles / 1e6, 4)}
 
 
 def shown(rows: list[report.Row]) -> list[report.Row]:

@@ -7,6 +7,7 @@ when it is imported, so `prepare` comes first and imports nothing.
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,32 @@ def compile_for(target: str, step: Callable[..., Any], arguments: tuple[Any, ...
   )
   traced = jax.jit(step, donate_argnums=0).trace(*placed)
   return traced.lower(lowering_platforms=(PLATFORM[target],)).compile()
+
+
+def figures(compiled: Any, target: str) -> dict[str, Any]:
+  """What a compiler says of its program, and what stands in the program's text."""
+  from mpjax.inspect import _compiled_text
+
+  memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+  text = compiled.as_text()
+  device_bytes = _compiled_text.moved(text)
+  return {
+    "temp_bytes": memory.temp_size_in_bytes,
+    "argument_bytes": memory.argument_size_in_bytes,
+    "converts": len(re.findall(r" convert\(", text)),
+    "bytes_moved": int(costs["bytes accessed"]) if costs else device_bytes,
+    "device_bytes": device_bytes,
+    **_estimate(text, target),
+  }
+
+
+def _estimate(text: str, target: str) -> dict[str, Any]:
+  """The time of a step in milliseconds, as far as the compiler's text tells it."""
+  from mpjax.inspect import _compiled_text
+  from mpjax.inspect._targets import card_of
+
+  if PLATFORM[target] == "cuda":
+    seconds = _compiled_text.roofline(text, card_of(target)).seconds
+    return {"estimated_ms": round(seconds * 1e3, 4)}
+  cycles = _compiled_text.estimated_cycles(text)
+  return {} if cycles is None else {"estimated_mcycles": round(cycles / 1e6, 4)}

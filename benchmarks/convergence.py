@@ -25,9 +25,9 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import models, peers, workloads  # noqa: E402
+from benchmarks import harness, models, workloads  # noqa: E402
 
-_SCALING = peers.Scaling(interval=50)
+_SCALING = harness.Scaling(interval=50)
 
 
 class Task(NamedTuple):
@@ -150,16 +150,16 @@ TASKS: dict[str, Callable[[int], Task]] = {
 STEPS = {"digits": 400, "autoencoder": 600, "text": 200}
 
 
-def _without_scaling(workload: workloads.Workload, tx: Any) -> peers.Training:
+def _without_scaling(workload: workloads.Workload, tx: Any) -> harness.Training:
   """Autocast to float16, the loss not scaled."""
-  model = peers.linen(workload)
-  loss = mpjax.autocast(peers.loss_of(workload, model), "mixed_float16")
-  return peers.unscaled(loss, model, tx)
+  model = harness.linen(workload)
+  loss = mpjax.autocast(harness.loss_of(workload, model), "mixed_float16")
+  return harness.unscaled(loss, model, tx)
 
 
-def _pure(workload: workloads.Workload, tx: Any) -> peers.Training:
+def _pure(workload: workloads.Workload, tx: Any) -> harness.Training:
   """Parameters, activations and the optimizer's moments in bfloat16."""
-  plain = peers.linen(workload)
+  plain = harness.linen(workload)
   cast = mpjax.Policy.parse("bfloat16").cast_to_param
 
   def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
@@ -168,16 +168,16 @@ def _pure(workload: workloads.Workload, tx: Any) -> peers.Training:
   def apply(params: Any, model_state: Any, inputs: jax.Array) -> Any:
     return plain.apply(params, model_state, cast(inputs))
 
-  model = peers.Model(init, apply)
-  return peers.unscaled(peers.loss_of(workload, model), model, tx)
+  model = harness.Model(init, apply)
+  return harness.unscaled(harness.loss_of(workload, model), model, tx)
 
 
-def _mpjax(policy: str) -> Callable[[workloads.Workload, Any], peers.Training]:
-  return lambda workload, tx: peers.mpjax_inside(workload, policy, tx, _SCALING)
+def _mpjax(policy: str) -> Callable[[workloads.Workload, Any], harness.Training]:
+  return lambda workload, tx: harness.mpjax_inside(workload, policy, tx, _SCALING)
 
 
-PRECISIONS: dict[str, Callable[[workloads.Workload, Any], peers.Training]] = {
-  "float32": lambda workload, tx: peers.float32(workload, "float32", tx, _SCALING),
+PRECISIONS: dict[str, Callable[[workloads.Workload, Any], harness.Training]] = {
+  "float32": lambda workload, tx: harness.float32(workload, "float32", tx, _SCALING),
   "mixed_bfloat16": _mpjax("mixed_bfloat16"),
   "mixed_float16": _mpjax("mixed_float16"),
   "mixed_float16 without scaling": _without_scaling,
@@ -189,7 +189,7 @@ def train(task: Task, precision: str, seeds: list[int], steps: int) -> list[tupl
   """Trains once for each seed; returns the final metric and the last losses' mean of each."""
   training = PRECISIONS[precision](task.workload, task.tx)
   step = jax.jit(training.step)
-  plain = peers.linen(task.workload)
+  plain = harness.linen(task.workload)
   found = []
   for seed in seeds:
     state = training.init(

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp  # noqa: E402
 from flax.training.dynamic_scale import DynamicScale  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import flops, peers, report, workloads  # noqa: E402
+from benchmarks import flops, harness, peers, report, workloads  # noqa: E402
 
 BATCHES = 16
 CHECKS = {
@@ -43,7 +43,7 @@ CHECKS = {
   "target": f"a float label of {workloads.ODD:g}",
 }
 STORM = 300
-_SCALING = peers.Scaling(start=2.0**8, interval=2)
+_SCALING = harness.Scaling(start=2.0**8, interval=2)
 
 
 class Outcome(NamedTuple):
@@ -88,14 +88,14 @@ def _is_seen(node: Any) -> bool:
   return isinstance(node, Seen)
 
 
-def grads_of(state: peers.State) -> np.ndarray:
+def grads_of(state: harness.State) -> np.ndarray:
   """The last gradients that the optimizer saw, in one array."""
   nodes = jax.tree.leaves(state.opt_state, is_leaf=_is_seen)
   (seen,) = [node for node in nodes if _is_seen(node)]
   return _flat(seen.grads)
 
 
-def at_rate(state: peers.State, rate: float) -> peers.State:
+def at_rate(state: harness.State, rate: float) -> harness.State:
   """The state with another learning rate."""
 
   def change(node: Any) -> Any:
@@ -104,7 +104,7 @@ def at_rate(state: peers.State, rate: float) -> peers.State:
   return state._replace(opt_state=jax.tree.map(change, state.opt_state, is_leaf=_is_seen))
 
 
-def scale_of(state: peers.State) -> float | None:
+def scale_of(state: harness.State) -> float | None:
   """The loss scale, wherever a peer keeps it; None if it has none."""
   scaler = state.scaler
   if isinstance(scaler, tuple):
@@ -136,8 +136,8 @@ class Run(NamedTuple):
     bad: the same with one NaN in it.
   """
 
-  step: Callable[..., tuple[peers.State, jax.Array]]
-  start: peers.State
+  step: Callable[..., tuple[harness.State, jax.Array]]
+  start: harness.State
   good: tuple[np.ndarray, np.ndarray]
   bad: tuple[np.ndarray, np.ndarray]
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
-from benchmarks import convergence, float8_rows, peers, rounding  # noqa: E402
+from benchmarks import convergence, float8_rows, harness, rounding  # noqa: E402
 
 CHUNK = 100
 SHOWN = ("mixed_bfloat16", "mixed_float8", "Flax, delayed scaling")
@@ -47,7 +47,7 @@ def train(task: convergence.Task, row: str, seed: int, steps: int) -> tuple[floa
     batches = [task.batch(seed, index) for index in range(start, min(start + CHUNK, steps))]
     carry, found = run(carry, jax.tree.map(lambda *x: np.stack(x), *batches))
     losses += found.tolist()
-  plain = peers.linen(task.workload)
+  plain = harness.linen(task.workload)
   logits, _ = plain.apply(carry[0], {}, jnp.asarray(task.held_out[0]))
   return task.score(logits, task.held_out[1]), statistics.mean(losses[-max(steps // 10, 1) :])
 

@@ -10,27 +10,27 @@ import jax.numpy as jnp
 import optax
 
 import mpjax
-from benchmarks import models, peers, workloads
+from benchmarks import harness, models, workloads
 
 Loss = Callable[..., tuple[jax.Array, Any]]
 """`(params, scales, inputs, labels) -> (loss, scales)`."""
-Build = Callable[[workloads.Workload], tuple[peers.Model, Loss]]
+Build = Callable[[workloads.Workload], tuple[harness.Model, Loss]]
 
 
 def under(policy: str) -> Build:
   """A workload's model, and its loss under a policy."""
 
-  def build(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
-    model = peers.linen(workload)
-    return model, mpjax.autocast(peers.loss_of(workload, model), policy)
+  def build(workload: workloads.Workload) -> tuple[harness.Model, Loss]:
+    model = harness.linen(workload)
+    return model, mpjax.autocast(harness.loss_of(workload, model), policy)
 
   return build
 
 
-def by_hand(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
+def by_hand(workload: workloads.Workload) -> tuple[harness.Model, Loss]:
   """A workload's model with its layers given bfloat16."""
-  model = peers.linen(workload, jnp.bfloat16)
-  return model, peers.loss_of(workload, model)
+  model = harness.linen(workload, jnp.bfloat16)
+  return model, harness.loss_of(workload, model)
 
 
 def flax_float8(operation: Any) -> Build:
@@ -49,15 +49,15 @@ def flax_float8(operation: Any) -> Build:
 
     return run
 
-  def build(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
-    plain = peers.linen(workload, jnp.bfloat16)
-    model = peers.Model(intercepted(plain.init), intercepted(plain.apply))
-    return model, peers.loss_of(workload, model)
+  def build(workload: workloads.Workload) -> tuple[harness.Model, Loss]:
+    plain = harness.linen(workload, jnp.bfloat16)
+    model = harness.Model(intercepted(plain.init), intercepted(plain.apply))
+    return model, harness.loss_of(workload, model)
 
   return build
 
 
-def qwix_float8(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
+def qwix_float8(workload: workloads.Workload) -> tuple[harness.Model, Loss]:
   """A workload's model with Qwix's matmuls, a scale a channel, in bfloat16 by hand."""
   import qwix  # pyright: ignore[reportMissingImports]
 
@@ -68,8 +68,8 @@ def qwix_float8(workload: workloads.Workload) -> tuple[peers.Model, Loss]:
     bwd_qtype=jnp.float8_e5m2,
   )
   module: Any = workload.model(**workload.sizes, dtype=jnp.bfloat16)  # pyright: ignore[reportCallIssue]
-  model = peers.of_module(qwix.quantize_model(module, qwix.QtProvider([rule])))
-  return model, peers.loss_of(workload, model)
+  model = harness.of_module(qwix.quantize_model(module, qwix.QtProvider([rule])))
+  return model, harness.loss_of(workload, model)
 
 
 ROWS: dict[str, Build] = {
@@ -106,7 +106,7 @@ def step_of(loss_fn: Loss, tx: optax.GradientTransformation) -> Callable[..., An
 
 def training(
   row: str, workload: workloads.Workload, tx: optax.GradientTransformation
-) -> peers.Training:
+) -> harness.Training:
   """The training of a row; its state is parameters, scales and the optimizer's state."""
   model, loss_fn = ROWS[row](workload)
   one = step_of(loss_fn, tx)
@@ -118,4 +118,4 @@ def training(
     *state, loss = one(*state, inputs, labels)
     return tuple(state), loss
 
-  return peers.Training(model, begin, step)
+  return harness.Training(model, begin, step)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import meters, peers, workloads
+from benchmarks import harness, meters, peers, workloads
 from mpjax.inspect._compiled_text import float8_calls, moved
 
 _ALIGN = 8
@@ -34,13 +34,13 @@ def lowered_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[An
   return training, step.lower(state, workload.inputs, workload.labels)
 
 
-def _training(cell: dict[str, Any], workload: workloads.Workload) -> peers.Training:
+def _training(cell: dict[str, Any], workload: workloads.Workload) -> harness.Training:
   tx = optax.adamw(1e-3)
   if cell["kind"] == "float8":
     from benchmarks import float8_rows
 
     return float8_rows.training(cell["peer"], workload, tx)
-  return peers.PEERS[cell["peer"]].build(workload, cell["policy"], tx, peers.Scaling())
+  return peers.PEERS[cell["peer"]].build(workload, cell["policy"], tx, harness.Scaling())
 
 
 def needed(compiled: Any) -> int:

@@ -105,9 +105,9 @@ def _step(peer: Any, policy: str, workload: Any) -> tuple[Any, tuple[Any, ...]]:
   import jax
   import optax
 
-  from benchmarks import peers
+  from benchmarks import harness
 
-  training = peer.build(workload, policy, optax.adamw(1e-3), peers.Scaling())
+  training = peer.build(workload, policy, optax.adamw(1e-3), harness.Scaling())
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
   return training.step, (state, workload.inputs, workload.labels)
 

@@ -1,8 +1,7 @@
-"""The train step of every tool, as its own documentation writes it: one harness for all tables.
+"""The train step of every tool, as its own documentation writes it, for all tables of tools.
 
-A peer turns a workload, a policy and an optimizer into the same two functions: `init` makes the
-state that a step needs, `step` takes it. Where a tool has dynamic loss scaling it is used for
-float16. The loss is float32 for all.
+A peer turns a workload, a policy and an optimizer into a training. Where a tool has dynamic loss
+scaling it is used for float16. The steps of float32 and of mpjax are those of `harness.py`.
 """
 
 import importlib.util
@@ -11,134 +10,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
-import mpjax
+from benchmarks.harness import (
+  Model,
+  Scaling,
+  State,
+  Training,
+  compute_dtype,
+  float32,
+  linen,
+  loss_of,
+  mpjax_inside,
+  mpjax_outside,
+  mpjax_scaled,
+  mpjax_statistics,
+  mpjax_step,
+  scales,
+  training_of,
+  unscaled,
+  updated,
+)
 from benchmarks.workloads import Workload
 
 POLICIES = ("mixed_bfloat16", "mixed_float16")
 PATIENCE = 5
 
 
-class Scaling(NamedTuple):
-  """Settings of a dynamic loss scaler; those of torch.amp, but for the start.
-
-  Attributes:
-    start: the first scale.
-    interval: good steps until it doubles.
-  """
-
-  start: float = 2.0**15
-  interval: int = 2000
-
-
-class State(NamedTuple):
-  """All that a train step reads and writes.
-
-  Attributes:
-    params: the float32 parameters.
-    model_state: BatchNorm's running statistics, if the model has any.
-    opt_state: the optimizer's state.
-    scaler: the loss scaler's state where it stands beside the optimizer; None otherwise.
-  """
-
-  params: Any
-  model_state: Any
-  opt_state: Any
-  scaler: Any = None
-
-
-class Model(NamedTuple):
-  """A model as two pure functions.
-
-  Attributes:
-    init: `(key, inputs) -> (params, model_state)`.
-    apply: `(params, model_state, inputs) -> (outputs, model_state)`.
-  """
-
-  init: Callable[..., tuple[Any, Any]]
-  apply: Callable[..., tuple[jax.Array, Any]]
-
-
-class Training(NamedTuple):
-  """A train step.
-
-  Attributes:
-    model: what is trained.
-    begin: `(params, model_state) -> State`, the state before the first step.
-    step: `(state, inputs, labels) -> (state, loss)`.
-  """
-
-  model: Model
-  begin: Callable[..., State]
-  step: Callable[..., tuple[State, jax.Array]]
-
-  def init(self, key: jax.Array, inputs: Any) -> State:
-    """The state before the first step, with new parameters."""
-    return self.begin(*self.model.init(key, inputs))
-
-
-def compute_dtype(policy: str) -> np.dtype:
-  """The dtype that a policy computes in."""
-  return mpjax.Policy.parse(policy).compute_dtype
-
-
-def scales(policy: str) -> bool:
-  """Whether a policy needs loss scaling."""
-  return compute_dtype(policy) == jnp.float16
-
-
-def linen(workload: Workload, dtype: Any = None, **options: Any) -> Model:
-  """The workload's Linen model, its layers given `dtype`; other options are the model's own."""
-  return of_module(workload.model(**workload.sizes, dtype=dtype, **options))  # pyright: ignore[reportCallIssue]
-
-
-def of_module(module: Any) -> Model:
-  """A Linen module as a model."""
-
-  def init(key: jax.Array, inputs: jax.Array) -> tuple[Any, Any]:
-    model_state = dict(module.init(key, inputs))
-    return model_state.pop("params"), model_state
-
-  def apply(params: Any, model_state: Any, inputs: jax.Array) -> Any:
-    variables = {"params": params, **model_state}
-    return module.apply(variables, inputs, mutable=list(model_state))
-
-  return Model(init, apply)
-
-
-def loss_of(workload: Workload, model: Model) -> Callable[..., Any]:
-  """`(params, model_state, inputs, labels) -> (loss, model_state)`."""
-
-  def loss(params: Any, model_state: Any, inputs: jax.Array, labels: jax.Array) -> Any:
-    outputs, model_state = model.apply(params, model_state, inputs)
-    return workload.loss(outputs, labels), model_state
-
-  return loss
-
-
-def _training(model: Model, tx: Any, step: Callable[..., Any], scaler: Any = None) -> Training:
-  def begin(params: Any, model_state: Any) -> State:
-    return State(params, model_state, tx.init(params), scaler)
-
-  return Training(model, begin, step)
-
-
-def _apply(tx: optax.GradientTransformation, state: State, grads: Any) -> tuple[Any, Any]:
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  return optax.apply_updates(state.params, updates), opt_state
-
-
 def _plain(workload: Workload, model: Model, tx: Any) -> Training:
   return unscaled(loss_of(workload, model), model, tx)
-
-
-def float32(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """The plain model; the policy is not used."""
-  del policy, scaling
-  return _plain(workload, linen(workload), tx)
 
 
 def by_hand(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -175,11 +76,11 @@ def dynamic_scale(workload: Workload, policy: str, tx: Any, scaling: Scaling) ->
     scaler, finite, (loss, model_state), grads = grad(
       state.params, state.model_state, inputs, labels
     )
-    new = _apply(tx, state, grads)
+    new = updated(tx, state, grads)
     keep = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (state.params, state.opt_state))
     return State(keep[0], model_state, keep[1], scaler), loss
 
-  return _training(model, tx, step, scaler)
+  return training_of(model, tx, step, scaler)
 
 
 def _jmp_policy(policy: str) -> Any:
@@ -207,27 +108,15 @@ def _jmp_scaled(
     grads, (loss, model_state) = jax.grad(scaled, has_aux=True)(state.params)
     grads = scaler.unscale(grads)
     finite = jmp.all_finite(grads)
-    params, opt_state = _apply(tx, state, grads)
+    params, opt_state = updated(tx, state, grads)
     new = (params, model_state, opt_state)
     params, model_state, opt_state = jmp.select_tree(finite, new, state[:3])
     scaler = scaler.adjust(finite)
     return State(params, model_state, opt_state, (scaler.loss_scale, scaler.counter)), loss
 
   if scales(policy):
-    return _training(model, tx, step, (jnp.float32(scaling.start), jnp.int32(0)))
+    return training_of(model, tx, step, (jnp.float32(scaling.start), jnp.int32(0)))
   return unscaled(loss_fn, model, tx)
-
-
-def unscaled(loss_fn: Callable[..., Any], model: Model, tx: Any) -> Training:
-  """A step that differentiates a loss as it is."""
-  grad = jax.value_and_grad(loss_fn, has_aux=True)
-
-  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-    (loss, model_state), grads = grad(state.params, state.model_state, inputs, labels)
-    params, opt_state = _apply(tx, state, grads)
-    return State(params, model_state, opt_state), loss
-
-  return _training(model, tx, step)
 
 
 def jmp_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -261,7 +150,7 @@ def mpx_scaling(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> T
     params, opt_state = mpx.optimizer_update(state.params, tx, state.opt_state, grads, finite)
     return State(params, mpx.cast_to_float32(model_state), opt_state, scaler), loss
 
-  return _training(model, tx, step, scaler)
+  return training_of(model, tx, step, scaler)
 
 
 def haiku_policy(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
@@ -301,70 +190,6 @@ def haiku(workload: Workload, policy: str) -> Model:
     return transformed.apply(params, model_state, None, inputs)
 
   return Model(under(transformed.init), under(apply))
-
-
-def _mpjax(loss: Any, model: Model, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """The loop of mpjax's README."""
-  if not scales(policy):
-    return unscaled(loss, model, tx)
-  return _mpjax_scaled(loss, model, tx, scaling)
-
-
-def _mpjax_scaled(loss: Any, model: Model, tx: Any, scaling: Scaling) -> Training:
-  tx = mpjax.dynamic_loss_scaling(tx, init_scale=scaling.start, growth_interval=scaling.interval)
-
-  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-    scale = mpjax.loss_scale(state.opt_state)
-    (value, model_state), grads = mpjax.value_and_grad(loss, has_aux=True)(
-      state.params, state.model_state, inputs, labels, loss_scale=scale
-    )
-    params, opt_state = _apply(tx, state, grads)
-    finite = mpjax.step_is_finite(opt_state)
-    return State(params, mpjax.select(finite, model_state, state.model_state), opt_state), value
-
-  return _training(model, tx, step)
-
-
-def mpjax_inside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """The plain model, the whole loss under `mpjax.autocast`."""
-  model = linen(workload)
-  return _mpjax(mpjax.autocast(loss_of(workload, model), policy), model, policy, tx, scaling)
-
-
-def mpjax_scaled(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """`mpjax_inside`, the loss scaled in bfloat16 too, as mpx does."""
-  model = linen(workload)
-  return _mpjax_scaled(mpjax.autocast(loss_of(workload, model), policy), model, tx, scaling)
-
-
-def mpjax_outside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """The plain model under `mpjax.autocast`, the loss outside."""
-  plain = linen(workload)
-  model = Model(plain.init, mpjax.autocast(plain.apply, policy))
-  return _mpjax(loss_of(workload, model), model, policy, tx, scaling)
-
-
-def mpjax_statistics(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """`mpjax_inside`, the statistics of every step collected."""
-  return mpjax_inside(workload, policy, mpjax.inspect.collect_statistics(tx), scaling)
-
-
-def mpjax_step(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
-  """`mpjax.make_train_step`, with its norms, metrics and skips."""
-  model = linen(workload)
-  plain = loss_of(workload, model)
-  if scales(policy):
-    tx = mpjax.dynamic_loss_scaling(tx, init_scale=scaling.start, growth_interval=scaling.interval)
-  compiled = mpjax.make_train_step(
-    lambda params, model_state, batch: plain(params, model_state, *batch), tx, policy=policy
-  )
-
-  def step(state: State, inputs: jax.Array, labels: jax.Array) -> tuple[State, jax.Array]:
-    before = mpjax.TrainState(state.scaler, state.params, state.opt_state, state.model_state)
-    after, metrics = compiled(before, (inputs, labels))
-    return State(after.params, after.model_state, after.opt_state, after.step), metrics.loss
-
-  return _training(model, tx, step, jnp.zeros((), jnp.int32))
 
 
 class Peer(NamedTuple):

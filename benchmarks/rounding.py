@@ -27,7 +27,7 @@ import optax  # noqa: E402
 from jax import lax  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import convergence, meters, peers  # noqa: E402
+from benchmarks import convergence, harness, meters  # noqa: E402
 
 TASKS = ("digits", "text")
 CHUNK = 100
@@ -136,9 +136,9 @@ class Run(NamedTuple):
 def train(task: convergence.Task, name: str, seeds: list[int], steps: int) -> list[Run]:
   """Trains once for each seed."""
   dtype, wrap = ROWS[name]
-  model, tx = peers.linen(task.workload), wrap(task.tx)
+  model, tx = harness.linen(task.workload), wrap(task.tx)
   policy = f"params={dtype}, compute=bfloat16, output=float32"
-  loss_fn = mpjax.autocast(peers.loss_of(task.workload, model), policy)
+  loss_fn = mpjax.autocast(harness.loss_of(task.workload, model), policy)
 
   def step(carry: Any, batch: Any) -> tuple[Any, jax.Array]:
     params, state = carry

@@ -17,6 +17,7 @@ from benchmarks import (
   flops,
   gpu,
   gpu_cell,
+  harness,
   laws,
   meters,
   models,
@@ -38,7 +39,7 @@ def loose():
 
 
 def traced(peer: str, workload: workloads.Workload, policy: str):
-  training = peers.PEERS[peer].build(workload, policy, optax.adamw(1e-3), peers.Scaling())
+  training = peers.PEERS[peer].build(workload, policy, optax.adamw(1e-3), harness.Scaling())
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
   return training.step, (state, workload.inputs, workload.labels)
 
@@ -94,7 +95,7 @@ def test_operations_are_counted_as_in_the_textbook():
 def test_a_poisoned_batch_makes_a_loss_that_is_not_finite():
   workload = workloads.PROBES["embedding"]
   inputs, labels = workloads.batch_of(workload)
-  training = peers.float32(workload, "float32", optax.sgd(0.1), peers.Scaling())
+  training = harness.float32(workload, "float32", optax.sgd(0.1), harness.Scaling())
   state = jax.jit(training.init)(jax.random.key(0), inputs)
   _, loss = jax.jit(training.step)(state, workloads.poisoned(inputs), labels)
   assert not jnp.isfinite(loss)
@@ -105,10 +106,10 @@ def test_the_parameters_workload_has_its_input_as_gradient():
     inputs=jax.ShapeDtypeStruct((2, 3), jnp.float32)
   )
   assert workload.model is models.Parameters
-  model = peers.linen(workload)
+  model = harness.linen(workload)
   x = jnp.arange(6.0).reshape(2, 3)
   params, model_state = model.init(jax.random.key(0), x)
-  grads, _ = jax.grad(peers.loss_of(workload, model), has_aux=True)(
+  grads, _ = jax.grad(harness.loss_of(workload, model), has_aux=True)(
     params, model_state, x, jnp.zeros(1)
   )
   np.testing.assert_array_equal(jnp.stack([grads["w0"], grads["w1"]]), x)

@@ -58,7 +58,8 @@ KEY = ("workload", "kind", "peer", "policy", "precision")
 
 def cells(names: list[str], seconds: float) -> list[dict[str, Any]]:
   """All cells, the most telling first: main peers on every workload, then the others."""
-  from benchmarks import float8_rows, peers
+  from benchmarks.own import float8_rows
+  from benchmarks.peers import peers
 
   bf16, f16 = "mixed_bfloat16", "mixed_float16"
   main = [peers.BY_HAND, peers.INSIDE]
@@ -96,7 +97,8 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _possible(cell: dict[str, Any]) -> bool:
   """Whether a cell's tool is installed, serves its policy and has this kind of figure."""
-  from benchmarks import peers, workloads
+  from benchmarks import workloads
+  from benchmarks.peers import peers
 
   own = next((kind for kind in _OWN_KINDS if cell["workload"].startswith(kind)), None)
   if own or cell["kind"] in _OWN_KINDS:
@@ -116,7 +118,7 @@ def _possible(cell: dict[str, Any]) -> bool:
 
 def _has_torchao(workload: str) -> bool:
   installed = all(importlib.util.find_spec(name) for name in ("torch", "torchao"))
-  return installed and "llama" not in workload  # benchmarks/torch_models.py has none
+  return installed and "llama" not in workload  # benchmarks/peers/torch_models.py has none
 
 
 def run(

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import harness, meters, peers, workloads
+from benchmarks import harness, meters, workloads
+from benchmarks.peers import peers
 from mpjax.inspect._compiled_text import float8_calls, moved
 
 _ALIGN = 8
@@ -37,7 +38,7 @@ def lowered_step(cell: dict[str, Any], workload: workloads.Workload) -> tuple[An
 def _training(cell: dict[str, Any], workload: workloads.Workload) -> harness.Training:
   tx = optax.adamw(1e-3)
   if cell["kind"] == "float8":
-    from benchmarks import float8_rows
+    from benchmarks.own import float8_rows
 
     return float8_rows.training(cell["peer"], workload, tx)
   return peers.PEERS[cell["peer"]].build(workload, cell["policy"], tx, harness.Scaling())
@@ -142,7 +143,7 @@ def scatter(cell: dict[str, Any]) -> dict[str, Any]:
 
 def optimizer(cell: dict[str, Any]) -> dict[str, Any]:
   """AdamW's step alone, parameters and moments held as a row of `rounding.ROWS` has them."""
-  from benchmarks import rounding
+  from benchmarks.own import rounding
 
   leaves, size = workload_of(cell).inputs.shape
   tx = optax.adamw(1e-3)

@@ -1,7 +1,7 @@
 """What a train step is made of, and the steps that need no other tool: float32's and mpjax's.
 
 A model is two functions, a training two more: `begin` makes the state that a step needs, `step`
-takes it. The loss is float32 for all. What other tools make of the same is in `peers.py`.
+takes it. The loss is float32 for all. What other tools make of the same is in `peers/peers.py`.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 `dtype=None` is the model as people write it, in float32; `dtype=jnp.bfloat16` is the same model in
 mixed precision by hand, which every figure of mpjax is compared with. `haiku_models.py` and
-`torch_models.py` hold the same architectures.
+`torch_models.py` in `peers/` hold the same architectures.
 """
 
 import functools

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
 
-from benchmarks import meters, torch_models, workloads
+from benchmarks import meters, workloads
+from benchmarks.peers import torch_models
 
 DTYPES = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16, "": torch.bfloat16}
 

@@ -27,7 +27,7 @@ class Workload(NamedTuple):
 
   Attributes:
     name: its name in tables and on command lines.
-    model: the class of the model, in `models.py` and by the same name in `haiku_models.py`.
+    model: the class of the model, in `models.py` and by the same name in `peers/haiku_models.py`.
     sizes: the model's arguments.
     inputs: shape and dtype of a batch's inputs.
     labels: shape and dtype of its labels.

@@ -108,7 +108,7 @@ except ModuleNotFoundError as error:
 # save is in the temporaries, and so it is more the larger the batch. The compiler for GPUs states no FLOPs: `~` marks those of the
 # program before it is compiled. Nor does it time: *ms* is an estimate, kernel by kernel, the longer of bytes over bandwidth and
 # operations over the peak of their dtype. The ratio is what to look at. Peaks for three GPUs, from the top of the repository
-# (`python -m mpjax cost benchmarks.cost_cases:mlp --donate 0 --target gpu:h100` prints a column again):
+# (`python -m mpjax cost benchmarks.own.cost_cases:mlp --donate 0 --target gpu:h100` prints a column again):
 #
 # | peak MiB | `gpu:h100` | `gpu:a100` | `gpu:v100` |
 # |---|---|---|---|

@@ -1,9 +1,9 @@
-"""A short soak; `python -m benchmarks.soak` is the long one."""
+"""A short soak; `python -m benchmarks.own.soak` is the long one."""
 
 import jax
 import pytest
 
-from benchmarks import every_optimizer, soak
+from benchmarks.own import every_optimizer, soak
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
@@ -57,7 +57,7 @@ def test_what_must_not_be_is_reported():
 @pytest.mark.quick(every=2, start=1)
 @pytest.mark.parametrize("name", ["adamw", "noisy_sgd"])
 def test_a_run_with_faults_has_the_bits_of_one_that_never_saw_the_struck_batches(name):
-  """`python -m benchmarks.every_optimizer` is the run over all."""
+  """`python -m benchmarks.own.every_optimizer` is the run over all."""
   result = every_optimizer.train(name, 100)
   assert result.failures == []
   assert result.struck == result.skipped > 5

@@ -2,7 +2,7 @@
 
 The list is read from the packages: one that a new optax adds is tried, or must be given the
 arguments that it needs. The two steps take turns; `-m slow` runs every one in both and compares
-them. `python -m benchmarks.every_optimizer` trains each of them with faults.
+them. `python -m benchmarks.own.every_optimizer` trains each of them with faults.
 """
 
 import functools
@@ -16,7 +16,7 @@ from flax import nnx
 
 import mpjax
 from _turns import in_turns
-from benchmarks import optimizers
+from benchmarks.own import optimizers
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 

@@ -172,7 +172,7 @@ def sizes(found, dtype):
 
 def test_the_compiler_sums_gradients_in_the_dtype_asked_for():
   # float16, because XLA for CPU computes bfloat16 matmuls in float32: for bfloat16 and the
-  # compilers of GPU and TPU see benchmarks/collectives.py.
+  # compilers of GPU and TPU see benchmarks/own/collectives.py.
   wide = collectives_of("data parallel", "float32")
   narrow = collectives_of("data parallel", "compute")
   assert sizes(wide, "f32") >= {16 * 32, 32 * 8}

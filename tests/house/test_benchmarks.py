@@ -4,28 +4,17 @@ Nothing is timed, and no figure is asserted but those that follow from counting.
 what the benchmarks measure of mpjax, its own tests hold.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from benchmarks import (
-  compositions,
-  convergence,
-  float8_rows,
-  flops,
-  gpu,
-  gpu_cell,
-  harness,
-  laws,
-  meters,
-  models,
-  peers,
-  report,
-  rounding,
-  workloads,
-)
+from benchmarks import gpu, gpu_cell, harness, meters, models, report, workloads
+from benchmarks.own import convergence, float8_rows, rounding
+from benchmarks.peers import compositions, flops, laws, peers
 from mpjax.inspect._float8 import float8_work
 
 pytestmark = pytest.mark.usefixtures("loose")
@@ -36,6 +25,13 @@ def loose():
   """The benchmarked models mix ranks and dtypes, as models do."""
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
+
+
+def test_no_table_needs_one_of_the_other_folder_but_that_of_a_gpu():
+  for file in report.RESULTS.parent.rglob("*.py"):
+    needed = set(re.findall(r"^ *from benchmarks\.(own|peers) import", file.read_text(), re.M))
+    of_a_gpu = file.name in ("gpu.py", "gpu_cell.py", "torch_cell.py")
+    assert of_a_gpu or needed <= {file.parent.name}, file
 
 
 def traced(peer: str, workload: workloads.Workload, policy: str):

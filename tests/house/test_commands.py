@@ -52,7 +52,7 @@ KINDS = {
   "is .ci/run": r"\.ci/run$",
   "is a stage of .ci/run": r"(?:ruff|pyright|mypy)\b|python (?:-m sphinx|\.ci/notebooks\.py) ",
   "tests": r"python -m pytest\b",
-  "measures": r"python -m benchmarks\.\w+",
+  "measures": r"python -m benchmarks\.(?:gpu|own\.\w+|peers\.\w+)(?: |$)",
   "compares": r"python -m mpjax compare\b",
   "costs": r"python -m mpjax cost\b|python -m mpjax$",
   "is an example": r"python examples/",

@@ -1,6 +1,6 @@
 """What every tool does where mixed precision goes wrong, as observed: pass or fail.
 
-    python -m benchmarks.correctness
+    python -m benchmarks.peers.correctness
 
 Each peer trains the tiny workloads on a CPU; see CHECKS for what is asked, and `PASSES` for what
 counts as passed. Tools that are not installed are left out.
@@ -26,7 +26,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 from flax.training.dynamic_scale import DynamicScale  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import flops, harness, peers, report, workloads  # noqa: E402
+from benchmarks import harness, report, workloads  # noqa: E402
+from benchmarks.peers import flops, peers  # noqa: E402
 
 BATCHES = 16
 CHECKS = {
@@ -413,7 +414,7 @@ def write(rows: list[report.Row], folder: Path) -> None:
   report.write(
     "correctness",
     "What every tool does where mixed precision goes wrong",
-    "python -m benchmarks.correctness",
+    "python -m benchmarks.peers.correctness",
     "CPU",
     rows,
     markdown(rows),

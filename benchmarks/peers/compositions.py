@@ -1,6 +1,6 @@
 """What a wrong composition does in each tool, as run: an error, a warning or silence.
 
-    python -m benchmarks.compositions
+    python -m benchmarks.peers.compositions
 
 Every case trains one weight by one step or a few, wrongly put together in the way that the tool
 makes easy, and says what came of it. Keras is run where it is installed, on its JAX backend.
@@ -245,7 +245,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   print(text)
   title = "What a wrong composition does"
   report.write(
-    "compositions", title, "python -m benchmarks.compositions", "CPU", found, text, options.out
+    "compositions",
+    title,
+    "python -m benchmarks.peers.compositions",
+    "CPU",
+    found,
+    text,
+    options.out,
   )
   return 0
 

@@ -1,6 +1,6 @@
 """Errors of sensitive operations against float64, under a policy and written by hand in 16 bits.
 
-    python -m benchmarks.numerics
+    python -m benchmarks.own.numerics
 
 Every operation gets the output of a matmul with the identity, so that its 16-bit input is exact
 and all error is its own; the gradient is that of the matmul's input, for a cotangent drawn at
@@ -331,7 +331,7 @@ def main() -> None:
   report.write(
     "numerics",
     "Errors of sensitive operations against float64",
-    "python -m benchmarks.numerics",
+    "python -m benchmarks.own.numerics",
     "CPU",
     rows,
     table,

@@ -1,6 +1,6 @@
 """The optimizer's step alone as compiled for an H100 or a v5e, by how parameters are held.
 
-    python -m benchmarks.rounding_compiled --target h100
+    python -m benchmarks.own.rounding_compiled --target h100
 
 AdamW on 24 equal leaves, of 30 and of 1,000 million parameters together, the state donated. Held
 is what stays from step to step, parameters and moments; gradients have the parameters' dtype. No
@@ -25,7 +25,7 @@ def measure(target: str, millions: int, row: str) -> report.Row:
   import jax.numpy as jnp
   import optax
 
-  from benchmarks import rounding
+  from benchmarks.own import rounding
   from mpjax.inspect._compiled_text import moved
 
   tx = optax.adamw(1e-3)
@@ -74,7 +74,7 @@ def main() -> None:
   arguments = parser.parse_args()
   compilers.prepare(arguments.target)
 
-  from benchmarks import rounding
+  from benchmarks.own import rounding
 
   rows = []
   for millions in MILLIONS:
@@ -87,7 +87,7 @@ def main() -> None:
   report.write(
     "rounding_compiled",
     "The optimizer's step alone, compiled",
-    "python -m benchmarks.rounding_compiled",
+    "python -m benchmarks.own.rounding_compiled",
     arguments.target,
     rows,
     report.table(rows, COLUMNS),

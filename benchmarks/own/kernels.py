@@ -1,6 +1,6 @@
 """Fused kernels that others wrote, under a policy, as compiled for a TPU v5e or an H100.
 
-    python -m benchmarks.kernels --target v5e
+    python -m benchmarks.own.kernels --target v5e
 
 A projection into each kernel, the kernel, a sum of squares, forward and backward: in float32, by
 hand (parameters and inputs cast to bfloat16), under ``mixed_bfloat16``, and so with the kernel
@@ -180,7 +180,7 @@ def main() -> None:
   report.write(
     "kernels",
     "Fused kernels under a policy, compiled",
-    "python -m benchmarks.kernels --target v5e  # or h100",
+    "python -m benchmarks.own.kernels --target v5e  # or h100",
     "compilers of the targets",
     rows,
     report.table(rows, COLUMNS),

@@ -1,6 +1,6 @@
 """What devices exchange in a compiled train step: how much, and in which dtype.
 
-    python -m benchmarks.collectives --target h100
+    python -m benchmarks.own.collectives --target h100
 
 A language model without attention (embedding, perceptron, LayerNorm, head) on a mesh of four
 devices; the compiler's own program is read, so the figures are exact and the same every time.
@@ -149,7 +149,7 @@ def main() -> None:
   report.write(
     "collectives",
     "What devices exchange",
-    "python -m benchmarks.collectives --target TARGET",
+    "python -m benchmarks.own.collectives --target TARGET",
     "compilers of the targets named in each heading",
     rows,
     markdown(rows),

@@ -1,10 +1,10 @@
 """Trains with every optimizer of optax, with faults, and never sees them again.
 
-Run `python -m benchmarks.every_optimizer`: each optimizer of optax and its contrib trains twice by
-one compiled program, once with NaN, inf, -inf and the largest finite number in gradients and NaN,
-inf and that number in batches, and once on the batches that were not skipped, without any fault.
-Exits with 1 if anything is ever inf or NaN, a struck step is applied, or the two do not end with
-the same bits.
+Run `python -m benchmarks.own.every_optimizer`: each optimizer of optax and its contrib trains twice
+by one compiled program, once with NaN, inf, -inf and the largest finite number in gradients and
+NaN, inf and that number in batches, and once on the batches that were not skipped, without any
+fault. Exits with 1 if anything is ever inf or NaN, a struck step is applied, or the two do not end
+with the same bits.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import numpy as np
 import optax
 
 import mpjax
-from benchmarks import optimizers, report
+from benchmarks import report
+from benchmarks.own import optimizers
 from mpjax._scaling.finiteness import nonfinite_leaves
 from mpjax.testing import FaultSchedule, inject, inject_faults
 
@@ -167,7 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     + f"; {failed} failed"
   )
   print(text)
-  command = f"python -m benchmarks.every_optimizer --steps {options.steps} --seed {options.seed}"
+  command = (
+    f"python -m benchmarks.own.every_optimizer --steps {options.steps} --seed {options.seed}"
+  )
   title = "Every optimizer of optax, with faults"
   report.write("every_optimizer", title, command, "CPU", rows, text, options.out)
   return failed

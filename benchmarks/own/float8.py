@@ -1,8 +1,8 @@
 """The same training with matmuls in bfloat16 and in float8.
 
-    python -m benchmarks.float8
+    python -m benchmarks.own.float8
 
-The text task of `benchmarks.convergence`, longer. Seeds are paired: a seed's parameters and batches
+The text task of `convergence.py`, longer. Seeds are paired: a seed's parameters and batches
 are the same in every row. Flax's row has its float8 layers, whose scales come from a history of
 1,024 steps that is part of the training state (`flax.linen.Fp8DirectDotGeneralOp`, `dtype=` by
 hand). What is trained is judged in float32. A CPU computes float8 exactly as a GPU does, sums
@@ -24,7 +24,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
-from benchmarks import convergence, float8_rows, harness, rounding  # noqa: E402
+from benchmarks import harness  # noqa: E402
+from benchmarks.own import convergence, float8_rows, rounding  # noqa: E402
 
 CHUNK = 100
 SHOWN = ("mixed_bfloat16", "mixed_float8", "Flax, delayed scaling")
@@ -116,7 +117,7 @@ def main() -> None:
   report.write(
     "float8",
     "The same training with matmuls in bfloat16 and in float8",
-    "python -m benchmarks.float8",
+    "python -m benchmarks.own.float8",
     rounding.device(),
     rows,
     report.table(rows, COLUMNS),

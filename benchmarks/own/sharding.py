@@ -1,6 +1,6 @@
 """Twenty steps on several devices beside the same on one: how far the parameters end apart.
 
-    python -m benchmarks.sharding
+    python -m benchmarks.own.sharding
 
 A transformer block trained with Adam on the CPU. A difference is the distance of all parameters
 from those of one device, relative to the distance that training has moved them.
@@ -164,7 +164,7 @@ def main() -> None:
   report.write(
     "sharding",
     "Several devices beside one",
-    f"python -m benchmarks.sharding --steps {steps}",
+    f"python -m benchmarks.own.sharding --steps {steps}",
     "CPU",
     rows,
     table,

@@ -1,6 +1,6 @@
 """Train steps for `python -m mpjax cost`, from shapes alone.
 
-python -m mpjax cost benchmarks.cost_cases:mlp --target gpu:h100
+python -m mpjax cost benchmarks.own.cost_cases:mlp --target gpu:h100
 """
 
 from typing import Any

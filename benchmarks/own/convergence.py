@@ -1,6 +1,6 @@
 """Micikevicius et al. (2018) in small: the same training in five precisions, on real data.
 
-    python -m benchmarks.convergence
+    python -m benchmarks.own.convergence
 
 A perceptron with sigmoids learns handwritten digits (scikit-learn's), a transformer the source
 text of Python's standard library. What differs is the precision alone; the final metric is
@@ -266,7 +266,7 @@ def main() -> None:
     report.write(
       "convergence",
       "The same training in five precisions",
-      "python -m benchmarks.convergence",
+      "python -m benchmarks.own.convergence",
       "CPU",
       rows,
       report.table(rows, COLUMNS),

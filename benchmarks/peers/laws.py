@@ -1,6 +1,6 @@
 """Twelve programs whose state, positions, gates or tolerances 16 bits do not hold, four ways.
 
-    python -m benchmarks.laws
+    python -m benchmarks.peers.laws
 
 Each program is written once, around its matmuls and its sensitive functions, which a `Way` chooses:
 float32; by hand, as Flax's `dtype=` computes, with what a layer takes and loops start from in 16
@@ -25,7 +25,8 @@ import numpy as np
 from jax import lax
 
 import mpjax
-from benchmarks import flops, report
+from benchmarks import report
+from benchmarks.peers import flops
 
 FORMATS = {"mixed_bfloat16": jnp.dtype(jnp.bfloat16), "mixed_float16": jnp.dtype(jnp.float16)}
 DRAWS = 8
@@ -333,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   text = report.table(rows, COLUMNS)
   print(text)
   title = "Programs that 16 bits do not hold"
-  report.write("laws", title, "python -m benchmarks.laws", "CPU", rows, text, options.out)
+  report.write("laws", title, "python -m benchmarks.peers.laws", "CPU", rows, text, options.out)
   return sum(not is_best(row) for row in rows)
 
 

@@ -1,6 +1,6 @@
 """The compiled train step of every peer: memory, converts, operations and bytes moved.
 
-    python -m benchmarks.compiled --target h100 --workload gpt-small
+    python -m benchmarks.peers.compiled --target h100 --workload gpt-small
 
 The figures are the compiler's own (`memory_analysis()`, `cost_analysis()`, the program's text),
 exact and the same every time. Rows are added to results/compiled.json, one for each target,
@@ -42,7 +42,8 @@ def measure(target: str, workload: Any, policy: str, peer: Any) -> report.Row:
   import jax
   import optax
 
-  from benchmarks import flops, harness
+  from benchmarks import harness
+  from benchmarks.peers import flops
 
   training = peer.build(workload, policy, optax.adamw(1e-3), harness.Scaling())
   state = jax.eval_shape(training.init, jax.random.key(0), workload.inputs)
@@ -78,7 +79,7 @@ def compiler(target: str) -> str:
 
 def shown(rows: list[report.Row]) -> list[report.Row]:
   """The rows of one cell in readable units, with ratios to the model written by hand."""
-  from benchmarks import peers
+  from benchmarks.peers import peers
 
   hand = next((row for row in rows if row["peer"] == peers.BY_HAND), None)
   return [_shown(row, hand) for row in rows]
@@ -134,7 +135,7 @@ def summary(cells: dict[tuple[str, ...], list[report.Row]]) -> str:
 
 def _summarized() -> list[str]:
   """The peers of the summary: one way of using each tool."""
-  from benchmarks import peers
+  from benchmarks.peers import peers
 
   twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.SCALED, peers.STATISTICS}
   return [name for name in peers.PEERS if name not in twice]
@@ -151,7 +152,7 @@ def _made(row: report.Row) -> str:
 
 def merge(old: list[report.Row], new: list[report.Row]) -> list[report.Row]:
   """Old rows, those that were measured again replaced, in the order of the peers' table."""
-  from benchmarks import peers
+  from benchmarks.peers import peers
 
   found = report.merged(old, new, KEY)
   names = list(peers.PEERS)
@@ -179,7 +180,8 @@ def main() -> None:
   arguments = parse()
   compilers.prepare(arguments.target)
 
-  from benchmarks import peers, workloads
+  from benchmarks import workloads
+  from benchmarks.peers import peers
 
   sizes = {} if arguments.batch is None else {"batch": arguments.batch}
   for name in arguments.workload:
@@ -192,7 +194,7 @@ def main() -> None:
         rows = merge(old, [row])
         named = "" if arguments.name == "compiled" else f" --name {arguments.name}"
         command = (
-          "python -m benchmarks.compiled --target TARGET --workload WORKLOAD --policy POLICY"
+          "python -m benchmarks.peers.compiled --target TARGET --workload WORKLOAD --policy POLICY"
         )
         report.write(
           arguments.name,

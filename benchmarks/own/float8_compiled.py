@@ -1,7 +1,7 @@
 """What an H100's compiler makes of float8 matmuls: how many there are, memory, bytes moved.
 
-    python -m benchmarks.float8_compiled
-    python -m benchmarks.float8_compiled --triton off
+    python -m benchmarks.own.float8_compiled
+    python -m benchmarks.own.float8_compiled --triton off
 
 A GPT and a Llama of four layers, trained by AdamW. Planned are the float8 matmuls of the traced
 step, compiled those of the program, be they cuBLAS's or Triton's: matmuls that share an operand, as
@@ -27,7 +27,7 @@ def measure(workload: str, row: str) -> report.Row:
   import jax
   import optax
 
-  from benchmarks import float8_rows
+  from benchmarks.own import float8_rows
   from mpjax.inspect._compiled_text import float8_calls, moved
   from mpjax.inspect._float8 import float8_work
 
@@ -77,7 +77,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
   compilers.prepare(TARGET)
 
-  from benchmarks import float8_rows
+  from benchmarks.own import float8_rows
 
   rows = []
   for workload in float8_rows.WORKLOADS:
@@ -90,7 +90,7 @@ def main() -> None:
   report.write(
     "float8_compiled",
     "Float8 matmuls, compiled for an H100",
-    "python -m benchmarks.float8_compiled",
+    "python -m benchmarks.own.float8_compiled",
     TARGET,
     rows,
     report.table(rows, COLUMNS),

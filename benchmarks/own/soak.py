@@ -1,8 +1,8 @@
 """Trains with faults everywhere: optimizers, wrappers, policies and schedules, drawn at random.
 
-Run `python -m benchmarks.soak`: 10,000 steps, one row an optimizer. Exits with 1 if a parameter or
-a state is ever inf or NaN, the scale leaves its bounds, or a run does not come to the loss that the
-same run comes to without faults.
+Run `python -m benchmarks.own.soak`: 10,000 steps, one row an optimizer. Exits with 1 if a parameter
+or a state is ever inf or NaN, the scale leaves its bounds, or a run does not come to the loss that
+the same run comes to without faults.
 """
 
 import argparse
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
   )
   print(text)
-  command = f"python -m benchmarks.soak --steps {options.steps} --seed {options.seed}"
+  command = f"python -m benchmarks.own.soak --steps {options.steps} --seed {options.seed}"
   report.write("soak", "Training with faults", command, "CPU", rows, text, options.out)
   return failed
 

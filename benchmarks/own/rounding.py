@@ -1,8 +1,8 @@
 """The same training with parameters and moments of fewer bytes, by how they are rounded.
 
-    python -m benchmarks.rounding
+    python -m benchmarks.own.rounding
 
-The tasks are those of `benchmarks.convergence` on which 16-bit parameters lose; the matmuls run in
+The tasks are those of `convergence.py` on which 16-bit parameters lose; the matmuls run in
 bfloat16 for all, so that what differs is what the optimizer holds from step to step. Seeds are
 paired: a seed's parameters and batches are the same in every row. Kahan's compensated summation
 (Zamirai et al., 2020) is here to compare with: it holds what a bfloat16 parameter lacks in another
@@ -27,7 +27,8 @@ import optax  # noqa: E402
 from jax import lax  # noqa: E402
 
 import mpjax  # noqa: E402
-from benchmarks import convergence, harness, meters  # noqa: E402
+from benchmarks import harness, meters  # noqa: E402
+from benchmarks.own import convergence  # noqa: E402
 
 TASKS = ("digits", "text")
 CHUNK = 100
@@ -239,7 +240,7 @@ def main() -> None:
     report.write(
       "rounding",
       "The same training with fewer bytes a parameter",
-      "python -m benchmarks.rounding",
+      "python -m benchmarks.own.rounding",
       device(),
       rows,
       report.table(rows, COLUMNS),

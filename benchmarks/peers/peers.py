@@ -171,7 +171,7 @@ def haiku(workload: Workload, policy: str) -> Model:
   import haiku as hk  # pyright: ignore[reportMissingImports]
   import jmp  # pyright: ignore[reportMissingImports]
 
-  from benchmarks import haiku_models
+  from benchmarks.peers import haiku_models
 
   kind = getattr(haiku_models, workload.model.__name__)
   half = compute_dtype(policy)

@@ -1,6 +1,6 @@
 """What mixed precision costs beside computing: tracing, the first call, Python, eager calls.
 
-    python -m benchmarks.overheads
+    python -m benchmarks.peers.overheads
 
 Every figure is a ratio to the plain model in float32, of medians of processor time over several
 repetitions in which the peers take turns; JAX's caches are cleared before each trace. How trace
@@ -172,7 +172,8 @@ def main() -> None:
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")
   arguments = parser.parse_args()
 
-  from benchmarks import peers, workloads
+  from benchmarks import workloads
+  from benchmarks.peers import peers
 
   names = arguments.peers and list(dict.fromkeys([peers.FLOAT32, *arguments.peers]))
   wanted = peers.chosen(names, arguments.policy, workloads.TINY["gpt"]())
@@ -189,7 +190,7 @@ def main() -> None:
       report.write(
         "overheads",
         f"Overheads of {arguments.policy}, tiny GPT, processor time",
-        "python -m benchmarks.overheads",
+        "python -m benchmarks.peers.overheads",
         "CPU",
         rows,
         report.table(rows, COLUMNS),

@@ -1,6 +1,6 @@
 """What it saves to compute float32 between 16-bit values again instead of storing it.
 
-    python -m benchmarks.islands --target v100 --policy mixed_float16
+    python -m benchmarks.own.islands --target v100 --policy mixed_float16
 
 The train step of a workload, compiled as it is and with every island and softmax of `_islands`
 stored as JAX stores by itself. Rows are added to results/islands.json.
@@ -98,7 +98,7 @@ def main() -> None:
     report.write(
       "islands",
       "Float32 computed again instead of stored",
-      "python -m benchmarks.islands --target TARGET --workload WORKLOAD --policy POLICY",
+      "python -m benchmarks.own.islands --target TARGET --workload WORKLOAD --policy POLICY",
       "compilers of the targets named in each row",
       rows,
       table,

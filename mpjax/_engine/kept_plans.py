@@ -146,7 +146,7 @@ class _Codes:
 
   def __init__(self) -> None:
     self._done: dict[int, tuple[Any, Hashable]] = {}  # by identity
-    self._open: set[Hashable] = set()  # functions whose rules are being read
+    self._open: Hashable | None = None  # the function whose rules are being read
 
   def jaxpr(self, jaxpr: Any) -> Hashable:
     """The code of a jaxpr; variables are counted in the order in which they come."""
@@ -194,18 +194,22 @@ class _Codes:
 
     JAX makes the functions that a rule is anew in each trace. One that looks at which tangents are
     zero has a trace for each case, so it is not compared. The rule of a `jax.nn.relu` calls that
-    again: within the rules of a function it is only named.
+    again: within its rules a function is only named. Another one there is not compared, for rules
+    of rules may go on without end: each derivative of an exported function is exported itself.
     """
     if eqn.params["symbolic_zeros"]:
       raise _NotComparedError
     avals = tuple(atom.aval for atom in eqn.invars)
     function = eqn.primitive, self.jaxpr(eqn.params["call_jaxpr"]), avals, closed_over(eqn)
-    if function in self._open:
+    if self._open == function:
       return function
-    self._open.add(function)
-    code = function, *map(self.jaxpr, _traced_rules(eqn))
-    self._open.remove(function)
-    return code
+    if self._open is not None:
+      raise _NotComparedError
+    self._open = function
+    try:
+      return function, *map(self.jaxpr, _traced_rules(eqn))
+    finally:
+      self._open = None
 
   def _value(self, x: Any) -> Hashable:
     """The code of a parameter's value."""

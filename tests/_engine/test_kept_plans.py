@@ -189,6 +189,13 @@ def test_a_rule_that_looks_at_zeros_is_planned_at_each_call(planned, weights):
   assert len(planned) == 2
 
 
+def test_rules_of_rules_without_end_are_not_compared(planned, weights):
+  exported = jax.export.export(jax.jit(jnp.sin))(jax.ShapeDtypeStruct((4, 8), jnp.float32))
+  for _ in range(2):
+    jax.grad(mpjax.autocast(lambda p, x: exported.call(x @ p["w"]).sum(), POLICY))(weights, X)
+  assert len(planned) == 2
+
+
 def test_a_rule_that_raises_does_so_where_it_is_needed(planned, weights):
   @jax.custom_jvp
   def only_forward(y):

@@ -20,6 +20,7 @@ from mpjax._engine.versions import AnyJaxpr
 Indices = tuple[int, ...]
 
 _MATMULS = having(Trait.MATMUL)
+_JITTED = having(Trait.JIT)
 MOVES = having(Trait.MOVES)
 
 # What a gradient passes on its way to where it is added up.
@@ -62,6 +63,7 @@ class Needs:
     for n in parameters:
       pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
     updates: dict[Any, Any] = {}
+    others: dict[Any, Any] = {}
     for eqn in inner.eqns:
       read = [a for a in eqn.invars if not isinstance(a, Literal)]
       origin = _BORN if is_backward(eqn) else 0
@@ -72,20 +74,32 @@ class Needs:
       if read and all(atom in pure for atom in read):
         pure |= dict.fromkeys(eqn.outvars, origin & ~_BORN)
       elif eqn.primitive.name in ("add", "sub", "add_any") and len(read) == 2:
-        updates |= _updates(eqn, read, pure, origins, inner.invars)
+        for target, change in (read, read[::-1]):
+          if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
+            related = origins.get(change, 0) & (pure[target] | _BORN)
+            whole = related and _is_whole(target, pure[target], inner.invars)
+            (updates if whole else others)[eqn.outvars[0]] = change
+    if others:  # a state that the function was given, and returns with something added
+      returned = self._leading(inner, {}, outs, through_calls=True)
+      updates |= {var: change for var, change in others.items() if var in returned}
     return Sums(pure, origins, frozenset(updates), self._leading(inner, updates, outs))
 
-  def _leading(self, inner: Any, updates: Mapping[Any, Any], outs: Indices) -> dict[Any, bool]:
+  def _leading(
+    self, inner: Any, updates: Mapping[Any, Any], outs: Indices, *, through_calls: bool = False
+  ) -> dict[Any, bool]:
     """The variables that are added up by and by, with whether in an update: else in a result."""
     results = [inner.outvars[n] for n in outs if n < len(inner.outvars)]
     found = {var: False for var in results if not isinstance(var, Literal)}
     found |= dict.fromkeys(updates.values(), True)
     for eqn in reversed(inner.eqns):
       leads = [found[var] for var in eqn.outvars if var in found]
-      if leads and self._table.get(eqn.primitive.name) in _PASSED:
-        for atom in eqn.invars:
-          if not isinstance(atom, Literal):
-            found[atom] = found.get(atom, False) or any(leads)
+      read = eqn.invars if leads and self._table.get(eqn.primitive.name) in _PASSED else []
+      if leads and through_calls and eqn.primitive.name in _JITTED:
+        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+        read = [eqn.invars[n] for n in self._through_bodies(frozenset(), eqn, results)[0]]
+      for atom in read:
+        if not isinstance(atom, Literal):
+          found[atom] = found.get(atom, False) or any(leads)
     return found
 
   def logarithms(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Any]:
@@ -206,7 +220,8 @@ class Sums(NamedTuple):
   Attributes:
     pure: What is made of parameters alone, each with a bit for each of these.
     origins: From which parameters each variable was computed; `_BORN` if in a backward pass.
-    updates: The results of adding to a parameter what was computed from it.
+    updates: The results of adding to a parameter what was computed from it, or of adding anything
+      to one that is returned.
     leading: The variables that are added up by and by, with whether in an update.
   """
 
@@ -241,17 +256,11 @@ _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 
 
-def _updates(
-  eqn: JaxprEqn, read: list[Any], pure: Mapping[Any, int], origins: Any, invars: Sequence[Any]
-) -> dict[Any, Any]:
-  """The result of an equation that adds to a whole parameter what was computed from it."""
-  for target, change in (read, read[::-1]):
-    bits = pure.get(target, 0)
-    related = origins.get(change, 0) & (bits | _BORN)
-    grows = jaxprs.size(target) != jaxprs.size(eqn.outvars[0])
-    if bits and change not in pure and related and not grows and _is_whole(target, bits, invars):
-      return {eqn.outvars[0]: change}
-  return {}
+def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Any, int], invars: Sequence[Any]) -> bool:
+  """Whether an equation adds to a parameter, or to a part of one: no bias, spread over a batch."""
+  bits, size = pure.get(var, 0), jaxprs.size(eqn.outvars[0])
+  sizes = (jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1)
+  return bool(bits) and jaxprs.size(var) == size <= max(sizes, default=0)
 
 
 def _is_whole(var: Var, bits: int, invars: Sequence[Any]) -> bool:

@@ -195,6 +195,40 @@ def test_what_is_spread_over_a_batch_or_is_a_bias_is_no_merged_parameter(fn, pol
   assert add.outvars[0].aval.dtype.itemsize == 2
 
 
+def kept(update):
+  """A function that gives back the state that it was given, one entry updated."""
+  return lambda s, x: {**s, "m": update(s["m"], x @ s["w"])}
+
+
+STATES = {
+  "sum": kept(lambda m, h: m + h.T @ h),
+  "sum_of_rows": kept(lambda m, h: m + (jnp.ones(8) @ h)[:, None]),
+  "average": kept(lambda m, h: 0.995 * m + 0.005 * h[:4]),
+  "second_moment": kept(lambda m, h: 0.995 * m + 0.005 * (h.T @ h) / 8),
+  "guarded": kept(lambda m, h: jnp.where(jnp.isfinite(h[:4]), 0.995 * m + 0.005 * h[:4], m)),
+  "jitted": kept(jax.jit(lambda m, h: 0.995 * m + 0.005 * h[:4])),
+  "branch": kept(
+    lambda m, h: lax.cond(h.sum() > 0, lambda m, h: 0.995 * m + 0.005 * h, lambda m, _: m, m, h[:4])
+  ),
+  "slot": kept(lambda m, h: jnp.concatenate([m[:1] + h[:1], m[1:]])),
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), STATES, POLICIES)
+def test_a_state_that_is_returned_is_updated_in_float32(fn, policy):
+  """As a program outside of the function hands it on: nothing inside tells that it is a sum."""
+  state = {"w": W, "m": jnp.full((4, 4), 5.0)}
+
+  def steps(state, x, policy):
+    step = mpjax.autocast(fn, policy)
+    return lax.fori_loop(0, 300, lambda _, s: step(s, x), state)["m"]
+
+  run = jax.jit(steps, static_argnums=2, compiler_options=ROUNDING)
+  found, want = (run(state, DATA, p) - 5.0 for p in (policy, "float32"))
+  np.testing.assert_allclose(found, want, rtol=0.01, atol=1e-6)
+
+
 @both
 def test_a_slope_and_a_scale_that_layers_share_are_no_decays(policy):
   def fn(p, x):

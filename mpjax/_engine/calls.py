@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +72,12 @@ class Call:
     )
     entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
     pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
+    self._parameters = [
+      (tree, [*map(np.shape, leaves)])
+      for leaves, tree in _parameter_trees(
+        (*flags[0], *flags[1].values()), (*args, *kwargs.values())
+      )
+    ]
     held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
     self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
     self.operands = [x for x, _ in pairs]
@@ -93,6 +99,28 @@ class Call:
     self.hidden = escapes.hidden(self.out_leaves, self.out_tree)
     return [*filter(is_traced, out), *(value for _, value in self.hidden)]
 
+  def given_back(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Which results are a tree of parameters again: as a state is that a function updates.
+
+    Args:
+      shapes: The shapes of the results, once `flat` has run.
+    """
+    rest = iter(enumerate(shapes))
+    leaves = [next(rest) if x is None else (-1, None) for x in self.out_leaves]
+    found: list[int] = []
+
+    def visit(tree: Any, at: int) -> None:
+      entries = leaves[at : at + tree.num_leaves]
+      if (tree, [shape for _, shape in entries]) in self._parameters:
+        found.extend(n for n, _ in entries)
+        return
+      for child in tree.children():
+        visit(child, at)
+        at += child.num_leaves
+
+    visit(self.out_tree, 0)
+    return tuple(found)
+
   def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
     """Put static results back between the arrays."""
     rest = iter(zip(arrays, forms, strict=True))
@@ -107,6 +135,15 @@ def spread_flags(flag: Flag, value: Any) -> list[bool | str]:
   return [
     leaf for part, entry in zip(flag, value, strict=True) for leaf in spread_flags(part, entry)
   ]
+
+
+def _parameter_trees(flags: Sequence[Flag], values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+  """The leaves and the structure of each tree of parameters among arguments."""
+  for flag, value in zip(flags, values, strict=True):
+    if flag is True:
+      yield jax.tree.flatten(value)
+    elif not isinstance(flag, bool | str):
+      yield from _parameter_trees(flag, value)
 
 
 def is_traced(x: Any) -> bool:

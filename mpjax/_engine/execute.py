@@ -15,6 +15,7 @@ from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
 from mpjax._engine import (
   captured,
   escapes,
+  jaxprs,
   versions,
 )
 from mpjax._engine.calls import Call, Flags, Result
@@ -114,8 +115,10 @@ def decide(
   call = Call(fn, args, kwargs, flags)
   jaxpr = captured.trace(call.flat, call.operands)
   escapes.check(call.hidden, jaxpr)
+  outs = versions.open_jaxpr(jaxpr).outvars
   of_call = Known(
-    summed=tuple(range(len(versions.open_jaxpr(jaxpr).outvars))),
+    summed=tuple(range(len(outs))),
+    given_back=call.given_back([*map(jaxprs.shape, outs)]),
     parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
     own=call.own,
   )

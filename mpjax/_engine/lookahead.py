@@ -8,7 +8,7 @@ added to the parameter that it came from, or is the gradient of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Rule, Trait, having
@@ -46,6 +46,7 @@ class Needs:
     parameters: Indices,
     kin: Sequence[int],
     outs: Indices,
+    given_back: Indices,
     is_backward: Callable[[JaxprEqn], bool],
   ) -> Sums:
     """The updates of parameters in a jaxpr, and the matmuls whose results are added up.
@@ -56,6 +57,7 @@ class Needs:
       kin: For each operand from which parameters it was computed: a bit for each of them; none
         where nothing is known.
       outs: Which of its results are gradients if they come out of a backward pass.
+      given_back: Which of its results are a state among the parameters that is returned.
       is_backward: Whether an equation came from transposing.
     """
     origins = dict(zip(inner.invars, kin or [0] * len(inner.invars), strict=True))
@@ -79,10 +81,10 @@ class Needs:
             related = origins.get(change, 0) & (pure[target] | _BORN)
             whole = related and _is_whole(target, pure[target], inner.invars)
             (updates if whole else others)[eqn.outvars[0]] = change
-    if others:  # a state that the function was given, and returns with something added
-      returned = self._leading(inner, {}, outs, through_calls=True)
-      updates |= {var: change for var, change in others.items() if var in returned}
-    return Sums(pure, origins, frozenset(updates), self._leading(inner, updates, outs))
+    states = self._leading(inner, {}, given_back, through_calls=True) if given_back else {}
+    updates |= {var: change for var, change in others.items() if var in states}
+    leading = self._leading(inner, updates, outs)
+    return Sums(pure, origins, frozenset(updates), leading, states)
 
   def _leading(
     self, inner: Any, updates: Mapping[Any, Any], outs: Indices, *, through_calls: bool = False
@@ -221,14 +223,16 @@ class Sums(NamedTuple):
     pure: What is made of parameters alone, each with a bit for each of these.
     origins: From which parameters each variable was computed; `_BORN` if in a backward pass.
     updates: The results of adding to a parameter what was computed from it, or of adding anything
-      to one that is returned.
+      to one that is given back.
     leading: The variables that are added up by and by, with whether in an update.
+    given_back: The variables that lead to a state among the parameters that is returned.
   """
 
   pure: Mapping[Any, int]
   origins: Mapping[Any, int]
   updates: frozenset[Any]
   leading: Mapping[Any, bool]
+  given_back: Collection[Any]
 
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether a matmul makes what is added to a parameter, or is the gradient of one."""

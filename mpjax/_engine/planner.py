@@ -45,6 +45,7 @@ class Known(NamedTuple):
   Attributes:
     exact: What in it is needed exactly, see `near_one`; None where that is to be found.
     summed: Which results are gradients, if they come out of a backward pass.
+    given_back: Which results are a state among the parameters that the function returns.
     parameters: Which operands are parameters, or began as such before a loop.
     kin: For each operand from which of these it was computed; empty if from none.
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
@@ -60,6 +61,7 @@ class Known(NamedTuple):
 
   exact: Exact | None = None
   summed: tuple[int, ...] = ()
+  given_back: tuple[int, ...] = ()
   parameters: tuple[int, ...] = ()
   kin: tuple[int, ...] = ()
   numbers: tuple[NumberSet, ...] = ()
@@ -215,10 +217,13 @@ class _Walk:
     makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
     self.around = Surroundings(
       exact.values,
-      planner.needs.summed(inner, known.parameters, known.kin, known.summed, self.is_backward),
+      planner.needs.summed(
+        inner, known.parameters, known.kin, known.summed, known.given_back, self.is_backward
+      ),
       power_iteration(inner, self.own.state),
       planner.needs.factored(jaxpr, known.factored),
       planner.whole_numbers.variables(jaxpr, known.whole),
+      self.numbers,
       View(makers, self.numbers.number),
       frozenset(inner.invars[n] for n in known.carry),
       planner.adapting,
@@ -343,6 +348,9 @@ class _Walk:
     return Known(
       exact=exact,
       summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
+      given_back=tuple(
+        n for n, var in enumerate(eqn.outvars) if var in self.around.sums.given_back
+      ),
       parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
       kin=self.around.sums.kin(atoms),
       numbers=numbers if any(n is not None for n in numbers) else (),

@@ -15,7 +15,7 @@ import numpy as np
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.constants import Adapting
+from mpjax._engine.constants import Adapting, Numbers
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
@@ -51,6 +51,7 @@ class Surroundings(NamedTuple):
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
     whole: The variables that hold whole numbers.
+    numbers: The values of what is constant.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
     adapting: Which numbers adapt to the formats of the policies.
@@ -61,6 +62,7 @@ class Surroundings(NamedTuple):
   iterated: Collection[Any]
   factored: frozenset[Any]
   whole: Collection[Any]
+  numbers: Numbers
   view: View
   carried: Collection[Any]
   adapting: Adapting
@@ -248,6 +250,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "its derivative divides by the square of that, which leaves the range of float16",
   ),
   Sharpening(
+    "large number",
+    {"mul", "div"},
+    lambda s: any(map(_is_float16, s.forms)) and multiplies_by_much(s.eqn, s.around.numbers),
+    Rule.FULL,
+    "times 30000 a value of 3 exceeds float16: an output comes back in its own unit",
+  ),
+  Sharpening(
     "leaves the range of float16",
     {Rule.RANGE},
     lambda s: _held(s) == FLOAT16,
@@ -318,6 +327,17 @@ def is_inner(eqn: JaxprEqn) -> bool:
 
 def _rank(atom: Atom) -> int:
   return len(jaxprs.shape(atom))
+
+
+def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
+  """Whether an operand of a product, or what a quotient divides by, is a number like 300."""
+  is_product = eqn.primitive.name == "mul"
+  known = [n for a in eqn.invars[not is_product :] for n in numbers.of(a) or () if np.isfinite(n)]
+  return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
+
+
+MUCH = 2**8
+"""A number by which nothing as large as itself is multiplied that is to stay in float16."""
 
 
 def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:

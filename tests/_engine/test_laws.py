@@ -1057,6 +1057,31 @@ def test_integers_that_are_data_stay_data(policy):
   assert float(mpjax.autocast(counted, policy)(W)) == 4097.0
 
 
+MUCH = {
+  "unit": lambda h: h * 30000.0 + 60000.0,
+  "jitted": lambda h: jax.jit(lambda h: h * 30000.0 + 60000.0)(h),
+  "captured": (lambda much: lambda h: h * much + 60000.0)(jnp.float32(30000)),
+  "first": lambda h: -30000.0 * h * 2,
+  "divided": lambda h: h / 1e-4 * 20,
+  "twice": lambda h: h * 300.0 * 300.0,
+  "mapped": lambda h: lax.map(lambda h: h * 40000.0, h),
+  "array": lambda h: h * np.full(4, 40000.0, np.float32),
+}
+
+
+@in_turns(("fn", "policy"), MUCH, POLICIES)
+def test_an_output_in_its_own_unit_stays_in_range(fn, policy):
+  found, want = in_both_formats(lambda w, x: fn(x @ w), policy, W, DATA)
+  np.testing.assert_allclose(found, want, rtol=0.01)
+
+
+@both
+def test_the_square_root_of_a_width_times_an_embedding_stays_narrow(policy):
+  fn = mpjax.autocast(lambda w, x: jnp.tanh(x @ w * 64.0) / 64.0, policy)
+  (product,) = (e for e in equations(jax.make_jaxpr(fn)(W, DATA)) if e.primitive.name == "mul")
+  assert product.outvars[0].aval.dtype.itemsize == 2
+
+
 # Formats and modules ------------------------------------------------------------------------------
 
 

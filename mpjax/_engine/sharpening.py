@@ -236,6 +236,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "0.002 times what a value gave is lost where 16 bits add it to that value",
   ),
   Sharpening(
+    "running sum",
+    {"add"},
+    lambda s: _is_narrow(s.forms) and adds_neighbors(s.eqn, s.around.view.makers),
+    Rule.FULL,
+    "an associative scan that adds begins with every other entry and its neighbor, as a cumsum",
+  ),
+  Sharpening(
     "merged parameter",
     {"add", "sub"},
     lambda s: _is_narrow(s.forms) and merges(s.eqn, s.forms, s.around),
@@ -327,6 +334,18 @@ def is_inner(eqn: JaxprEqn) -> bool:
 
 def _rank(atom: Atom) -> int:
   return len(jaxprs.shape(atom))
+
+
+def adds_neighbors(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether every other entry of a value is added to the entry beside it."""
+  made = [makers.get(atom) for atom in eqn.invars if not isinstance(atom, Literal)]
+  slices = [m for m in made if m is not None and m.primitive.name == "slice"]
+  if len(slices) < 2 or any(max(m.params["strides"] or (1,)) != 2 for m in slices):
+    return False
+  (first, second) = slices
+  starts = zip(first.params["start_indices"], second.params["start_indices"], strict=True)
+  apart = sum(abs(a - b) for a, b in starts)
+  return first.invars[0] is second.invars[0] and apart == 1
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:

@@ -264,6 +264,10 @@ COUNTS = {
   "where": lambda p, x: lax.scan(
     lambda h, u: (jnp.where(u > 0, h + u, h), None), x[0] @ p, x[:4000] @ p
   )[0],
+  "associative": lambda p, x: lax.associative_scan(jnp.add, x @ p)[-1],
+  "associative_backwards": lambda p, x: lax.associative_scan(
+    lambda a, b: a + b, (x @ p).T, axis=1, reverse=True
+  )[0, 0],
 }
 
 

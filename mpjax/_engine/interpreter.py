@@ -252,9 +252,10 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   """An elementwise operation; a parameter that it spreads rounds after it was spread.
 
   ``add h:bf16[8,4] b:f32[1,4]`` becomes ``c:f32[8,4] = broadcast_in_dim b``, then
-  ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32.
+  ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32. Where the result is float32
+  it does so as written, and c is not stored.
   """
-  if step.parameter is not None and step.outs[0] is not None:
+  if step.parameter is not None and step.outs[0] is not None and step.outs[0].dtype != FLOAT32:
     shape = jaxprs.shape(step.eqn.outvars[0])
     parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
     spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))

@@ -93,6 +93,20 @@ def test_gelu_is_computed_again_in_float16_only(operands):
     assert primitives(jaxpr)["remat2"] == again
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_scale_of_a_norm_is_not_stored_in_the_size_of_what_it_scales(policy, operands):
+  def fn(p, x):
+    h = x @ p["w"]
+    h = h * (jax.lax.rsqrt((h**2).mean(-1, keepdims=True) + 1e-6) * p["scale"][None])
+    return (h @ p["w"]).sum()
+
+  w, x = operands
+  p = {"w": w[0], "scale": jnp.full(32, 1.25)}
+  _, pullback = jax.vjp(lambda p: mpjax.autocast(fn, policy)(p, x), p)
+  sized = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == SIZE]
+  assert not any(np.all(np.asarray(leaf, np.float32) == 1.25) for leaf in sized)
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
 def test_the_scopes_of_an_island_are_those_of_its_operations_once(wrap):
   def attend(w, x):

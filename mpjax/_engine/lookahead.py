@@ -237,7 +237,8 @@ class Sums(NamedTuple):
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether a matmul makes what is added to a parameter, or is the gradient of one."""
     (result,) = eqn.outvars
-    if result not in self.leading or any(a in self.pure for a in eqn.invars):
+    operands = [a for a in eqn.invars if not isinstance(a, Literal)]
+    if result not in self.leading or any(a in self.pure for a in operands):
       return False
     return self.leading[result] or bool(self.origins[result] & _BORN)
 

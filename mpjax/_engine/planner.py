@@ -224,7 +224,7 @@ class _Walk:
       planner.needs.factored(jaxpr, known.factored),
       planner.whole_numbers.variables(jaxpr, known.whole),
       self.numbers,
-      View(makers, self.numbers.number),
+      View(makers, self.numbers.number, self.is_backward),
       frozenset(inner.invars[n] for n in known.carry),
       planner.adapting,
     )

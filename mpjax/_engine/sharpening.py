@@ -233,7 +233,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     {"add", "sub"},
     lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.view, s.around.carried),
     Rule.FULL,
-    "0.002 times what a value gave is lost where 16 bits add it to that value",
+    "0.002 times what a value gave, or its gradient, is lost where 16 bits add it to that value",
   ),
   Sharpening(
     "running sum",

@@ -2,8 +2,10 @@
 
 ``y + 0.002 * f(y)``, an Euler step, a relaxation, an average that follows: 16 bits round each step
 by up to a 512th of y in bfloat16, which is all of it, so that y never moves, however few steps
-there are. So do they in ``5 + 0.001 * h``, where nothing of h is left beside the number. A residual
-of ``h + f(h)``, or one with a learned scale, takes no small steps.
+there are. The number may stand anywhere in a product: ``y + dt * y * (1 - y)``. A step against the
+gradient that a backward pass made of y is one whatever the rate, for gradients of means are small,
+and all become so. Nor is anything of h left in ``5 + 0.001 * h`` beside the number. A residual of
+``h + f(h)``, or one with a learned scale, takes no small steps.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ _KEEPS_SIZE = having(Trait.MOVES) | {
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
 _SUMS = frozenset({"add", "sub"})
 _CHOICES = frozenset({"select_n", "max", "min", "concatenate"})
+_MATMULS = having(Trait.MATMUL)
 _ROUNDS = frozenset({"round", "floor", "ceil"})
 """Whoever rounds has made numbers large before, and makes them small behind it."""
 
-_DEEP = 4
-"""How deep sums and choices within each other are looked through."""
+_LOOKS = 64
+"""How many equations behind a step are looked at; what lies behind them counts as 1."""
 
 Makers = Mapping[Any, JaxprEqn]
 
@@ -46,12 +49,14 @@ class View(NamedTuple):
   Attributes:
     makers: The equation that makes each variable.
     known: The number that a value is all of, or None.
+    is_backward: Whether an equation came from transposing.
     outside: The operand behind each argument, and what is known of the jaxpr that the call stands
       in, if the jaxpr is a body.
   """
 
   makers: Makers
   known: Callable[[Atom], float | None]
+  is_backward: Callable[[JaxprEqn], bool]
   outside: Mapping[Any, tuple[Atom, View]] = {}
 
   def number(self, atom: Atom) -> float | None:
@@ -78,7 +83,8 @@ class View(NamedTuple):
       makers = {var: made for made in inner.eqns for var in made.outvars}
       pairs = zip(inner.invars, body.take(eqn.invars), strict=True)
       outside = {var: (operand, self) for var, operand in pairs}
-      found.append((inner.outvars[place], View(makers, _written_out, outside)))
+      view = View(makers, _written_out, self.is_backward, outside)
+      found.append((inner.outvars[place], view))
     return found
 
 
@@ -89,7 +95,8 @@ Seen = tuple[Atom, View]
 def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
   """Whether an equation adds to a value a small number of times what was computed from it.
 
-  Or to a number a much smaller one of times a value.
+  Or a multiple of its gradient, outside of the backward pass; or to a number a much smaller one of
+  times a value.
 
   Args:
     eqn: An addition or subtraction.
@@ -98,7 +105,8 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
   """
   first, second = eqn.invars
   for value, step in ((first, second), (second, first)):
-    if 0 < (factor := _multiple(step, view)) < SMALL:
+    sizes = _Sizes(has_gradients=not view.is_backward(eqn))
+    if 0 < (factor := sizes.of(step, view)) < SMALL:
       while (made := view.maker(value)) and made.primitive.name in _KEEPS_SIZE:
         (value,) = made.invars
       if (number := view.number(value)) is not None:
@@ -108,39 +116,115 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
   return False
 
 
-def _multiple(atom: Atom, view: View, factor: float = 1.0, deep: int = _DEEP) -> float:
-  """The number of times that a value is something, as far as it is known; else 1.
-
-  Of a sum, or one or the other of several values, only whether all are small: then half of
-  `SMALL`, or 0 if they are nothing.
+class _Sizes:
+  """How many times something values are, as far as a limited number of equations tells.
 
   Args:
-    atom: The value.
-    view: What is known of the jaxpr that it stands in.
-    factor: The number of times of it that is asked for.
-    deep: How many sums and choices within each other are looked through.
+    has_gradients: Whether what a backward pass made counts as small: not in that pass itself.
   """
-  while True:
-    eqn = view.maker(atom)
-    if eqn is None:
-      if isinstance(atom, Literal) or atom not in view.outside:
+
+  def __init__(self, has_gradients: bool) -> None:
+    self._has_gradients = has_gradients
+    self._looks = _LOOKS
+
+  def of(self, atom: Atom, view: View, factor: float = 1.0) -> float:
+    """The number of times that a value is something, as far as it is known; else 1.
+
+    Of a sum, or one or the other of several values, the largest; of a gradient half of `SMALL`.
+    A matmul is as many times larger as its operands were made, by who rounds them, say; not
+    smaller, for weights are divided by what the sum multiplies.
+
+    Args:
+      atom: The value.
+      view: What is known of the jaxpr that it stands in.
+      factor: The number of times of it that is asked for.
+    """
+    ends: list[_End] = []
+    factor *= self._product(atom, view, ends)
+    for end in ends:
+      if end.is_gradient:
+        factor = min(factor, SMALL / 2)
+      elif end.parts:
+        factor = self._of_parts(end, factor)
+      elif _undoes_a_sum(factor, end.eqn):
+        return 1.0
+      elif factor < SMALL and end.eqn.primitive.name in _MATMULS:
+        factor *= math.prod(max(1.0, self.of(a, end.view)) for a in end.eqn.invars[:2])
+    return factor
+
+  def _product(self, atom: Atom, view: View, ends: list[_End]) -> float:
+    """The numbers in a product, multiplied; what else is multiplied there is added to `ends`."""
+    factor = 1.0
+    while self._looks:
+      self._looks -= 1
+      eqn = view.maker(atom)
+      if eqn is None:
+        if isinstance(atom, Literal) or atom not in view.outside:
+          number = view.known(atom)
+          return factor if number is None else factor * abs(number)
+        atom, view = view.outside[atom]
+        continue
+      name = eqn.primitive.name
+      if name in _KEEPS_SIZE:
+        atom = eqn.invars[0]
+      elif self._has_gradients and view.is_backward(eqn):
+        ends.append(_End(eqn, view, is_gradient=True))
         return factor
-      atom, view = view.outside[atom]
-      continue
-    name = eqn.primitive.name
-    if name in ("mul", "div"):
-      atom, number = _without_number(eqn, view)
-      if number is None:
+      elif name == "mul":
+        atom, number = _without_number(eqn, view)
+        if number is None:
+          return factor * math.prod(self._operand(a, view, ends) for a in eqn.invars)
+        factor *= number
+      elif name == "div":
+        atom, divisor = eqn.invars
+        factor /= self._operand(divisor, view, []) or 1.0
+      elif name in _ROUNDS:
+        before = self._product(eqn.invars[0], view, ends)
+        return factor * before if before > 1 else 1.0
+      elif len(parts := _parts(eqn, atom, view)) == 1:
+        ((atom, view),) = parts
+      else:
+        ends.append(_End(eqn, view, parts))
         return factor
-      factor *= number
-    elif name in _KEEPS_SIZE:
-      atom = eqn.invars[0]
-    elif (parts := _parts(eqn, atom, view)) and len(parts) == 1:
-      ((atom, view),) = parts
-    elif parts and deep:
-      return _of_parts(name, parts, factor, deep - 1)
-    else:
-      return 1.0 if name in _ROUNDS or _undoes_a_sum(factor, eqn) else factor
+    return factor
+
+  def _operand(self, atom: Atom, view: View, ends: list[_End]) -> float:
+    """The numbers in an operand of a product: none in a mean, or in a sum as large as one."""
+    own: list[_End] = []
+    factor = self._product(atom, view, own)
+    if factor != 1 and any(_undoes_a_sum(factor, end.eqn) for end in own):
+      return 1.0
+    ends += own
+    return factor
+
+  def _of_parts(self, end: _End, factor: float) -> float:
+    """The largest of what is added or chosen among; a number is no choice beside other values."""
+    numbers, sizes = list[float](), list[float]()
+    for atom, view in reversed(end.parts):  # the first of a sum is most often a sum itself
+      number = view.number(atom)
+      if number is not None:
+        numbers.append(factor * abs(number))
+        continue
+      sizes.append(self.of(atom, view, factor))
+      if not sizes[-1] < SMALL:
+        return max(1.0, sizes[-1])
+    return max(sizes + numbers if end.eqn.primitive.name in _SUMS else sizes or numbers)
+
+
+class _End(NamedTuple):
+  """An operand of a product that is no product itself.
+
+  Attributes:
+    eqn: The equation that makes it.
+    view: What is known of the jaxpr that this stands in.
+    parts: What that adds or chooses among.
+    is_gradient: Whether a backward pass made it.
+  """
+
+  eqn: JaxprEqn
+  view: View
+  parts: Sequence[Seen] = ()
+  is_gradient: bool = False
 
 
 def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
@@ -151,18 +235,6 @@ def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
   if name == "optimization_barrier":
     return [(invars[[*eqn.outvars].index(atom)], view)]  # pyright: ignore[reportArgumentType]
   return view.inside(eqn, atom)
-
-
-def _of_parts(name: str, parts: Sequence[Seen], factor: float, deep: int) -> float:
-  """The number of times of a sum, or of one or the other: a zero adds nothing, no number counts."""
-  largest = 0.0
-  for atom, view in parts:
-    size = _multiple(atom, view, factor, deep)
-    if size < SMALL:
-      largest = max(largest, size)
-    elif (number := view.number(atom)) is None or (name in _SUMS and number != 0):
-      return 1.0
-  return min(largest, SMALL / 2)
 
 
 def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:
@@ -191,14 +263,12 @@ def _summed(eqn: JaxprEqn) -> int:
 
 
 def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:
-  """What a product or quotient is a multiple of, and how large a one; None if by no number."""
+  """What a product is a multiple of, and how large a one; None if by no number."""
   left, right = eqn.invars
-  number, rest = view.number(right), left
-  if eqn.primitive.name == "div":
-    return rest, 1 / abs(number) if number else None
-  if number is None:
-    number, rest = view.number(left), right
-  return rest, None if number is None else abs(number)
+  if (number := view.number(right)) is not None:
+    return left, abs(number)
+  number = view.number(left)
+  return right, None if number is None else abs(number)
 
 
 def _written_out(atom: Atom) -> float | None:

@@ -360,6 +360,16 @@ def over_times(w, y):
   return lax.scan(turn, y, jnp.full(50, 0.002))[0] - y
 
 
+@jax.jit
+def jitted_product(w, y, size):
+  return size * y * slope(w, y)
+
+
+def predators(w, y):
+  a, b = jnp.split(y, 2)
+  return jnp.concatenate([a + 0.002 * a * (1 - b), b + 0.002 * b * (a - 1)])
+
+
 def repeated(step):
   return lambda w, y: functools.reduce(lambda z, _: step(w, z), range(50), y) - y
 
@@ -400,6 +410,16 @@ STEPPED = {
   "branch": in_scan(lambda w, y: y + lax.cond(y[0, 0] < 9, jitted_slope, lambda w, y: 0 * y, w, y)),
   "once_a_step": in_scan(lambda w, y: y + 1.0 * jitted_slope(w, y)),
   "helpers": in_scan(lambda w, y: y + jax.jit(jax.jit(jax.jit(jax.nn.relu)))(jitted_slope(w, y))),
+  "product": in_scan(lambda w, y: y + 0.002 * y * (3 - y)),
+  "pair": in_scan(predators),
+  "learned_rate": repeated(lambda w, y: y + 0.002 * w[0, 0] * (y @ w - y)),
+  "in_the_second_factor": in_scan(lambda w, y: y + jnp.cos(y) * (slope(w, y) * 0.002)),
+  "divided_in_it": in_scan(lambda w, y: y + slope(w, y) * (jnp.cos(y) / 500)),
+  "quotient": in_scan(lambda w, y: y - 0.002 * slope(w, y) / (1 + y)),
+  "masked": in_scan(lambda w, y: y + 0.002 * (y > 0).astype(jnp.float32) * slope(w, y)),
+  "where_masked": in_scan(lambda w, y: y - 0.002 * slope(w, y) * (jnp.where(y > 0, 1.0, 0.0) * y)),
+  "jitted_product": in_scan(lambda w, y: y + jnp.where(y > 9, 0, jitted_product(w, y, DT))),
+  "times_a_sum": in_scan(lambda w, y: y - jnp.cos(y) * (DT * jnp.sin(y) + jitted_slope(w, y))),
 }
 
 
@@ -409,6 +429,82 @@ def test_small_steps_move_what_came_out_of_a_matmul(fn, policy):
   w, x = jnp.eye(4) * 0.7, jnp.linspace(0.3, 2, 16).reshape(4, 4)
   found, want = in_both_formats(lambda w, x: fn(w, x @ w), policy, w, x)
   np.testing.assert_allclose(found, want, atol=0.02 * float(np.abs(want).max()))
+
+
+def refined(gradient, turns=100):
+  """What a latent is, by the means of a decoder: the rate is large, and the gradient of a mean."""
+
+  def fn(p, y):
+    gradient_of = gradient(lambda y: jnp.mean((jnp.tanh(y @ p["decoder"]) - 0.9) ** 2))
+    return lax.fori_loop(0, turns, lambda _, y: y - 0.2 * gradient_of(y), y) - y
+
+  return fn
+
+
+def clipped_gradient(loss):
+  clip = lambda g: g * jnp.where(jnp.max(g) > 1, 0.5, 1.0)
+  return lambda y: clip(jax.grad(loss)(y))
+
+
+REFINED = {
+  "gradient": refined(jax.grad),
+  "jitted": refined(lambda loss: jax.jit(jax.grad(loss))),
+  "remat": refined(lambda loss: jax.grad(jax.checkpoint(loss))),
+  "with_the_value": refined(lambda loss: lambda y: jax.value_and_grad(loss)(y)[1]),
+  "clipped": refined(clipped_gradient),
+}
+
+
+@in_turns(("fn", "policy"), REFINED, POLICIES)
+def test_a_latent_moves_by_its_gradient_whatever_the_rate(fn, policy):
+  keys = jax.random.split(jax.random.key(1))
+  p = {"encoder": jnp.eye(4) * 0.999, "decoder": jax.random.normal(keys[0], (4, 64)) * 0.4}
+  x = jax.random.normal(keys[1], (16, 4)) + 1
+  found, want = in_both_formats(lambda p, x: fn(p, x @ p["encoder"]), policy, p, x)
+  np.testing.assert_allclose(found, want, atol=0.02 * float(np.abs(want).max()))
+
+
+@jax.custom_vjp
+def _reversible(w, h):
+  return h + jnp.tanh(h @ w)
+
+
+def _reversed(residuals, g):
+  w, h = residuals
+  by_w, by_h = jax.vjp(lambda w, h: jnp.tanh(h @ w), w, h)[1](g)
+  return by_w, g + by_h
+
+
+_reversible.defvjp(lambda w, h: (_reversible(w, h), (w, h)), _reversed)
+
+
+def _trained_in_it(w, h):
+  """A layer whose weights take a step of their own: what it gives is no gradient."""
+  gradient = jax.grad(lambda w: jnp.mean((h @ w - 1) ** 2))(w)
+  return h + jnp.tanh(h @ (w - 0.1 * gradient))
+
+
+@both
+@cases(
+  residual=lambda w, h: h + jnp.tanh(h @ w),
+  gated=lambda w, h: h + jnp.sin(h) * (h @ w),
+  remat=jax.checkpoint(lambda w, h: h + jnp.tanh(h @ w)),
+  own_rule=_reversible,
+  trained=_trained_in_it,
+)
+def test_the_cotangents_of_a_residual_are_no_steps(fn, policy):
+  def loss(w, x):
+    h = x @ w
+    for _ in range(3):
+      h = fn(w, h)
+    return jnp.sum(h @ w)
+
+  x = jnp.ones((9, 4))
+  for program in (mpjax.autocast(jax.grad(loss), policy), jax.grad(mpjax.autocast(loss, policy))):
+    sums = [e for e in equations(jax.make_jaxpr(program)(W, x)) if e.primitive.name == "add"]
+    stream = [e for e in sums if e.outvars[0].aval.shape == x.shape]
+    assert len(stream) >= 3
+    assert {e.outvars[0].aval.dtype.itemsize for e in stream} == {2}
 
 
 @both
@@ -493,6 +589,31 @@ def test_residuals_and_polynomials_take_no_small_steps(policy):
   gelu = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: jax.nn.gelu(x @ w), policy))(W, DATA))
   if policy == "mixed_bfloat16":  # in float16 the cube leaves the format
     assert {e.outvars[0].aval.dtype.itemsize for e in gelu if e.primitive.name == "add"} == {2}
+
+
+summing = lambda w, h: jnp.tile(h, 1025) @ jnp.tile(w, (1025, 1))
+quantized = lambda h: jnp.round(h * 127)
+PRODUCTS = {
+  "scaled": lambda w, h: h + 0.1 * jnp.tanh(h) * (h @ w),
+  "gated": lambda w, h: h + w[0] * jnp.sin(h) * (h @ w),
+  "leaky": lambda w, h: h + jnp.where(h > 0, 1.0, 0.01) * (h @ w),
+  "offset": lambda w, h: h + (1000 * jnp.tanh(h)) * (0.001 * (h @ w)),
+  "offset_by_a_sum": lambda w, h: h + 0.001 * jnp.tanh(h) * (1000 * (h @ w) + h),
+  "offset_by_a_number": lambda w, h: h + 0.001 * jnp.tanh(h) * (1000 - h @ w),
+  "offset_by_a_matmul": lambda w, h: h + 0.001 * jnp.tanh(h) * ((1000 * h) @ w),
+  "mean": lambda w, h: h + jnp.tanh(h) * summing(w, h) / 4100,
+  "mean_of_a_factor": lambda w, h: h + summing(w, h) * (jnp.tanh(h) / 4100),
+  "of_two_sums": lambda w, h: h + (summing(w, h) / 4100**0.5) * (summing(w, h) * (2 / 4100) ** 0.5),
+  "quantized": lambda w, h: h + jnp.tanh(h) * (quantized(h) / 127),
+  "quantized_matmul": lambda w, h: h + (quantized(h) @ w) * (jnp.tanh(h) / 127),
+  "nothing": lambda w, h: h + 0.0 * jnp.tanh(h) * (h @ w),
+}
+
+
+@in_turns(("fn", "policy"), PRODUCTS, POLICIES)
+def test_a_product_with_an_ordinary_scale_is_no_small_step(fn, policy):
+  found = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: fn(w, x @ w), policy))(W, DATA))
+  assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "add"} == {2}
 
 
 @both
@@ -979,6 +1100,14 @@ def test_a_head_of_one_output_is_no_inner_product(policy):
   assert {
     v.aval.dtype.itemsize for e in matmuls(mpjax.autocast(fn, policy), W, DATA) for v in e.invars
   } == {2}
+
+
+@both
+def test_the_norm_of_a_parameter_is_differentiated(policy):
+  """One operand of the matmul in its derivative is a number that is written out."""
+  decay = lambda w, x: loss(w, x) + jnp.vdot(w, w)
+  found, want = in_both_formats(jax.grad(decay), policy, W, DATA)
+  np.testing.assert_allclose(found, want, rtol=1e-2)
 
 
 # Factorizations -----------------------------------------------------------------------------------

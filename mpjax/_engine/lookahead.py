@@ -66,9 +66,12 @@ class Needs:
       pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
     updates: dict[Any, Any] = {}
     others: dict[Any, Any] = {}
+    stack, born = None, 0
     for eqn in inner.eqns:
       read = [a for a in eqn.invars if not isinstance(a, Literal)]
-      origin = _BORN if is_backward(eqn) else 0
+      if eqn.source_info.name_stack is not stack:  # many that follow each other share one
+        stack, born = eqn.source_info.name_stack, _BORN if is_backward(eqn) else 0
+      origin = born
       for atom in read:
         origin |= origins.get(atom, 0)
       for var in eqn.outvars:

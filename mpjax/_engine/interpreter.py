@@ -147,7 +147,8 @@ class Interpreter:
     if isinstance(island, Softmax):
       run = softmax.storing_weights(compute, island)
     else:
-      run = jax.checkpoint(_rounding(compute, island.dtype, last, inner))
+      run = _rounding(compute, island.dtype, last, inner)
+      run = jax.checkpoint(run, prevent_cse=not island.merges)
     with jaxprs.located(last, slice(scopes, inner)):
       values.fill(outputs, run(*map(values.get, inputs)))
     if isinstance(island, Softmax) and island.matmul is not None:

@@ -2,9 +2,10 @@
 
 The derivative of an elementwise float32 operation needs its operands or its result, and would
 store them in float32 from the forward to the backward pass. Where elementwise operations lead from
-narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough:
-the rest is computed again, in a few operations that compilers fuse (Chen et al. 2016, "Training
-deep nets with sublinear memory cost", with a segment an island).
+narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough,
+and so it is for a gate that multiplies a float32 state: the rest is computed again, in a few
+operations that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost",
+with a segment an island).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, softmax
 from mpjax._engine.jaxprs import Literal, Var
-from mpjax._engine.kinds import Kind
+from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
 from mpjax._engine.softmax import Softmax
 
@@ -34,11 +35,14 @@ class Island(NamedTuple):
     inputs: What they read that none of them computes.
     dtype: The 16-bit format in which their result may leave, for nobody reads it otherwise; None
       if it leaves in float32.
+    merges: Whether a compiler may store what both passes compute: in a loop, where storing it would
+      cost, the passes are loops of their own, and a barrier between them would only cost fusions.
   """
 
   steps: tuple[int, ...]
   inputs: tuple[Var, ...]
   dtype: np.dtype | None
+  merges: bool = False
 
 
 def find(plan: Plan) -> Mapping[int, Island | Softmax]:
@@ -63,7 +67,39 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
       island = _island(steps, sorted(members), shared_format(readers, steps[last]))
       if _pays(steps, island):
         found[last] = island
+    elif last not in taken and (gated := _gated(steps, wide, readers, makers, last)):
+      taken |= gated
+      found[last] = _island(steps, sorted(gated), None)._replace(merges=True)
   return found
+
+
+def _gated(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+) -> set[int]:
+  """The steps of a product of a float32 value and a gate that nothing else reads, if there are.
+
+  The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
+  which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c.
+  """
+  step = steps[last]
+  if step.eqn.primitive.name != "mul" or not wide[last]:
+    return set()
+  pairs = list(zip(step.eqn.invars, step.operands, strict=True))
+  for (atom, _), (other, held) in (pairs, pairs[::-1]):
+    if isinstance(atom, Literal) or (maker := makers.get(atom)) is None or not wide[maker]:
+      continue
+    is_stored = held == DATA and jaxprs.size(other) >= jaxprs.size(step.eqn.outvars[0])
+    if not is_stored or not _is_costly(steps[maker]):
+      continue
+    if all(n == last and read.via is None for n, read in readers[atom]):
+      factor = _reach_back(steps, wide, readers, makers, maker)
+      if _pays(steps, _island(steps, sorted(factor), None)):
+        return factor | {last}
+  return set()
 
 
 def _is_wide_elementwise(step: Step) -> bool:

@@ -161,7 +161,7 @@ def _kind(unit: Unit) -> Hashable:
   if isinstance(unit, Step):
     return Step
   if isinstance(unit, Island):
-    return Island, len(unit.steps), unit.dtype
+    return Island, len(unit.steps), unit.dtype, unit.merges
   return Softmax, len(unit.steps), unit.axes, unit.dtype, unit.held, unit.matmul is None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
 from mpjax._engine.kinds import keeps_its_distance
+from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
 from mpjax._engine.versions import AnyJaxpr, Atom
 
 Indices = frozenset[int]
@@ -36,6 +36,7 @@ POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 """Of a gate they are near one where it is."""
 
 _OFTEN = 32
+_FROM_ANYTHING = GATES | {"abs"}  # of which something is known whatever they are computed from
 _PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
 
 
@@ -49,20 +50,29 @@ class Role(NamedTuple):
     gates: The sigmoids that it is a moved piece of, or a power.
     products: The sigmoids that products and sums lead to it from, those among them.
     turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
-    is_one: Whether it is 1 everywhere.
     is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
+    range: Within which numbers it lies, as far as saturating functions, bounds and numbers tell.
   """
 
   gates: frozenset[Any] = frozenset()
   products: frozenset[Any] = frozenset()
   turns: float = 0
-  is_one: bool = False
   is_own: bool = False
+  range: Range = ANYWHERE
+
+  @property
+  def is_one(self) -> bool:
+    """Whether it is 1 everywhere."""
+    return self.range == ONE
+
+  @property
+  def is_known(self) -> bool:
+    """Whether it is made of nothing but parameters and numbers."""
+    return self.is_own or self.range.is_number
 
 
 Roles = tuple[Role, ...]
 NONE = Role()
-_ONE = Role(is_one=True)
 OWN = Role(is_own=True)
 
 
@@ -79,13 +89,14 @@ class Forward(NamedTuple):
       return self.roles.get(atom, NONE)
     aval: Any = atom.aval  # that of a float0 or of a key is no number
     is_real = np.issubdtype(aval.dtype, np.floating) or np.issubdtype(aval.dtype, np.integer)
-    if not is_real or not 0.5 < (value := float(atom.val)) < 2:
+    if not is_real or np.isnan(value := float(atom.val)):
       return NONE
-    if value == 1:
-      return _ONE
+    number = Role(range=Range(value, value))
+    if value == 1 or not 0.5 < value < 2:
+      return number
     if all(keeps_its_distance(value, dtype) for dtype in self.dtypes):
-      return NONE
-    return Role(products=frozenset((value,)), is_own=True)
+      return number
+    return number._replace(products=frozenset((value,)), is_own=True)
 
 
 class RoleFinder:
@@ -134,14 +145,16 @@ class RoleFinder:
       pairs = zip(inner.invars, operands, strict=True)
       roles = {v: _decay(v, r) if v in decays else r for v, r in pairs if r != NONE}
       found = Forward(roles, inside := {}, self._dtypes)
+      makers: dict[Any, JaxprEqn] = {}
       for eqn in inner.eqns:
-        read = [found.of(atom) for atom in eqn.invars]
-        if eqn.primitive.name in GATES:
-          made = [_gate(eqn)]
-        elif eqn.primitive.name in HAVE_BODIES:
+        read, name = [found.of(atom) for atom in eqn.invars], eqn.primitive.name
+        if name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
-        elif read.count(NONE) < len(read):
-          made = [_derived(eqn, read)] * len(eqn.outvars)
+        elif eqn.outvars and (name in _FROM_ANYTHING or read.count(NONE) < len(read)):
+          role = _gate(eqn) if name in GATES else _derived(eqn, read)
+          place = range_after(eqn, [r.range for r in read], makers, lambda a: found.of(a).range)
+          made = [role._replace(range=place)] * len(eqn.outvars)
+          makers[eqn.outvars[0]] = eqn
         else:
           continue
         pairs = zip(eqn.outvars, made, strict=True)
@@ -155,8 +168,7 @@ class RoleFinder:
 
   def _through(self, eqn: JaxprEqn, read: Sequence[Role]) -> tuple[tuple[Roles, ...], list[Role]]:
     """The roles of the operands of an equation's bodies, and of its results."""
-    is_own = any(role.is_own for role in read)
-    held, sigmoids = _numbered(_with_numbers(eqn, read) if is_own else read)
+    held, sigmoids = _numbered(read)
     bodies = bodies_of(eqn)
     for body in bodies:
       if body.carry and not body.is_test:
@@ -196,7 +208,10 @@ class RoleFinder:
     def last(n: int) -> Callable[[Any], tuple[int]]:
       return lambda known: (known if isinstance(known, int) or _is_number(known) else -1 - n,)
 
-    turn(settled([started(place) for place in places], turn, _joined))
+    def in_every_turn(pair: tuple[Role, Role]) -> Role:
+      return _joined(pair)._replace(range=widened(*(role.range for role in pair)))
+
+    turn(settled([started(place) for place in places], turn, in_every_turn))
     return operands
 
 
@@ -251,36 +266,35 @@ def _decay(var: Var, role: Role) -> Role:
 
 
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
-  """The role of an equation's results, from those of its operands."""
+  """The role of an equation's results, from those of its operands; but for where they lie."""
+  if all(role[:-1] == NONE[:-1] for role in read):
+    return NONE
   name, role = eqn.primitive.name, _joined(read)
   keeps = name in _KEEP_NUMBERS or name in POWERS
-  is_own = any(r.is_own for r in read) and _joined(_with_numbers(eqn, read)).is_own
+  recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(
-    gates=role.gates if keeps or is_own else frozenset(),
-    products=role.products if keeps or name in _PRODUCTS or is_own else frozenset(),
+    gates=role.gates if keeps or role.is_own else frozenset(),
+    products=role.products if keeps or recurs or role.is_own else frozenset(),
     turns=role.turns if name in RECUR else 0,
-    is_one=name in _KEEP_ONE and all(r.is_one for r in read),
-    is_own=is_own,
+    is_own=role.is_own,
   )
 
 
-def _with_numbers(eqn: JaxprEqn, read: Sequence[Role]) -> list[Role]:
-  """The roles of an equation's operands, numbers being as a parameter is."""
-  pairs = zip(eqn.invars, read, strict=True)
-  return [OWN if isinstance(atom, Literal) and role == NONE else role for atom, role in pairs]
-
-
 def _joined(roles: Iterable[Role]) -> Role:
-  """The role of a value that is made of others, or is one of them; it is not known to be 1."""
-  gates, products, turns, one, own = zip(NONE, *roles, strict=True)
-  is_own = any(own) and all(map(operator.or_, one[1:], own[1:]))
-  return Role(frozenset().union(*gates), frozenset().union(*products), max(turns), is_own=is_own)
+  """The role of a value that is made of others, or is one of them."""
+  roles = tuple(roles) or (NONE,)
+  gates, products, turns, own, ranges = zip(*roles, strict=True)
+  is_own = any(own) and all(role.is_known for role in roles)
+  return Role(
+    frozenset().union(*gates), frozenset().union(*products), max(turns), is_own, hull(ranges)
+  )
 
 
 def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
   """A role whose sigmoids have other names, several or one each."""
   gates, products = (
-    frozenset(name for known in part for name in names(known)) for part in role[:2]
+    frozenset(name for known in part for name in names(known))
+    for part in (role.gates, role.products)
   )
   return role._replace(gates=gates, products=products)
 

@@ -1,10 +1,12 @@
 """Float32 between 16-bit values is computed again in the backward pass, not stored."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import nn
+from jax import lax, nn
 
 import mpjax
 from _jaxprs import equations, primitives
@@ -59,6 +61,29 @@ def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
   monkeypatch.setattr(interpreter.islands, "find", lambda plan: {})
   storing = jax.grad(mpjax.autocast(fn, "mixed_float16"))(*operands)
   np.testing.assert_allclose(grads, storing, rtol=2e-3, atol=2e-3)
+
+
+def cells(gate):
+  """A recurrence whose state is float32, as it starts from a number."""
+  turn = lambda w, c, u: (gate(u @ w) * c + 0.1 * jnp.tanh(u @ w), None)
+  return lambda w, x: lax.scan(functools.partial(turn, w[0]), jnp.zeros(SIZE[1]), x)[0].sum()
+
+
+GATES = {
+  "sigmoid": lambda y: nn.sigmoid(y + 5),
+  "jitted": jax.jit(nn.sigmoid),
+  "decay": lambda y: jnp.exp(-nn.softplus(y)),
+}
+
+
+@in_turns(("gate", "policy"), GATES, ["mixed_bfloat16", "mixed_float16"])
+def test_a_gate_in_float32_is_computed_again_where_it_multiplies(gate, policy, operands):
+  """Of each turn the state alone is stored in float32, and its input, which came in so."""
+  fn = cells(gate)
+  kept = stored(mpjax.autocast(fn, policy), operands)
+  assert kept.count("float32") <= 2
+  got, want = (jax.grad(f)(*operands) for f in (mpjax.autocast(fn, policy), fn))
+  np.testing.assert_allclose(got, want, atol=0.05 * float(jnp.abs(want).max()))
 
 
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "exact_gelu"])

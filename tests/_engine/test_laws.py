@@ -1040,6 +1040,97 @@ def test_the_root_of_a_gate_near_zero_has_a_slope(policy):
   np.testing.assert_allclose(found["w"], want["w"], rtol=0.05)
 
 
+half_tanh = lambda h: 0.5 * (1 + jnp.tanh(h / 2))
+OTHER_WORDS = {
+  "half_tanh": lambda h: 1 - half_tanh(h),
+  "affine": lambda h: 1 - (sigmoid(h) * 0.5 + 0.5),
+  "weighed": lambda h: 1 - (0.25 * sigmoid(h) + 0.75 * sigmoid(h + 1)),
+  "divided": lambda h: 1 - (sigmoid(h) + 3) / 4,
+  "turned_round": lambda h: -(sigmoid(h) * 0.9999 - 1),
+  "scaled": lambda h: 1 - 0.9999 * sigmoid(h),
+  "from_another_number": lambda h: 6 - 6 * sigmoid(h),
+  "product": lambda h: 1 - sigmoid(h) * sigmoid(h + 1),
+  "mean": lambda h: 1 - sigmoid(h).mean(-1),
+  "largest": lambda h: 1 - (sigmoid(h) * 0.9999).max(-1),
+  "mean_of_affine": lambda h: 1 - jnp.mean(half_tanh(h), 0),
+  "distribution": lambda h: 1 - jax.scipy.stats.norm.cdf(h * 0.46),
+  "hard_sigmoid": lambda h: 1 - jax.nn.hard_sigmoid(h * 0.43),
+  "clipped": lambda h: 1 - jnp.clip(h / 6.98, 0, 1),
+  "soft_sign": lambda h: 1 - jax.nn.soft_sign(h * 100),
+  "share": lambda h: (lambda r: 1 - r / (r + 1))(jax.nn.relu(h * 100)),
+  "rest_of_a_value": lambda h: h - sigmoid(h) * h,
+  "value_of_the_rest": lambda h: h * sigmoid(h) - h,
+  "jitted": lambda h: 1 - jax.jit(lambda a, h: a * sigmoid(h) + a)(0.5, h),
+  "cond": lambda h: 1 - lax.cond(h[0, 0] < 99, half_tanh, jnp.zeros_like, h),
+  "scanned": lambda h: lax.scan(lambda n, u: (n, 1 - half_tanh(u)), 0, h)[1],
+  "remat": lambda h: 1 - jax.checkpoint(half_tanh)(h),
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), OTHER_WORDS, POLICIES)
+def test_one_minus_a_gate_is_as_exact_in_other_words(fn, policy):
+  """What numbers, products and means make of gates and clips comes near a number, too."""
+  x = 6.5 + jnp.arange(16.0).reshape(4, 4) / 32  # that both formats hold
+  program = lambda p, x: fn(x @ p["w"])
+  found, want = in_both_formats(program, policy, GATES, x)
+  np.testing.assert_allclose(found, want, rtol=0.07)
+  (product,) = matmuls(mpjax.autocast(program, policy), GATES, x)
+  assert {v.aval.dtype.itemsize for v in (*product.invars, *product.outvars)} == {2}
+
+
+def short(turn):
+  """A hundred turns, which 16 bits could count."""
+
+  def run(p, x):
+    us = x[:101] * 0.2 @ p["w"]
+    return lax.scan(lambda h, u: (turn(h, u), None), us[0] + 3, us[1:])[0]
+
+  return run
+
+
+flowing = lambda h, u: sigmoid(u + 5) * h + sigmoid(u) * jnp.tanh(u)
+interpolating = lambda h, u: (lambda n: n + sigmoid(u + 5) * (h - n))(jnp.tanh(u))
+SHORT = {
+  "lstm": short(flowing),
+  "gru": short(interpolating),
+  "jitted": short(jax.jit(flowing)),
+  "remat": short(jax.checkpoint(interpolating)),
+  "cond": short(lambda h, u: lax.cond(u[0] > -9, flowing, lambda h, u: h, h, u)),
+  "half_tanh": short(lambda h, u: 0.5 * (1 + jnp.tanh(2.5 + u / 2)) * h),
+  "two_loops": lambda p, x: short(
+    lambda h, u: lax.scan(lambda h, _: (flowing(h, u), None), h, None, length=4)[0]
+  )(p, x[:25]),
+  "one_gate": lambda p, x: (
+    lambda z, us: functools.reduce(lambda h, u: u + z * (h - u), list(us), us[0] + 3)
+  )(sigmoid(x[0] @ p["z"] + 5), x[:64] @ p["w"]),
+}
+
+
+@pytest.mark.quick(every=3)
+@in_turns(("fn", "policy"), SHORT, POLICIES)
+def test_a_gate_in_a_loop_of_a_hundred_turns_forgets_as_in_float32(fn, policy):
+  found, want = in_both_formats(fn, policy, GATES, KEYS)
+  np.testing.assert_allclose(found, want, rtol=0.007)
+
+
+@both
+def test_what_does_not_come_near_what_it_is_taken_from_stays_in_16_bits(policy):
+  """A gelu by tanh, the square of an output, a centered gate, a layer's norm, a few turns."""
+
+  def fn(p, x):
+    h = x[:64] @ p["w"]
+    scaled = h * sigmoid(jnp.mean(h, 0) @ p["z"])
+    centered = 2 * sigmoid(h) - 1 + (0.3 - sigmoid(h)) + (1 - 0.1 * (h * sigmoid(h)))
+    normed = nn.LayerNorm(use_bias=False, use_scale=False).apply({}, jnp.tanh(h))
+    few, _ = lax.scan(lambda h, _: (sigmoid(h) * h, None), h, None, length=8)
+    return (scaled + centered + normed + few + 0.5 * h * (1 + jnp.tanh(0.8 * h))) @ p["w"]
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS))
+  found = [e for e in found if e.primitive.name in ("logistic", "tanh")]
+  assert {e.outvars[0].aval.dtype.itemsize for e in found} == {2}
+
+
 near_zero = lambda p, x: x[:64] @ p["w"] / 20
 ONE_AT_ZERO = {
   "cosine": lambda p, x: 1 - jnp.cos(near_zero(p, x)),

@@ -2,7 +2,7 @@
 
 `dtype=None` is the model as people write it, in float32; `dtype=jnp.bfloat16` is the same model in
 mixed precision by hand, which every figure of mpjax is compared with. `haiku_models.py` and
-`torch_models.py` in `peers/` hold the same architectures.
+`torch_models.py` in `peers/` hold those that their tools run.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
 import mpjax
@@ -195,6 +196,130 @@ class Llama(nn.Module):
       x = block()(x)
     x = nn.RMSNorm(dtype=self.dtype)(x)
     return nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)(x)
+
+
+class Experts(nn.Module):
+  """A transformer block whose tokens go to two of several perceptrons: the shape is kept.
+
+  Every perceptron computes every token, and a router's softmax, in float32 as routers are written,
+  weighs the two that it likes best (Shazeer et al., 2017).
+
+  Attributes:
+    heads: attention heads.
+    experts: perceptrons.
+    hidden: features of each.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  heads: int
+  experts: int
+  hidden: int
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Adds attention, then the chosen perceptrons, to the stream."""
+    width = x.shape[-1]
+    mask = nn.make_causal_mask(jnp.ones(x.shape[:2], jnp.int32))
+    y = nn.LayerNorm(dtype=self.dtype)(x)
+    x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, mask=mask)
+    y = nn.LayerNorm(dtype=self.dtype)(x)
+    chance = jax.nn.softmax(nn.Dense(self.experts, use_bias=False)(y.astype(jnp.float32)))
+    least = jax.lax.top_k(chance, 2)[0][..., -1:]
+    weight = jnp.where(chance >= least, chance, 0.0)
+    weight = weight / weight.sum(-1, keepdims=True)
+    init = nn.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+    into = self.param("into", init, (self.experts, width, self.hidden))
+    out = self.param("out", init, (self.experts, self.hidden, width))
+    y, into, out = promote_dtype(y, into, out, dtype=self.dtype)
+    y = nn.gelu(jnp.einsum("bld,edh->bleh", y, into))
+    return x + jnp.einsum("bleh,ehd,ble->bld", y, out, weight.astype(y.dtype))
+
+
+class MixtureOfExperts(nn.Module):
+  """A causal language model of experts: i32[batch, length] -> logits[batch, length, vocabulary].
+
+  Attributes:
+    layers: blocks.
+    width: features of the stream.
+    heads: as in `Experts`.
+    experts: as in `Experts`.
+    hidden: as in `Experts`.
+    vocabulary: tokens.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  layers: int = 4
+  width: int = 512
+  heads: int = 8
+  experts: int = 8
+  hidden: int = 1024
+  vocabulary: int = 8192
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """Maps tokens to the logits of each next token."""
+    x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
+    for _ in range(self.layers):
+      x = Experts(self.heads, self.experts, self.hidden, self.dtype)(x)
+    x = nn.LayerNorm(dtype=self.dtype)(x)
+    return nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype)(x)
+
+
+class Residual(nn.Module):
+  """Two convolutions behind GroupNorm and swish, and a shortcut: [batch, height, width, channels].
+
+  Attributes:
+    features: channels that come out.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  features: int
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Adds the convolutions to the (projected) input."""
+    y = x
+    for _ in range(2):
+      y = nn.silu(nn.GroupNorm(dtype=self.dtype)(y))
+      y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(y)
+    if x.shape != y.shape:
+      x = nn.Conv(self.features, (1, 1), dtype=self.dtype)(x)
+    return x + y
+
+
+class UNet(nn.Module):
+  """A U-Net of a diffusion model (Ho et al., 2020): [batch, height, width, 3] -> the same shape.
+
+  Attributes:
+    widths: channels of each level; a level halves the picture.
+    blocks: residual blocks of a level, each way.
+    dtype: the compute dtype of every layer; None for the parameters' own.
+  """
+
+  widths: tuple[int, ...] = (64, 128, 256)
+  blocks: int = 2
+  dtype: DTypeLike | None = None
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Maps noisy pictures to their noise."""
+    x = nn.Conv(self.widths[0], (3, 3), dtype=self.dtype)(images)
+    before = []
+    for width in self.widths:
+      for _ in range(self.blocks):
+        x = Residual(width, self.dtype)(x)
+      before.append(x)
+      x = nn.Conv(width, (3, 3), (2, 2), dtype=self.dtype)(x)
+    for width in reversed(self.widths):
+      x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
+      x = jnp.concatenate([x, before.pop()], -1)
+      for _ in range(self.blocks):
+        x = Residual(width, self.dtype)(x)
+    x = nn.silu(nn.GroupNorm(dtype=self.dtype)(x))
+    return nn.Conv(images.shape[-1], (3, 3), dtype=self.dtype)(x)
 
 
 class VisionTransformer(nn.Module):

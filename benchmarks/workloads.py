@@ -22,6 +22,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+  """The mean squared error, computed in float32: f32[]."""
+  return jnp.mean((outputs.astype(jnp.float32) - labels) ** 2)
+
+
 class Workload(NamedTuple):
   """What is trained, without a precision.
 
@@ -59,6 +64,12 @@ def vision(
   images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
   labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
   return Workload(name, model, {"classes": classes, **sizes}, images, labels, classes)
+
+
+def denoising(name: str, model: type[nn.Module], batch: int, side: int, **sizes: Any) -> Workload:
+  """A model of the noise in `batch` pictures of `side` x `side` pixels."""
+  images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.float32)
+  return Workload(name, model, sizes, images, images, 1, squared_error)
 
 
 def optimizer(name: str, millions: int) -> Workload:
@@ -126,6 +137,10 @@ FULL: dict[str, Callable[..., Workload]] = {
   },
   "vit-base": lambda batch=32: vision("vit-base", models.VisionTransformer, batch, 224, 1000),
   "resnet-50": lambda batch=32: vision("resnet-50", models.ResNet, batch, 224, 1000),
+  "moe-small": lambda batch=8, layers=4: language(
+    "moe-small", models.MixtureOfExperts, batch, 512, 8192, layers=layers
+  ),
+  "unet-small": lambda batch=16: denoising("unet-small", models.UNet, batch, 64),
   "lstm-2x1024": lambda batch=64: language("lstm-2x1024", models.RecurrentModel, batch, 128, 10000),
   "float8-gpt": lambda batch=4, layers=4: language(
     "float8-gpt", models.Transformer, batch, 2048, 32000, layers=layers, width=4096, heads=32

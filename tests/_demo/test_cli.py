@@ -1,5 +1,6 @@
 """The command line: what it reads, what it writes, how it ends."""
 
+import contextlib
 import json
 import os
 import signal
@@ -226,8 +227,11 @@ cli.program()
     try:
       while "at work" not in process.stderr.readline():
         assert process.poll() is None
-      process.send_signal(signal.SIGINT)
-      said = process.communicate(timeout=60)[1]
+      while process.poll() is None:  # work may begin before the main thread waits for it
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(timeout=10)
+      said = process.communicate()[1]
     finally:
       process.kill()
   assert process.returncode == 130 and "mpjax: interrupted" in said

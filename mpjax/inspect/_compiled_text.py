@@ -84,11 +84,13 @@ def estimated_cycles(text: str) -> float | None:
     text: ``compiled.as_text()``.
 
   Returns:
-    The cycles of one run, loops and conditionals as in `moved`; ``None`` if there are no estimates.
+    The cycles of one run, loops and conditionals as in `moved`; ``None`` if there are no estimates,
+    or for a kernel that runs none that it can make.
   """
   if '"estimated_cycles"' not in text:
     return None
-  return _Program(text).total(_cycles_of)
+  cycles = _Program(text).total(_cycles_of)
+  return cycles if cycles < _NO_ESTIMATE else None
 
 
 def roofline(text: str, card: Card) -> Roofline:
@@ -332,6 +334,10 @@ _COPIED = {"copy-start": _copied, "slice-start": _sliced}
 
 
 # Time ---------------------------------------------------------------------------------------------
+
+
+_NO_ESTIMATE = 2.0**62
+"""The compiler writes the largest integer where it knows none."""
 
 
 def _cycles_of(kernel: _Instruction) -> float:

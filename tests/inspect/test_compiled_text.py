@@ -114,6 +114,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """.replace("SEVEN_TIMES", '"known_trip_count":{"n":"7"},"estimated_cycles":"70"')
   assert compiled_text.estimated_cycles(text) == 5 + 7 * 10 + 3
   assert compiled_text.estimated_cycles(text.replace("estimated_cycles", "other")) is None
+  unknown = text.replace('"estimated_cycles":"5"', f'"estimated_cycles":"{2**63 - 1}"')
+  assert compiled_text.estimated_cycles(unknown) is None
 
 
 KERNELS = {

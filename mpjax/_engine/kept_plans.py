@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import operator
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
 from mpjax._engine.interpreter import Interpreter
@@ -33,11 +31,8 @@ from mpjax._engine.versions import ClosedJaxpr
 
 PROGRAMS = 32
 """How many programs are kept: those that were called last."""
-COMPARED = 4096
-"""Captured arrays of up to so many numbers are the same where their numbers are."""
-HELD = 2**20
-"""A larger one is the same where it is the same array, and a program with one of more numbers
-than these is not kept, for the array would be, too."""
+NUMBERS = 4096
+"""How many numbers a program may have captured in arrays: they are compared, and held with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Planned:
     return Interpreter(self.planner, loss_scale=loss_scale)
 
 
-def planned(program: Program, operands: Iterable[Any]) -> Planned:
+def planned(program: Program, operands: Sequence[Any]) -> Planned:
   """The plan of a program, or the one that was kept for an equal program.
 
   It is kept where every operand is an array that is there, or the derivative of a call with such
@@ -88,15 +83,12 @@ def planned(program: Program, operands: Iterable[Any]) -> Planned:
   """
   if program.located or not all(map(_is_there, operands)):
     return Planned(program)
-  code = _code_of(program)
+  code = _code_of(program, operands)
   return Planned(program) if code is None else _kept(_Coded(code, program))
 
 
 class _Coded:
-  """A program under a code: equal to every other under an equal one.
-
-  It holds what its code names by identity, so that nothing else can have the same.
-  """
+  """A program under a code: equal to every other under an equal one."""
 
   def __init__(self, code: Hashable, program: Program) -> None:
     self.code, self.program, self._hash = code, program, hash(code)
@@ -129,12 +121,17 @@ _settings = operator.attrgetter(
 )
 
 
-def _code_of(program: Program) -> Hashable | None:
-  """Equal for programs that are planned and executed alike; None where that cannot be told."""
+def _code_of(program: Program, operands: Sequence[Any]) -> Hashable | None:
+  """Equal for programs that are planned and executed alike; None where that cannot be told.
+
+  Of what is differentiated with respect to other operands another case of its rules is asked for.
+  """
   rest = program.forms, program.known, program.policies, program.root, program.absolute
   settings = _settings(jax.config), source_info_util.current_name_stack()
+  kinds = tuple(map(type, operands))
   try:
-    code = _Codes().jaxpr(program.jaxpr), rest, settings
+    constants = _constants(versions.constants(program.jaxpr))
+    code = _Codes().jaxpr(program.jaxpr), constants, rest, settings, kinds
     hash(code)
   except (_NotComparedError, TypeError):  # not everything has a hash
     return None
@@ -145,14 +142,15 @@ class _Codes:
   """The codes of the jaxprs of one program."""
 
   def __init__(self) -> None:
-    self._done: dict[int, tuple[Any, Hashable]] = {}  # by identity
-    self._open: Hashable | None = None  # the function whose rules are being read
+    self._done: dict[tuple[int, int], tuple[Any, Hashable]] = {}  # by identity and depth
+    self._open: list[Hashable] = []  # the function whose rules are being read, as often as it is
 
   def jaxpr(self, jaxpr: Any) -> Hashable:
-    """The code of a jaxpr; variables are counted in the order in which they come."""
-    if id(jaxpr) not in self._done:
-      self._done[id(jaxpr)] = jaxpr, self._jaxpr(jaxpr)
-    return self._done[id(jaxpr)][1]
+    """The code of a jaxpr, but for its constants; variables are counted as they come."""
+    key = id(jaxpr), len(self._open)
+    if key not in self._done:
+      self._done[key] = jaxpr, self._jaxpr(jaxpr)
+    return self._done[key][1]
 
   def _jaxpr(self, jaxpr: Any) -> Hashable:
     inner = versions.open_jaxpr(jaxpr)
@@ -170,64 +168,61 @@ class _Codes:
       info = eqn.source_info.name_stack, eqn.ctx, len(eqn.outvars)
       eqns.append((eqn.primitive, operands, self._params(eqn), info))
       numbers |= {v: n for n, v in enumerate(eqn.outvars, len(numbers))}
-    avals, constants = tuple(v.aval for v in bound), map(_constant, versions.constants(jaxpr))
-    return avals, tuple(constants), tuple(eqns), tuple(map(atom, inner.outvars))
+    return tuple(v.aval for v in bound), tuple(eqns), tuple(map(atom, inner.outvars))
 
   def _params(self, eqn: JaxprEqn) -> Hashable:
-    """The code of an equation's parameters.
-
-    What a jitted function was traced to JAX keeps, so that it is the same object in the next trace:
-    that tells where what stands in it cannot be compared.
-    """
+    """The code of an equation's parameters."""
     if eqn.primitive.name in _WITH_RULES:
       return self._rules(eqn)
-    try:
-      return tuple((key, self._value(x)) for key, x in eqn.params.items())
-    except _NotComparedError:
-      if eqn.primitive.name not in _JITTED:
-        raise
-      rest = {key: x for key, x in eqn.params.items() if key != "jaxpr"}
-      return id(eqn.params["jaxpr"]), *((key, self._value(x)) for key, x in rest.items())
+    return tuple((key, self._value(x)) for key, x in eqn.params.items())
 
   def _rules(self, eqn: JaxprEqn) -> Hashable:
     """The code of a function with a derivative rule of its own: the traces of both.
 
     JAX makes the functions that a rule is anew in each trace. One that looks at which tangents are
     zero has a trace for each case, so it is not compared. The rule of a `jax.nn.relu` calls that
-    again: within its rules a function is only named. Another one there is not compared, for rules
-    of rules may go on without end: each derivative of an exported function is exported itself.
+    again, whose rules are read once more, and then only named. Another function there is not
+    compared, for rules of rules may go on without end: each derivative of an exported function is
+    exported itself.
     """
     if eqn.params["symbolic_zeros"]:
       raise _NotComparedError
     avals = tuple(atom.aval for atom in eqn.invars)
-    function = eqn.primitive, self.jaxpr(eqn.params["call_jaxpr"]), avals, closed_over(eqn)
-    if self._open == function:
-      return function
-    if self._open is not None:
+    function = eqn.primitive, self._body(eqn.params["call_jaxpr"]), avals, closed_over(eqn)
+    if self._open and self._open[0] != function:
       raise _NotComparedError
-    self._open = function
-    try:
-      return function, *map(self.jaxpr, _traced_rules(eqn))
-    finally:
-      self._open = None
+    if len(self._open) == _DEPTH:
+      return function
+    self._open.append(function)
+    code = function, *map(self._body, _traced_rules(eqn))
+    self._open.pop()
+    return code
+
+  def _body(self, jaxpr: Any) -> Hashable:
+    """The code of a jaxpr that may not hold arrays: those of the first call would be used."""
+    if len(versions.constants(jaxpr)):
+      raise _NotComparedError
+    return self.jaxpr(jaxpr)
 
   def _value(self, x: Any) -> Hashable:
     """The code of a parameter's value."""
     if isinstance(x, Jaxpr | ClosedJaxpr):
-      return self.jaxpr(x)
+      return self._body(x)
     if isinstance(x, tuple | list):
       return type(x), *map(self._value, x)
     if isinstance(x, dict):
       return dict, *((key, self._value(entry)) for key, entry in x.items())
     if isinstance(x, np.ndarray | jax.Array):
-      return _constant(x)
-    if inspect.isroutine(x) or isinstance(x, functools.partial) or hasattr(x, "call_wrapped"):
+      raise _NotComparedError
+    is_function = callable(x) and not isinstance(x, jax.sharding.Mesh | jax.sharding.Sharding)
+    if is_function or hasattr(x, "call_wrapped"):
       return _function(x)
     return type(x), x.hex() if isinstance(x, float) else x  # 1 == 1.0 == True, 0.0 == -0.0
 
 
-_JITTED = having(Trait.JIT)
 _WITH_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+_DEPTH = 2
+"""How often the rules of a function are read within each other."""
 
 
 def _traced_rules(eqn: JaxprEqn) -> list[Any]:
@@ -250,12 +245,14 @@ def _function(x: Any) -> Hashable:
   return x
 
 
-def _constant(x: Any) -> Hashable:
-  """The code of an array that was captured."""
-  if isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray) or x.size > HELD:
+def _constants(found: Sequence[Any]) -> Hashable:
+  """The code of the arrays that a call captured: their numbers, if these are few."""
+  sizes = 0
+  for x in found:
+    is_array = isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
+    if not is_array or not isinstance(x.dtype, np.dtype):  # the keys of random numbers have others
+      raise _NotComparedError
+    sizes += x.size
+  if sizes > NUMBERS:
     raise _NotComparedError
-  is_jax = isinstance(x, jax.Array)
-  if is_jax and (x.size > COMPARED or not isinstance(x.dtype, np.dtype)):
-    return id(x)
-  placed = (x.sharding, x.weak_type) if is_jax else ()
-  return np.asarray(x).tobytes(), x.dtype, x.shape, *placed
+  return tuple((np.asarray(x).tobytes(), x.dtype, x.shape) for x in found)

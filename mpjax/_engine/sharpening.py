@@ -337,15 +337,24 @@ def _rank(atom: Atom) -> int:
 
 
 def adds_neighbors(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
-  """Whether every other entry of a value is added to the entry beside it."""
+  """Whether every other entry of a value, but for the last, is added to the entry behind it.
+
+  `jax.lax.associative_scan` writes ``x[0:-1:2] + x[1::2]``; ``x[::2] + x[1::2]`` is a pooling.
+  """
   made = [makers.get(atom) for atom in eqn.invars if not isinstance(atom, Literal)]
   slices = [m for m in made if m is not None and m.primitive.name == "slice"]
-  if len(slices) < 2 or any(max(m.params["strides"] or (1,)) != 2 for m in slices):
+  if len(slices) < 2 or slices[0].invars[0] is not slices[1].invars[0]:
     return False
-  (first, second) = slices
-  starts = zip(first.params["start_indices"], second.params["start_indices"], strict=True)
-  apart = sum(abs(a - b) for a, b in starts)
-  return first.invars[0] is second.invars[0] and apart == 1
+  first, second = sorted((m.params for m in slices), key=_start)
+  ends = zip(first["limit_indices"], jaxprs.shape(slices[0].invars[0]), strict=True)
+  places = enumerate(zip(_start(first), _start(second), ends, strict=True))
+  axes = [n for n, (low, behind, (end, size)) in places if (low, behind, end) == (0, 1, size - 1)]
+  strides = [params["strides"] or () for params in (first, second)]
+  return any(all(steps[n : n + 1] == (2,) for steps in strides) for n in axes)
+
+
+def _start(params: Mapping[str, Any]) -> tuple[int, ...]:
+  return params["start_indices"]
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:

@@ -5,34 +5,32 @@ from typing import Any
 
 import jax
 
-from mpjax._train.shardings import Placement, is_on_one_device
+from mpjax._train.shardings import is_on_one_device
 
 
 class Returned:
-  """What a step returned last.
+  """What a step returned last, if that lies on one device.
 
-  Each of its arrays is one of its own, so all can be donated, and they lie where the step was told
-  to keep them. It is held weakly: a state that nobody needs any more is freed.
+  Unless it was changed in place, each of its arrays is one of its own, so that all can be donated,
+  and none has a sharding to keep. It is held weakly: a state that nobody needs any more is freed.
   """
 
   def __init__(self) -> None:
-    self._last: tuple[Any, Placement] | None = None
+    self._last: Any = None
 
-  def placement(self, state: Any) -> Placement | None:
-    """Where a state's leaves are, if it is the one that was returned; None for another."""
+  def is_it(self, state: Any) -> bool:
+    """Whether a state is the one that was returned."""
     last = self._last
-    return last[1] if last is not None and last[0]() is state else None
+    return last is not None and last() is state
 
-  def note(self, state: Any, first: jax.Array, where: Placement) -> None:
+  def note(self, state: Any, first: jax.Array) -> None:
     """Notes what a step returned.
 
     Args:
       state: The state.
       first: Any array of it.
-      where: Where the step was told to keep its leaves.
     """
-    known = None not in where.shardings if where.shardings else is_on_one_device(first)
-    self._last = (weakref.ref(state), where) if known else None
+    self._last = weakref.ref(state) if is_on_one_device(first) else None
 
   def forget(self) -> None:
     """Looks at the next state, whichever it is."""

@@ -162,11 +162,11 @@ class TrainStep:
       state, metrics, bad = self._jitted(state, batch, where)
     except (RuntimeError, ValueError) as error:
       explain_if_deleted(error, leaf_paths(given), _DELETED)
-      if "donate" not in str(error) or self._returned.placement(given) is None:
+      if "donate" not in str(error) or not self._returned.is_it(given):
         raise
       self._returned.forget()  # it was changed in place, and now holds an array twice
       return self(given, batch)
-    self._returned.note(state, state.step, where)
+    self._returned.note(state, state.step)
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
@@ -174,12 +174,12 @@ class TrainStep:
   def _enter(self, state: TrainState, batch: Any) -> tuple[TrainState, Placement]:
     """A state whose arrays can be donated, if they are to be, and where they are."""
     others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
-    where = self._returned.placement(state)
-    if where is not None and (not others or not self._donate):
-      return state, where
+    is_own = self._returned.is_it(state)
+    if is_own and (not others or not self._donate):
+      return state, Placement()
     leaves, structure = jax.tree.flatten(state)
-    if where is not None and {*map(id, others)}.isdisjoint(map(id, leaves)):
-      return state, where
+    if is_own and {*map(id, others)}.isdisjoint(map(id, leaves)):
+      return state, Placement()
     if self._donate and (shared := shared_buffers(leaves, others)):
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)

@@ -221,35 +221,73 @@ def test_traced_calls_keep_nothing(planned, weights, transform):
   assert len(planned) == (1 if transform is jax.jit else 2)
 
 
-def test_captured_arrays_are_the_same_where_nobody_can_tell_them_apart(planned, weights):
-  big = jax.random.normal(jax.random.key(1), (4096, 8))
+def captured(weights, table):
+  return mpjax.autocast(lambda p, x: (x @ p["w"]).sum() + (table @ p["w"]).sum(), POLICY)(
+    weights, X
+  )
 
-  def call(table):
-    return mpjax.autocast(lambda p, x: (x @ p["w"]).sum() + (table @ p["w"]).sum(), POLICY)
 
-  first = call(big)(weights, X)
-  assert call(big)(weights, X) == first
-  assert len(planned) == 1
-  assert call(big + 1)(weights, X) != first
+def test_small_captured_arrays_are_the_same_where_their_numbers_are(planned, weights):
+  first, second, other = (
+    captured(weights, np.arange(16, dtype=np.float32).reshape(2, 8) + n) for n in (0, 0, 1)
+  )
+  assert first == second != other
   assert len(planned) == 2
-  for _ in range(2):
-    call(jnp.arange(16, dtype=jnp.float32).reshape(2, 8))(weights, X)
-  assert len(planned) == 3  # a small one by its numbers
 
 
-def test_no_large_array_is_kept(weights):
-  class Held(np.ndarray):
-    """An array that a weak reference can be made to."""
-
-  def call():
-    table = np.ones((kept_plans.HELD // 8 + 1, 8), np.float32).view(Held)
-    on_device = jnp.asarray(table)
-    mpjax.autocast(lambda p, x: (x @ p["w"]).sum() + on_device.sum(), POLICY)(weights, X)
-    return weakref.ref(on_device)
-
-  gone = call()
+def test_a_program_that_captured_much_is_not_kept(weights):
+  """The arrays would be, too: in a loop over batches those of thirty-two."""
+  kept_plans._kept.cache_clear()
+  held = []
+  for n in range(2):
+    table = jnp.full((kept_plans.NUMBERS // 8 + 1, 8), float(n))
+    captured(weights, table)
+    held.append(weakref.ref(table))
+    del table
   gc.collect()
-  assert gone() is None
+  assert [ref() for ref in held] == [None, None]
+  assert kept_plans._kept.cache_info().currsize == 0
+
+
+def test_a_jitted_helper_that_captured_an_array_is_not_kept(planned, weights):
+  table = jnp.ones((4, 8))
+  helper = jax.jit(lambda w: (table @ w).sum())
+  call = mpjax.autocast(lambda p: jax.jit(lambda p: helper(p["w"]))(p), POLICY)
+  assert call(weights) == call(weights)
+  assert len(planned) == 2 - kept_plans._kept.cache_info().currsize
+
+
+def by_a_rule(table):
+  """The sine with a derivative that a table scales."""
+  times = jax.custom_vjp(jnp.sin)
+  times.defvjp(lambda y: (jnp.sin(y), None), lambda _, g: (g * table,))
+  return times
+
+
+def test_an_array_in_a_rule_is_that_of_the_call(weights):
+  def slope(table):
+    return jax.grad(mpjax.autocast(lambda x: by_a_rule(table)(x).sum(), POLICY))(jnp.ones(4))
+
+  first = np.full(4, 3.0, np.float32)
+  slope(first)
+  second = first.copy()
+  first[:] = 50
+  np.testing.assert_array_equal(slope(second), np.full(4, 3.0))
+  third = jnp.full(4, 3.0)
+  slope(third)
+  third.delete()
+  np.testing.assert_array_equal(slope(jnp.full(4, 3.0)), np.full(4, 3.0))
+
+
+def test_rules_in_rules_are_told_apart():
+  def second_derivative(slope):
+    inner = jax.custom_jvp(jnp.sin)
+    inner.defjvp(lambda p, t: (inner(*p), slope * t[0]))
+    outer = jax.custom_jvp(jnp.sin)
+    outer.defjvp(lambda p, t: (outer(*p), inner(*p) * t[0]))
+    return jax.grad(jax.grad(mpjax.autocast(outer, POLICY)))(0.5)
+
+  assert [float(second_derivative(slope)) for slope in (2.0, 3.0)] == [2.0, 3.0]
 
 
 def test_operands_are_not_kept():

@@ -358,14 +358,14 @@ def _start(params: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
-  """Whether an operand of a product, or what a quotient divides by, is a number like 300."""
+  """Whether an operand of a product, or what a quotient divides by, is a number like 5000."""
   is_product = eqn.primitive.name == "mul"
   known = [n for a in eqn.invars[not is_product :] for n in numbers.of(a) or () if np.isfinite(n)]
   return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
 
 
-MUCH = 2**8
-"""A number by which nothing as large as itself is multiplied that is to stay in float16."""
+MUCH = 2**12
+"""A number by which nothing from 16 on is multiplied that is to stay in the range of float16."""
 
 
 def picks_numbers(eqn: JaxprEqn, forms: Forms) -> bool:

@@ -1287,7 +1287,6 @@ MUCH = {
   "captured": (lambda much: lambda h: h * much + 60000.0)(jnp.float32(30000)),
   "first": lambda h: -30000.0 * h * 2,
   "divided": lambda h: h / 1e-4 * 20,
-  "twice": lambda h: h * 300.0 * 300.0,
   "mapped": lambda h: lax.map(lambda h: h * 40000.0, h),
   "array": lambda h: h * np.full(4, 40000.0, np.float32),
 }

@@ -306,7 +306,7 @@ def test_the_change_of_an_nnx_model_is_compared():
 class Overflowing(nn.Module):
   @nn.compact
   def __call__(self, x):
-    return (nn.Dense(8, name="up")(x * 1000.0) * 200.0).sum()
+    return (nn.Dense(8, name="up")(x * 1000.0) * 1000.0).sum()
 
 
 def policed_losses():

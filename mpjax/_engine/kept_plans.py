@@ -132,10 +132,17 @@ def _code_of(program: Program, operands: Sequence[Any]) -> Hashable | None:
   try:
     constants = _constants(versions.constants(program.jaxpr))
     code = _Codes().jaxpr(program.jaxpr), constants, rest, settings, kinds
-    hash(code)
-  except (_NotComparedError, TypeError):  # not everything has a hash
+  except _NotComparedError:
     return None
-  return code
+  return code if _has_hash(code) else None
+
+
+def _has_hash(code: Hashable) -> bool:
+  try:
+    hash(code)
+  except TypeError:  # of a parameter of an equation
+    return False
+  return True
 
 
 class _Codes:

@@ -66,18 +66,12 @@ class Call:
     self.fn = fn
     self.leaves, self.tree = jax.tree.flatten((tuple(args), kwargs))
     names = sorted(kwargs)
-    spread = spread_flags(
-      [*flags[0], *(flags[1][name] for name in names)],
-      [*args, *(kwargs[name] for name in names)],
-    )
+    given = [*flags[0], *(flags[1][name] for name in names)]
+    values = [*args, *(kwargs[name] for name in names)]
+    spread = spread_flags(given, values)
     entries = [(x, f) for x, f in zip(self.leaves, spread, strict=True) if is_traced(x)]
     pairs = [_enter(jnp.asarray(x), flag is True) for x, flag in entries]
-    self._parameters = [
-      (tree, [*map(np.shape, leaves)])
-      for leaves, tree in _parameter_trees(
-        (*flags[0], *flags[1].values()), (*args, *kwargs.values())
-      )
-    ]
+    self._parameters = [*_parameter_trees(given, values)]
     held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
     self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
     self.operands = [x for x, _ in pairs]
@@ -111,7 +105,8 @@ class Call:
 
     def visit(tree: Any, at: int) -> None:
       entries = leaves[at : at + tree.num_leaves]
-      if (tree, [shape for _, shape in entries]) in self._parameters:
+      alike = [own for own, known in self._parameters if known == tree]
+      if any([*map(np.shape, own)] == [shape for _, shape in entries] for own in alike):
         found.extend(n for n, _ in entries)
         return
       for child in tree.children():

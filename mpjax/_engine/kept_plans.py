@@ -69,10 +69,13 @@ class Planned:
   def __init__(self, program: Program) -> None:
     self.planner = Planner(program.policies, program.root, program.absolute, program.located)
     self.plan: Plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
-    self.interpreter = functools.cache(self._interpreter)
+    self._interpreters: dict[float, Interpreter] = {}
 
-  def _interpreter(self, loss_scale: float) -> Interpreter:
-    return Interpreter(self.planner, loss_scale=loss_scale)
+  def interpreter(self, loss_scale: float) -> Interpreter:
+    """What runs the plan, with what it rebuilt in earlier runs with this loss scale."""
+    if loss_scale not in self._interpreters:
+      self._interpreters[loss_scale] = Interpreter(self.planner, loss_scale=loss_scale)
+    return self._interpreters[loss_scale]
 
 
 def planned(program: Program, operands: Sequence[Any]) -> Planned:
@@ -221,7 +224,7 @@ class _Codes:
       return dict, *((key, self._value(entry)) for key, entry in x.items())
     if isinstance(x, np.ndarray | jax.Array):
       raise _NotComparedError
-    is_function = callable(x) and not isinstance(x, jax.sharding.Mesh | jax.sharding.Sharding)
+    is_function = callable(x) and not isinstance(x, jax.sharding.Mesh)
     if is_function or hasattr(x, "call_wrapped"):
       return _function(x)
     return type(x), x.hex() if isinstance(x, float) else x  # 1 == 1.0 == True, 0.0 == -0.0

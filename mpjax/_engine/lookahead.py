@@ -267,11 +267,14 @@ _BORN = 1 << 4096
 def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Any, int], invars: Sequence[Any]) -> bool:
   """Whether an equation adds to a parameter, or to a part of one: no bias, spread over a batch."""
   bits, size = pure.get(var, 0), jaxprs.size(eqn.outvars[0])
-  sizes = (jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1)
-  return bool(bits) and jaxprs.size(var) == size <= max(sizes, default=0)
+  return bool(bits) and jaxprs.size(var) == size <= max(_sizes(bits, invars), default=0)
 
 
 def _is_whole(var: Var, bits: int, invars: Sequence[Any]) -> bool:
-  """Whether a value made of parameters is as large as one of them: no bias, spread over a batch."""
-  sizes = (jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1)
-  return jaxprs.size(var) in sizes
+  """Whether a value made of parameters is as large as one of them."""
+  return jaxprs.size(var) in _sizes(bits, invars)
+
+
+def _sizes(bits: int, invars: Sequence[Any]) -> set[int]:
+  """The sizes of the parameters that these bits stand for."""
+  return {jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1}

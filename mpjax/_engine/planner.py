@@ -33,6 +33,7 @@ from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
+from mpjax._engine.running_sums import written_out
 from mpjax._engine.sharpening import Sight, Surroundings
 from mpjax._engine.small_steps import View
 from mpjax._engine.versions import AnyJaxpr, Atom
@@ -222,6 +223,7 @@ class _Walk:
       ),
       power_iteration(inner, self.own.state),
       planner.needs.factored(jaxpr, known.factored),
+      written_out(inner.eqns, inner.outvars),
       planner.whole_numbers.variables(jaxpr, known.whole),
       self.numbers,
       View(makers, self.numbers.number, self.is_backward),

@@ -22,6 +22,7 @@ from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import Sums
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
+from mpjax._engine.running_sums import adds_neighbors
 from mpjax._engine.small_steps import View, is_small_step
 from mpjax._engine.versions import Atom
 
@@ -50,6 +51,7 @@ class Surroundings(NamedTuple):
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
+    running: The results of additions that are written out term by term.
     whole: The variables that hold whole numbers.
     numbers: The values of what is constant.
     view: What makes each variable, and which are a number.
@@ -61,6 +63,7 @@ class Surroundings(NamedTuple):
   sums: Sums
   iterated: Collection[Any]
   factored: frozenset[Any]
+  running: Collection[Any]
   whole: Collection[Any]
   numbers: Numbers
   view: View
@@ -237,10 +240,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "running sum",
-    {"add"},
-    lambda s: _is_narrow(s.forms) and adds_neighbors(s.eqn, s.around.view.makers),
+    {"add", "sub"},
+    lambda s: (
+      _is_narrow(s.forms)
+      and (s.result in s.around.running or adds_neighbors(s.eqn, s.around.view.makers))
+    ),
     Rule.FULL,
-    "an associative scan that adds begins with every other entry and its neighbor, as a cumsum",
+    "a sum of many terms that a Python loop or an associative scan writes out, as a cumsum",
   ),
   Sharpening(
     "merged parameter",
@@ -334,27 +340,6 @@ def is_inner(eqn: JaxprEqn) -> bool:
 
 def _rank(atom: Atom) -> int:
   return len(jaxprs.shape(atom))
-
-
-def adds_neighbors(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:
-  """Whether every other entry of a value, but for the last, is added to the entry behind it.
-
-  `jax.lax.associative_scan` writes ``x[0:-1:2] + x[1::2]``; ``x[::2] + x[1::2]`` is a pooling.
-  """
-  made = [makers.get(atom) for atom in eqn.invars if not isinstance(atom, Literal)]
-  slices = [m for m in made if m is not None and m.primitive.name == "slice"]
-  if len(slices) < 2 or slices[0].invars[0] is not slices[1].invars[0]:
-    return False
-  first, second = sorted((m.params for m in slices), key=_start)
-  ends = zip(first["limit_indices"], jaxprs.shape(slices[0].invars[0]), strict=True)
-  places = enumerate(zip(_start(first), _start(second), ends, strict=True))
-  axes = [n for n, (low, behind, (end, size)) in places if (low, behind, end) == (0, 1, size - 1)]
-  strides = [params["strides"] or () for params in (first, second)]
-  return any(all(steps[n : n + 1] == (2,) for steps in strides) for n in axes)
-
-
-def _start(params: Mapping[str, Any]) -> tuple[int, ...]:
-  return params["start_indices"]
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:

@@ -280,6 +280,42 @@ def test_a_long_loop_counts(fn, policy):
   assert got == pytest.approx(float(np.asarray(fn(p, ONES)).ravel()[0]), rel=1e-3)
 
 
+def averaged(ys, decay=0.99):
+  mean = ys[0]
+  for y in ys[1:]:
+    mean = decay * mean + (1 - decay) * y
+  return mean
+
+
+def from_both_ends(ys):
+  return functools.reduce(jnp.add, ys[::2]) - functools.reduce(jnp.subtract, ys[1::2], -ys[0])
+
+
+@pytest.mark.quick(every=2)
+@both
+@cases(
+  python=sum,
+  taken_away=lambda ys: 100 - functools.reduce(lambda a, y: a - jnp.squeeze(y[None]), ys, 90),
+  joined=from_both_ends,
+  averaged=averaged,
+  by_a_traced_decay=lambda ys: averaged(ys, jnp.tanh(jnp.float32(2.5))),
+)
+def test_a_sum_that_is_written_out_counts(fn, policy):
+  program = lambda w, x: fn(jnp.split(jnp.abs(x @ w), 800))
+  found, want = in_both_formats(program, policy, W * 0.3, jnp.tile(KEYS[:100], (8, 1)))
+  np.testing.assert_allclose(found, want, rtol=1e-3 if policy == "mixed_float16" else 1e-2)
+
+
+@both
+@cases(
+  residuals=lambda w, h: functools.reduce(lambda h, _: h + jnp.tanh(h @ w), range(40), h),
+  experts=lambda w, h: sum(jnp.tanh(h @ (w * n)) for n in range(1, 17)),
+)
+def test_a_stream_of_layers_and_a_sum_of_experts_stay_in_16_bits(fn, policy):
+  found = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: fn(w, x @ w), policy))(W, DATA))
+  assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "add"} == {2}
+
+
 @both
 @cases(
   ones=lambda h, us: h + us,

@@ -213,7 +213,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("mpjax_loss_scale", Facts(Rule.LOSS_SCALE, "multiplies cotangents, in float32")),
   (
-    "pallas_call core_map ffi_call call_exported call_tf rnn rnn_bwd pure_callback io_callback "
+    "pallas_call tpu_custom_call core_map ffi_call call_exported call_tf rnn rnn_bwd pure_callback io_callback "
     "call_hi_primitive call_hi_primitive_linearized run_state stage scaled_dot scaled_matmul "
     "scaled_matmul_wrapper dot_product_attention_fwd_wrapper dot_product_attention_bwd_wrapper "
     "dot_product_attention_fp8_fwd_wrapper dot_product_attention_fp8_bwd_wrapper spsolve",

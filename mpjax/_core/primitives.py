@@ -121,12 +121,13 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("exp exp2 expm1 pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
   ("one_minus_square", Facts(Rule.FULL, "what is near 1 is subtracted from 1")),
   ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
-  ("polynomial", Facts(Rule.RANGE, _RANGE)),
+  ("polynomial", Facts(Rule.FULL, _SUM)),
   ("atan2", Facts(Rule.RANGE, "its derivative divides by a sum of squares, which leaves float16")),
   ("cosh", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
   ("sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
   ("square", Facts(Rule.FULL, "nearly always feeds a sum: a variance, a norm", _T.ARITHMETIC)),
   ("log log1p log2 atanh erf_inv", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
+  ("acos asin", Facts(Rule.FULL, "steep near one", _T.TRANSCENDENTAL | _T.STEEP)),
   ("rsqrt", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.STEEP)),
   ("acosh asinh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
   (
@@ -156,11 +157,11 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.ARITHMETIC)),
   ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
-  ("sin asin acos atan", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
+  ("sin", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
   ("sqrt cbrt", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.STEEP)),
   ("cos", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
   (
-    "tanh logistic erf erfc",
+    "tanh logistic erf erfc atan",
     Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.SATURATES),
   ),
   (
@@ -213,9 +214,10 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("mpjax_loss_scale", Facts(Rule.LOSS_SCALE, "multiplies cotangents, in float32")),
   (
-    "pallas_call tpu_custom_call core_map ffi_call call_exported call_tf rnn rnn_bwd pure_callback io_callback "
-    "call_hi_primitive call_hi_primitive_linearized run_state stage scaled_dot scaled_matmul "
-    "scaled_matmul_wrapper dot_product_attention_fwd_wrapper dot_product_attention_bwd_wrapper "
+    "pallas_call tpu_custom_call core_map ffi_call call_exported call_tf rnn rnn_bwd stage "
+    "pure_callback io_callback call_hi_primitive call_hi_primitive_linearized run_state scaled_dot "
+    "scaled_matmul scaled_matmul_wrapper dot_product_attention_fwd_wrapper "
+    "dot_product_attention_bwd_wrapper "
     "dot_product_attention_fp8_fwd_wrapper dot_product_attention_fp8_bwd_wrapper spsolve",
     Facts(Rule.FOREIGN, "a kernel or compiled code, to which `cast_inputs` hands 16 bits"),
   ),

@@ -27,7 +27,12 @@ def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
 
 def is_float32(atom: Atom) -> bool:
   """Whether a variable or literal of a jaxpr is float32 as traced."""
-  return getattr(atom.aval, "dtype", None) == _FLOAT32
+  return dtype(atom) == _FLOAT32
+
+
+def dtype(atom: Atom) -> np.dtype | None:
+  """The dtype of the array that a variable or literal of a jaxpr holds, if it holds one."""
+  return getattr(atom.aval, "dtype", None)
 
 
 def shape(atom: Atom) -> tuple[int, ...]:
@@ -39,6 +44,20 @@ def shape(atom: Atom) -> tuple[int, ...]:
 def size(atom: Atom) -> int:
   """How many numbers a variable or literal of a jaxpr holds."""
   return math.prod(shape(atom))
+
+
+def contracts_nothing(eqn: JaxprEqn) -> bool:
+  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  summed = shape(eqn.invars[0])
+  return all(summed[dim] == 1 for dim in contracted)
+
+
+def operation(eqn: JaxprEqn) -> str:
+  """What an equation does, as the name of a primitive: an outer product multiplies."""
+  return "mul" if contracts_nothing(eqn) else eqn.primitive.name
 
 
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:

@@ -9,7 +9,8 @@ twice is needed as exactly at both places: the second may be what a derivative m
 
 The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
 number. Where the highest number that a value may be (`ranges`) is about the number that it is
-subtracted from, it is needed exactly; so is the gate g of ``v - g * v``.
+subtracted from, it is needed exactly; so is the gate g of ``v - g * v``, and so are two sigmoids of
+which one is subtracted from the other: both lie near the end that they share.
 
 A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
 that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
@@ -33,7 +34,7 @@ import numpy as np
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, operation
 from mpjax._engine.ranges import ONE
 from mpjax._engine.recomputed import recomputed
 from mpjax._engine.roles import (
@@ -44,6 +45,7 @@ from mpjax._engine.roles import (
   RECUR,
   Forward,
   Indices,
+  Role,
   RoleFinder,
   Roles,
   places_of,
@@ -133,7 +135,7 @@ class NearOne:
           bodies = bodies_of(eqn)
           for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
-        elif eqn.primitive.name in RECUR and not found.isdisjoint(eqn.outvars):
+        elif operation(eqn) in RECUR and not found.isdisjoint(eqn.outvars):
           read = eqn.invars
         found |= variables_of(read)
       self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
@@ -196,7 +198,7 @@ class NearOne:
 
   def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Any]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
-    name = eqn.primitive.name
+    name = operation(eqn)
     if name in _NEED:
       return eqn.invars
     if name in _STEEP and forward.of(eqn.invars[0]).gates:
@@ -240,22 +242,38 @@ class NearOne:
     products = functools.cache(functools.partial(_products, inner))
     same = functools.cache(functools.partial(_same, inner))
     for eqn in inner.eqns if forward.roles else ():
-      if eqn.primitive.name not in ("sub", "mul"):
+      if (name := operation(eqn)) not in ("add", "sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
       for (atom, role), (_, other) in (pair, pair[::-1]):
-        if eqn.primitive.name == "sub":
-          near = (other.is_one and role.gates) or role.range.comes_near(other.range)
-          near = near and not _is_slope(eqn, atom, readers())
+        if name != "mul":
+          near = _is_near(role, other, name) and not _is_slope(eqn, atom, readers())
         else:
           recurs = other.turns > TURNS and eqn.outvars[0] in leading
           again, decays = role.products & other.products, role.is_own != other.is_own
           forgetting.update(eqn.outvars if again and decays else ())
           near = recurs or (again and not decays)
         found |= variables_of([atom]) if near else set()
-      if eqn.primitive.name == "sub":
+      if name == "sub":
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
+
+
+def _is_near(role: Role, other: Role, name: str) -> bool:
+  """Whether a value comes near what it is subtracted from, or what is subtracted from it.
+
+  What is added to a value below zero is such a value.
+  """
+  ranges = role.range, other.range
+  if name == "add":
+    below = [r.high <= 0 for r in ranges]
+    if sum(below) != 1:
+      return False
+    ranges = tuple(r.negated if is_below else r for r, is_below in zip(ranges, below, strict=True))
+  own, others = ranges
+  is_from_one = others == ONE and bool(role.gates)
+  of_two = bool(role.products and other.products) and own.crowds_with(others)
+  return is_from_one or of_two or own.comes_near(others)
 
 
 def _computed_again(inner: Any, found: set[Any]) -> set[Any]:
@@ -283,7 +301,7 @@ def _is_bound(eqn: JaxprEqn, forward: Forward, found: Collection[Any]) -> bool:
 
 def _is_within(eqn: JaxprEqn, bounded: Collection[Any]) -> bool:
   """Whether an equation is part of the arithmetic that a bound cuts off."""
-  return eqn.primitive.name in RECUR and eqn.outvars[0] in bounded
+  return operation(eqn) in RECUR and eqn.outvars[0] in bounded
 
 
 def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
@@ -294,7 +312,7 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
 
 
 def _products(inner: Any) -> dict[Any, JaxprEqn]:
-  return {eqn.outvars[0]: eqn for eqn in inner.eqns if eqn.primitive.name == "mul"}
+  return {eqn.outvars[0]: eqn for eqn in inner.eqns if operation(eqn) == "mul"}
 
 
 def _same(inner: Any) -> dict[Any, int]:

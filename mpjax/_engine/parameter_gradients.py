@@ -13,10 +13,10 @@ from jax.sharding import AxisType
 
 from mpjax._core.dtypes import BFLOAT16
 from mpjax._core.primitives import Rule, Trait, having
-from mpjax._engine.jaxprs import JaxprEqn, Literal, is_float32
+from mpjax._engine.jaxprs import JaxprEqn, Literal, contracts_nothing, is_float32
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
-from mpjax._engine.sharpening import contracts_nothing, is_inner
+from mpjax._engine.sharpening import is_inner
 
 _ELEMENTWISE = having(Trait.ARITHMETIC)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,7 @@ class Known(NamedTuple):
     heads: Which operands are multiplied into one, in it or outside.
     factored: Which results lead into the factorization of a matrix.
     carry: Which operands a loop hands on from turn to turn.
+    steady: Which operands are scalars that are the same in every turn of a loop.
     whole: Which operands are whole numbers, see `whole_numbers`.
     cast: Which operands are parameters that their author cast to 16 bits.
   """
@@ -71,6 +72,7 @@ class Known(NamedTuple):
   heads: tuple[int, ...] = ()
   factored: frozenset[int] = frozenset()
   carry: range = range(0)
+  steady: tuple[int, ...] = ()
   whole: frozenset[int] = frozenset()
   cast: tuple[int, ...] = ()
 
@@ -226,7 +228,12 @@ class _Walk:
       written_out(inner.eqns, inner.outvars),
       planner.whole_numbers.variables(jaxpr, known.whole),
       self.numbers,
-      View(makers, self.numbers.number, self.is_backward),
+      View(
+        makers,
+        self.numbers.number,
+        self.is_backward,
+        steady=frozenset(inner.invars[n] for n in known.steady),
+      ),
       frozenset(inner.invars[n] for n in known.carry),
       planner.adapting,
     )
@@ -349,10 +356,8 @@ class _Walk:
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
       exact=exact,
-      summed=tuple(n for n, var in enumerate(eqn.outvars) if var in self.around.sums.leading),
-      given_back=tuple(
-        n for n, var in enumerate(eqn.outvars) if var in self.around.sums.given_back
-      ),
+      summed=_places_of(eqn.outvars, self.around.sums.leading),
+      given_back=_places_of(eqn.outvars, self.around.sums.given_back),
       parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
       kin=self.around.sums.kin(atoms),
       numbers=numbers if any(n is not None for n in numbers) else (),
@@ -360,6 +365,7 @@ class _Walk:
       logarithms=self.into_logarithms(eqn),
       heads=self.places_of_heads(atoms),
       factored=self.planner.needs.factored_by_bodies(eqn, self.around.factored),
+      steady=_places_of(atoms, self.around.view.steady),
       whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
       cast=self.cast.among(atoms),
     )
@@ -376,7 +382,7 @@ class _Walk:
     return not isinstance(source, Literal) and source in self.heads
 
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
-    return tuple(n for n, var in enumerate(eqn.outvars) if var in self.logarithms)
+    return _places_of(eqn.outvars, self.logarithms)
 
   def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
     (body,) = bodies_of(eqn)
@@ -394,7 +400,12 @@ class _Walk:
     known = self.known(eqn, body, body.take(forms), own or Own(), exact)
     cast = tuple(n for n in known.cast if n not in body.carry)
     numbers = tuple(None if n in body.carry else x for n, x in enumerate(known.numbers))
-    known = known._replace(kin=(), numbers=numbers, carry=body.carry, cast=cast)
+    steady = tuple(
+      n
+      for n, form in enumerate(body.take(forms)[: body.carry.start])
+      if form is not None and not jaxprs.shape(eqn.invars[body.operands[n]])
+    )
+    known = known._replace(kin=(), numbers=numbers, carry=body.carry, cast=cast, steady=steady)
 
     slices = tuple(taken.slices)
 
@@ -449,6 +460,11 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, np.dtype, Place], Decision]]
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = having(Trait.JIT)
 _MATMULS = having(Trait.MATMUL)
+
+
+def _places_of(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
+  """Where among operands or results variables are that are found."""
+  return tuple(n for n, a in enumerate(atoms) if not isinstance(a, Literal) and a in found)
 
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

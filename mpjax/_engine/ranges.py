@@ -31,12 +31,22 @@ class Range(NamedTuple):
     """Whether it is one and the same everywhere."""
     return self.low == self.high
 
+  @property
+  def negated(self) -> Range:
+    """Where the value lies with the other sign."""
+    return Range(-self.high, -self.low)
+
   def comes_near(self, number: Range) -> bool:
     """Whether its highest number is about a certain positive one.
 
     At an eighth from it a difference is eight times as far off as the value is itself.
     """
     return number.is_number and abs(number.high - self.high) < number.high / 8
+
+  def crowds_with(self, other: Range) -> bool:
+    """Whether both end at the same number that is not 0, near which their values lie close."""
+    ends = (pair[0] for pair in zip(self, other, strict=True) if pair[0] == pair[1])
+    return any(0 < abs(end) < math.inf for end in ends) and not self.is_number
 
 
 ANYWHERE = Range(-math.inf, math.inf)
@@ -68,7 +78,7 @@ def range_after(
     made: The equations before it, by what they made.
     of: Tells where any operand of these lies.
   """
-  name = eqn.primitive.name
+  name = jaxprs.operation(eqn)
   if name in _KEEP_NUMBERS and name != "clamp":
     return _chosen(eqn, read)
   if name == "div" and read[1].low > 0 and (share := _of_share(eqn, made, of)):
@@ -103,14 +113,14 @@ def _of_power(base: Range, exponent: float) -> Range:
 
 def _chosen(eqn: JaxprEqn, read: Sequence[Range]) -> Range:
   """Where a value lies that is moved or chosen among others."""
-  dtypes = {getattr(var.aval, "dtype", None) for var in eqn.outvars}
+  dtypes = set(map(jaxprs.dtype, eqn.outvars))
   if len(dtypes) > 1:
     return ANYWHERE
   (dtype,) = dtypes
   if eqn.primitive.name == "convert_element_type":
     return read[0] if np.issubdtype(dtype, np.floating) else ANYWHERE
   pairs = zip(eqn.invars, read, strict=True)
-  same = [place for atom, place in pairs if getattr(atom.aval, "dtype", None) == dtype]
+  same = [place for atom, place in pairs if jaxprs.dtype(atom) == dtype]
   return hull(same) if same else ANYWHERE
 
 
@@ -144,6 +154,7 @@ _MONOTONE: Mapping[str, Callable[..., Any]] = {
   "min": min,
   "clamp": lambda low, x, high: min(max(low, x), high),
   "tanh": math.tanh,
+  "atan": math.atan,
   "logistic": lambda x: (1 + math.tanh(x / 2)) / 2,
   "erf": math.erf,
   "erfc": math.erfc,

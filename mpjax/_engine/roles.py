@@ -17,7 +17,7 @@ import numpy as np
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, sources
+from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, operation, sources
 from mpjax._engine.kinds import keeps_its_distance
 from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
 from mpjax._engine.versions import AnyJaxpr, Atom
@@ -37,7 +37,7 @@ POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 
 _OFTEN = 32
 _FROM_ANYTHING = GATES | {"abs"}  # of which something is known whatever they are computed from
-_PRODUCTS = _KEEP_NUMBERS | {"mul", "add"}  # what a recurrence makes of its gates
+_PRODUCTS = _KEEP_NUMBERS | {"mul", "add", "neg"}  # what a recurrence makes of its gates
 
 
 class Role(NamedTuple):
@@ -147,7 +147,7 @@ class RoleFinder:
       found = Forward(roles, inside := {}, self._dtypes)
       makers: dict[Any, JaxprEqn] = {}
       for eqn in inner.eqns:
-        read, name = [found.of(atom) for atom in eqn.invars], eqn.primitive.name
+        read, name = [found.of(atom) for atom in eqn.invars], operation(eqn)
         if name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
         elif eqn.outvars and (name in _FROM_ANYTHING or read.count(NONE) < len(read)):
@@ -232,7 +232,7 @@ def _is_one(atom: Atom) -> bool:
 def _multiplies_carry(body: Body) -> set[int]:
   """Which operands of a loop's body, the same in every turn, multiply what it carries."""
   inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
-  products = [e for e in inner.eqns if e.primitive.name == "mul"] if body.carry else []
+  products = [e for e in inner.eqns if operation(e) == "mul"] if body.carry else []
   if products:
     source, own = sources(inner, _KEEP_ONE), inner.invars[: body.carry.stop]
     operands = {var: n for n, var in enumerate(own)}
@@ -245,7 +245,7 @@ def _multiplies_carry(body: Body) -> set[int]:
 
 def _multiplies_often(inner: Any, source: Callable[[], Callable[[Any], Any]]) -> set[Any]:
   """What multiplies more often than the scale of any stack of layers, and its derivatives, do."""
-  products = [eqn for eqn in inner.eqns if eqn.primitive.name == "mul"]
+  products = [eqn for eqn in inner.eqns if operation(eqn) == "mul"]
   if len(products) <= _OFTEN:
     return set()
   factors = map(source(), (atom for eqn in products for atom in eqn.invars))
@@ -269,7 +269,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands; but for where they lie."""
   if all(role[:-1] == NONE[:-1] for role in read):
     return NONE
-  name, role = eqn.primitive.name, _joined(read)
+  name, role = operation(eqn), _joined(read)
   keeps = name in _KEEP_NUMBERS or name in POWERS
   recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(

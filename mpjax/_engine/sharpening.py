@@ -227,7 +227,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "outer product",
     {Rule.LOWER},
-    lambda s: s.has_float32 and contracts_nothing(s.eqn) and _is_float32(s.forms),
+    lambda s: s.has_float32 and jaxprs.contracts_nothing(s.eqn) and _is_float32(s.forms),
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
   ),
@@ -329,7 +329,7 @@ def is_square(eqn: JaxprEqn) -> bool:
 
 def is_inner(eqn: JaxprEqn) -> bool:
   """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
-  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
+  if eqn.primitive.name != "dot_general" or jaxprs.contracts_nothing(eqn):
     return False
   contracted, batch = eqn.params["dimension_numbers"]
   return all(
@@ -391,15 +391,6 @@ def _was_spread(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
       return True
     atom = before
   return False
-
-
-def contracts_nothing(eqn: JaxprEqn) -> bool:
-  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
-  if eqn.primitive.name != "dot_general":
-    return False
-  (contracted, _), _ = eqn.params["dimension_numbers"]
-  shape = jaxprs.shape(eqn.invars[0])
-  return all(shape[dim] == 1 for dim in contracted)
 
 
 def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:

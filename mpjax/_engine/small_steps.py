@@ -11,7 +11,8 @@ and all become so. Nor is anything of h left in ``5 + 0.001 * h`` beside the num
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Trait, having
@@ -32,7 +33,10 @@ _KEEPS_SIZE = having(Trait.MOVES) | {
 }
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
 _SUMS = frozenset({"add", "sub"})
-_CHOICES = frozenset({"select_n", "max", "min", "concatenate"})
+_PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
+_CHOICES = frozenset(
+  {"select_n", "max", "min", "clamp", "concatenate", "dynamic_update_slice", "scatter"}
+)
 _MATMULS = having(Trait.MATMUL)
 _ROUNDS = frozenset({"round", "floor", "ceil"})
 """Whoever rounds has made numbers large before, and makes them small behind it."""
@@ -52,12 +56,15 @@ class View(NamedTuple):
     is_backward: Whether an equation came from transposing.
     outside: The operand behind each argument, and what is known of the jaxpr that the call stands
       in, if the jaxpr is a body.
+    steady: The scalars that are the same in every turn, in the body of a loop: where what these
+      are is not known, a learned step, say, they count as small.
   """
 
   makers: Makers
   known: Callable[[Atom], float | None]
   is_backward: Callable[[JaxprEqn], bool]
   outside: Mapping[Any, tuple[Atom, View]] = {}
+  steady: Collection[Any] = ()
 
   def number(self, atom: Atom) -> float | None:
     """The number that a value is all of, or None."""
@@ -105,15 +112,62 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
   """
   first, second = eqn.invars
   for value, step in ((first, second), (second, first)):
-    sizes = _Sizes(has_gradients=not view.is_backward(eqn))
-    if 0 < (factor := sizes.of(step, view)) < SMALL:
-      while (made := view.maker(value)) and made.primitive.name in _KEEPS_SIZE:
-        (value,) = made.invars
-      if (number := view.number(value)) is not None:
-        return factor < SMALL * abs(number)
-      if not isinstance(value, Literal) and (step is second or eqn.primitive.name == "add"):
-        return _reads(step, carried if value in carried else (value,), view.makers)
+    factor = _Sizes(has_gradients=not view.is_backward(eqn)).of(step, view)
+    if 0 < factor < SMALL and (number := _number_moved(value, view)) is not None:
+      return factor < SMALL * abs(number)
+    if factor > 0 and (step is second or eqn.primitive.name == "add"):
+      origins = list(_origins(value, view, is_whole=not factor < SMALL))
+      if not factor < SMALL * max((times for _, times in origins), default=0.0):
+        continue
+      read = _all_read(step, view.makers)
+      for origin, times in origins:
+        if origin in read or (origin in carried and not read.isdisjoint(carried)):
+          return factor < SMALL * times
   return False
+
+
+def _number_moved(atom: Atom, view: View) -> float | None:
+  """The number that a value is all of, whatever moved it or changed its sign; or None."""
+  while (made := view.maker(atom)) and made.primitive.name in _KEEPS_SIZE:
+    (atom,) = made.invars
+  return view.number(atom)
+
+
+def _origins(atom: Atom, view: View, *, is_whole: bool) -> Iterator[tuple[Any, float]]:
+  """A value, and what it is a multiple, a piece, a choice or a sum of, the nearest first.
+
+  Args:
+    atom: The value.
+    view: What is known of the jaxpr that it stands in.
+    is_whole: Whether to look at multiples alone.
+
+  Yields:
+    Variables of this jaxpr, each with how many times it the value is.
+  """
+  waiting = deque([(atom, view, 1.0)])
+  for _ in range(_LOOKS):
+    if not waiting:
+      return
+    atom, inner, times = waiting.popleft()
+    if isinstance(atom, Literal):
+      continue
+    if inner is view:
+      yield atom, times
+    eqn = inner.maker(atom)
+    if eqn is None:
+      waiting.extend([(*inner.outside[atom], times)] if atom in inner.outside else ())
+      continue
+    name = eqn.primitive.name
+    if name in _KEEPS_SIZE or (name in _PIECES and not is_whole):
+      waiting.append((eqn.invars[0], inner, times))
+    elif name == "mul":
+      whole, number = _without_number(eqn, inner)
+      waiting.extend([(whole, inner, times * number)] if number else ())
+    elif name == "div":
+      number = inner.number(eqn.invars[1])
+      waiting.extend([(eqn.invars[0], inner, times / abs(number))] if number else ())
+    elif not is_whole:
+      waiting.extend((*part, times) for part in _parts(eqn, atom, inner))
 
 
 class _Sizes:
@@ -161,6 +215,8 @@ class _Sizes:
       if eqn is None:
         if isinstance(atom, Literal) or atom not in view.outside:
           number = view.known(atom)
+          if number is None and atom in view.steady:
+            number = SMALL / 2
           return factor if number is None else factor * abs(number)
         atom, view = view.outside[atom]
         continue
@@ -231,7 +287,8 @@ def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
   """What a sum adds, what a choice is among, what a call returns; nothing for other equations."""
   name, invars = eqn.primitive.name, eqn.invars
   if name in _SUMS or name in _CHOICES:
-    return [(part, view) for part in (invars[1:] if name == "select_n" else invars)]
+    dtype = jaxprs.dtype(eqn.outvars[0])  # an index, and what a choice goes by, are no parts
+    return [(part, view) for part in invars if jaxprs.dtype(part) == dtype]
   if name == "optimization_barrier":
     return [(invars[[*eqn.outvars].index(atom)], view)]  # pyright: ignore[reportArgumentType]
   return view.inside(eqn, atom)
@@ -240,11 +297,12 @@ def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
 def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:
   """Whether a sum of n values times a number is their mean, or as large as one of them.
 
-  ``h @ w / n``, ``h @ w / n ** 0.5`` and ``relu(h @ w) * (2 / n) ** 0.5`` are no smaller than h,
-  however large n is.
+  ``h @ w / n``, ``h @ w / n ** 0.5`` and ``relu(h @ w) * (2 / n) ** 0.5``, of which half are 0, are
+  no smaller than h, however large n is.
   """
   n = _summed(eqn)
-  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in (n, n**0.5, (n / 2) ** 0.5))
+  sizes = (n, n / 2, n**0.5, (n / 2) ** 0.5)
+  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in sizes)
 
 
 def _summed(eqn: JaxprEqn) -> int:
@@ -275,15 +333,13 @@ def _written_out(atom: Atom) -> float | None:
   return only(numbers_of(atom.val)) if isinstance(atom, Literal) else None
 
 
-def _reads(atom: Atom, values: Collection[Any], makers: Makers) -> bool:
-  """Whether a value was computed from one of others."""
-  seen, waiting = set[Atom](), [atom]
+def _all_read(atom: Atom, makers: Makers) -> set[Any]:
+  """All that a value was computed from, itself among it."""
+  read, waiting = set[Any](), [atom]
   while waiting:
     atom = waiting.pop()
-    if isinstance(atom, Literal) or atom in seen:
+    if isinstance(atom, Literal) or atom in read:
       continue
-    if atom in values:
-      return True
-    seen.add(atom)
+    read.add(atom)
     waiting += makers[atom].invars if atom in makers else ()
-  return False
+  return read

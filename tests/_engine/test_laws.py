@@ -406,6 +406,16 @@ def predators(w, y):
   return jnp.concatenate([a + 0.002 * a * (1 - b), b + 0.002 * b * (a - 1)])
 
 
+def packed(w, y):
+  q, v = y[:2], y[2:]
+  return jnp.stack([q + 0.002 * v, v - 0.002 * jnp.sin(q)]).reshape(y.shape)
+
+
+def unpacked(w, y):
+  a, b, *others = y
+  return jnp.stack([a + 0.002 * jnp.cos(b), b - 0.002 * a, *others])
+
+
 def repeated(step):
   return lambda w, y: functools.reduce(lambda z, _: step(w, z), range(50), y) - y
 
@@ -455,6 +465,31 @@ STEPPED = {
   "masked": in_scan(lambda w, y: y + 0.002 * (y > 0).astype(jnp.float32) * slope(w, y)),
   "where_masked": in_scan(lambda w, y: y - 0.002 * slope(w, y) * (jnp.where(y > 0, 1.0, 0.0) * y)),
   "jitted_product": in_scan(lambda w, y: y + jnp.where(y > 9, 0, jitted_product(w, y, DT))),
+  "packed": in_scan(packed),
+  "unpacked": in_scan(unpacked),
+  "a_part_of_it": in_scan(lambda w, y: y.at[0].set(y[0] + 0.002 * slope(w, y)[0])),
+  "inner_points": in_scan(
+    lambda w, y: y.at[1:-1].set(y[1:-1] + 0.002 * (y[2:] - y[1:-1] + y[:-2]) * y[1:-1])
+  ),
+  "updated_slice": in_scan(
+    lambda w, y: lax.dynamic_update_slice(y, 0.002 * slope(w, y)[1:2] + y[1:2], (1, 0))
+  ),
+  "clipped_value": in_scan(lambda w, y: jnp.clip(y, -9, 9) + 0.002 * slope(w, y)),
+  "clamped_value": in_scan(lambda w, y: 0.002 * slope(w, y) + lax.clamp(-9.0, y, 9.0)),
+  "chosen_value": in_scan(lambda w, y: jnp.where(y < 9, y, 0) - 0.002 * slope(w, y)),
+  "summed_up": in_scan(lambda w, y: sum([y, 0.002 * slope(w, y), 0.002 * jnp.sin(y)])),
+  "scaled_value": in_scan(lambda w, y: 1.0 * y + 0.002 * slope(w, y)),
+  "weighed": in_scan(lambda w, y: (499 * y + slope(w, y)) / 500),
+  "weighed_by_parts": in_scan(lambda w, y: y / 0.002 + slope(w, y) - y * 499),
+  "learned_size": lambda w, y: (lambda size: in_scan(lambda w, y: y + size * slope(w, y))(w, y))(
+    jax.nn.softplus(w[0, 0] - 6.9)
+  ),
+  "learned_size_of_a_helper": lambda w, y: (
+    lambda size: in_scan(lambda w, y: jitted_euler(w, y, size))(w, y)
+  )(w[0, 0] * 0.003),
+  "learned_time": lambda w, y: (
+    lax.fori_loop(0, 50, lambda _, z: z - slope(w, z) / (w[0, 0] * 700), y) - y
+  ),
   "times_a_sum": in_scan(lambda w, y: y - jnp.cos(y) * (DT * jnp.sin(y) + jitted_slope(w, y))),
 }
 
@@ -907,6 +942,27 @@ RECURRENCES = {
   "logarithms": lambda p, x: lax.scan(
     lambda h, z: (h + jax.jit(jnp.log)(1 - z), None), jnp.zeros(4), sigmoid(x @ p["z"] + 8)
   )[0],
+  "by_einsum": lambda p, x: lax.scan(
+    lambda h, z: (jnp.einsum("i,i->i", z, h), None), jnp.ones(4), sigmoid(x[:64] @ p["z"] + 6)
+  )[0],
+  "rows_by_einsum": lambda p, x: lax.scan(
+    lambda s, z: (jnp.einsum("i,ij->ij", z, s), None),
+    jnp.ones((4, 3)),
+    sigmoid(x[:64] @ p["z"] + 6),
+  )[0],
+  "linear_attention": lambda p, x: lax.scan(
+    lambda s, u: (
+      jnp.einsum("i,ij->ij", sigmoid(u @ p["z"] + 6), s) + jnp.outer(u @ p["w"], u) / 100,
+      None,
+    ),
+    jnp.zeros((4, 4)),
+    x,
+  )[0],
+  "arc_tangent": scanned(
+    lambda p, h, u: (lambda z: z * h + (1 - z) * (u @ p["w"]))(
+      0.5 + jnp.arctan((u @ p["z"] + 6) * 20) / jnp.pi
+    )
+  ),
   "unrolled": lambda p, x: functools.reduce(
     lambda h, u: u * h, list(sigmoid(x[:64] @ p["z"] + 6)), jnp.ones(4)
   ),
@@ -1094,6 +1150,11 @@ OTHER_WORDS = {
   "clipped": lambda h: 1 - jnp.clip(h / 6.98, 0, 1),
   "soft_sign": lambda h: 1 - jax.nn.soft_sign(h * 100),
   "share": lambda h: (lambda r: 1 - r / (r + 1))(jax.nn.relu(h * 100)),
+  "two_sigmoids": lambda h: sigmoid(h + 1) - sigmoid(h - 1),
+  "two_distributions": lambda h: -half_tanh(h - 1) + jax.scipy.stats.norm.cdf(h * 0.46),
+  "part_of_one": lambda h: (sigmoid(h) - sigmoid(h - 1)) / sigmoid(h),
+  "negated": lambda h: -sigmoid(h) + 1,
+  "two_at_the_low_end": lambda h: jnp.tanh(1 - h) - jnp.tanh(2 - h),
   "rest_of_a_value": lambda h: h - sigmoid(h) * h,
   "value_of_the_rest": lambda h: h * sigmoid(h) - h,
   "jitted": lambda h: 1 - jax.jit(lambda a, h: a * sigmoid(h) + a)(0.5, h),

@@ -146,7 +146,7 @@ def _uniform(eqn: JaxprEqn, forms: Forms, form: Form) -> Decision:
 
 
 def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
-  return tuple(form if jaxprs.is_float32(var) else None for var in outvars)
+  return tuple([form if jaxprs.is_float32(var) else None for var in outvars])
 
 
 _WAYS: dict[Rule, Callable[[Decisions, JaxprEqn, Forms, np.dtype], Decision]] = {

@@ -27,7 +27,7 @@ def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
 
 def is_float32(atom: Atom) -> bool:
   """Whether a variable or literal of a jaxpr is float32 as traced."""
-  return dtype(atom) == _FLOAT32
+  return getattr(atom.aval, "dtype", None) == _FLOAT32
 
 
 def dtype(atom: Atom) -> np.dtype | None:
@@ -57,7 +57,8 @@ def contracts_nothing(eqn: JaxprEqn) -> bool:
 
 def operation(eqn: JaxprEqn) -> str:
   """What an equation does, as the name of a primitive: an outer product multiplies."""
-  return "mul" if contracts_nothing(eqn) else eqn.primitive.name
+  name = eqn.primitive.name
+  return "mul" if name == "dot_general" and contracts_nothing(eqn) else name
 
 
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:

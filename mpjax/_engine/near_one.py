@@ -60,6 +60,9 @@ In bfloat16 a gate near one is off by up to 1/512, in each turn in the same dire
 by a sixty-fourth, as much as other values in 16 bits are.
 """
 
+_MEET = frozenset({"add", "sub", "mul", "dot_general"})
+"""In what a gate may meet another value near which it lies, or which recurs."""
+
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
@@ -135,7 +138,7 @@ class NearOne:
           bodies = bodies_of(eqn)
           for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
-        elif operation(eqn) in RECUR and not found.isdisjoint(eqn.outvars):
+        elif not found.isdisjoint(eqn.outvars) and operation(eqn) in RECUR:
           read = eqn.invars
         found |= variables_of(read)
       self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
@@ -198,14 +201,15 @@ class NearOne:
 
   def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Any]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
-    name = operation(eqn)
+    name = eqn.primitive.name
     if name in _NEED:
       return eqn.invars
     if name in _STEEP and forward.of(eqn.invars[0]).gates:
       return eqn.invars
-    passes = name in POWERS or self._table.get(name) in _ELEMENTWISE
+    if found.isdisjoint(eqn.outvars):
+      return ()
+    passes = name in POWERS or self._table.get(operation(eqn)) in _ELEMENTWISE
     passes = passes or (name in _SUMMARIES and forward.of(eqn.outvars[0]).range.high < math.inf)
-    passes = passes and not found.isdisjoint(eqn.outvars)
     return eqn.invars if passes else ()
 
   def _of_bodies(
@@ -242,7 +246,8 @@ class NearOne:
     products = functools.cache(functools.partial(_products, inner))
     same = functools.cache(functools.partial(_same, inner))
     for eqn in inner.eqns if forward.roles else ():
-      if (name := operation(eqn)) not in ("add", "sub", "mul"):
+      name = operation(eqn) if eqn.primitive.name in _MEET else ""
+      if name not in ("add", "sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
       for (atom, role), (_, other) in (pair, pair[::-1]):
@@ -299,9 +304,9 @@ def _is_bound(eqn: JaxprEqn, forward: Forward, found: Collection[Any]) -> bool:
   return forward.of(eqn.outvars[0]).range.high < forward.of(eqn.invars[0]).range.high == math.inf
 
 
-def _is_within(eqn: JaxprEqn, bounded: Collection[Any]) -> bool:
+def _is_within(eqn: JaxprEqn, bounded: Set[Any]) -> bool:
   """Whether an equation is part of the arithmetic that a bound cuts off."""
-  return operation(eqn) in RECUR and eqn.outvars[0] in bounded
+  return not bounded.isdisjoint(eqn.outvars) and operation(eqn) in RECUR
 
 
 def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
@@ -312,7 +317,8 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
 
 
 def _products(inner: Any) -> dict[Any, JaxprEqn]:
-  return {eqn.outvars[0]: eqn for eqn in inner.eqns if operation(eqn) == "mul"}
+  likely = (eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general"))
+  return {eqn.outvars[0]: eqn for eqn in likely if operation(eqn) == "mul"}
 
 
 def _same(inner: Any) -> dict[Any, int]:

@@ -269,7 +269,7 @@ class _Walk:
       decision = _WAYS[rule](self, eqn, forms, policy.compute_dtype, place)
     else:
       decision = self.decisions.decide(rule, eqn, forms, policy.compute_dtype)
-    reads = tuple(_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True))
+    reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
     self.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
     self.borders.settle(eqn, home, multiplies=_multiplies(eqn, decision.bodies))

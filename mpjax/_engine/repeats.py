@@ -134,7 +134,7 @@ def _repeat(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Repeat:
   code = [
     (
       _code(step, scopes),
-      *(operand(i, *pair) for pair in zip(step.eqn.invars, step.reads, strict=True)),
+      *[operand(i, *pair) for pair in zip(step.eqn.invars, step.reads, strict=True)],
     )
     for i, step in steps.items()
   ]
@@ -171,7 +171,7 @@ def _code(step: Step, scopes: int) -> tuple[Any, ...]:
   So are the shapes of its results: a bias is spread over them, and params do not hold them all.
   """
   eqn, info = step.eqn, step.eqn.source_info
-  shapes = tuple(var.aval for var in eqn.outvars)
+  shapes = tuple([var.aval for var in eqn.outvars])
   params = tuple(sorted(step.params.items()))
   bodies = tuple(map(id, step.bodies))
   written = info.traceback, info.name_stack[scopes:], eqn.ctx

@@ -245,7 +245,8 @@ def _multiplies_carry(body: Body) -> set[int]:
 
 def _multiplies_often(inner: Any, source: Callable[[], Callable[[Any], Any]]) -> set[Any]:
   """What multiplies more often than the scale of any stack of layers, and its derivatives, do."""
-  products = [eqn for eqn in inner.eqns if operation(eqn) == "mul"]
+  likely = [eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general")]
+  products = [eqn for eqn in likely if operation(eqn) == "mul"] if len(likely) > _OFTEN else []
   if len(products) <= _OFTEN:
     return set()
   factors = map(source(), (atom for eqn in products for atom in eqn.invars))

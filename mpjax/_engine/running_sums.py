@@ -37,10 +37,10 @@ def written_out(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[
     eqns: The equations of a jaxpr.
     outvars: Its results, which are read outside.
   """
-  if sum(eqn.primitive.name in _ADDS for eqn in eqns) < TERMS:
+  if len([eqn for eqn in eqns if eqn.primitive.name in _ADDS]) < TERMS:
     return frozenset()
-  reads = Counter(a for e in eqns for a in e.invars if not isinstance(a, Literal))
-  reads.update(a for a in outvars if not isinstance(a, Literal))
+  read = [atom for eqn in eqns for atom in eqn.invars] + [*outvars]
+  reads = Counter([atom for atom in read if not isinstance(atom, Literal)])
   terms: dict[Any, int] = {}
   before: dict[Any, list[Any]] = {}
   long = set[Any]()

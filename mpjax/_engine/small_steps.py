@@ -32,6 +32,7 @@ _KEEPS_SIZE = having(Trait.MOVES) | {
   "sharding_constraint",
 }
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
+_SCALES = _KEEPS_SIZE | {"mul", "div"}
 _SUMS = frozenset({"add", "sub"})
 _PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
 _CHOICES = frozenset(
@@ -116,6 +117,8 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
     if 0 < factor < SMALL and (number := _number_moved(value, view)) is not None:
       return factor < SMALL * abs(number)
     if factor > 0 and (step is second or eqn.primitive.name == "add"):
+      if not factor < SMALL and (made := view.maker(value)) and made.primitive.name not in _SCALES:
+        continue
       origins = list(_origins(value, view, is_whole=not factor < SMALL))
       if not factor < SMALL * max((times for _, times in origins), default=0.0):
         continue

@@ -22,7 +22,7 @@ from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-Bilinear = Callable[[Any, Any], Any]
+Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def with_derivative(fn: Bilinear, along_first: Bilinear, along_second: Bilinear) -> Bilinear:
@@ -37,14 +37,14 @@ def with_derivative(fn: Bilinear, along_first: Bilinear, along_second: Bilinear)
   """
   along = along_first, along_second
 
-  def run(first: Any, second: Any) -> Any:
+  def run(first: jax.Array, second: jax.Array) -> jax.Array:
     result = fn(constant(first), constant(second))
     return attached_p.bind(result, first, second, along=along)
 
   return run
 
 
-def constant(x: Any) -> Any:
+def constant(x: jax.Array) -> jax.Array:
   """`lax.stop_gradient` that can be transposed: linear functions are evaluated, too."""
   return _constant_p.bind(x)
 
@@ -64,7 +64,7 @@ def bilinear(
   return functools.reduce(operator.add, terms) if terms else None
 
 
-def _zero(x: Any) -> ad.Zero:
+def _zero(x: jax.Array) -> ad.Zero:
   return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
@@ -73,13 +73,13 @@ attached_p = Primitive("mpjax_attached")
 
 
 @attached_p.def_impl
-def _impl(result: Any, first: Any, second: Any, *, along: Any) -> Any:
+def _impl(result: jax.Array, first: jax.Array, second: jax.Array, *, along: Any) -> jax.Array:
   del first, second, along
   return result
 
 
 @attached_p.def_abstract_eval
-def _abstract_eval(result: Any, first: Any, second: Any, *, along: Any) -> Any:
+def _abstract_eval(result: jax.Array, first: jax.Array, second: jax.Array, *, along: Any) -> Any:
   del first, second, along
   return result
 
@@ -90,7 +90,7 @@ def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> An
   return out, _zero(out) if moved is None else moved
 
 
-def _transpose(cotangent: Any, *operands: Any, along: Any) -> list[Any]:
+def _transpose(cotangent: jax.Array, *operands: Any, along: Any) -> list[Any]:
   """A linear function is evaluated, so that its result is the linear operand."""
   del operands, along
   return [cotangent, None, None]
@@ -115,7 +115,7 @@ _constant_p = Primitive("mpjax_constant")
 
 
 @_constant_p.def_impl
-def _constant_impl(x: Any) -> Any:
+def _constant_impl(x: jax.Array) -> jax.Array:
   return x
 
 

@@ -125,6 +125,7 @@ _BODIES: dict[Rule, Callable[[JaxprEqn], tuple[Body, ...]]] = {
   Rule.LINEAR_CALL: _call,
   Rule.CUSTOM_PARTITIONING: _call,
 }
+RULES_WITH_BODIES = frozenset(_BODIES)
 _FINDERS = {name: _BODIES[rule] for name, rule in RULES.items() if rule in _BODIES}
 HAVE_BODIES = _FINDERS.keys()  # few do, so who asks of every equation looks here first
 

@@ -12,6 +12,7 @@ import jax.custom_derivatives
 from mpjax._engine import captured, custom_derivatives, jaxprs, versions
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.planner import Planner
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
 
 
 class Rebuilds(Protocol):
@@ -19,16 +20,16 @@ class Rebuilds(Protocol):
 
   planner: Planner
 
-  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
+  def run(self, plan: Plan, operands: Sequence[jax.Array]) -> list[jax.Array]:
     """Execute a plan on operands that are held as its forms say."""
     ...
 
-  def rebuild(self, plan: Plan) -> Any:
+  def rebuild(self, plan: Plan) -> ClosedJaxpr:
     """The closed jaxpr of a plan."""
     ...
 
 
-def remat_opt(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[Any]:
+def remat_opt(interpreter: Rebuilds, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The forward pass of a ``custom_vjp(..., optimize_remat=True)`` under the policy.
 
   Where a checkpoint drops all that it stores, JAX takes the function itself, under the policy too.
@@ -56,7 +57,7 @@ def remat_opt(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[An
   return jaxprs.run_with(step.eqn, [*constants, *operands], params | changed)
 
 
-def _without_constants(closed: Any) -> tuple[Any, list[Any]]:
+def _without_constants(closed: AnyJaxpr) -> tuple[Any, list[Any]]:
   """A jaxpr that takes its constants as its first operands, and these."""
   inner, constants = versions.open_jaxpr(closed), list(versions.constants(closed))
   if not constants:
@@ -69,7 +70,7 @@ def _without_constants(closed: Any) -> tuple[Any, list[Any]]:
   )
 
 
-def linear_call(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[Any]:
+def linear_call(interpreter: Rebuilds, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A linear function under the policy, with the user's transpose under the policy."""
   eqn, (body,) = step.eqn, step.bodies
   count = step.params["num_callee_consts"] + step.params["num_res"]
@@ -81,16 +82,18 @@ def linear_call(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[
     forms = (*body.in_forms[:count], *step.outs)
     return interpreter.planner.plan(jaxpr, forms, step.place, body.in_forms[count:])
 
-  def forward(residuals: list[Any], values: list[Any]) -> list[Any]:
+  def forward(residuals: list[jax.Array], values: list[jax.Array]) -> list[jax.Array]:
     return interpreter.run(body, [*residuals, *values])
 
-  def transposed(residuals: list[Any], cotangents: list[Any]) -> list[Any]:
+  def transposed(residuals: list[jax.Array], cotangents: list[jax.Array]) -> list[jax.Array]:
     return interpreter.run(backward(), [*residuals, *cotangents])
 
   return jax.custom_derivatives.linear_call(forward, transposed, operands[:count], operands[count:])
 
 
-def custom_partitioning(interpreter: Rebuilds, step: Step, operands: list[Any]) -> list[Any]:
+def custom_partitioning(
+  interpreter: Rebuilds, step: Step, operands: list[jax.Array]
+) -> list[jax.Array]:
   """A function under the policy, and the user's function for each device's part of it."""
   params, (body,) = step.params, step.bodies
 
@@ -99,7 +102,7 @@ def custom_partitioning(interpreter: Rebuilds, step: Step, operands: list[Any]) 
       leaves, tree = jax.tree.flatten(args)
       out_tree: Any = None
 
-      def flat(*parts: Any) -> list[Any]:
+      def flat(*parts: Any) -> list[jax.Array]:
         nonlocal out_tree
         out, out_tree = jax.tree.flatten(fn(*jax.tree.unflatten(tree, parts)))
         return out

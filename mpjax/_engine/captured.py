@@ -18,15 +18,15 @@ from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.constants import numbers_of
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
 from mpjax._engine.roles import variables_of
-from mpjax._engine.versions import ClosedJaxpr
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
 
 
-def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
+def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
   """Trace what is to be planned to a closed jaxpr, captured scalars written out."""
   return written_out(jaxprs.trace(fn, avals))
 
 
-def written_out(jaxpr: Any) -> Any:
+def written_out(jaxpr: AnyJaxpr) -> ClosedJaxpr:
   """A jaxpr whose captured scalars stand in it, and in its bodies, as Python's numbers do.
 
   ``jnp.float32(0.002)`` outside of a function means what ``0.002`` in it means.
@@ -34,7 +34,7 @@ def written_out(jaxpr: Any) -> Any:
   return _written_out(jaxpr, {})
 
 
-def _written_out(jaxpr: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+def _written_out(jaxpr: AnyJaxpr, done: dict[int, tuple[Any, Any]]) -> Any:
   """The same; what a jaxpr became is kept beside it, so that what was one object stays one."""
   if id(jaxpr) in done:
     return done[id(jaxpr)][1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from jax.interpreters import ad
 
 from mpjax._engine import captured, jaxprs, versions
 from mpjax._engine.jaxprs import JaxprEqn
+from mpjax._engine.versions import ClosedJaxpr
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_static
@@ -42,7 +45,7 @@ class Slots:
     """The slots of those tangents or cotangents that are not known to be zero."""
     return self.only([not isinstance(value, SymbolicZero) for value in values])
 
-  def keep(self, values: Sequence[Any]) -> list[Any]:
+  def keep(self, values: Sequence[T]) -> list[T]:
     """The entries that have tangents."""
     return [v for v, d in zip(values, self.differentiable, strict=True) if d]
 
@@ -75,7 +78,7 @@ def closed_over(eqn: JaxprEqn) -> int:
   return eqn.params.get("num_consts", 0)
 
 
-def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
+def trace_jvp(eqn: JaxprEqn, ins: Slots) -> ClosedJaxpr:
   """The jaxpr of an equation's derivative: (primals, tangents) -> (outputs, output tangents).
 
   Args:
@@ -85,7 +88,7 @@ def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
   outs = slots(eqn.outvars)
   avals = [a.aval for a in eqn.invars]
 
-  def rule(*flat: Any) -> list[Any]:
+  def rule(*flat: Any) -> list[jax.Array]:
     primals, tangents = flat[: len(avals)], flat[len(avals) :]
     fn, values = _differentiable(eqn, ins, primals)
     out, out_tangents = jax.jvp(fn, tuple(values), tuple(tangents))
@@ -94,11 +97,13 @@ def trace_jvp(eqn: JaxprEqn, ins: Slots) -> Any:
   return captured.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
 
 
-def _differentiable(eqn: JaxprEqn, ins: Slots, operands: Sequence[Any]) -> tuple[Any, list[Any]]:
+def _differentiable(
+  eqn: JaxprEqn, ins: Slots, operands: Sequence[jax.Array]
+) -> tuple[Any, list[Any]]:
   """The equation as a function of those operands that its rule is about, and these operands."""
   count = closed_over(eqn)
 
-  def fn(*values: Any) -> list[Any]:
+  def fn(*values: jax.Array) -> list[jax.Array]:
     rest = iter(values)
     slots = zip(ins.differentiable, operands[count:], strict=True)
     merged = [next(rest) if d else x for d, x in slots]
@@ -131,7 +136,7 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
   results: list[Any] = [v.aval for v in eqn.outvars]
   residual_tree = None
 
-  def forward(*operands: Any) -> list[Any]:
+  def forward(*operands: jax.Array) -> list[jax.Array]:
     nonlocal residual_tree
     fn, values = _differentiable(eqn, ins, operands)
     out, pullback = jax.vjp(fn, *values)
@@ -142,7 +147,7 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
   stored = [v.aval for v in versions.open_jaxpr(closed).outvars[len(results) :]]
 
   def backward(outs: Slots) -> Any:
-    def back(*flat: Any) -> list[Any]:
+    def back(*flat: Any) -> list[jax.Array]:
       pullback = jax.tree.unflatten(residual_tree, flat[: len(stored)])
       given = iter(flat[len(stored) :])
       pairs = zip(outs.differentiable, results, strict=True)
@@ -154,7 +159,7 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
   return Vjp(closed, backward)
 
 
-def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> Any:
+def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> ClosedJaxpr:
   """The jaxpr of an equation's transpose: (residuals, cotangents) -> cotangents.
 
   Args:
@@ -164,8 +169,8 @@ def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> Any:
   """
   avals = [a.aval for a in eqn.invars]
 
-  def transpose(*flat: Any) -> list[Any]:
-    def linear(*tangents: Any) -> list[Any]:
+  def transpose(*flat: Any) -> list[jax.Array]:
+    def linear(*tangents: jax.Array) -> list[jax.Array]:
       return outs.keep(jaxprs.run_as_traced(eqn, [*flat[:count], *tangents]))
 
     return list(jax.linear_transpose(linear, *avals[count:])(list(flat[count:])))
@@ -173,7 +178,7 @@ def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> Any:
   return captured.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
 
 
-def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> Any:
+def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> ClosedJaxpr:
   """The jaxpr of an equation's own batching: every result has a leading axis of ``size``.
 
   Args:

@@ -28,7 +28,7 @@ class Interprets(Protocol):
 
   planner: Planner
 
-  def run(self, plan: Plan, operands: Sequence[Any]) -> list[Any]:
+  def run(self, plan: Plan, operands: Sequence[jax.Array]) -> list[jax.Array]:
     """Execute a plan on operands that are held as its forms say."""
     ...
 
@@ -37,7 +37,7 @@ class Interprets(Protocol):
     ...
 
 
-def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+def custom_jvp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's derivative under the policy."""
   eqn, known = step.eqn, custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
@@ -45,7 +45,7 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   rule_plan = interpreter.of_step(step, functools.partial(_jvp_plans, interpreter.planner))
 
   @jax.custom_jvp
-  def call(*primals: Any) -> list[Any]:
+  def call(*primals: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
@@ -80,7 +80,7 @@ def _jvp_plans(planner: Planner, step: Step) -> Callable[[Slots], Plan]:
   return rule_plan
 
 
-def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+def custom_lin(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """What JAX leaves of a custom_vjp in a rule that differentiates it: tangents to be transposed.
 
   Its backward pass is to be the user's under the policy. So a custom_vjp of zeros is made that has
@@ -98,15 +98,15 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     return interpreter.planner.plan(transpose, forms, step.place, held)
 
   @jax.custom_vjp
-  def call(residuals: list[Any], values: list[Any]) -> list[Any]:
+  def call(residuals: list[jax.Array], values: list[jax.Array]) -> list[jax.Array]:
     del residuals, values
     return [*map(ad.zeros_like_aval, out_avals)]
 
-  def forward(residuals: list[Any], values: list[Any]) -> tuple[list[Any], list[Any]]:
+  def forward(residuals: list[jax.Array], values: list[jax.Array]) -> tuple[list[Any], list[Any]]:
     known, values = jax.tree.map(lambda primal: primal.value, (residuals, values))
     return call(known, values), known
 
-  def backward(residuals: list[Any], cotangents: list[Any]) -> tuple[None, list[Any]]:
+  def backward(residuals: list[jax.Array], cotangents: list[jax.Array]) -> tuple[None, list[Any]]:
     full = outs.fill(cotangents)
     given = outs.nonzero(full)
     return None, interpreter.run(plan(given), [*residuals, *given.keep(full)])
@@ -117,7 +117,7 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   return outs.fill(found)
 
 
-def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's forward and backward pass under the policy."""
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
@@ -126,7 +126,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
   forward_plan, backward_plan = interpreter.of_step(step, plans)
 
   @jax.custom_vjp
-  def call(*primals: Any) -> list[Any]:
+  def call(*primals: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
   def forward(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
@@ -134,7 +134,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[Any]) -> list
     flat = interpreter.run(forward_plan(ins), [*captured, *(p.value for p in primals)])
     return flat[:count], (ins, flat[count:])
 
-  def backward(residuals: tuple[Slots, list[Any]], cotangents: list[Any]) -> tuple[Any, ...]:
+  def backward(residuals: tuple[Slots, list[Any]], cotangents: list[jax.Array]) -> tuple[Any, ...]:
     ins, stored = residuals
     given = outs.nonzero(cotangents)
     flat = iter(interpreter.run(backward_plan(ins, given), [*stored, *given.keep(cotangents)]))
@@ -172,15 +172,15 @@ def _vjp_plans(
   return forward_plan, backward_plan
 
 
-def custom_vmap(interpreter: Interprets, step: Step, operands: list[Any]) -> list[Any]:
+def custom_vmap(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's own batching under the policy."""
 
   @jax.custom_batching.custom_vmap
-  def call(*operands: Any) -> list[Any]:
+  def call(*operands: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], operands)
 
   @call.def_vmap
-  def rule(size: int, batched: list[bool], *operands: Any) -> tuple[list[Any], list[bool]]:
+  def rule(size: int, batched: list[bool], *operands: jax.Array) -> tuple[list[Any], list[bool]]:
     jaxpr = custom_derivatives.trace_vmap(step.eqn, size, batched)
     plan = interpreter.planner.rule_of(jaxpr, step.operands, step.place, step.outs, step.outs)
     return interpreter.run(plan, operands), [True] * len(step.outs)

@@ -54,7 +54,7 @@ class Environment:
     self._known: dict[Key, Any] = {}
     self._number = number
 
-  def write(self, variables: Sequence[Var], values: Sequence[Any]) -> None:
+  def write(self, variables: Sequence[Var], values: Sequence[jax.Array]) -> None:
     """Define variables, each in the dtype that it is held in."""
     self.fill(map(Key, variables), values)
 

@@ -38,7 +38,7 @@ class Decided(NamedTuple):
 
   call: Call
   planned: Planned
-  captured: Sequence[Any]
+  captured: Sequence[jax.Array]
 
   @property
   def planner(self) -> Planner:

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-Matmul = Callable[[Any, Any], Any]
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def unfolded(matmul: Matmul) -> Matmul:
   """A matmul of 16-bit factors with a float32 result, as one that a CPU can run anywhere."""
 
-  def run(left: Any, right: Any) -> Any:
+  def run(left: jax.Array, right: jax.Array) -> jax.Array:
     return fixed(matmul(fixed(left), fixed(right)))
 
   return run
@@ -37,13 +38,13 @@ def but_on_gpus(matmul: Matmul, rounded: Matmul) -> Matmul:
     rounded: The same, its result rounded and float32 again.
   """
 
-  def run(left: Any, right: Any) -> Any:
+  def run(left: jax.Array, right: jax.Array) -> jax.Array:
     return lax.platform_dependent(left, right, cuda=rounded, rocm=rounded, default=matmul)
 
   return run
 
 
-def fixed(x: Any) -> Any:
+def fixed(x: jax.Array) -> jax.Array:
   """An array whose dimensions stay in this order on a CPU."""
   return fixed_p.bind(x)
 
@@ -53,7 +54,7 @@ fixed_p = Primitive("mpjax_fixed")
 
 
 @fixed_p.def_impl
-def _impl(x: Any) -> Any:
+def _impl(x: jax.Array) -> jax.Array:
   return x
 
 

@@ -54,7 +54,7 @@ class Scaled(NamedTuple):
   scale: jax.Array
 
 
-def scaled(x: Any, dtype: np.dtype, apart: Sequence[int] = ()) -> Scaled:
+def scaled(x: jax.Array, dtype: np.dtype, apart: Sequence[int] = ()) -> Scaled:
   """Rounds an array to a float8 format under the scale of its largest finite magnitude.
 
   What is not finite stays so and does not touch the scale. Zero has a scale, too.
@@ -118,7 +118,7 @@ class Product(NamedTuple):
     first, second = map(tuple, (sides[operand], sides[1 - operand]))
     return cls(first, second, result, contraction.dtype, contraction.dtype)
 
-  def run(self, operand: Any, stored: Any) -> Any:
+  def run(self, operand: jax.Array, stored: jax.Array) -> jax.Array:
     """The product, in 8 or 16 bits as its operands are."""
     both = [name for name in self.operand if name in self.stored]
     batch = [name for name in both if name in self.result]
@@ -132,14 +132,14 @@ class Product(NamedTuple):
     order = [*batch, *free]
     return jnp.transpose(fixed(found), [order.index(name) for name in self.result])
 
-  def run_scaled(self, operand: Scaled, stored: Scaled) -> Any:
+  def run_scaled(self, operand: Scaled, stored: Scaled) -> jax.Array:
     """The product of two that have scales; those of summed examples are in the operand already."""
     found = self.run(operand.values, stored.values)
     for names, scale in ((self.operand, operand.scale), (self.stored, stored.scale)):
       found *= to_dtype(_along(scale, names, self.result), self.dtype)
     return found
 
-  def round_and_run(self, operand: Any, stored: Scaled) -> Any:
+  def round_and_run(self, operand: jax.Array, stored: Scaled) -> jax.Array:
     """The product of a derivative, which is rounded to e5m2, and a stored operand."""
     apart = [n for n, name in enumerate(self.operand) if self._is_apart(name)]
     if any(name in self.stored and not self._is_apart(name) for name in self.examples):
@@ -195,11 +195,11 @@ def in_float8(contraction: Contraction, backward: bool = False) -> Matmul:
   """
   formats = [BACKWARD if backward and n != contraction.wide else FORWARD for n in (0, 1)]
 
-  def multiply(left: Any, right: Any) -> Any:
+  def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
     product = Product.of(contraction, (left.ndim, right.ndim), 0)
     return product.run_scaled(scaled(left, formats[0]), scaled(right, formats[1]))
 
-  def along(tangent: Any, stored: Any, operand: int) -> Any:
+  def along(tangent: jax.Array, stored: jax.Array, operand: int) -> jax.Array:
     ranks = (tangent.ndim, stored.ndim) if operand == 0 else (stored.ndim, tangent.ndim)
     values = scaled(constant(stored), formats[1 - operand])
     product = Product.of(contraction, ranks, operand)
@@ -222,7 +222,9 @@ from: through that goes its derivative, and nothing reads it in the product itse
 
 
 @_tangent_p.def_impl
-def _impl(operand: Any, values: Any, scale: Any, origin: Any, *, product: Product) -> Any:
+def _impl(
+  operand: jax.Array, values: jax.Array, scale: jax.Array, origin: jax.Array, *, product: Product
+) -> jax.Array:
   del origin
   return product.round_and_run(operand, Scaled(values, scale))
 
@@ -245,7 +247,9 @@ def _jvp(primals: Any, tangents: Any, *, product: Product) -> Any:
   return result, functools.reduce(operator.add, terms) if terms else jnp.zeros_like(result)
 
 
-def _transpose(cotangent: Any, operand: Any, *stored: Any, product: Product) -> Any:
+def _transpose(
+  cotangent: jax.Array, operand: jax.Array, *stored: jax.Array, product: Product
+) -> Any:
   nothing = (None,) * len(stored)
   if isinstance(cotangent, ad.Zero):
     return None, *nothing

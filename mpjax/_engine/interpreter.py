@@ -25,6 +25,7 @@ from mpjax._engine import (
   versions,
 )
 from mpjax._engine.attached_derivatives import with_derivative
+from mpjax._engine.bodies import mapped
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, unfolded
@@ -40,6 +41,7 @@ from mpjax._engine.planner import Planner
 from mpjax._engine.repeats import Repeat, Unit
 from mpjax._engine.scaled_cotangents import UNSCALED, within
 from mpjax._engine.softmax import Softmax
+from mpjax._engine.versions import ClosedJaxpr
 
 T = TypeVar("T")
 
@@ -61,12 +63,12 @@ class Interpreter:
     self._stepwise = stepwise
     self._rebuilt: dict[int, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
-    self._functions: dict[Hashable, Callable[..., list[Any]]] = {}
+    self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
     self._of_steps: dict[int, tuple[Step, Any]] = {}
 
   def run(
-    self, plan: Plan, operands: Sequence[Any], captured: Sequence[Any] | None = None
-  ) -> list[Any]:
+    self, plan: Plan, operands: Sequence[jax.Array], captured: Sequence[jax.Array] | None = None
+  ) -> list[jax.Array]:
     """Execute a plan on operands that are held as its forms say.
 
     Args:
@@ -156,13 +158,9 @@ class Interpreter:
 
   def _run_weighting(self, step: Step, weights: Key, values: Environment, scopes: int) -> None:
     """Run a matmul so that the cotangent of its weights does not round."""
-    eqn = step.eqn
-    wide = 0 if eqn.invars[0] is weights.var else 1
-    with jaxprs.located(eqn, slice(scopes, None)):
-      other = values.read(eqn.invars[1 - wide], step.reads[1 - wide])
-      contraction = Contraction.of(step.params, wide, other.dtype)
-      weigh = with_wide_cotangent(contraction)
-      values.write(eqn.outvars, [weigh(values.get(weights), other)])
+    wide = 0 if step.eqn.invars[0] is weights.var else 1
+    with jaxprs.located(step.eqn, slice(scopes, None)):
+      self.run_step(replace(step, parameter=wide, float8=None), values)
 
   def _function(
     self,
@@ -171,10 +169,10 @@ class Interpreter:
     inputs: Sequence[Key],
     outputs: Sequence[Key],
     scopes: int,
-  ) -> Callable[..., list[Any]]:
+  ) -> Callable[..., list[jax.Array]]:
     """Some units as a function from what they read to what others read of them."""
 
-    def compute(*operands: Any) -> list[Any]:
+    def compute(*operands: jax.Array) -> list[jax.Array]:
       inside = Environment(self.planner.adapting.saturated)
       inside.fill(inputs, operands)
       for unit in units:
@@ -183,7 +181,7 @@ class Interpreter:
 
     return compute
 
-  def rebuild(self, plan: Plan) -> Any:
+  def rebuild(self, plan: Plan) -> ClosedJaxpr:
     """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
     if id(plan) not in self._rebuilt:
       invars = versions.open_jaxpr(plan.jaxpr).invars
@@ -202,18 +200,18 @@ class Interpreter:
 
 
 def _rounding(
-  compute: Callable[..., list[Any]],
+  compute: Callable[..., list[jax.Array]],
   dtype: np.dtype | None,
   last: JaxprEqn,
   scopes: int,
-) -> Callable[..., list[Any]]:
+) -> Callable[..., list[jax.Array]]:
   """A function whose one result is cast to a format, if there is one, in its last step's scope.
 
   What crosses the border of a checkpoint lies in memory: so the result rounds inside, and with it
   the cotangent that comes in.
   """
 
-  def run(*operands: Any) -> list[Any]:
+  def run(*operands: jax.Array) -> list[jax.Array]:
     (result,) = compute(*operands)
     with jaxprs.located(last, slice(scopes, None)):
       return [result if dtype is None else to_dtype(result, dtype)]
@@ -224,17 +222,17 @@ def _rounding(
 # How each rule runs ------------------------------------------------------------------------------
 
 
-def _bind(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _bind(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   del interpreter
   return jaxprs.run_with(step.eqn, operands, step.params)
 
 
-def _traced(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _traced(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   del interpreter
   return jaxprs.run_as_traced(step.eqn, operands)
 
 
-def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _lower(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul in 16 bits, or 8; the gradient of a parameter leaves its own in float32."""
   if step.float8 is not None and step.float8.parameter is not None:
     wide, other = operands[step.float8.parameter], operands[1 - step.float8.parameter]
@@ -249,7 +247,7 @@ def _lower(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[An
   return [with_wide_cotangent(product)(wide, other)]
 
 
-def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """An elementwise operation; a parameter that it spreads rounds after it was spread.
 
   ``add h:bf16[8,4] b:f32[1,4]`` becomes ``c:f32[8,4] = broadcast_in_dim b``, then
@@ -264,7 +262,7 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[A
   return _bind(interpreter, step, operands)
 
 
-def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   del interpreter
   factors, rest = operands[:2], operands[2:]
@@ -281,7 +279,7 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
   return [with_derivative(run, moved, moved)(*factors)]
 
 
-def _multiply(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
   del interpreter
   contracted, batch = step.params["dimension_numbers"]
@@ -295,7 +293,7 @@ def _multiply(interpreter: Interpreter, step: Step, operands: list[Any]) -> list
   return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
 
 
-def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   name, (body,) = step.eqn.primitive.name, step.bodies
   if name == "shard_map":
     return _shard_map(interpreter, step, operands)
@@ -309,40 +307,32 @@ def _call(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any
 _KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
 
 
-def _loss_scale(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _loss_scale(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   return jaxprs.run_with(step.eqn, operands, within(step.params, interpreter.loss_scale))
 
 
-def _marked(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _marked(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   del interpreter
   return jaxprs.evaluate(step.params["jaxpr"], operands)
 
 
-def _shard_map(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
-  params, (body,) = step.params, step.bodies
-  mapped = jax.shard_map(
-    lambda *shards: tuple(interpreter.run(body, shards)),
-    mesh=params["mesh"],
-    in_specs=tuple(params["in_specs"]),
-    out_specs=tuple(params["out_specs"]),
-    axis_names=params["newly_manual_axes"],
-    check_vma=params["check_vma"],
-  )
-  return list(mapped(*operands))
+def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  (body,) = step.bodies
+  return list(mapped(step.eqn, lambda *shards: tuple(interpreter.run(body, shards)))(*operands))
 
 
-def _scan(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
   return jaxprs.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
 
 
-def _while(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _while(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   cond, body = map(interpreter.rebuild, step.bodies)
   params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
   return jaxprs.run_with(step.eqn, operands, params)
 
 
-def _cond(interpreter: Interpreter, step: Step, operands: list[Any]) -> list[Any]:
+def _cond(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   branches = tuple(map(interpreter.rebuild, step.bodies))
   return jaxprs.run_with(step.eqn, operands, step.params | {"branches": branches})
 

@@ -15,12 +15,12 @@ from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
 from jax.sharding import AxisType
 
 from mpjax._engine import versions
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, ClosedJaxpr
 
 _FLOAT32 = np.dtype(np.float32)
 
 
-def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> Any:
+def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
   """Trace ``fn(*avals)`` to a closed jaxpr."""
   return jax.make_jaxpr(fn)(*avals)
 
@@ -99,7 +99,7 @@ def located(eqn: JaxprEqn, scopes: slice = slice(None)) -> Iterator[None]:
     yield
 
 
-def sources(inner: Any, moves: Collection[str]) -> Callable[[Any], Any]:
+def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
   """Tells what an operand was before primitives that are called moves moved or spread it.
 
   Args:
@@ -129,17 +129,19 @@ def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
   return depth
 
 
-def evaluate(closed: Any, operands: Sequence[Any]) -> list[Any]:
+def evaluate(closed: AnyJaxpr, operands: Sequence[jax.Array]) -> list[jax.Array]:
   """The results of a closed jaxpr on operands of the dtypes that it has."""
   return evaluate_open(versions.open_jaxpr(closed), versions.constants(closed), operands)
 
 
-def evaluate_open(inner: Jaxpr, constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
+def evaluate_open(
+  inner: Jaxpr, constants: Sequence[Any], operands: Sequence[jax.Array]
+) -> list[jax.Array]:
   """The results of a jaxpr with these for its constants."""
   return jax.core.eval_jaxpr(inner, constants, *operands)
 
 
-def depending(closed: Any, on: Sequence[bool]) -> list[bool]:
+def depending(closed: AnyJaxpr, on: Sequence[bool]) -> list[bool]:
   """Which results of a jaxpr may depend on some of its operands."""
   inner = versions.open_jaxpr(closed)
   found = {var for var, is_on in zip(inner.invars, on, strict=True) if is_on}
@@ -149,7 +151,7 @@ def depending(closed: Any, on: Sequence[bool]) -> list[bool]:
   return [not isinstance(atom, Literal) and atom in found for atom in inner.outvars]
 
 
-def run_as_traced(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+def run_as_traced(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
   """Evaluate one equation with operands of the dtypes that it was traced with."""
   variables = [a for a in eqn.invars if not isinstance(a, Literal)]
   values = [x for a, x in zip(eqn.invars, operands, strict=True) if not isinstance(a, Literal)]
@@ -182,7 +184,9 @@ def is_sharded_explicitly(aval: Any) -> bool:
   return AxisType.Explicit in aval.sharding.mesh.axis_types
 
 
-def run_with(eqn: JaxprEqn, operands: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+def run_with(
+  eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, Any]
+) -> list[jax.Array]:
   """Bind an equation's primitive to other operands and parameters; always returns a list."""
   bind = eqn.primitive.bind
   if eqn.primitive.name in _TRACED_DERIVATIVES and is_sharded_explicitly(eqn.outvars[0].aval):

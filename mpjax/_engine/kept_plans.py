@@ -27,7 +27,7 @@ from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
 from mpjax._engine.plan import Forms, Plan
 from mpjax._engine.planner import Known, Planner
-from mpjax._engine.versions import ClosedJaxpr
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
 
 PROGRAMS = 32
 """How many programs are kept: those that were called last."""
@@ -49,7 +49,7 @@ class Program:
     located: Whether a body that several modules call is planned for each.
   """
 
-  jaxpr: Any
+  jaxpr: AnyJaxpr
   forms: Forms
   known: Known
   policies: PolicyMap
@@ -78,7 +78,7 @@ class Planned:
     return self._interpreters[loss_scale]
 
 
-def planned(program: Program, operands: Sequence[Any]) -> Planned:
+def planned(program: Program, operands: Sequence[jax.Array]) -> Planned:
   """The plan of a program, or the one that was kept for an equal program.
 
   It is kept where every operand is an array that is there, or the derivative of a call with such
@@ -124,7 +124,7 @@ _settings = operator.attrgetter(
 )
 
 
-def _code_of(program: Program, operands: Sequence[Any]) -> Hashable | None:
+def _code_of(program: Program, operands: Sequence[jax.Array]) -> Hashable | None:
   """Equal for programs that are planned and executed alike; None where that cannot be told.
 
   Of what is differentiated with respect to other operands another case of its rules is asked for.
@@ -155,14 +155,14 @@ class _Codes:
     self._done: dict[tuple[int, int], tuple[Any, Hashable]] = {}  # by identity and depth
     self._open: list[Hashable] = []  # the function whose rules are being read, as often as it is
 
-  def jaxpr(self, jaxpr: Any) -> Hashable:
+  def jaxpr(self, jaxpr: AnyJaxpr) -> Hashable:
     """The code of a jaxpr, but for its constants; variables are counted as they come."""
     key = id(jaxpr), len(self._open)
     if key not in self._done:
       self._done[key] = jaxpr, self._jaxpr(jaxpr)
     return self._done[key][1]
 
-  def _jaxpr(self, jaxpr: Any) -> Hashable:
+  def _jaxpr(self, jaxpr: AnyJaxpr) -> Hashable:
     inner = versions.open_jaxpr(jaxpr)
     bound = [*inner.constvars, *inner.invars]
     numbers: dict[Any, int] = {v: n for n, v in enumerate(bound)}
@@ -208,7 +208,7 @@ class _Codes:
     self._open.pop()
     return code
 
-  def _body(self, jaxpr: Any) -> Hashable:
+  def _body(self, jaxpr: AnyJaxpr) -> Hashable:
     """The code of a jaxpr that may not hold arrays: those of the first call would be used."""
     if len(versions.constants(jaxpr)):
       raise _NotComparedError
@@ -235,7 +235,7 @@ _DEPTH = 2
 """How often the rules of a function are read within each other."""
 
 
-def _traced_rules(eqn: JaxprEqn) -> list[Any]:
+def _traced_rules(eqn: JaxprEqn) -> list[ClosedJaxpr]:
   """The traces of the rules, as they are where everything has a tangent."""
   ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
   try:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, Primitive
@@ -46,10 +47,10 @@ class _Forward(NamedTuple):
 
   jaxpr: AnyJaxpr
   sources: tuple[int, ...]
-  residuals: list[Any]
+  residuals: list[jax.core.AbstractValue]
   tree: Any
 
-  def run(self, operands: Sequence[Any]) -> list[Any]:
+  def run(self, operands: Sequence[jax.Array]) -> list[jax.Array]:
     """Results and residuals."""
     return jaxprs.evaluate(self.jaxpr, operands)
 
@@ -91,14 +92,16 @@ class _Derivative:
     )
     self.back = kernel.derived(self._back_in, f"{kernel.name}, its backward pass")
 
-  def asked_for(self, values: Sequence[Any]) -> list[Any]:
+  def asked_for(self, values: Sequence[jax.Array]) -> list[jax.Array]:
     """The entries of a list as long as that of the operands in whose place one was asked for."""
     return [v for v, asked in zip(values, self._asked, strict=True) if asked]
 
-  def _function(self, dtype: np.dtype, operands: Sequence[Any]) -> Callable[..., list[Any]]:
+  def _function(
+    self, dtype: np.dtype, operands: Sequence[jax.Array]
+  ) -> Callable[..., list[jax.Array]]:
     """The kernel as a function of the operands that were asked for."""
 
-    def fn(*values: Any) -> list[Any]:
+    def fn(*values: jax.Array) -> list[jax.Array]:
       rest = iter(values)
       slots = zip(operands, self._asked, strict=True)
       return self._kernel.run(dtype, *(next(rest) if asked else x for x, asked in slots))
@@ -108,7 +111,7 @@ class _Derivative:
   def _trace_forward(self, dtype: np.dtype) -> _Forward:
     tree: Any = None
 
-    def fn(*operands: Any) -> list[Any]:
+    def fn(*operands: jax.Array) -> list[jax.Array]:
       nonlocal tree
       out, pullback = jax.vjp(self._function(dtype, operands), *self.asked_for(operands))
       residuals, tree = jax.tree.flatten(pullback)
@@ -135,7 +138,7 @@ class _Derivative:
   def _operands(self, dtype: np.dtype) -> Sequence[Any]:
     return self._kernel.traced_in(dtype).in_avals
 
-  def _handed(self, dtype: np.dtype) -> list[Any]:
+  def _handed(self, dtype: np.dtype) -> list[jax.Array]:
     """The abstract operands of the derivative in a format, before tangents or cotangents."""
     forward, fits = self._in(dtype)
     residuals = forward.residuals if fits else self._layout.residuals
@@ -146,7 +149,7 @@ class _Derivative:
     forward, fits = self._in(dtype)
     count, unused = len(self._kernel.results), self._layout.residuals
 
-    def run(*operands: Any) -> list[Any]:
+    def run(*operands: jax.Array) -> list[jax.Array]:
       found = forward.run(operands)
       stored = found[count:] if fits else [jnp.zeros(a.shape, a.dtype) for a in unused]
       return [*found[:count], *(stored[n] for n in self._new)]
@@ -157,7 +160,7 @@ class _Derivative:
     forward, fits = self._in(dtype)
     handed = self._handed(dtype)
 
-    def run(*flat: Any) -> list[Any]:
+    def run(*flat: Any) -> list[jax.Array]:
       operands, cotangents = flat[: self._count], flat[len(handed) :]
       if fits:
         place = dict(zip([*range(self._count), *self._places], flat[: len(handed)], strict=True))
@@ -171,7 +174,7 @@ class _Derivative:
   def _along_in(self, dtype: np.dtype) -> tuple[Run, Sequence[Any]]:
     handed = self._handed(dtype)
 
-    def run(*flat: Any) -> list[Any]:
+    def run(*flat: Any) -> list[jax.Array]:
       operands, tangents = flat[: self._count], flat[len(handed) :]
       values = self.asked_for(operands)
       _, found = jax.jvp(self._function(dtype, operands), tuple(values), tuple(tangents))
@@ -180,7 +183,7 @@ class _Derivative:
     return run, [*handed, *self.asked_for(self._operands(dtype))]
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, kernel: Kernel) -> Any:
+def _jvp(primals: Sequence[jax.Array], tangents: Sequence[jax.Array], *, kernel: Kernel) -> Any:
   asked = tuple(not isinstance(t, ad.Zero) for t in tangents)
   derivative = _Derivative(kernel, asked)
   found = cast_inputs_p.bind(*primals, kernel=derivative.forward)
@@ -211,12 +214,12 @@ _tangent_p.multiple_results = True
 
 
 @_tangent_p.def_impl
-def _impl(*operands: Any, kernel: Callable[[], Kernel], **_: Any) -> list[Any]:
+def _impl(*operands: jax.Array, kernel: Callable[[], Kernel], **_: Any) -> list[jax.Array]:
   return kernel().run(FLOAT32, *operands)
 
 
 @_tangent_p.def_abstract_eval
-def _abstract_eval(*avals: Any, results: tuple[Any, ...], **_: Any) -> list[Any]:
+def _abstract_eval(*avals: Any, results: tuple[Any, ...], **_: Any) -> list[jax.Array]:
   del avals
   return list(results)
 
@@ -226,7 +229,7 @@ def _tangent_jvp(primals: Any, tangents: Any, *, kernel: Callable[[], Kernel], *
 
 
 def _transpose(
-  cotangents: Any, *operands: Any, back: Kernel, known: int, **_: Any
+  cotangents: Any, *operands: jax.Array, back: Kernel, known: int, **_: Any
 ) -> list[Any | None]:
   given = map(ad.instantiate_zeros, cotangents)
   found = cast_inputs_p.bind(*operands[:known], *given, kernel=back)
@@ -239,7 +242,7 @@ def _transpose(
 
 def _batch(
   axis: Any,
-  operands: Sequence[Any],
+  operands: Sequence[jax.Array],
   dims: Sequence[Any],
   *,
   kernel: Callable[[], Kernel],

@@ -22,8 +22,9 @@ from jax.interpreters import batching, mlir
 
 from mpjax._core.dtypes import CASTABLE, FLOAT32, describe
 from mpjax._engine import jaxprs, versions
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
 
-Run = Callable[..., list[Any]]
+Run = Callable[..., list[jax.Array]]
 Dims = Sequence[int | None]
 
 
@@ -53,7 +54,7 @@ class Kernel:
     self.results = [as_float32(aval, first) for aval in formats[first].out_avals]
     self.effects = versions.open_jaxpr(formats[first]).effects
 
-  def jaxprs(self) -> list[Any]:
+  def jaxprs(self) -> list[ClosedJaxpr]:
     """Its closed jaxprs, in every format that it has."""
     return [found for found in self._formats.values() if not isinstance(found, Exception)]
 
@@ -61,7 +62,7 @@ class Kernel:
     """Whether it can be traced in a format."""
     return not isinstance(self._formats[dtype], Exception)
 
-  def traced_in(self, dtype: np.dtype) -> Any:
+  def traced_in(self, dtype: np.dtype) -> ClosedJaxpr:
     """Its closed jaxpr in a format.
 
     Raises:
@@ -79,7 +80,7 @@ class Kernel:
       )
     return closed
 
-  def run(self, dtype: np.dtype, *operands: Any) -> list[Any]:
+  def run(self, dtype: np.dtype, *operands: jax.Array) -> list[jax.Array]:
     """Evaluate it in a format, on operands of the dtypes that its jaxpr has."""
     return jaxprs.evaluate(self.traced_in(dtype), operands)
 
@@ -91,7 +92,7 @@ class Kernel:
       name: Its name.
     """
 
-    def trace(dtype: np.dtype) -> Any:
+    def trace(dtype: np.dtype) -> ClosedJaxpr:
       if not self.has(dtype):
         raise self._formats[dtype]
       run, avals = make(dtype)
@@ -135,7 +136,7 @@ def _listed(avals: Sequence[Any]) -> str:
   return ", ".join(map(describe, avals))
 
 
-def traced(name: str, fn: Run, arrays: Sequence[Any]) -> tuple[Kernel, list[Any]]:
+def traced(name: str, fn: Run, arrays: Sequence[jax.Array]) -> tuple[Kernel, list[Any]]:
   """A function in every format, and the tracers that it closes over, its first operands.
 
   Args:
@@ -148,7 +149,7 @@ def traced(name: str, fn: Run, arrays: Sequence[Any]) -> tuple[Kernel, list[Any]
   """
   avals = [jax.typeof(x) for x in arrays]
 
-  def trace(dtype: np.dtype) -> Any:
+  def trace(dtype: np.dtype) -> ClosedJaxpr:
     cast = [jaxprs.with_dtype(a, dtype) if a.dtype == FLOAT32 else a for a in avals]
     return jaxprs.trace(fn, cast)
 
@@ -161,11 +162,11 @@ def traced(name: str, fn: Run, arrays: Sequence[Any]) -> tuple[Kernel, list[Any]
   return Kernel(name, formats), captured
 
 
-def _with_operands(closed: Any, captured: Sequence[Any]) -> Any:
+def _with_operands(closed: AnyJaxpr, captured: Sequence[jax.Array]) -> Any:
   """A jaxpr that takes some of its constants as its first operands."""
   inner, count = versions.open_jaxpr(closed), len(captured)
 
-  def fn(*operands: Any) -> list[Any]:
+  def fn(*operands: jax.Array) -> list[jax.Array]:
     given = {id(x): operand for x, operand in zip(captured, operands[:count], strict=True)}
     constants = [given.get(id(x), x) for x in versions.constants(closed)]
     return jaxprs.evaluate_open(inner, constants, operands[count:])
@@ -181,7 +182,7 @@ cast_inputs_p.multiple_results = True
 
 
 @cast_inputs_p.def_impl
-def _impl(*operands: Any, kernel: Kernel) -> list[Any]:
+def _impl(*operands: jax.Array, kernel: Kernel) -> list[jax.Array]:
   return kernel.run(FLOAT32, *operands)
 
 

@@ -15,7 +15,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
 
 Indices = tuple[int, ...]
 
@@ -36,13 +36,13 @@ class Needs:
 
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
-    self._ends: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
+    self._ends: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
     self._factoring: dict[int, bool] = {}
-    self._heads: dict[Any, tuple[frozenset[Any], frozenset[int]]] = {}
+    self._heads: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
 
   def summed(
     self,
-    inner: Any,
+    inner: Jaxpr,
     parameters: Indices,
     kin: Sequence[int],
     outs: Indices,
@@ -90,7 +90,7 @@ class Needs:
     return Sums(pure, origins, frozenset(updates), leading, states)
 
   def _leading(
-    self, inner: Any, updates: Mapping[Any, Any], outs: Indices, *, through_calls: bool = False
+    self, inner: Jaxpr, updates: Mapping[Any, Any], outs: Indices, *, through_calls: bool = False
   ) -> dict[Any, bool]:
     """The variables that are added up by and by, with whether in an update: else in a result."""
     results = [inner.outvars[n] for n in outs if n < len(inner.outvars)]
@@ -107,7 +107,7 @@ class Needs:
           found[atom] = found.get(atom, False) or any(leads)
     return found
 
-  def logarithms(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Any]:
+  def logarithms(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
     """The variables of a jaxpr that lead into a logarithm, with no matmul between.
 
     Args:
@@ -116,7 +116,7 @@ class Needs:
     """
     return self._into(_LOGARITHMS, jaxpr, outs)[0]
 
-  def factored(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Any]:
+  def factored(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
     """The variables of a jaxpr that lead into a factorization, with no matmul between.
 
     Args:
@@ -125,7 +125,7 @@ class Needs:
     """
     return self._into(_FACTORS, jaxpr, outs)[0] if outs or self._factorizes(jaxpr) else frozenset()
 
-  def factored_by_bodies(self, eqn: JaxprEqn, found: frozenset[Any]) -> frozenset[int]:
+  def factored_by_bodies(self, eqn: JaxprEqn, found: frozenset[Var]) -> frozenset[int]:
     """Which results of an equation's bodies lead into a factorization, in them or outside.
 
     Args:
@@ -151,7 +151,7 @@ class Needs:
   def _bodies_factorize(self, eqn: JaxprEqn) -> bool:
     return any(self._factorizes(body.jaxpr) for body in bodies_of(eqn))
 
-  def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Any], frozenset[int]]:
+  def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Var], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
 
     Args:
@@ -164,7 +164,7 @@ class Needs:
     key = id(jaxpr), outs
     if key not in self._heads:
       inner, into = versions.open_jaxpr(jaxpr), self.logarithms(jaxpr, outs)
-      source, found = jaxprs.sources(inner, MOVES), set[Any]()
+      source, found = jaxprs.sources(inner, MOVES), set[Var]()
       for eqn in inner.eqns:
         results = frozenset(n for n, var in enumerate(eqn.outvars) if var in into)
         read = eqn.invars if results and eqn.primitive.name in _MATMULS else []
@@ -178,7 +178,7 @@ class Needs:
 
   def _into(
     self, ends: frozenset[str], jaxpr: AnyJaxpr, outs: frozenset[int]
-  ) -> tuple[frozenset[Any], frozenset[int]]:
+  ) -> tuple[frozenset[Var], frozenset[int]]:
     """What leads into some primitives: variables, and operands by index."""
     key = ends, id(jaxpr), outs
     if key not in self._ends:
@@ -231,11 +231,11 @@ class Sums(NamedTuple):
     given_back: The variables that lead to a state among the parameters that is returned.
   """
 
-  pure: Mapping[Any, int]
-  origins: Mapping[Any, int]
-  updates: frozenset[Any]
+  pure: Mapping[Var, int]
+  origins: Mapping[Var, int]
+  updates: frozenset[Var]
   leading: Mapping[Any, bool]
-  given_back: Collection[Any]
+  given_back: Collection[Var]
 
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether a matmul makes what is added to a parameter, or is the gradient of one."""
@@ -245,7 +245,7 @@ class Sums(NamedTuple):
       return False
     return self.leading[result] or bool(self.origins[result] & _BORN)
 
-  def kin(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+  def kin(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
     """For each operand of a body from which of its parameters it was computed; none if from none.
 
     A parameter is one by its place among the operands.
@@ -264,7 +264,7 @@ _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 
 
-def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Any, int], invars: Sequence[Any]) -> bool:
+def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Var, int], invars: Sequence[Any]) -> bool:
   """Whether an equation adds to a parameter, or to a part of one: no bias, spread over a batch."""
   bits, size = pure.get(var, 0), jaxprs.size(eqn.outvars[0])
   return bool(bits) and jaxprs.size(var) == size <= max(_sizes(bits, invars), default=0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, Var
 
 _KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _MATMULS = having(Trait.MATMUL)
@@ -64,7 +63,7 @@ def accumulates(jaxpr: AnyJaxpr, carry: range) -> tuple[float, ...]:
   return tuple(_through(jaxpr, carry, len(carry)))
 
 
-def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Any, float]) -> list[float]:
+def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Var, float]) -> list[float]:
   """How many terms were added to each result of an equation that reads what is carried."""
   bodies = [body for body in bodies_of(eqn) if not body.is_test]
   if not bodies:
@@ -82,7 +81,7 @@ def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Any, float]) -> list[flo
 def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[float]:
   """How many terms a jaxpr adds to those operands that are carried, in each of its results."""
   inner = versions.open_jaxpr(jaxpr)
-  terms: dict[Any, float] = {inner.invars[n]: 0.0 for n in reading}
+  terms: dict[Var, float] = {inner.invars[n]: 0.0 for n in reading}
   for eqn in inner.eqns:
     known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
     if known and eqn.primitive.name not in _MATMULS:

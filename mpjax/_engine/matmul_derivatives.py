@@ -55,7 +55,7 @@ class Contraction(NamedTuple):
     contracted, batch = (tuple(map(_dims, pair)) for pair in params["dimension_numbers"])
     return cls(wide, contracted, batch, dtype, params["precision"])
 
-  def run(self, wide: Any, other: Any) -> Any:
+  def run(self, wide: jax.Array, other: jax.Array) -> jax.Array:
     """The matmul: the wide operand is rounded."""
     narrow = to_dtype(wide, self.dtype)
     left, right = (narrow, other) if self.wide == 0 else (other, narrow)
@@ -68,7 +68,7 @@ class Contraction(NamedTuple):
       preferred_element_type=self.dtype,
     )
 
-  def transpose(self, cotangent: Any, other: Any, aval: Any) -> Any:
+  def transpose(self, cotangent: jax.Array, other: jax.Array, aval: Any) -> jax.Array:
     """The float32 cotangent of the wide operand."""
     rank = len(aval.shape)
     batch, contracted = (
@@ -122,7 +122,7 @@ def _shifted(dims: Dims, by: int) -> Dims:
   return tuple(dim + by for dim in dims)
 
 
-def _turned(x: Any, labels: Sequence[str], order: Sequence[str]) -> Any:
+def _turned(x: jax.Array, labels: Sequence[str], order: Sequence[str]) -> jax.Array:
   """An array whose dimensions have names, in another order."""
   return jnp.transpose(x, [labels.index(label) for label in order])
 
@@ -144,25 +144,25 @@ class Convolution(NamedTuple):
   dtype: np.dtype
   mapped: tuple[tuple[bool, bool], ...] = ()
 
-  def run(self, wide: Any, other: Any) -> Any:
+  def run(self, wide: jax.Array, other: jax.Array) -> jax.Array:
     """The convolution: the wide operand is rounded."""
     return self._bind(to_dtype(wide, self.dtype), other)
 
-  def _bind(self, narrow: Any, other: Any) -> Any:
+  def _bind(self, narrow: jax.Array, other: jax.Array) -> jax.Array:
     pair = (narrow, other) if self.wide == 0 else (other, narrow)
     run: Matmul = functools.partial(self.primitive.bind, **dict(self.params))
     for first, second in self.mapped:
       run = jax.vmap(run, (0 if first else None, 0 if second else None))
     return run(*pair)
 
-  def transpose(self, cotangent: Any, other: Any, aval: Any) -> Any:
+  def transpose(self, cotangent: jax.Array, other: jax.Array, aval: Any) -> jax.Array:
     """The float32 cotangent of the wide operand.
 
     It is a convolution and moves, as JAX writes it, with another dtype of the result.
     """
     operand = jaxprs.with_dtype(aval, self.dtype)
 
-    def transposed(cotangent: Any, other: Any) -> Any:
+    def transposed(cotangent: jax.Array, other: jax.Array) -> Any:
       return jax.linear_transpose(lambda x: self._bind(x, other), operand)(cotangent)[0]
 
     traced = jaxprs.trace(transposed, [cotangent, other])
@@ -196,7 +196,7 @@ def _summing_in_float32(jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
   return [read(atom) for atom in inner.outvars]
 
 
-def _convolved(eqn: JaxprEqn, values: Sequence[Any]) -> Any:
+def _convolved(eqn: JaxprEqn, values: Sequence[Any]) -> jax.Array:
   def returning(dtype: np.dtype) -> Matmul:
     params = eqn.params | {"preferred_element_type": dtype}
     return lambda *pair: to_dtype(jaxprs.run_with(eqn, pair, params)[0], FLOAT32)
@@ -234,12 +234,12 @@ _tangent_p = Primitive("mpjax_wide_tangent")
 
 
 @_tangent_p.def_impl
-def _impl(wide: Any, other: Any, *, contraction: Product) -> Any:
+def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Array:
   return contraction.run(wide, other)
 
 
 @_tangent_p.def_abstract_eval
-def _abstract_eval(wide: Any, other: Any, *, contraction: Product) -> Any:
+def _abstract_eval(wide: jax.Array, other: jax.Array, *, contraction: Product) -> Any:
   (aval,) = jax.make_jaxpr(contraction.run)(wide, other).out_avals
   return aval
 
@@ -249,7 +249,9 @@ def _jvp(primals: Any, tangents: Any, *, contraction: Product) -> Any:
   return run(*primals), bilinear(run, run, primals, tangents)
 
 
-def _transpose(cotangent: Any, wide: Any, other: Any, *, contraction: Product) -> Any:
+def _transpose(
+  cotangent: jax.Array, wide: jax.Array, other: jax.Array, *, contraction: Product
+) -> Any:
   if isinstance(cotangent, ad.Zero):
     return None, None
   if ad.is_undefined_primal(wide):

@@ -51,7 +51,7 @@ from mpjax._engine.roles import (
   places_of,
   variables_of,
 )
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
 
 TURNS = 8
 """How often a loop may hand on a product with a gate in 16 bits.
@@ -106,7 +106,7 @@ class NearOne:
 
   def __init__(self, table: Mapping[str, Rule], dtypes: Collection[np.dtype]) -> None:
     self._table, self._roles = table, RoleFinder(dtypes)
-    self._leads: dict[Any, tuple[set[Any], Indices]] = {}
+    self._leads: dict[Any, tuple[set[Var], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
   def exact(
@@ -126,7 +126,7 @@ class NearOne:
 
   # Backwards: what is needed exactly ------------------------------------------------------------
 
-  def _leading(self, jaxpr: AnyJaxpr, recurring: Indices) -> tuple[set[Any], Indices]:
+  def _leading(self, jaxpr: AnyJaxpr, recurring: Indices) -> tuple[set[Var], Indices]:
     """What arithmetic leads from to results that recur, in a jaxpr and among its operands."""
     key = id(jaxpr), recurring
     if key not in self._leads:
@@ -174,12 +174,12 @@ class NearOne:
 
   def _swept(
     self,
-    inner: Any,
+    inner: Jaxpr,
     forward: Forward,
-    leading: Collection[Any],
-    found: set[Any],
-    bounded: set[Any],
-  ) -> tuple[dict[int, tuple[Exact, ...]], set[Any]]:
+    leading: Collection[Var],
+    found: set[Var],
+    bounded: set[Var],
+  ) -> tuple[dict[int, tuple[Exact, ...]], set[Var]]:
     """Adds to what is needed exactly what leads to it; returns what of bodies is, and the gates."""
     inside, gates = {}, set()
     for eqn in reversed(inner.eqns):
@@ -199,7 +199,7 @@ class NearOne:
       found |= variables_of(self._needed(eqn, forward, found))
     return inside, gates
 
-  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Any]) -> Iterable[Any]:
+  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Var]) -> Iterable[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
     name = eqn.primitive.name
     if name in _NEED:
@@ -213,7 +213,7 @@ class NearOne:
     return eqn.invars if passes else ()
 
   def _of_bodies(
-    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Needed, leading: Collection[Any]
+    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Needed, leading: Collection[Var]
   ) -> tuple[tuple[Exact, ...], Needed]:
     """What is needed exactly in an equation's bodies, and which of its operands are."""
     bodies = bodies_of(eqn)
@@ -235,8 +235,8 @@ class NearOne:
       results = results._replace(exact=grown)
 
   def _near_one(
-    self, inner: Any, forward: Forward, leading: Collection[Any]
-  ) -> tuple[set[Any], set[Any]]:
+    self, inner: Jaxpr, forward: Forward, leading: Collection[Var]
+  ) -> tuple[set[Var], set[Var]]:
     """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
 
     And the products of decays with what they made.
@@ -281,13 +281,13 @@ def _is_near(role: Role, other: Role, name: str) -> bool:
   return is_from_one or of_two or own.comes_near(others)
 
 
-def _computed_again(inner: Any, found: set[Any]) -> set[Any]:
+def _computed_again(inner: Jaxpr, found: set[Var]) -> set[Var]:
   """The variables that hold a value which is needed exactly, and are not known to."""
   same = (holding for holding in recomputed(inner) if not found.isdisjoint(holding))
-  return set[Any]().union(*same) - found
+  return set[Var]().union(*same) - found
 
 
-def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) -> list[Indices]:
+def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) -> list[Indices]:
   """Which results of each body recur: a loop's carry, and what leads on to what does outside."""
   outer = {n for n, var in enumerate(eqn.outvars) if var in leading}
   return [
@@ -296,7 +296,7 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Any]) 
   ]
 
 
-def _is_bound(eqn: JaxprEqn, forward: Forward, found: Collection[Any]) -> bool:
+def _is_bound(eqn: JaxprEqn, forward: Forward, found: Collection[Var]) -> bool:
   """Whether an equation cuts off what is needed exactly, as ``x / (1 + |x|)`` and clips do."""
   name = eqn.primitive.name
   if name != "div" or eqn.outvars[0] not in found:
@@ -329,13 +329,14 @@ def _same(inner: Any) -> dict[Any, int]:
 def _part_left(
   eqn: JaxprEqn,
   forward: Forward,
-  products: Callable[[], Mapping[Any, JaxprEqn]],
-  same: Callable[[], Mapping[Any, int]],
-) -> set[Any]:
+  products: Callable[[], Mapping[Var, JaxprEqn]],
+  same: Callable[[], Mapping[Var, int]],
+) -> set[Var]:
   """The gate g of ``v - g * v``, which is ``(1 - g) * v``."""
-  if any(isinstance(atom, Literal) for atom in eqn.invars):
+  operands = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+  if len(operands) < 2:
     return set()
-  for whole, part in (eqn.invars, eqn.invars[::-1]):
+  for whole, part in (operands, operands[::-1]):
     product = products().get(part)
     factors = [] if product is None else product.invars
     for factor, gate in zip(factors, factors[::-1], strict=True):
@@ -346,7 +347,7 @@ def _part_left(
   return set()
 
 
-def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:
+def _readers(inner: Jaxpr) -> dict[Any, list[JaxprEqn | None]]:
   readers: dict[Any, list[JaxprEqn | None]] = {}
   for eqn in inner.eqns:
     for atom in eqn.invars:
@@ -358,7 +359,7 @@ def _readers(inner: Any) -> dict[Any, list[JaxprEqn | None]]:
   return readers
 
 
-def _is_slope(eqn: JaxprEqn, gate: Var, readers: Mapping[Any, Sequence[JaxprEqn | None]]) -> bool:
+def _is_slope(eqn: JaxprEqn, gate: Atom, readers: Mapping[Var, Sequence[JaxprEqn | None]]) -> bool:
   """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
 
   That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -91,7 +91,7 @@ def _rows(free: tuple[tuple[int, ...], ...], rank: int) -> tuple[range, range]:
   return range(middle - len(free[0]), middle), range(middle, rank)
 
 
-def run(step: Step, order: Order, left: Any, right: Any) -> Any:
+def run(step: Step, order: Order, left: jax.Array, right: jax.Array) -> jax.Array:
   """The matmul of a step, computed in another order; its result has the one that is written."""
   contracted, batch = step.params["dimension_numbers"]
   rest = {k: v for k, v in step.params.items() if k != "dimension_numbers"}

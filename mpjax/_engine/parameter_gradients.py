@@ -13,10 +13,12 @@ from jax.sharding import AxisType
 
 from mpjax._core.dtypes import BFLOAT16
 from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, contracts_nothing, is_float32
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
 from mpjax._engine.sharpening import is_inner
+from mpjax._engine.versions import Atom, Var
 
 _ELEMENTWISE = having(Trait.ARITHMETIC)
 
@@ -52,7 +54,7 @@ class CastParameters:
     self._cast = set(variables)
 
   def follow(
-    self, eqn: JaxprEqn, forms: Mapping[Any, Form | None], called: Sequence[int] = ()
+    self, eqn: JaxprEqn, forms: Mapping[Var, Form | None], called: Sequence[int] = ()
   ) -> None:
     """Add what an equation casts or moves, and these results of the function that it calls."""
     self._cast.update(eqn.outvars[n] for n in called)
@@ -62,25 +64,26 @@ class CastParameters:
     if operands and all(self._is_parameter(atom, forms) for atom in operands):
       self._cast.update(v for v in eqn.outvars if _is_float(v) and not is_float32(v))
 
-  def among(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+  def among(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
     """Which of some operands are cast parameters, by index."""
     pairs = enumerate(atoms)
     return tuple(n for n, a in pairs if not isinstance(a, Literal) and a in self._cast)
 
-  def sole(self, eqn: JaxprEqn, forms: Mapping[Any, Form | None]) -> int | None:
+  def sole(self, eqn: JaxprEqn, forms: Mapping[Var, Form | None]) -> int | None:
     """The one operand of a matmul that is a parameter, in whatever format."""
     found = [n for n, atom in enumerate(eqn.invars[:2]) if self._is_parameter(atom, forms)]
     return found[0] if len(found) == 1 else None
 
-  def _is_parameter(self, atom: Any, forms: Mapping[Any, Form | None]) -> bool:
+  def _is_parameter(self, atom: Atom, forms: Mapping[Var, Form | None]) -> bool:
     return not isinstance(atom, Literal) and (forms[atom] == PARAM or atom in self._cast)
 
 
 _CASTS = having(Trait.KEEPS_NUMBERS) - {"gather"}
 
 
-def _is_float(atom: Any) -> bool:
-  return jnp.issubdtype(atom.aval.dtype, jnp.inexact)
+def _is_float(atom: Atom) -> bool:
+  dtype = jaxprs.dtype(atom)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def why_not_float8(
@@ -88,7 +91,7 @@ def why_not_float8(
   rule: Rule,
   forms: Forms,
   parameter: int | None,
-  logarithms: Collection[Any],
+  logarithms: Collection[Var],
   is_head: bool,
 ) -> str:
   """Why a matmul multiplies in 16 bits although its policy says float8; empty if it does not.

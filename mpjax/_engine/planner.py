@@ -21,7 +21,7 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, sharpening, versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions, settled
+from mpjax._engine.bodies import RULES_WITH_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.decisions import NAMEABLE, Decision, Decisions
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
@@ -67,7 +67,7 @@ class Known(NamedTuple):
   parameters: tuple[int, ...] = ()
   kin: tuple[int, ...] = ()
   numbers: tuple[NumberSet, ...] = ()
-  own: Own = Own()
+  own: Own[int] = Own()
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
   factored: frozenset[int] = frozenset()
@@ -168,11 +168,11 @@ class Planner:
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
 
-  def logarithms(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
+  def logarithms(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Var]:
     """What in a jaxpr leads into a logarithm, if that decides anything."""
     return self.needs.logarithms(jaxpr, frozenset(outs)) if self.in_float8 else frozenset()
 
-  def heads(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Any]:
+  def heads(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Var]:
     """What in a jaxpr is multiplied into a logarithm, if that decides anything."""
     return self.needs.heads(jaxpr, frozenset(outs))[0] if self.in_float8 else frozenset()
 
@@ -266,7 +266,7 @@ class _Walk:
     if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, self.decisions.named(eqn, forms, policy)
     elif rule in _WAYS:
-      decision = _WAYS[rule](self, eqn, forms, policy.compute_dtype, place)
+      decision = _WAYS[rule](self, eqn, forms, place)
     else:
       decision = self.decisions.decide(rule, eqn, forms, policy.compute_dtype)
     reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
@@ -314,7 +314,7 @@ class _Walk:
 
   # Reading a value where it is used ---------------------------------------------------------
 
-  def look_up(self, atoms: Sequence[Any], path: Path) -> tuple[list[np.dtype | None], Forms]:
+  def look_up(self, atoms: Sequence[Atom], path: Path) -> tuple[list[np.dtype | None], Forms]:
     """How each operand is held where it is read, and the cast that leaving its module made."""
     vias, forms = [], []
     for atom in atoms:
@@ -334,10 +334,10 @@ class _Walk:
 
   # Deciding an equation that has bodies -------------------------------------------------------
 
-  def call(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
+  def call(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     (held,) = bodies_of(eqn)
     is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
-    own = self.own.among(eqn.invars) if is_call else Own()
+    own: Own[int] = self.own.among(eqn.invars) if is_call else Own()
     known = self.known(eqn, held, forms, own, *self.exact_of_bodies(eqn))
     body = self.planner.plan(held.jaxpr, forms, place, known=known)
     if eqn.primitive.name in _SHARES_READS:
@@ -349,7 +349,7 @@ class _Walk:
     return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
 
   def known(
-    self, eqn: JaxprEqn, body: Body, forms: Sequence[Form | None], own: Own, exact: Exact
+    self, eqn: JaxprEqn, body: Body, forms: Sequence[Form | None], own: Own[int], exact: Exact
   ) -> Known:
     """What is known of the operands and results of a body, all of it if that runs once."""
     atoms = body.take(eqn.invars)
@@ -370,7 +370,7 @@ class _Walk:
       cast=self.cast.among(atoms),
     )
 
-  def places_of_heads(self, atoms: Sequence[Any]) -> tuple[int, ...]:
+  def places_of_heads(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
     return tuple(n for n, atom in enumerate(atoms) if self.is_head(atom)) if self.heads else ()
 
   @functools.cached_property
@@ -384,13 +384,13 @@ class _Walk:
   def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
     return _places_of(eqn.outvars, self.logarithms)
 
-  def scan(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
+  def scan(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     (body,) = bodies_of(eqn)
     own = self.own.among(eqn.invars).without(body.carry)
-    return self.loop(eqn, forms, compute, place, own)
+    return self.loop(eqn, forms, place, own)
 
   def loop(
-    self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place, own: Own | None = None
+    self, eqn: JaxprEqn, forms: Forms, place: Place, own: Own[int] | None = None
   ) -> Decision:
     *tests, body = bodies_of(eqn)
     *of_tests, exact = self.exact_of_bodies(eqn)
@@ -434,7 +434,7 @@ class _Walk:
     wanted = [form and form.dtype for form in operands]
     return Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
 
-  def cond(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Decision:
+  def cond(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     branches, own = bodies_of(eqn), self.own.among(eqn.invars[1:])
     exact = self.exact_of_bodies(eqn)
     known = [self.known(eqn, b, forms[1:], own, e) for b, e in zip(branches, exact, strict=True)]
@@ -445,17 +445,11 @@ class _Walk:
     return Decision([None] * len(forms), outs, eqn.params, bodies)
 
 
-_WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, np.dtype, Place], Decision]] = {
-  Rule.CALL: _Walk.call,
+_WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
+  **dict.fromkeys(RULES_WITH_BODIES, _Walk.call),
   Rule.SCAN: _Walk.scan,
   Rule.WHILE: _Walk.loop,
   Rule.COND: _Walk.cond,
-  Rule.CUSTOM_JVP: _Walk.call,
-  Rule.CUSTOM_VJP: _Walk.call,
-  Rule.CUSTOM_VMAP: _Walk.call,
-  Rule.REMAT_OPT: _Walk.call,
-  Rule.LINEAR_CALL: _Walk.call,
-  Rule.CUSTOM_PARTITIONING: _Walk.call,
 }
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = having(Trait.JIT)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.versions import Atom, Jaxpr, Var
+
+T = TypeVar("T")
 
 _SATURATING = having(Trait.SATURATES)
 
 
-class Own(NamedTuple):
+class Own(NamedTuple, Generic[T]):
   """What depends on nothing but what a model holds: operands by index, or variables.
 
   Attributes:
@@ -20,10 +23,10 @@ class Own(NamedTuple):
     state: That which its state, not its parameters alone, has a part in.
   """
 
-  held: Collection[Any] = ()
-  state: Collection[Any] = ()
+  held: Collection[T] = ()
+  state: Collection[T] = ()
 
-  def among(self, atoms: Sequence[Any]) -> Own:
+  def among(self, atoms: Sequence[Atom]) -> Own[int]:
     """Which of an equation's operands are the model's own; none if no state is among them."""
     held, state = (
       tuple(n for n, atom in enumerate(atoms) if not isinstance(atom, Literal) and atom in part)
@@ -31,13 +34,13 @@ class Own(NamedTuple):
     )
     return Own(held, state) if state else Own()
 
-  def without(self, operands: range) -> Own:
+  def without(self, operands: range) -> Own[T]:
     """The same without some operands."""
     held, state = (tuple(n for n in part if n not in operands) for part in self)
     return Own(held, state) if state else Own()
 
 
-def own_variables(inner: Any, own: Own) -> Own:
+def own_variables(inner: Jaxpr, own: Own[int]) -> Own[Var]:
   """The variables that depend on nothing but a model's own operands; none without state.
 
   What is made of literals alone is among them. A saturating function makes no more a state of what
@@ -55,7 +58,7 @@ def own_variables(inner: Any, own: Own) -> Own:
   return Own(held, state)
 
 
-def power_iteration(inner: Any, state: Collection[Any]) -> set[Any]:
+def power_iteration(inner: Jaxpr, state: Collection[Var]) -> set[Var]:
   """The results of matmuls that take a model's state, one vector, through a matrix and back.
 
   And of its inner products, where there is one. So the norm of a spectral norm is found, by which

@@ -18,6 +18,7 @@ import numpy as np
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.versions import Var
 
 
 class Range(NamedTuple):
@@ -68,7 +69,7 @@ def widened(before: Range, after: Range) -> Range:
 
 
 def range_after(
-  eqn: JaxprEqn, read: Sequence[Range], made: Mapping[Any, JaxprEqn], of: Callable[[Any], Range]
+  eqn: JaxprEqn, read: Sequence[Range], made: Mapping[Var, JaxprEqn], of: Callable[[Any], Range]
 ) -> Range:
   """Where the results of an equation lie.
 
@@ -125,7 +126,7 @@ def _chosen(eqn: JaxprEqn, read: Sequence[Range]) -> Range:
 
 
 def _of_share(
-  eqn: JaxprEqn, made: Mapping[Any, JaxprEqn], of: Callable[[Any], Range]
+  eqn: JaxprEqn, made: Mapping[Var, JaxprEqn], of: Callable[[Any], Range]
 ) -> Range | None:
   """Where a value lies that is divided by a sum of its size and something positive, if it is."""
   share, total = eqn.invars

@@ -20,7 +20,7 @@ from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, sett
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, operation, sources
 from mpjax._engine.kinds import keeps_its_distance
 from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
-from mpjax._engine.versions import AnyJaxpr, Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
 
 Indices = frozenset[int]
 
@@ -54,8 +54,8 @@ class Role(NamedTuple):
     range: Within which numbers it lies, as far as saturating functions, bounds and numbers tell.
   """
 
-  gates: frozenset[Any] = frozenset()
-  products: frozenset[Any] = frozenset()
+  gates: frozenset[Var] = frozenset()
+  products: frozenset[Var] = frozenset()
   turns: float = 0
   is_own: bool = False
   range: Range = ANYWHERE
@@ -108,12 +108,12 @@ class RoleFinder:
 
   def __init__(self, dtypes: Collection[np.dtype]) -> None:
     self._dtypes = dtypes
-    self._subtracted: dict[Any, tuple[set[Any], Indices]] = {}
+    self._subtracted: dict[Any, tuple[set[Var], Indices]] = {}
     self._forwards: dict[Any, Forward] = {}
 
   # First of all: which operands may be decays -----------------------------------------------------
 
-  def from_one(self, jaxpr: AnyJaxpr) -> tuple[set[Any], Indices]:
+  def from_one(self, jaxpr: AnyJaxpr) -> tuple[set[Var], Indices]:
     """What is subtracted from one in a jaxpr, and which of its operands lead to such a value.
 
     Or multiplies what a loop carries in every turn, or one thing after the other.
@@ -145,7 +145,7 @@ class RoleFinder:
       pairs = zip(inner.invars, operands, strict=True)
       roles = {v: _decay(v, r) if v in decays else r for v, r in pairs if r != NONE}
       found = Forward(roles, inside := {}, self._dtypes)
-      makers: dict[Any, JaxprEqn] = {}
+      makers: dict[Var, JaxprEqn] = {}
       for eqn in inner.eqns:
         read, name = [found.of(atom) for atom in eqn.invars], operation(eqn)
         if name in HAVE_BODIES:
@@ -215,12 +215,12 @@ class RoleFinder:
     return operands
 
 
-def variables_of(atoms: Iterable[Any]) -> set[Any]:
+def variables_of(atoms: Iterable[Any]) -> set[Var]:
   """Those of some operands that are no literals."""
   return {atom for atom in atoms if not isinstance(atom, Literal)}
 
 
-def places_of(atoms: Iterable[Any], found: Collection[Any]) -> Indices:
+def places_of(atoms: Iterable[Any], found: Collection[Var]) -> Indices:
   """Where among operands variables are that are found."""
   return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
 
@@ -243,7 +243,7 @@ def _multiplies_carry(body: Body) -> set[int]:
   return found
 
 
-def _multiplies_often(inner: Any, source: Callable[[], Callable[[Any], Any]]) -> set[Any]:
+def _multiplies_often(inner: Jaxpr, source: Callable[[], Callable[[Any], Any]]) -> set[Var]:
   """What multiplies more often than the scale of any stack of layers, and its derivatives, do."""
   likely = [eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general")]
   products = [eqn for eqn in likely if operation(eqn) == "mul"] if len(likely) > _OFTEN else []
@@ -300,7 +300,7 @@ def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:
   return role._replace(gates=gates, products=products)
 
 
-def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[Any]]]:
+def _numbered(roles: Sequence[Role]) -> tuple[list[Role], dict[int, frozenset[Var]]]:
   """Roles whose sigmoids are numbered, those that occur in the same places as one; with names.
 
   So that a body is read once for all equations that use it alike.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Primitive
@@ -44,7 +45,7 @@ def read_loss_scale(value: Any) -> float:
   return UNSCALED if value is None else power_of_two("loss_scale", value)
 
 
-def into(x: Any, scale: float) -> Any:
+def into(x: jax.Array, scale: float) -> jax.Array:
   """A value inside a region; its cotangent leaves divided by the scale of the region.
 
   Args:
@@ -56,7 +57,7 @@ def into(x: Any, scale: float) -> Any:
   return border_p.bind(x, forward=1.0, backward=1 / scale, inward=True)
 
 
-def out_of(x: Any, scale: float) -> Any:
+def out_of(x: jax.Array, scale: float) -> jax.Array:
   """A value outside of a region, of 32 bits at least: its cotangent is multiplied, then rounds."""
   if scale == UNSCALED or not jnp.issubdtype(x.dtype, jnp.inexact):
     return x
@@ -74,7 +75,7 @@ border_p = Primitive("mpjax_loss_scale")
 
 
 @border_p.def_impl
-def _impl(x: Any, *, forward: float, backward: float, inward: bool) -> Any:
+def _impl(x: jax.Array, *, forward: float, backward: float, inward: bool) -> jax.Array:
   del backward, inward
   if forward == 1:
     return x
@@ -87,12 +88,14 @@ def _abstract_eval(aval: Any, **_: Any) -> Any:
   return aval
 
 
-def _transpose(cotangent: Any, x: Any, *, forward: float, backward: float, inward: bool) -> Any:
+def _transpose(
+  cotangent: jax.Array, x: jax.Array, *, forward: float, backward: float, inward: bool
+) -> Any:
   del x
   return [border_p.bind(cotangent, forward=backward, backward=forward, inward=not inward)]
 
 
-def _wide(x: Any) -> Any:
+def _wide(x: jax.Array) -> jax.Array:
   """A float of at most 16 bits as float32."""
   return to_dtype(x, FLOAT32) if x.dtype.itemsize < FLOAT32.itemsize else x
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
+from mpjax._engine.bodies import RULES_WITH_BODIES
 from mpjax._engine.constants import Adapting, Numbers
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
@@ -24,23 +25,7 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
 from mpjax._engine.small_steps import View, is_small_step
-from mpjax._engine.versions import Atom
-
-SATURATING = having(Trait.SATURATES)
-_WITH_BODIES = frozenset(
-  {
-    Rule.CALL,
-    Rule.SCAN,
-    Rule.WHILE,
-    Rule.COND,
-    Rule.CUSTOM_JVP,
-    Rule.CUSTOM_VJP,
-    Rule.CUSTOM_VMAP,
-    Rule.REMAT_OPT,
-    Rule.LINEAR_CALL,
-    Rule.CUSTOM_PARTITIONING,
-  }
-)
+from mpjax._engine.versions import Atom, Var
 
 
 class Surroundings(NamedTuple):
@@ -59,15 +44,15 @@ class Surroundings(NamedTuple):
     adapting: Which numbers adapt to the formats of the policies.
   """
 
-  exact: frozenset[Any]
+  exact: frozenset[Var]
   sums: Sums
-  iterated: Collection[Any]
-  factored: frozenset[Any]
-  running: Collection[Any]
-  whole: Collection[Any]
+  iterated: Collection[Var]
+  factored: frozenset[Var]
+  running: Collection[Var]
+  whole: Collection[Var]
   numbers: Numbers
   view: View
-  carried: Collection[Any]
+  carried: Collection[Var]
   adapting: Adapting
 
 
@@ -132,7 +117,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "body of references",
-    _WITH_BODIES,
+    RULES_WITH_BODIES,
     lambda s: not all(hasattr(a.aval, "dtype") for a in s.eqn.invars),
     Rule.TRACED,
     "a mutable reference cannot change its dtype",
@@ -383,7 +368,7 @@ def merges(eqn: JaxprEqn, forms: Forms, around: Surroundings) -> bool:
   )
 
 
-def _was_spread(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
   """Whether a value is larger than what it was moved or cast from."""
   while not isinstance(atom, Literal) and (made := makers.get(atom)) and len(made.invars) == 1:
     (before,) = made.invars

@@ -20,7 +20,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.constants import numbers_of, only
 from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, Var
 
 SMALL = 1 / 32
 """Numbers below it are small. The cube in a gelu has 0.0447, residuals of large models 0.1."""
@@ -45,7 +45,7 @@ _ROUNDS = frozenset({"round", "floor", "ceil"})
 _LOOKS = 64
 """How many equations behind a step are looked at; what lies behind them counts as 1."""
 
-Makers = Mapping[Any, JaxprEqn]
+Makers = Mapping[Var, JaxprEqn]
 
 
 class View(NamedTuple):
@@ -100,7 +100,7 @@ Seen = tuple[Atom, View]
 """A value, and what is known of the jaxpr that it stands in."""
 
 
-def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Any]) -> bool:
+def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Var]) -> bool:
   """Whether an equation adds to a value a small number of times what was computed from it.
 
   Or a multiple of its gradient, outside of the backward pass; or to a number a much smaller one of

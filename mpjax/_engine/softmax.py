@@ -61,7 +61,7 @@ class Softmax(NamedTuple):
 
 
 def match(
-  steps: Sequence[Step], readers: Readers, makers: Mapping[Any, int], last: int
+  steps: Sequence[Step], readers: Readers, makers: Mapping[Var, int], last: int
 ) -> Softmax | None:
   """The softmax that ends with a step, if one does whose result is read in 16 bits."""
   if steps[last].eqn.primitive.name != "div":
@@ -100,7 +100,7 @@ def _is_data(form: Form | None) -> bool:
   return form is not None and form.kind is Kind.DATA
 
 
-def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Any, int]) -> bool:
+def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Var, int]) -> bool:
   """Whether a float32 value was made of a 16-bit one of its size: scaled, masked, biased."""
   queue, seen = [var], {var}
   while queue:
@@ -137,14 +137,14 @@ def _matmul_behind(steps: Sequence[Step], readers: Readers, last: int) -> int | 
   return None if jaxprs.is_sharded_explicitly(result.aval) else index
 
 
-def _maker(steps: Sequence[Step], makers: Mapping[Any, int], index: int, name: str) -> int | None:
+def _maker(steps: Sequence[Step], makers: Mapping[Var, int], index: int, name: str) -> int | None:
   """The step that made the first operand of a step, if it is of a primitive."""
   atom = steps[index].eqn.invars[0]
   made = None if isinstance(atom, Literal) else makers.get(atom)
   return made if made is not None and steps[made].eqn.primitive.name == name else None
 
 
-def _sum_behind(steps: Sequence[Step], makers: Mapping[Any, int], last: int) -> list[int]:
+def _sum_behind(steps: Sequence[Step], makers: Mapping[Var, int], last: int) -> list[int]:
   """The steps from a denominator back to the sum that it is, the sum last; none if it is not."""
   chain: list[int] = []
   atom = steps[last].eqn.invars[-1]
@@ -179,13 +179,13 @@ def _narrowed(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_one_number(
-  atom: Atom, axes: tuple[int, ...], steps: Sequence[Step], makers: Mapping[Any, int]
+  atom: Atom, axes: tuple[int, ...], steps: Sequence[Step], makers: Mapping[Var, int]
 ) -> bool:
   """Whether a value is the same all along some axes, so that a softmax does not depend on it."""
   shape = jaxprs.shape(atom)
   if all(axis < len(shape) and shape[axis] == 1 for axis in axes):
     return True
-  made = makers.get(atom)
+  made = None if isinstance(atom, Literal) else makers.get(atom)
   eqn: JaxprEqn | None = None if made is None else steps[made].eqn
   if eqn is None or eqn.primitive.name not in ("broadcast_in_dim", "stop_gradient"):
     return False
@@ -202,8 +202,8 @@ def _is_inside(steps: Sequence[Step], readers: Readers, index: int, members: lis
 
 
 def storing_weights(
-  compute: Callable[..., list[Any]], softmax: Softmax
-) -> Callable[..., list[Any]]:
+  compute: Callable[..., list[jax.Array]], softmax: Softmax
+) -> Callable[..., list[jax.Array]]:
   """A softmax whose derivative stores the weights, in 16 bits.
 
   They no longer sum to one. Divided by their sum they are the weights of scores that differ by
@@ -218,7 +218,7 @@ def storing_weights(
   """
 
   @jax.custom_jvp
-  def run(*inputs: Any) -> list[Any]:
+  def run(*inputs: Any) -> list[jax.Array]:
     (weights,) = compute(*inputs)
     return [to_dtype(weights, softmax.held)]
 

@@ -13,6 +13,7 @@ from mpjax._core.scopes import is_backward
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine import versions
 from mpjax._engine.scaled_cotangents import border_p
+from mpjax._engine.versions import AnyJaxpr
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.master_weights import MasterWeightsState
 from mpjax._scaling.rounding import StochasticRoundingState
@@ -115,7 +116,7 @@ class UnscaledFloat16Check:
       warnings.warn(UNSCALED_FLOAT16, LowPrecisionWarning, stacklevel=3)
 
 
-def _loses_small_gradients(jaxpr: Any) -> bool:
+def _loses_small_gradients(jaxpr: AnyJaxpr) -> bool:
   """Whether a backward matmul or convolution takes float16, and no region has a ``loss_scale``."""
   eqns = list(_equations(jaxpr, False))
   if any(eqn.primitive is border_p for eqn, _ in eqns):
@@ -128,7 +129,7 @@ def _loses_small_gradients(jaxpr: Any) -> bool:
   )
 
 
-def _equations(jaxpr: Any, around: bool) -> Iterator[tuple[JaxprEqn, bool]]:
+def _equations(jaxpr: AnyJaxpr, around: bool) -> Iterator[tuple[JaxprEqn, bool]]:
   """Every equation of a jaxpr, at any depth, and whether it came from transposing."""
   for eqn in versions.open_jaxpr(jaxpr).eqns:
     backward = around or is_backward(eqn.source_info.name_stack)

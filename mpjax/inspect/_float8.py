@@ -10,6 +10,7 @@ from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
+from mpjax._engine.versions import AnyJaxpr
 from mpjax.inspect._compiled_text import Card
 from mpjax.inspect._flow_costs import MATMULS, flops, is_float
 from mpjax.inspect._targets import card_of
@@ -45,7 +46,7 @@ class _Matmul(NamedTuple):
   times: int
 
 
-def float8_work(jaxpr: Any) -> Float8Work:
+def float8_work(jaxpr: AnyJaxpr) -> Float8Work:
   """Counts the float8 matmuls of a jaxpr."""
   h100 = card_of("h100")
   found = list(_matmuls(jaxpr, 1))
@@ -65,7 +66,7 @@ def _saved(matmul: _Matmul, card: Card) -> float:
   return matmul.flops * (1 / card.peaks["bf16"] - 1 / card.peaks["f8"])
 
 
-def _matmuls(jaxpr: Any, times: int) -> Iterator[_Matmul]:
+def _matmuls(jaxpr: AnyJaxpr, times: int) -> Iterator[_Matmul]:
   for eqn in versions.open_jaxpr(jaxpr).eqns:
     if eqn.primitive.name == "mpjax_float8_tangent":
       yield _Matmul(True, *_of_tangent(eqn), times)

@@ -25,6 +25,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of
 from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.planner import Planner
+from mpjax._engine.versions import AnyJaxpr
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 PATIENCE = 10_000
@@ -129,7 +130,7 @@ class Hunt:
     return self._add(Spot((), False, UNKNOWN), name, (), array)
 
   def run(
-    self, jaxpr: Any, operands: Sequence[Any], taints: Sequence[Taint], spot: Spot
+    self, jaxpr: AnyJaxpr, operands: Sequence[Any], taints: Sequence[Taint], spot: Spot
   ) -> tuple[list[Any], list[Taint]]:
     """Evaluate a jaxpr; the taint of a value says which births made it non-finite."""
     inner = versions.open_jaxpr(jaxpr)
@@ -268,7 +269,7 @@ class Hunt:
     mark = _CLEAN.union(born, *taints)
     return [_CLEAN if state_of(out) is State.FINITE else mark for out in outs]
 
-  def _jitted(self, jaxpr: Any) -> Any:
+  def _jitted(self, jaxpr: AnyJaxpr) -> Any:
     if id(jaxpr) not in self._compiled:
       inner, consts = versions.open_jaxpr(jaxpr), versions.constants(jaxpr)
       self._compiled[id(jaxpr)] = jax.jit(lambda *xs: jax.core.eval_jaxpr(inner, consts, *xs))
@@ -289,7 +290,7 @@ _CALLS = frozenset({Rule.CALL, Rule.CUSTOM_JVP, Rule.CUSTOM_VJP, Rule.CUSTOM_VMA
 
 
 def custom_rules(
-  jaxpr: Any, planner: Planner, spot: Spot
+  jaxpr: AnyJaxpr, planner: Planner, spot: Spot
 ) -> Iterator[tuple[tuple[Path, Line], str]]:
   """The backward rules of a jaxpr's ``custom_vjp`` calls, by the module and line of the call.
 
@@ -316,7 +317,7 @@ def _short_source(text: str) -> str:
 class _Values:
   """The values and taints of a jaxpr's variables; each is let go after its last use."""
 
-  def __init__(self, jaxpr: Any, operands: Iterator[tuple[Any, Taint]], consts: Any) -> None:
+  def __init__(self, jaxpr: AnyJaxpr, operands: Iterator[tuple[Any, Taint]], consts: Any) -> None:
     self._held: dict[Any, tuple[Any, Taint]] = dict(zip(jaxpr.invars, operands, strict=True))
     self._held.update((v, (x, _CLEAN)) for v, x in zip(jaxpr.constvars, consts, strict=True))
     last = {a: n for n, e in enumerate(jaxpr.eqns) for a in e.invars if not isinstance(a, Literal)}

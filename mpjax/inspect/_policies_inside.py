@@ -15,6 +15,7 @@ from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.calls import Call
 from mpjax._engine.plan import Plan
+from mpjax._engine.versions import AnyJaxpr
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 _MATMULS = having(Trait.MATMUL)
@@ -33,7 +34,7 @@ def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
   return None
 
 
-def where_traced(jaxpr: Any) -> str | None:
+def where_traced(jaxpr: AnyJaxpr) -> str | None:
   """Where a traced function has a 16-bit policy inside, in words; None if it has none."""
   found = list(_regions(jaxpr, UNKNOWN))
   if not found:
@@ -43,7 +44,7 @@ def where_traced(jaxpr: Any) -> str | None:
   return " ".join(words) or "a model that an argument or the function holds"
 
 
-def _regions(jaxpr: Any, line: Line) -> Iterator[tuple[Path, Line]]:
+def _regions(jaxpr: AnyJaxpr, line: Line) -> Iterator[tuple[Path, Line]]:
   """The module and line of every operation on 16 bits in a region that has its own policy."""
   for eqn in versions.open_jaxpr(jaxpr).eqns:
     here, stack = line_of(eqn, line), eqn.source_info.name_stack

@@ -11,6 +11,7 @@ from typing import Any
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.versions import AnyJaxpr, Jaxpr
 
 _ADDS = frozenset({"add", "sub", "add_any"})
 _SCALES = frozenset({"mul", "div"})
@@ -20,7 +21,7 @@ _KEEPS = frozenset(
 )
 
 
-def updated(jaxpr: Any) -> dict[int, int]:
+def updated(jaxpr: AnyJaxpr) -> dict[int, int]:
   """Which operand each result of a jaxpr updates, both by index; results that update none are out.
 
   A result updates an operand of its shape that it was made of by additions, scaling and choice
@@ -41,7 +42,7 @@ class _Search:
   def __init__(self) -> None:
     self._makers: dict[int, dict[Any, tuple[JaxprEqn, int]]] = {}
 
-  def updated(self, inner: Any) -> dict[int, int]:
+  def updated(self, inner: Jaxpr) -> dict[int, int]:
     places = {var: n for n, var in reversed([*enumerate(inner.invars)])}
     found: dict[int, int] = {}
     for n, out in enumerate(inner.outvars):
@@ -51,7 +52,7 @@ class _Search:
         found[n] = first
     return found
 
-  def sources(self, inner: Any, out: Any) -> set[Any]:
+  def sources(self, inner: Jaxpr, out: Any) -> set[Any]:
     """The variables that a value is a sum of, with factors; itself, and what nothing makes."""
     makers = self.makers(inner)
     seen: set[Any] = set()
@@ -65,7 +66,7 @@ class _Search:
         waiting += self.terms(*makers[atom])
     return seen
 
-  def makers(self, inner: Any) -> dict[Any, tuple[JaxprEqn, int]]:
+  def makers(self, inner: Jaxpr) -> dict[Any, tuple[JaxprEqn, int]]:
     """Which equation makes a variable, and as which of its results."""
     if id(inner) not in self._makers:
       made = {var: (eqn, n) for eqn in inner.eqns for n, var in enumerate(eqn.outvars)}

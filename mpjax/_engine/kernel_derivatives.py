@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, Primitive
@@ -47,7 +46,7 @@ class _Forward(NamedTuple):
 
   jaxpr: AnyJaxpr
   sources: tuple[int, ...]
-  residuals: list[jax.core.AbstractValue]
+  residuals: list[Any]
   tree: Any
 
   def run(self, operands: Sequence[jax.Array]) -> list[jax.Array]:

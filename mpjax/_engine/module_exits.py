@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
+from mpjax._core.primitives import Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
 from mpjax._engine.versions import Atom
+
+_GO_ON = having(Trait.KEEPS_NUMBERS) | {"add", "sub", "neg"}
 
 Governs = Callable[[Path], tuple[int | None, Policy]]
 """The rule, by its index, and the policy of a module."""
@@ -30,16 +33,25 @@ class Borders:
     self._governs = governs
     self._homes: dict[Var, Path] = {}
     self._births: dict[Atom, dict[tuple[int, ...], Path]] = {}
+    self.lasting = set[Atom]()
     self._entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
 
-  def settle(self, eqn: JaxprEqn, path: Path, *, multiplies: bool) -> None:
+  def settle(
+    self, eqn: JaxprEqn, path: Path, *, multiplies: bool, lasts: Sequence[Var] = ()
+  ) -> None:
     """Note in which module an equation stands, and where its results began.
 
     Args:
       eqn: The equation.
       path: Its module.
       multiplies: Whether it has a matmul in it: what comes out of one begins there.
+      lasts: Which of its results are float32 behind their module, too; so is what moves them or
+        is added to them.
     """
+    self.lasting.update(lasts)
+    if self.lasting and eqn.primitive.name in _GO_ON:
+      read = {atom for atom in eqn.invars if not isinstance(atom, Literal)}
+      self.lasting.update(() if self.lasting.isdisjoint(read) else eqn.outvars)
     begun: dict[tuple[int, ...], Path] = {}
     read: Any = () if multiplies else eqn.invars
     for atom in read:
@@ -72,7 +84,8 @@ class Borders:
     Data goes on in 16 bits where it is what came in, made over: every value of its shape came in as
     such, and one of them leads to it with no matmul between. So do the results of norms and
     activations, but no loss or statistic, no weights that a router computes, and not the float32
-    state of a recurrent cell. A module that a rule matched hands out the rule's output dtype.
+    state of a recurrent cell; nor what a small step changed, a sum, and a gate that is needed near
+    one. A module that a rule matched hands out the rule's output dtype.
     """
     if form.kind < Kind.NARROW:
       return form
@@ -80,7 +93,7 @@ class Borders:
       rule, policy = self._governs(home[:depth])
       if rule is not None and rule != self._governs(home[: depth - 1])[0]:
         form = held_as(policy.output_dtype)
-      elif form.kind is Kind.DATA and policy.compute_dtype != FLOAT32:
+      elif form.kind is Kind.DATA and policy.compute_dtype != FLOAT32 and atom not in self.lasting:
         shape = jaxprs.shape(atom)
         dtype = self._entered.get(home[:depth], {}).get(shape)
         birth = self._births.get(atom, {}).get(shape, home)

@@ -131,6 +131,8 @@ class Plan:
   out_forms: Forms
   cast: tuple[int, ...] = ()
   """Which results are parameters that their author cast to 16 bits."""
+  lasting: tuple[int, ...] = ()
+  """Which results are float32 behind the module that they leave, too."""
 
   @property
   def in_float8(self) -> bool:

@@ -251,7 +251,15 @@ class _Walk:
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
-    return Plan(self.jaxpr, self.in_forms, steps, reads, held, self.cast.among(inner.outvars))
+    return Plan(
+      self.jaxpr,
+      self.in_forms,
+      steps,
+      reads,
+      held,
+      self.cast.among(inner.outvars),
+      _places_of(inner.outvars, self.borders.lasting),
+    )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
     return self.place.backward or self.planner.place_of(eqn, self.place.path).backward
@@ -262,7 +270,7 @@ class _Walk:
     vias, forms = self.look_up(eqn.invars, path)
     won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
     policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
-    rule = self.rule(eqn, forms, policy.compute_dtype)
+    rule, lasts = self.rule(eqn, forms, policy.compute_dtype)
     if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, self.decisions.named(eqn, forms, policy)
     elif rule in _WAYS:
@@ -272,7 +280,12 @@ class _Walk:
     reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
     self.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
-    self.borders.settle(eqn, home, multiplies=_multiplies(eqn, decision.bodies))
+    self.borders.settle(
+      eqn,
+      home,
+      multiplies=_multiplies(eqn, decision.bodies),
+      lasts=(*eqn.outvars,) if lasts else _lasting(eqn, decision.bodies),
+    )
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
     if self.planner.in_float8:
@@ -303,14 +316,15 @@ class _Walk:
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
-  def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Rule:
-    """The table's rule, sharpened by what only the equation shows."""
+  def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> tuple[Rule, bool]:
+    """The table's rule, sharpened by what only the equation shows; whether its results last."""
     rule = self.planner.table.get(eqn.primitive.name, Rule.FOREIGN)
     if rule is Rule.FOREIGN:
       if any(forms):
         self.planner.unknown[eqn.primitive.name] += 1
-      return Rule.TRACED
-    return sharpening.sharpened(Sight(eqn, rule, forms, compute, self.around))
+      return Rule.TRACED, False
+    found = sharpening.sharpening_of(Sight(eqn, rule, forms, compute, self.around))
+    return (rule, False) if found is None else (found.rule or rule, found.lasts)
 
   # Reading a value where it is used ---------------------------------------------------------
 
@@ -459,6 +473,12 @@ _MATMULS = having(Trait.MATMUL)
 def _places_of(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
   """Where among operands or results variables are that are found."""
   return tuple(n for n, a in enumerate(atoms) if not isinstance(a, Literal) and a in found)
+
+
+def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:
+  """Which results of an equation are, in one of its bodies, float32 behind their module."""
+  found = {n for b in bodies if len(b.out_forms) == len(eqn.outvars) for n in b.lasting}
+  return [eqn.outvars[n] for n in found]
 
 
 def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

@@ -98,6 +98,8 @@ class Sharpening(NamedTuple):
     fits: Whether one of these is such an equation.
     rule: The rule; None for that of the primitive, which nothing sharpens further.
     reason: Why.
+    lasts: Whether what such an equation makes is float32 behind the module that it stands in, too:
+      it was computed for what others do with it.
   """
 
   name: str
@@ -105,6 +107,7 @@ class Sharpening(NamedTuple):
   fits: Callable[[Sight], bool]
   rule: Rule | None
   reason: str
+  lasts: bool = False
 
 
 SHARPENINGS: tuple[Sharpening, ...] = (
@@ -152,6 +155,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     ),
     Rule.FULL,
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
+    lasts=True,
   ),
   Sharpening(
     "square",
@@ -222,6 +226,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.view, s.around.carried),
     Rule.FULL,
     "0.002 times what a value gave, or its gradient, is lost where 16 bits add it to that value",
+    lasts=True,
   ),
   Sharpening(
     "running sum",
@@ -232,6 +237,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     ),
     Rule.FULL,
     "a sum of many terms that a Python loop or an associative scan writes out, as a cumsum",
+    lasts=True,
   ),
   Sharpening(
     "merged parameter",
@@ -239,6 +245,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: _is_narrow(s.forms) and merges(s.eqn, s.forms, s.around),
     Rule.FULL,
     "a parameter with a low-rank change merged into it is a parameter, in float32",
+    lasts=True,
   ),
   Sharpening(
     "divides by a narrow value",
@@ -253,6 +260,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: any(map(_is_float16, s.forms)) and multiplies_by_much(s.eqn, s.around.numbers),
     Rule.FULL,
     "times 30000 a value of 3 exceeds float16: an output comes back in its own unit",
+    lasts=True,
   ),
   Sharpening(
     "leaves the range of float16",
@@ -268,12 +276,12 @@ SHARPENINGS: tuple[Sharpening, ...] = (
 """What replaces the rule of a primitive where an equation shows more than its name, in order."""
 
 
-def sharpened(sight: Sight) -> Rule:
-  """The rule of an equation: that of its primitive, or the first sharpening that fits."""
+def sharpening_of(sight: Sight) -> Sharpening | None:
+  """The first sharpening that fits an equation; None where the rule of its primitive holds."""
   for sharpening in _of(sight.name, sight.rule):
     if sharpening.fits(sight):
-      return sharpening.rule or sight.rule
-  return sight.rule
+      return sharpening
+  return None
 
 
 @functools.cache

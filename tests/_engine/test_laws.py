@@ -4,6 +4,7 @@ The programs run with every 16-bit value rounded, as on the backend that fuses l
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -1453,6 +1454,80 @@ def test_the_weights_of_a_router_do_not_round_whatever_their_number(experts, pol
   rounded = mpjax.apply_policy(model, policy).apply(variables, x)
   half = np.asarray(rounded).astype(mpjax.Policy.parse(policy).compute_dtype).astype(np.float32)
   assert not np.array_equal(rounded, half)
+
+
+class Cell(nn.Module):
+  """Steps that become small; its parameters are shared."""
+
+  @nn.compact
+  def __call__(self, y, _=None):
+    return y + 0.001 * jnp.tanh(nn.Dense(4)(y)), None
+
+
+class Elementwise(nn.Module):
+  fn: Callable
+
+  def __call__(self, x):
+    return self.fn(x)
+
+
+class Applied(nn.Module):
+  """A layer, and an elementwise function as a module of its own behind it."""
+
+  fn: Callable
+
+  @nn.compact
+  def __call__(self, x):
+    dense = nn.Dense(4, use_bias=False, kernel_init=nn.initializers.ones)
+    return Elementwise(self.fn)(dense(x))
+
+
+class Moved(nn.Module):
+  """How far cells move what a layer made."""
+
+  way: str
+
+  @nn.compact
+  def __call__(self, x):
+    first = y = nn.Dense(4)(x)
+    if self.way == "scan":
+      cells = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, length=50)
+      y, _ = cells()(y)
+    else:
+      cell = Cell()
+      for _ in range(50):
+        y, _ = cell(y)
+    return y - first
+
+
+@in_turns(("way", "policy"), ("scan", "loop"), POLICIES)
+def test_a_state_leaves_the_cell_that_takes_small_steps_as_float32(way, policy):
+  model, x = Moved(way), jnp.linspace(0.3, 2, 16).reshape(4, 4)
+  variables = model.init(jax.random.key(0), x)
+  found, want = in_both_formats(model.apply, policy, variables, x)
+  np.testing.assert_allclose(found, want, atol=0.02 * float(np.abs(want).max()))
+
+
+LEFT = {
+  "gate": (sigmoid, lambda g: 1 - g, 1.6),
+  "gate_in_pieces": (lambda h: sigmoid(h)[:, ::-1], lambda g: 1 - g[:, :2], 1.6),
+  "own_unit": (lambda h: h * 30000, lambda h: h / 30000, 3.0),
+  "written_out_sum": (
+    lambda h: functools.reduce(lambda y, n: y + jnp.tanh(h * n / 999), range(400), h),
+    lambda y: y - jnp.mean(y),
+    0.25,
+  ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT.values(), ids=LEFT)
+@both
+def test_what_others_need_exactly_leaves_its_module_as_float32(case, policy):
+  inside, outside, size = case
+  model, x = Applied(inside), size + jnp.arange(16.0).reshape(4, 4) / 32
+  variables = model.init(jax.random.key(0), x)
+  found, want = in_both_formats(lambda v, x: outside(model.apply(v, x)), policy, variables, x)
+  np.testing.assert_allclose(found, want, rtol=0.05, atol=0.05 * float(np.abs(want).max()))
 
 
 class Positions(nn.Module):

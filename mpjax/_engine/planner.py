@@ -414,9 +414,10 @@ class _Walk:
     known = self.known(eqn, body, body.take(forms), own or Own(), exact)
     cast = tuple(n for n in known.cast if n not in body.carry)
     numbers = tuple(None if n in body.carry else x for n, x in enumerate(known.numbers))
+    is_stack = PARAM in taken.slices  # of layers: each turn has weights of its own
     steady = tuple(
       n
-      for n, form in enumerate(body.take(forms)[: body.carry.start])
+      for n, form in enumerate(() if is_stack else body.take(forms)[: body.carry.start])
       if form is not None and not jaxprs.shape(eqn.invars[body.operands[n]])
     )
     known = known._replace(kin=(), numbers=numbers, carry=body.carry, cast=cast, steady=steady)

@@ -352,6 +352,18 @@ def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
   assert scan.outvars[0].aval.dtype.itemsize == 2
 
 
+@both
+def test_so_it_does_where_the_layers_share_a_scale(policy):
+  def layers(p, x):
+    turn = lambda h, w: (h + p["scale"] * jnp.tanh(h @ w), None)
+    return lax.scan(turn, x @ p["w"][0], p["w"])[0]
+
+  p = {"w": jnp.ones((12, 4, 4)) / 4, "scale": jnp.float32(0.2)}
+  found = equations(jax.make_jaxpr(mpjax.autocast(layers, policy))(p, DATA))
+  (scan,) = [e for e in found if e.primitive.name == "scan"]
+  assert scan.outvars[0].aval.dtype.itemsize == 2
+
+
 slope = lambda w, y: jnp.tanh(y @ w)
 euler = lambda w, y: y + 0.002 * slope(w, y)
 

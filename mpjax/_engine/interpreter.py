@@ -15,7 +15,6 @@ from jax.core import Tracer
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import (
-  call_rules,
   custom_rules,
   islands,
   jaxprs,
@@ -351,9 +350,9 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.CUSTOM_VJP: custom_rules.custom_vjp,
   Rule.CUSTOM_LIN: custom_rules.custom_lin,
   Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
-  Rule.REMAT_OPT: call_rules.remat_opt,
-  Rule.LINEAR_CALL: call_rules.linear_call,
-  Rule.CUSTOM_PARTITIONING: call_rules.custom_partitioning,
+  Rule.REMAT_OPT: custom_rules.remat_opt,
+  Rule.LINEAR_CALL: custom_rules.linear_call,
+  Rule.CUSTOM_PARTITIONING: custom_rules.custom_partitioning,
   Rule.MARKER: _marked,
   Rule.LOSS_SCALE: _loss_scale,
 }

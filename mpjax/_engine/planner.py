@@ -20,10 +20,10 @@ from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine import jaxprs, sharpening, versions
+from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
-from mpjax._engine.decisions import NAMEABLE, Decision, Decisions
+from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import MOVES, Needs
@@ -239,7 +239,6 @@ class _Walk:
     )
     for var, numbers in zip(inner.invars, known.numbers, strict=False):
       self.numbers.define(var, numbers)
-    self.decisions = Decisions(self.numbers, self.around)
     self.borders = Borders(self.governs)
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.forms[var] = planner.adapting.form(value) if jaxprs.is_float32(var) else None
@@ -270,13 +269,14 @@ class _Walk:
     vias, forms = self.look_up(eqn.invars, path)
     won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
     policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
-    rule, lasts = self.rule(eqn, forms, policy.compute_dtype)
+    sight = self.sight(eqn, forms, policy.compute_dtype)
+    rule, lasts = self.rule(sight)
     if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
-      rule, decision = Rule.NAMED, self.decisions.named(eqn, forms, policy)
+      rule, decision = Rule.NAMED, decisions.named(sight, policy)
     elif rule in _WAYS:
       decision = _WAYS[rule](self, eqn, forms, place)
     else:
-      decision = self.decisions.decide(rule, eqn, forms, policy.compute_dtype)
+      decision = decisions.decide(rule, sight)
     reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
     self.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
@@ -316,15 +316,18 @@ class _Walk:
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
-  def rule(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> tuple[Rule, bool]:
-    """The table's rule, sharpened by what only the equation shows; whether its results last."""
+  def sight(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Sight:
     rule = self.planner.table.get(eqn.primitive.name, Rule.FOREIGN)
-    if rule is Rule.FOREIGN:
-      if any(forms):
-        self.planner.unknown[eqn.primitive.name] += 1
+    return Sight(eqn, rule, forms, compute, self.around)
+
+  def rule(self, sight: Sight) -> tuple[Rule, bool]:
+    """The table's rule, sharpened by what only the equation shows; whether its results last."""
+    if sight.rule is Rule.FOREIGN:
+      if sight.has_float32:
+        self.planner.unknown[sight.name] += 1
       return Rule.TRACED, False
-    found = sharpening.sharpening_of(Sight(eqn, rule, forms, compute, self.around))
-    return (rule, False) if found is None else (found.rule or rule, found.lasts)
+    found = sharpening.sharpening_of(sight)
+    return (sight.rule, False) if found is None else (found.rule or sight.rule, found.lasts)
 
   # Reading a value where it is used ---------------------------------------------------------
 

@@ -107,7 +107,7 @@ _COTANGENTS = "adds up many terms, as the cotangents of a weight that is used of
 _LARGEST = "the largest logit seeds softmax and logsumexp: x - max(x) must not round"
 _NO_KERNEL = "has no 16-bit kernel, and no use for one"
 _BITS = "what the bits or the neighbors of a float32 are is a question about float32"
-_ELEMENTWISE = "as exact as its operands"
+_AS_EXACT = "as exact as its operands"
 _MOVED = "makes no new numbers"
 _DEVICES = "moves numbers between devices"
 _FUNCTION = "holds a Python function that was traced in float32, or references"
@@ -155,14 +155,14 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.ALWAYS, _NO_KERNEL),
   ),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
-  ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.ARITHMETIC)),
-  ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _ELEMENTWISE)),
-  ("sin", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL)),
-  ("sqrt cbrt", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.STEEP)),
-  ("cos", Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
+  ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _AS_EXACT, _T.ARITHMETIC)),
+  ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _AS_EXACT)),
+  ("sin", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL)),
+  ("sqrt cbrt", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.STEEP)),
+  ("cos", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
   (
     "tanh logistic erf erfc atan",
-    Facts(Rule.FOLLOW, _ELEMENTWISE, _T.TRANSCENDENTAL | _T.SATURATES),
+    Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.SATURATES),
   ),
   (
     "eq ne lt le gt ge is_finite clamp select_n broadcast_in_dim stop_gradient",
@@ -285,6 +285,11 @@ def having(traits: Trait) -> frozenset[str]:
   """
   return frozenset(name for name, facts in FACTS.items() if facts.traits & traits)
 
+
+MATMULS = having(Trait.MATMUL)
+"""Matmuls and convolutions."""
+KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
+"""What moves, chooses or compares numbers, and makes no new ones."""
 
 _CLASSES = {rule.name.lower(): rule for rule in (Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW)}
 

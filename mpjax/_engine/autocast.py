@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -131,11 +131,16 @@ def names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
   return {names[n] for n in numbers if -len(names) <= n < len(names)}
 
 
+def positions(numbers: Collection[int], count: int) -> set[int]:
+  """Which of so many arguments ``argnums`` names, where negative ones count from the last."""
+  return {n % count for n in numbers if -count <= n < count}
+
+
 def parameter_flags(
   numbers: Sequence[int], names: set[str], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[bool], dict[str, bool]]:
   """For each argument whether it holds parameters."""
-  inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+  inside = positions(numbers, len(args))
   if len(inside) < len(set(numbers)) and not names:
     raise ValueError(
       f"argnums={tuple(numbers)} must name arguments that hold the parameters; the call has "

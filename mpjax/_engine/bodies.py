@@ -22,8 +22,7 @@ import jax
 
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine import versions
-from mpjax._engine.jaxprs import JaxprEqn
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 
 T = TypeVar("T")
 

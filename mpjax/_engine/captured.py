@@ -16,9 +16,8 @@ import numpy as np
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.constants import numbers_of
-from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
-from mpjax._engine.roles import variables_of
-from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
+from mpjax._engine.jaxprs import variables_of
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 
 def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:

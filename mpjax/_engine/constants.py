@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.core import Tracer
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import CONSTANT, DATA, Form, fits, join, saturated
 from mpjax._engine.plan import Forms
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 NumberSet = frozenset[float] | None
 """The numbers that occur in a constant; None where they are not known."""
@@ -59,8 +58,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """What is computed here; what other primitives make of constants is not known."""
 
-_KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
-
 
 def numbers_of(value: Any) -> NumberSet:
   """The numbers that occur in a scalar of the trace; None for an array, whose are not followed.
@@ -83,7 +80,7 @@ def only(numbers: NumberSet) -> float | None:
 
 def _makes_numbers(primitive: str) -> bool:
   """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
-  return primitive not in _KEEPS_NUMBERS
+  return primitive not in KEEPS_NUMBERS
 
 
 def _after(primitive: str, params: Mapping[str, Any], operands: Sequence[NumberSet]) -> NumberSet:

@@ -19,8 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
 from mpjax._engine import captured, jaxprs, versions
-from mpjax._engine.jaxprs import JaxprEqn
-from mpjax._engine.versions import ClosedJaxpr
+from mpjax._engine.versions import ClosedJaxpr, JaxprEqn
 
 T = TypeVar("T")
 

@@ -12,9 +12,8 @@ from jax.sharding import get_abstract_mesh, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.plan import Read
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, Literal, Var
 
 
 class Key(NamedTuple):

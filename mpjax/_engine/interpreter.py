@@ -29,7 +29,6 @@ from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, unfolded
 from mpjax._engine.islands import Island
-from mpjax._engine.jaxprs import JaxprEqn
 from mpjax._engine.matmul_derivatives import (
   Contraction,
   product_of,
@@ -40,7 +39,7 @@ from mpjax._engine.planner import Planner
 from mpjax._engine.repeats import Repeat, Unit
 from mpjax._engine.scaled_cotangents import UNSCALED, within
 from mpjax._engine.softmax import Softmax
-from mpjax._engine.versions import ClosedJaxpr
+from mpjax._engine.versions import ClosedJaxpr, JaxprEqn
 
 T = TypeVar("T")
 

@@ -19,10 +19,10 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, softmax
-from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.kinds import DATA, Kind
 from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
 from mpjax._engine.softmax import Softmax
+from mpjax._engine.versions import Literal, Var
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -11,11 +11,11 @@ import jax
 import jax.core
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import DebugInfo, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import DebugInfo
 from jax.sharding import AxisType
 
 from mpjax._engine import versions
-from mpjax._engine.versions import AnyJaxpr, Atom, ClosedJaxpr
+from mpjax._engine.versions import AnyJaxpr, Atom, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -116,6 +116,16 @@ def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
   return source
 
 
+def variables_of(atoms: Iterable[Atom]) -> set[Var]:
+  """Those of some operands that are no literals."""
+  return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def places_of(atoms: Iterable[Atom], found: Collection[Var]) -> frozenset[int]:
+  """Where among operands variables are that are found."""
+  return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
+
+
 def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
   """How many scopes lie around all of the equations, from the outermost in.
 
@@ -193,6 +203,3 @@ def run_with(
     bind = _jitted(eqn.primitive)
   out = bind(*operands, **params)
   return list(out) if eqn.primitive.multiple_results else [out]
-
-
-__all__ = ["Jaxpr", "JaxprEqn", "Literal", "Var"]

@@ -24,10 +24,9 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._engine import versions
 from mpjax._engine.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
 from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
 from mpjax._engine.plan import Forms, Plan
 from mpjax._engine.planner import Known, Planner
-from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr
+from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 PROGRAMS = 32
 """How many programs are kept: those that were called last."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.dtypes import FLOAT32
@@ -31,7 +31,7 @@ from mpjax._engine.kernels import (
   corresponds,
   in_every_format,
 )
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, Literal
 
 
 class _Forward(NamedTuple):

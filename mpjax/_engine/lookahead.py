@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
+from mpjax._engine.jaxprs import variables_of
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
 
-_MATMULS = having(Trait.MATMUL)
 _JITTED = having(Trait.JIT)
 MOVES = having(Trait.MOVES)
 
@@ -167,11 +166,11 @@ class Needs:
       source, found = jaxprs.sources(inner, MOVES), set[Var]()
       for eqn in inner.eqns:
         results = frozenset(n for n, var in enumerate(eqn.outvars) if var in into)
-        read = eqn.invars if results and eqn.primitive.name in _MATMULS else []
+        read = eqn.invars if results and eqn.primitive.name in MATMULS else []
         for body in bodies_of(eqn):
           _, operands = self.heads(body.jaxpr, frozenset() if body.is_test else results)
           read = [*read, *(eqn.invars[body.operands[n]] for n in operands)]
-        found |= {atom for atom in map(source, read) if not isinstance(atom, Literal)}
+        found |= variables_of(map(source, read))
       operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
       self._heads[key] = frozenset(found), operands
     return self._heads[key]
@@ -192,7 +191,7 @@ class Needs:
           name = eqn.primitive.name
           leads = name in ends or (results and self._table.get(name) in _PASSED)
           read = eqn.invars if leads else []
-        found |= {atom for atom in read if not isinstance(atom, Literal)}
+        found |= variables_of(read)
       operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
       self._ends[key] = frozenset(found), operands
     return self._ends[key]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
-from mpjax._engine.versions import AnyJaxpr, Var
-
-_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
-_MATMULS = having(Trait.MATMUL)
-
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 TERMS = 128
 """How many terms a sum in 16 bits may have: no stack of layers is higher.
@@ -67,7 +62,7 @@ def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Var, float]) -> list[flo
   """How many terms were added to each result of an equation that reads what is carried."""
   bodies = [body for body in bodies_of(eqn) if not body.is_test]
   if not bodies:
-    adds = eqn.primitive.name not in _KEEP_NUMBERS
+    adds = eqn.primitive.name not in KEEPS_NUMBERS
     return [max(before, float(adds))] * len(eqn.outvars)
   counts = []
   for body in bodies:
@@ -84,6 +79,6 @@ def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[floa
   terms: dict[Var, float] = {inner.invars[n]: 0.0 for n in reading}
   for eqn in inner.eqns:
     known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
-    if known and eqn.primitive.name not in _MATMULS:
+    if known and eqn.primitive.name not in MATMULS:
       terms |= dict(zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True))
   return [0.0 if isinstance(a, Literal) else terms.get(a, 0.0) for a in inner.outvars[:results]]

@@ -23,8 +23,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed
-from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import AnyJaxpr, Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal
 
 Dims = tuple[int, ...]
 

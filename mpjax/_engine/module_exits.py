@@ -12,9 +12,8 @@ from mpjax._core.policy import Policy
 from mpjax._core.primitives import Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _GO_ON = having(Trait.KEEPS_NUMBERS) | {"add", "sub", "neg"}
 

@@ -34,7 +34,7 @@ import numpy as np
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, operation
+from mpjax._engine.jaxprs import operation, places_of, variables_of
 from mpjax._engine.ranges import ONE
 from mpjax._engine.recomputed import recomputed
 from mpjax._engine.roles import (
@@ -48,10 +48,8 @@ from mpjax._engine.roles import (
   Role,
   RoleFinder,
   Roles,
-  places_of,
-  variables_of,
 )
-from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 TURNS = 8
 """How often a loop may hand on a product with a gate in 16 bits.
@@ -67,7 +65,7 @@ _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
 _STEEP = having(Trait.STEEP)
-_ELEMENTWISE = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
+_PASS_ON = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
 
 class Exact(NamedTuple):
@@ -208,7 +206,7 @@ class NearOne:
       return eqn.invars
     if found.isdisjoint(eqn.outvars):
       return ()
-    passes = name in POWERS or self._table.get(operation(eqn)) in _ELEMENTWISE
+    passes = name in POWERS or self._table.get(operation(eqn)) in _PASS_ON
     passes = passes or (name in _SUMMARIES and forward.of(eqn.outvars[0]).range.high < math.inf)
     return eqn.invars if passes else ()
 

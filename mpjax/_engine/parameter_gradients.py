@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from mpjax._core.dtypes import BFLOAT16
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, Rule, Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal, contracts_nothing, is_float32
+from mpjax._engine.jaxprs import contracts_nothing, is_float32
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
 from mpjax._engine.sharpening import is_inner
-from mpjax._engine.versions import Atom, Var
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
-_ELEMENTWISE = having(Trait.ARITHMETIC)
+_ARITHMETIC = having(Trait.ARITHMETIC)
 
 
 def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
@@ -78,7 +78,7 @@ class CastParameters:
     return not isinstance(atom, Literal) and (forms[atom] == PARAM or atom in self._cast)
 
 
-_CASTS = having(Trait.KEEPS_NUMBERS) - {"gather"}
+_CASTS = KEEPS_NUMBERS - {"gather"}
 
 
 def _is_float(atom: Atom) -> bool:
@@ -138,7 +138,7 @@ def _is_spread(eqn: JaxprEqn, operand: int) -> bool:
   """Whether an equation repeats an operand along dimensions in which that has size one."""
   given: Any = eqn.invars[operand].aval
   made: Any = eqn.outvars[0].aval
-  return eqn.primitive.name in _ELEMENTWISE and given.shape != made.shape
+  return eqn.primitive.name in _ARITHMETIC and given.shape != made.shape
 
 
 def _is_placed(aval: Any, eqn: JaxprEqn) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import versions
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import DATA, Form, Kind, narrow
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 Forms = tuple[Form | None, ...]
 
@@ -138,6 +138,16 @@ class Plan:
   def in_float8(self) -> bool:
     """Whether some matmul in it multiplies in float8."""
     return any(step.in_float8 or any(b.in_float8 for b in step.bodies) for step in self.steps)
+
+  @property
+  def multiplies(self) -> bool:
+    """Whether it has a matmul in it."""
+    return any(multiplies(step.eqn, step.bodies) for step in self.steps)
+
+
+def multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
+  """Whether an equation is a matmul or has one in a body, of which these are the plans."""
+  return eqn.primitive.name in MATMULS or any(body.multiplies for body in bodies)
 
 
 Readers = dict[Var, list[tuple[int, Read]]]

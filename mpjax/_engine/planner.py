@@ -18,25 +18,35 @@ from jax.extend import source_info_util
 from mpjax._core import scopes
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.decisions import NAMEABLE, Decision
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import MOVES, Needs
 from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
-from mpjax._engine.plan import ROOT, Float8, Forms, Place, Plan, Read, Step, narrowed, widened
+from mpjax._engine.plan import (
+  ROOT,
+  Float8,
+  Forms,
+  Place,
+  Plan,
+  Read,
+  Step,
+  multiplies,
+  narrowed,
+  widened,
+)
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import written_out
 from mpjax._engine.sharpening import Sight, Surroundings
 from mpjax._engine.small_steps import View
-from mpjax._engine.versions import AnyJaxpr, Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 from mpjax._engine.whole_numbers import WholeNumbers
 
 
@@ -283,7 +293,7 @@ class _Walk:
     self.borders.settle(
       eqn,
       home,
-      multiplies=_multiplies(eqn, decision.bodies),
+      multiplies=multiplies(eqn, decision.bodies),
       lasts=(*eqn.outvars,) if lasts else _lasting(eqn, decision.bodies),
     )
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
@@ -308,7 +318,7 @@ class _Walk:
 
   def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
-    if eqn.primitive.name not in _MATMULS or rule is Rule.MULTIPLY:
+    if eqn.primitive.name not in MATMULS or rule is Rule.MULTIPLY:
       return None
     backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
     is_head = backward and parameter is not None and self.is_head(eqn.invars[parameter])
@@ -471,7 +481,6 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
 }
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = having(Trait.JIT)
-_MATMULS = having(Trait.MATMUL)
 
 
 def _places_of(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
@@ -483,13 +492,6 @@ def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:
   """Which results of an equation are, in one of its bodies, float32 behind their module."""
   found = {n for b in bodies if len(b.out_forms) == len(eqn.outvars) for n in b.lasting}
   return [eqn.outvars[n] for n in found]
-
-
-def _multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
-  """Whether an equation is a matmul or has one in a body."""
-  if eqn.primitive.name in _MATMULS or not bodies:
-    return eqn.primitive.name in _MATMULS
-  return any(_multiplies(step.eqn, step.bodies) for body in bodies for step in body.steps)
 
 
 def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:

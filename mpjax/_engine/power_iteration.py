@@ -7,8 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import Atom, Jaxpr, Var
+from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
 

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import Var
+from mpjax._engine.versions import JaxprEqn, Literal, Var
 
 
 class Range(NamedTuple):
@@ -80,7 +79,7 @@ def range_after(
     of: Tells where any operand of these lies.
   """
   name = jaxprs.operation(eqn)
-  if name in _KEEP_NUMBERS and name != "clamp":
+  if name in _KEEP_RANGE and name != "clamp":
     return _chosen(eqn, read)
   if name == "div" and read[1].low > 0 and (share := _of_share(eqn, made, of)):
     return share
@@ -141,7 +140,7 @@ def _of_share(
   return None
 
 
-_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS) | {"reduce_max", "reduce_min"}
+_KEEP_RANGE = KEEPS_NUMBERS | {"reduce_max", "reduce_min"}
 _ARITHMETIC: Mapping[str, Callable[..., float]] = {
   "add": operator.add,
   "add_any": operator.add,

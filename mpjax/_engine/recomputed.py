@@ -14,8 +14,7 @@ import numpy as np
 
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of, repetitions
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.versions import AnyJaxpr, Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
 def recomputed(jaxpr: AnyJaxpr) -> list[set[Var]]:

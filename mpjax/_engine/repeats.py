@@ -18,10 +18,9 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.environment import Key, nearest, shared
 from mpjax._engine.islands import Island
-from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.plan import Plan, Read, Readers, Step, readers_of
 from mpjax._engine.softmax import Softmax
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 OFTEN = 4
 """How often a run must recur to be worth a function of its own."""

@@ -14,30 +14,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var, operation, sources
+from mpjax._engine.jaxprs import operation, places_of, sources, variables_of
 from mpjax._engine.kinds import keeps_its_distance
 from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
-from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = frozenset[int]
 
 GATES = having(Trait.SATURATES | Trait.ONE_AT_ZERO)
 """What comes near one for many arguments, or for small ones."""
 
-RECUR = having(Trait.KEEPS_NUMBERS | Trait.ARITHMETIC)
+RECUR = KEEPS_NUMBERS | having(Trait.ARITHMETIC)
 """What a recurrence makes of its state."""
 
-_KEEP_NUMBERS = having(Trait.KEEPS_NUMBERS)
 _KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
 POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 """Of a gate they are near one where it is."""
 
 _OFTEN = 32
 _FROM_ANYTHING = GATES | {"abs"}  # of which something is known whatever they are computed from
-_PRODUCTS = _KEEP_NUMBERS | {"mul", "add", "neg"}  # what a recurrence makes of its gates
+_PRODUCTS = KEEPS_NUMBERS | {"mul", "add", "neg"}  # what a recurrence makes of its gates
 
 
 class Role(NamedTuple):
@@ -215,16 +214,6 @@ class RoleFinder:
     return operands
 
 
-def variables_of(atoms: Iterable[Any]) -> set[Var]:
-  """Those of some operands that are no literals."""
-  return {atom for atom in atoms if not isinstance(atom, Literal)}
-
-
-def places_of(atoms: Iterable[Any], found: Collection[Var]) -> Indices:
-  """Where among operands variables are that are found."""
-  return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
-
-
 def _is_one(atom: Atom) -> bool:
   return isinstance(atom, Literal) and bool(atom.val == 1)
 
@@ -271,7 +260,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   if all(role[:-1] == NONE[:-1] for role in read):
     return NONE
   name, role = operation(eqn), _joined(read)
-  keeps = name in _KEEP_NUMBERS or name in POWERS
+  keeps = name in KEEPS_NUMBERS or name in POWERS
   recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(
     gates=role.gates if keeps or role.is_own else frozenset(),

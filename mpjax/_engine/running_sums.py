@@ -12,9 +12,8 @@ from typing import Any
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.small_steps import SMALL
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 TERMS = round(1 / SMALL)
 """How many terms a sum in 16 bits may have of which nothing else reads a part.

@@ -17,7 +17,6 @@ from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.bodies import RULES_WITH_BODIES
 from mpjax._engine.constants import Adapting, Numbers
-from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.lookahead import Sums
@@ -25,7 +24,7 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
 from mpjax._engine.small_steps import View, is_small_step
-from mpjax._engine.versions import Atom, Var
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 
 class Surroundings(NamedTuple):

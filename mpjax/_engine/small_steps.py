@@ -15,12 +15,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import MATMULS, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.constants import numbers_of, only
-from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import Atom, Var
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 SMALL = 1 / 32
 """Numbers below it are small. The cube in a gelu has 0.0447, residuals of large models 0.1."""
@@ -38,7 +37,6 @@ _PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
 _CHOICES = frozenset(
   {"select_n", "max", "min", "clamp", "concatenate", "dynamic_update_slice", "scatter"}
 )
-_MATMULS = having(Trait.MATMUL)
 _ROUNDS = frozenset({"round", "floor", "ceil"})
 """Whoever rounds has made numbers large before, and makes them small behind it."""
 
@@ -205,7 +203,7 @@ class _Sizes:
         factor = self._of_parts(end, factor)
       elif _undoes_a_sum(factor, end.eqn):
         return 1.0
-      elif factor < SMALL and end.eqn.primitive.name in _MATMULS:
+      elif factor < SMALL and end.eqn.primitive.name in MATMULS:
         factor *= math.prod(max(1.0, self.of(a, end.view)) for a in end.eqn.invars[:2])
     return factor
 

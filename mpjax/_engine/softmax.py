@@ -20,10 +20,9 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.environment import to_dtype
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
-from mpjax._engine.versions import Atom
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
 _REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})

@@ -17,8 +17,7 @@ from jax.core import Tracer
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
-from mpjax._engine.jaxprs import JaxprEqn, Literal, Var
-from mpjax._engine.versions import AnyJaxpr, Atom
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 Indices = frozenset[int]
 

@@ -16,7 +16,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
-from mpjax._engine.autocast import in_a_region
+from mpjax._engine.autocast import in_a_region, positions
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
 from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
@@ -98,7 +98,7 @@ def autocast(
 
   @functools.wraps(fn)
   def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
-    inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+    inside = positions(numbers, len(args))
     flags = [n in inside for n in range(len(args))]
     return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)
 

@@ -14,8 +14,7 @@ from mpjax._flax.nnx_calls import autocast, check_structure, fill, has_nodes, is
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaled_gradients import split_aux
 from mpjax._scaling.scaling_state import find_scaling_state
-from mpjax._train.accumulation import Window, check_flow, mean_loss
-from mpjax._train.accumulation import accumulate as run_window
+from mpjax._train.accumulation import Window, check_flow, mean_loss, run_window
 from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
 from mpjax._train.shardings import Placement, keep_placement, placement

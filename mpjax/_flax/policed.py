@@ -12,7 +12,7 @@ from mpjax._core.policy import Policy, spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._engine.scaled_cotangents import UNSCALED
 
-_PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
+PLAIN, POLICIES = "mpjax_plain_class", "mpjax_policies"
 
 
 def policy_of(x: Any) -> Policy | PolicyMap | None:
@@ -47,18 +47,18 @@ def policy_of(x: Any) -> Policy | PolicyMap | None:
 def policies_of(x: Any) -> PolicyMap | None:
   """`policy_of` as a map."""
   holder = type(x) if isinstance(x, nn.Module | nnx.Pytree) else x
-  found = getattr(holder, _POLICIES, None)
+  found = getattr(holder, POLICIES, None)
   return found if isinstance(found, PolicyMap) else None
 
 
 def mark(fn: Callable[..., Any], policies: PolicyMap) -> None:
   """Write on a function that it runs under a policy map, for `policy_of`."""
-  setattr(fn, _POLICIES, policies)
+  setattr(fn, POLICIES, policies)
 
 
 def plain_class(cls: type[Any]) -> type[Any]:
   """The class of a module without the policy that `apply_policy` gave it."""
-  return getattr(cls, _PLAIN, cls)
+  return getattr(cls, PLAIN, cls)
 
 
 def in_words(policies: PolicyMap, loss_scale: float = UNSCALED) -> str:
@@ -91,7 +91,7 @@ def facts(plain: type[Any], policies: PolicyMap, make: Callable[..., Any], *more
     own = tuple(plain if arg is type(self) else arg for arg in args)
     return _made_again, (make, (plain, policies, *more), maker, own), *state
 
-  return {_PLAIN: plain, _POLICIES: policies, "__reduce_ex__": reduce}
+  return {PLAIN: plain, POLICIES: policies, "__reduce_ex__": reduce}
 
 
 def _made_again(

@@ -18,12 +18,11 @@ from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import leaf_paths
+from mpjax._scaling.device_gradients import AxisName
 from mpjax._scaling.finiteness import all_squarable, select
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.states import LossScalingState, find_states
-
-AxisName = str | Sequence[str]
 
 
 def dynamic_loss_scaling(

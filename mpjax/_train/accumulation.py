@@ -33,7 +33,7 @@ class Window(NamedTuple):
 MicroStep = Callable[[Any, Any, jax.Array | None], Window]
 
 
-def accumulate(micro_step: MicroStep, count: int, params: Any, flow: Any, batch: Any) -> Window:
+def run_window(micro_step: MicroStep, count: int, params: Any, flow: Any, batch: Any) -> Window:
   """Runs the micro-batches of a batch one after the other and averages their gradients.
 
   Micro-batch ``i`` of ``count`` holds the examples ``i``, ``i + count``, ``i + 2 * count``, ... So
@@ -80,7 +80,7 @@ def mean_loss(loss_of: Callable[[Any, jax.Array | None], Any], count: int, batch
   Args:
     loss_of: Called with a micro-batch and its number, as a micro-step is.
     count: The number of micro-batches.
-    batch: As for `accumulate`.
+    batch: As for `run_window`.
   """
   if count == 1:
     return loss_of(batch, None)

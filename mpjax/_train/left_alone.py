@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._engine import versions
-from mpjax._engine.jaxprs import Jaxpr, JaxprEqn, Literal
+from mpjax._engine.jaxprs import variables_of
+from mpjax._engine.versions import Jaxpr, JaxprEqn, Literal
 
 
 def left_alone(update: Callable[[Any], tuple[Any, Any]], grads: Any) -> tuple[bool, ...]:
@@ -102,8 +103,8 @@ def _is_zero_array(value: Any) -> bool:
 
 def _read(jaxpr: Jaxpr) -> set[Any]:
   """The variables that a result of a jaxpr depends on; of an operation, all operands or none."""
-  read = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+  read = variables_of(jaxpr.outvars)
   for eqn in reversed(jaxpr.eqns):
     if any(out in read for out in eqn.outvars):
-      read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+      read |= variables_of(eqn.invars)
   return read

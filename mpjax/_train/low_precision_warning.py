@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import JaxprEqn, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import is_backward
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine import versions
 from mpjax._engine.scaled_cotangents import border_p
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.master_weights import MasterWeightsState
-from mpjax._scaling.rounding import StochasticRoundingState
+from mpjax._scaling.rounding import StochasticRoundingState, is_16_bit
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import find_states
 
@@ -52,7 +52,7 @@ def warn_of_low_precision(params: Any, opt_state: Any) -> None:
   kept = (MasterWeightsState, StochasticRoundingState)
   if not any(find_states(opt_state, kind) for kind in kept):
     _warn(
-      [(path, leaf) for path, leaf in leaf_paths(params) if _is_16_bit(leaf)],
+      [(path, leaf) for path, leaf in leaf_paths(params) if is_16_bit(leaf)],
       "Trained parameters should be float32, or have float32 masters, or be rounded "
       "stochastically: rounded to the nearest, a bfloat16 parameter loses every update below 1/512 "
       "of itself, a float16 one every update below 1/4096",
@@ -62,7 +62,7 @@ def warn_of_low_precision(params: Any, opt_state: Any) -> None:
     )
   leaves = leaf_paths(_without_rounded(opt_state))
   _warn(
-    [(path, leaf) for path, leaf in leaves if _is_16_bit(leaf) and _SECOND_MOMENT in _names(path)],
+    [(path, leaf) for path, leaf in leaves if is_16_bit(leaf) and _SECOND_MOMENT in _names(path)],
     "Second moments should be float32 or rounded stochastically: to the nearest, in bfloat16 a "
     "decay of 0.999 is 1, and in float16 the squares of gradients below 2e-4 are 0",
     "Wrap the optimizer: mpjax.bfloat16_states(tx), or keep the parameters in float32, or wrap it "
@@ -123,7 +123,7 @@ def _loses_small_gradients(jaxpr: AnyJaxpr) -> bool:
     return False
   return any(
     backward
-    and eqn.primitive.name in _MATMULS
+    and eqn.primitive.name in MATMULS
     and any(getattr(atom.aval, "dtype", None) == FLOAT16 for atom in eqn.invars)
     for eqn, backward in eqns
   )
@@ -137,8 +137,6 @@ def _equations(jaxpr: AnyJaxpr, around: bool) -> Iterator[tuple[JaxprEqn, bool]]
     for body in jaxprs_in_params(eqn.params):
       yield from _equations(body, backward)
 
-
-_MATMULS = having(Trait.MATMUL)
 
 UNSCALED_FLOAT16 = (
   "A float16 loss should be scaled before it is differentiated: gradients below 6e-8 are 0 in "
@@ -157,10 +155,6 @@ def _warn(found: list[tuple[str, Any]], what: str, instead: str) -> None:
       LowPrecisionWarning,
       stacklevel=2,
     )
-
-
-def _is_16_bit(leaf: Any) -> bool:
-  return getattr(leaf, "dtype", None) in (BFLOAT16, FLOAT16)
 
 
 def _names(path: str) -> list[str]:

@@ -19,11 +19,9 @@ from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState
-from mpjax._train.accumulation import Window, mean_loss
-from mpjax._train.accumulation import accumulate as run_window
-from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
+from mpjax._train.accumulation import Window, mean_loss, run_window
+from mpjax._train.buffers import Returned, explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
-from mpjax._train.returned import Returned
 from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (

@@ -9,6 +9,7 @@ import jax
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
+from mpjax._engine.autocast import positions
 from mpjax._engine.execute import Decided, decide
 from mpjax._flax.nnx_calls import has_nodes, pure_call
 
@@ -36,7 +37,7 @@ class Objective:
     has_aux: bool = False,
   ) -> None:
     numbers = {argnums} if isinstance(argnums, int) else set(argnums)
-    inside = {n % len(args) for n in numbers if -len(args) <= n < len(args)}
+    inside = positions(numbers, len(args))
     flags = [n in inside for n in range(len(args))]
     self.has_models = has_nodes(tuple(args))
     self._has_aux = has_aux

@@ -10,15 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
 from mpjax._engine.float8 import FORWARD
-from mpjax._engine.jaxprs import Jaxpr, JaxprEqn
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Step
-
-MATMULS = having(Trait.MATMUL)
+from mpjax._engine.versions import Jaxpr, JaxprEqn
 
 
 def is_float(aval: Any) -> bool:

@@ -9,11 +9,12 @@ import jax
 from jax import lax
 
 from mpjax._core.dtypes import describe
+from mpjax._core.primitives import MATMULS
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal
 from mpjax._engine.plan import Plan, Step
-from mpjax.inspect._flow_costs import MATMULS, integer_operand, is_float, is_matmul, runs_narrow
+from mpjax._engine.versions import JaxprEqn, Literal
+from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_narrow
 from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of

@@ -13,9 +13,8 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine.float8 import FORWARD
-from mpjax.inspect._flow_costs import MATMULS
 from mpjax.inspect._flow_rows import (
   CastFlow,
   Float8Flow,

@@ -20,8 +20,7 @@ from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
-
-_PLAIN, _POLICIES = "mpjax_plain_class", "mpjax_policies"
+from mpjax._flax.policed import PLAIN, POLICIES
 
 
 class Subject(NamedTuple):
@@ -150,7 +149,7 @@ def subject_of(
   if isinstance(fn, nn.Module):
     return _linen_subject(fn, policies, args, kwargs)
   if isinstance(fn, nnx.Module):
-    plain = getattr(type(fn), _PLAIN, type(fn))
+    plain = getattr(type(fn), PLAIN, type(fn))
     method: Any = plain.__call__
     labels = _parameter_names(method, 1 + len(args))
     return _nnx_subject(plain.__name__, method, policies, [fn, *args], kwargs, labels, (), plain)
@@ -169,7 +168,7 @@ def subject_of(
 
 
 def _policies_of(fn: Any, policy: PolicyLike | None) -> PolicyMap:
-  own = getattr(type(fn), _POLICIES, None)
+  own = getattr(type(fn), POLICIES, None)
   if policy is not None:
     return as_policy_map(policy)
   if own is None:
@@ -210,7 +209,7 @@ def _linen_subject(
 
 def _plain_linen(module: nn.Module) -> nn.Module:
   """The module without the policy that `apply_policy` gave it."""
-  plain = getattr(type(module), _PLAIN, None)
+  plain = getattr(type(module), PLAIN, None)
   if plain is None:
     return module
   fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}

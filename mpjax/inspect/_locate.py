@@ -18,6 +18,7 @@ from mpjax._engine.execute import Decided
 from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import Kind
 from mpjax._engine.planner import Planner
+from mpjax._flax.policed import POLICIES
 from mpjax.inspect._flow_report import TOP
 from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
 from mpjax.inspect._nonfinite_search import (
@@ -159,7 +160,7 @@ def locate_nonfinite(
     >>> report.first.op, report.first.where, report.first.made
     ('div', '[1]', 'inf')
   """
-  own = getattr(type(fn), "mpjax_policies", _FLOAT32)
+  own = getattr(type(fn), POLICIES, _FLOAT32)
   subject = subject_of(fn, own if policy is None else policy, args, kwargs, argnums)
   concrete(subject)
   decided = subject.decide()

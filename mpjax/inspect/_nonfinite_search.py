@@ -23,9 +23,9 @@ from mpjax._core.primitives import RULES, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of
-from mpjax._engine.jaxprs import JaxprEqn, Literal
+from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.planner import Planner
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 PATIENCE = 10_000
@@ -321,7 +321,7 @@ class _Values:
     self._held: dict[Any, tuple[Any, Taint]] = dict(zip(jaxpr.invars, operands, strict=True))
     self._held.update((v, (x, _CLEAN)) for v, x in zip(jaxpr.constvars, consts, strict=True))
     last = {a: n for n, e in enumerate(jaxpr.eqns) for a in e.invars if not isinstance(a, Literal)}
-    kept = {a for a in jaxpr.outvars if not isinstance(a, Literal)}
+    kept = variables_of(jaxpr.outvars)
     self._dying: dict[int, list[Any]] = {}
     for var, index in last.items():
       if var not in kept:

@@ -8,17 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn, jaxprs_in_params
+from jax.extend.core import jaxprs_in_params
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.calls import Call
 from mpjax._engine.plan import Plan
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
-
-_MATMULS = having(Trait.MATMUL)
 
 
 def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
@@ -113,7 +111,7 @@ def _matmuls(plan: Plan, line: Line) -> Iterator[tuple[bool, Path, Line]]:
   for step in plan.steps:
     here = line_of(step.eqn, line)
     factors: list[Any] = [atom.aval for atom in step.eqn.invars[:2]]
-    if step.eqn.primitive.name in _MATMULS and all(
+    if step.eqn.primitive.name in MATMULS and all(
       jnp.issubdtype(aval.dtype, jnp.floating) for aval in factors
     ):
       yield all(aval.dtype.itemsize == 2 for aval in factors), step.place.path, here

@@ -14,9 +14,9 @@ from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path, is_recomputed
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of
-from mpjax._engine.jaxprs import Literal, Var
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
+from mpjax._engine.versions import Literal, Var
 from mpjax.inspect._differentiated import Objective
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
 from mpjax.inspect._policies_inside import refuse_regions

@@ -20,11 +20,11 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import bodies_of, mapped
 from mpjax._engine.environment import Environment, Key
 from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.jaxprs import Literal
 from mpjax._engine.kinds import Form, Kind
+from mpjax._engine.module_exits import common_depth
 from mpjax._engine.plan import Plan, Read, Step
+from mpjax._engine.versions import Literal
 from mpjax.inspect._differences import Stats, compare, nothing, worse_of
-from mpjax.inspect._flow_costs import MATMULS
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 
@@ -128,7 +128,7 @@ class Lockstep:
       outs, crossings = _ENTERED[step.rule](self, steps, bodies, _read(steps, values), line)
       _write(steps, values, outs)
       return crossings
-    if any(map(_has_matmul, step.bodies)):
+    if any(body.multiplies for body in step.bodies):
       self.opaque[Opaque(step.eqn.primitive.name, step.place.path, line)] = None
     for interpreter, side, values_of_side in zip(self._run, steps, values, strict=True):
       with jaxprs.located(side.eqn):
@@ -286,12 +286,6 @@ def _columns(pairs: Sequence[Pair]) -> tuple[list[Any], list[Any]]:
   return [pair.reference for pair in pairs], [pair.narrow for pair in pairs]
 
 
-def _has_matmul(plan: Plan) -> bool:
-  return any(
-    step.eqn.primitive.name in MATMULS or any(map(_has_matmul, step.bodies)) for step in plan.steps
-  )
-
-
 # Borders -----------------------------------------------------------------------------------------
 
 
@@ -329,9 +323,7 @@ def _cross(
     if isinstance(atom, Literal) or atom not in homes:
       continue
     home = homes[atom][0]
-    depth = 0
-    while depth < min(len(home), len(path)) and home[depth] == path[depth]:
-      depth += 1
+    depth = common_depth(home, path)
     for n in range(depth + 1, len(home) + 1):
       leaves.setdefault(atom, {})[home[:n]] = None
     for n in range(depth + 1, len(path) + 1):

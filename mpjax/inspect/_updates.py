@@ -10,8 +10,7 @@ from typing import Any
 
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
-from mpjax._engine.jaxprs import JaxprEqn, Literal
-from mpjax._engine.versions import AnyJaxpr, Jaxpr
+from mpjax._engine.versions import AnyJaxpr, Jaxpr, JaxprEqn, Literal
 
 _ADDS = frozenset({"add", "sub", "add_any"})
 _SCALES = frozenset({"mul", "div"})

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import mpjax
-from mpjax._train.accumulation import accumulate, check_divides
+from mpjax._train.accumulation import check_divides, run_window
 from mpjax.training import TrainState, make_train_step
 
 # optax.adam and Flax's norms mix dtypes.
@@ -148,7 +148,7 @@ def test_every_kth_example_goes_into_a_micro_batch_and_scalars_into_all():
     "n": jnp.int32(7),
     "none": None,
   }
-  seen = accumulate(
+  seen = run_window(
     lambda flow, part, index: mpjax._train.accumulation.Window(
       jnp.float32(0), flow, (part, index), jnp.float32(0)
     ),

@@ -22,7 +22,7 @@ from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.kept_plans import Planned, Program, planned
 from mpjax._engine.kinds import PARAM
-from mpjax._engine.plan import Plan
+from mpjax._engine.plan import PLAIN, Plan, Scoping
 from mpjax._engine.planner import Known, Planner
 from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of
 
@@ -87,11 +87,9 @@ def decide(
   kwargs: dict[str, Any],
   flags: Flags,
   *,
-  root: int = 0,
-  absolute: bool = False,
+  scoping: Scoping = PLAIN,
   strict: bool = True,
   known: Iterable[Path] = (),
-  located: bool = False,
 ) -> Decided:
   """Trace ``fn(*args, **kwargs)`` and plan it under a policy map.
 
@@ -102,11 +100,9 @@ def decide(
     kwargs: Keyword arguments.
     flags: For each of them whether it holds parameters (True), a model's other state (`STATE`) or
       neither (False); for a tuple, flags of its entries.
-    root: How many leading components of every scope are not part of a rule's path.
-    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    scoping: How scopes lead to the paths of modules.
     strict: Whether a rule that matches no scope is an error.
     known: Module paths that there are, whether this call runs them or not.
-    located: Whether a body that several modules call is planned for each: see `Planner`.
 
   Raises:
     ValueError: A rule of the policy map matched no scope.
@@ -122,7 +118,7 @@ def decide(
     parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
     own=call.own,
   )
-  program = Program(jaxpr, call.forms, of_call, policies, root, absolute, located)
+  program = Program(jaxpr, call.forms, of_call, policies, scoping)
   found = planned(program, call.operands)
   if strict:
     policies.check_used((*found.planner.ops, *known), found.planner.ops)

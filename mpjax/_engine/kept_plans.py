@@ -24,7 +24,7 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._engine import versions
 from mpjax._engine.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
 from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.plan import Forms, Plan
+from mpjax._engine.plan import Forms, Plan, Scoping
 from mpjax._engine.planner import Known, Planner
 from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
@@ -43,18 +43,14 @@ class Program:
     forms: How each operand is held.
     known: What else is known of operands and results.
     policies: The policies by module path.
-    root: How many leading components of every scope are not part of a rule's path.
-    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
-    located: Whether a body that several modules call is planned for each.
+    scoping: How scopes lead to the paths of modules.
   """
 
   jaxpr: AnyJaxpr
   forms: Forms
   known: Known
   policies: PolicyMap
-  root: int
-  absolute: bool
-  located: bool
+  scoping: Scoping
 
 
 class Planned:
@@ -66,7 +62,7 @@ class Planned:
   """
 
   def __init__(self, program: Program) -> None:
-    self.planner = Planner(program.policies, program.root, program.absolute, program.located)
+    self.planner = Planner(program.policies, program.scoping)
     self.plan: Plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
     self._interpreters: dict[float, Interpreter] = {}
 
@@ -83,7 +79,7 @@ def planned(program: Program, operands: Sequence[jax.Array]) -> Planned:
   It is kept where every operand is an array that is there, or the derivative of a call with such
   is taken: under ``jax.jit`` JAX itself keeps what a trace led to.
   """
-  if program.located or not all(map(_is_there, operands)):
+  if program.scoping.located or not all(map(_is_there, operands)):
     return Planned(program)
   code = _code_of(program, operands)
   return Planned(program) if code is None else _kept(_Coded(code, program))
@@ -128,7 +124,7 @@ def _code_of(program: Program, operands: Sequence[jax.Array]) -> Hashable | None
 
   Of what is differentiated with respect to other operands another case of its rules is asked for.
   """
-  rest = program.forms, program.known, program.policies, program.root, program.absolute
+  rest = program.forms, program.known, program.policies, program.scoping
   settings = _settings(jax.config), source_info_util.current_name_stack()
   kinds = tuple(map(type, operands))
   try:

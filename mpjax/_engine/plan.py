@@ -61,6 +61,25 @@ class Place(NamedTuple):
 ROOT = Place()
 
 
+class Scoping(NamedTuple):
+  """How the scopes of a traced function lead to the paths by which rules name modules.
+
+  Attributes:
+    root: How many leading components of every scope are not part of a rule's path.
+    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
+    located: Whether a body that several modules call is planned for each of them, as a report
+      that names modules must have it.
+  """
+
+  root: int = 0
+  absolute: bool = False
+  located: bool = False
+
+
+PLAIN = Scoping()
+LOCATED = Scoping(located=True)
+
+
 class Order(NamedTuple):
   """How a matmul is computed whose result is read in another order than it is written.
 

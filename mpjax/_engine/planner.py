@@ -31,12 +31,14 @@ from mpjax._engine.module_exits import Borders
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import (
+  PLAIN,
   ROOT,
   Float8,
   Forms,
   Place,
   Plan,
   Read,
+  Scoping,
   Step,
   multiplies,
   narrowed,
@@ -101,18 +103,12 @@ class Planner:
 
   Args:
     policies: The map.
-    root: How many leading components of every scope are not part of a rule's path.
-    absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
-    located: Whether a body that several modules call is planned for each of them, as a report
-      that names modules must have it.
+    scoping: How scopes lead to the paths of modules.
   """
 
-  def __init__(
-    self, policies: PolicyMap, root: int = 0, absolute: bool = False, located: bool = False
-  ) -> None:
+  def __init__(self, policies: PolicyMap, scoping: Scoping = PLAIN) -> None:
     self.policies = policies
-    self._located = located or bool(policies.rules)
-    self._root, self._absolute = root, absolute
+    self._scoping = scoping._replace(located=scoping.located or bool(policies.rules))
     self.ops: dict[Path, set[str]] = {}
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
@@ -143,7 +139,7 @@ class Planner:
       out_forms: How the results must be held; as they come out when None.
       known: What else is known of its operands and results.
     """
-    where = place if self._located else place._replace(path=())
+    where = place if self._scoping.located else place._replace(path=())
     key = (id(jaxpr), in_forms, where, out_forms, known)
     if key not in self._plans:
       self._plans[key] = _Walk(self, jaxpr, in_forms, place, known).plan(out_forms)
@@ -173,7 +169,7 @@ class Planner:
     """The index of the rule that governs a path, or an operation there; None for the default."""
     key = path, op
     if key not in self._rules:
-      relative = path[self._root :]
+      relative = path[self._scoping.root :]
       self._rules[key] = self.policies.rule_at(relative, op)
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
@@ -198,7 +194,7 @@ class Planner:
         scopes.is_forward_again(stack),
       )
       self._names[id(stack)] = stack, place
-    if self._absolute and base and place.path[: len(base)] == base:
+    if self._scoping.absolute and base and place.path[: len(base)] == base:
       return place._replace(path=place.path[len(base) :])
     return place
 

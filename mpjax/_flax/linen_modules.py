@@ -22,12 +22,15 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
+from mpjax._engine.plan import Scoping
 from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import facts, in_words, plain_class
 
 M = TypeVar("M", bound=nn.Module)
 
 _APPLIED, _LOSS_SCALE = "applied", "mpjax_loss_scale"
+
+_SCOPING = Scoping(root=1)  # without the scope of the whole module
 
 
 def apply_policy(module: M, policy: PolicyLike, *, loss_scale: float | None = None) -> M:
@@ -214,15 +217,16 @@ def _under_policy(
   ) -> tuple[Any, Any]:
     run, operands = pure(scope_fn, repack), (*variables, rngs, args, kwargs)
     strict, flags = method == "__call__", ([True, STATE, False, False, False], {})
+    plan = functools.partial(decide, run, policies, operands, {}, flags, scoping=_SCOPING)
     scopes = scope_fn(variables, rngs)
     if scopes[-1].get_flag("initializing", False):
       if strict and policies.rules:  # one that matches nothing is an error here too
         with _random_streams_kept(scopes):
-          decide(run, policies, operands, {}, flags, root=1, known=_paths(scopes[-1].rng_counters))
+          plan(known=_paths(scopes[-1].rng_counters))
       out, made = run(*operands)
       return cast_floating(out, policies.default.output_dtype), _as_params(made, policies)
     known = _paths(scopes[-1].rng_counters)
-    decided = decide(run, policies, operands, {}, flags, root=1, strict=strict, known=known)
+    decided = plan(strict=strict, known=known)
     out, updated = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
     as_it_is = runs_as_written()
     return out if as_it_is else cast_floating(out, policies.default.output_dtype), updated

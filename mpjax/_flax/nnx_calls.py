@@ -19,6 +19,7 @@ from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_a
 from mpjax._engine.autocast import in_a_region, positions
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
+from mpjax._engine.plan import Scoping
 from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import mark, plain_class
 
@@ -126,7 +127,7 @@ def run(
     call.args,
     {},
     (call.flags, {}),
-    absolute=True,
+    scoping=Scoping(absolute=True),
     strict=strict,
     known=known,
   )

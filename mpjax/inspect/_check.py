@@ -14,7 +14,7 @@ from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.execute import Decided
 from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import DATA, Kind
-from mpjax._engine.plan import Plan
+from mpjax._engine.plan import LOCATED, Plan
 from mpjax._engine.planner import Planner
 from mpjax.inspect._check_report import (
   Change,
@@ -26,7 +26,7 @@ from mpjax.inspect._check_report import (
   underflows,
 )
 from mpjax.inspect._differences import Stats, compare
-from mpjax.inspect._flow_report import TOP
+from mpjax.inspect._flow_report import TOP, module_name
 from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
 from mpjax.inspect._policies_inside import AuthorsOwn, as_written, first_region, refuse_regions
 from mpjax.inspect._side_by_side import (
@@ -129,7 +129,7 @@ class _Comparison:
     self._decided, self._double, self._scale = decided, double, loss_scale
     self._output = subject.policies.default.output_dtype
     self._plans = Pair(self._reference_plan(subject), decided.plan)
-    reference = Planner(as_policy_map("float32"), located=True)
+    reference = Planner(as_policy_map("float32"), LOCATED)
     self._lockstep = Lockstep(
       Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
     )
@@ -170,7 +170,7 @@ class _Comparison:
     return [Pair(*pair) for pair in zip(*columns, strict=True)], []
 
   def _reference_plan(self, subject: Subject) -> Plan:
-    planner = Planner(as_policy_map("float32"), subject.root, subject.absolute, located=True)
+    planner = Planner(as_policy_map("float32"), subject.scoping)
     jaxpr = self._decided.plan.jaxpr
     if first_region(self._decided.plan) is not None:
       jaxpr = as_written(self._decided.call)
@@ -241,7 +241,7 @@ def _exact(pair: Pair) -> Pair:
 
 def _updates(subject: Subject, decided: Decided) -> dict[int, int]:
   """Which results update which operands; of a model its parameters, not its statistics."""
-  has_model = subject.root or subject.absolute
+  has_model = subject.scoping.root or subject.scoping.absolute
   forms = decided.call.forms
   return {
     n: source
@@ -258,7 +258,7 @@ def _is_float32(x: Any) -> bool:
 def _count_results(subject: Subject, decided: Decided) -> int:
   """How many of the arrays returned are results, not updates of a model."""
   call = decided.call
-  tree = call.out_tree.children()[0] if subject.absolute else call.out_tree
+  tree = call.out_tree.children()[0] if subject.scoping.absolute else call.out_tree
   return sum(leaf is None for leaf in call.out_leaves[: tree.num_leaves])
 
 
@@ -279,12 +279,15 @@ def _report(
       Change(names[n], _difference([c], [sizes[n]]), float(_ratio(float(c.norm), float(norm))))
       for n, (c, norm) in zip(comparison.updates.values(), comparison.changes, strict=True)
     ),
-    tuple(_rows(comparison.crossings, subject.root)),
+    tuple(_rows(comparison.crossings, subject.scoping.root)),
     tuple(
       GradientCheck(names[n], _difference([g], [sizes[n]]), float(_ratio(float(g.norm), total)))
       for n, g in zip(params, grads, strict=True)
     ),
-    tuple(NotLookedInto(o.what, _name(o.path, subject.root), o.line) for o in comparison.opaque),
+    tuple(
+      NotLookedInto(o.what, module_name(o.path, subject.scoping.root), o.line)
+      for o in comparison.opaque
+    ),
   )
 
 
@@ -296,9 +299,9 @@ def _rows(crossings: Sequence[Crossing], root: int) -> list[ModuleCheck]:
     if not np.any(crossing.stats.times):  # in a branch that was not taken
       continue
     for path in crossing.border.leaves:
-      left.setdefault(_name(path, root), []).append(crossing)
+      left.setdefault(module_name(path, root), []).append(crossing)
     for path in crossing.border.enters:
-      entered.setdefault(_name(path, root), []).append(crossing)
+      entered.setdefault(module_name(path, root), []).append(crossing)
   return [
     _row(module, outputs, entered.get(module, []))
     for module, outputs in left.items()
@@ -365,7 +368,3 @@ def _ratio(error: Any, norm: Any) -> Any:
   """A relative error; that of something where nothing should be is infinite."""
   fallback = np.where(np.asarray(error) > 0, np.inf, 0.0)
   return np.divide(error, norm, out=fallback, where=np.asarray(norm) > 0)
-
-
-def _name(path: tuple[str, ...], root: int) -> str:
-  return "/".join(path[root:]) or TOP

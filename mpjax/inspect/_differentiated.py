@@ -11,6 +11,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyMap
 from mpjax._engine.autocast import positions
 from mpjax._engine.execute import Decided, decide
+from mpjax._engine.plan import Scoping
 from mpjax._flax.nnx_calls import has_nodes, pure_call
 
 
@@ -63,8 +64,8 @@ class Objective:
   def _decide(
     self, policies: PolicyMap, operands: Sequence[Any], *, located: bool = False
   ) -> Decided:
-    flags, absolute = (self._flags, {}), self.has_models
-    return decide(self.value, policies, operands, {}, flags, absolute=absolute, located=located)
+    scoping = Scoping(absolute=self.has_models, located=located)
+    return decide(self.value, policies, operands, {}, (self._flags, {}), scoping=scoping)
 
   def value(self, *operands: Any) -> Any:
     """What the function returns, without auxiliary output."""

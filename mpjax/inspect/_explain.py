@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from mpjax._core.policy_map import PolicyLike
-from mpjax._core.scopes import Path
 from mpjax.inspect import _flow
 from mpjax.inspect._flow_data import Flow, Remark, Widening
 from mpjax.inspect._flow_remarks import batch_first
-from mpjax.inspect._flow_report import TOP, FlowReport, rule_name
+from mpjax.inspect._flow_report import FlowReport, Namer, module_name, rule_name
 from mpjax.inspect._flow_rows import (
   CastFlow,
   Float8Flow,
@@ -82,7 +82,7 @@ def explain(
 
 
 def _report(subject: Subject, flow: Flow) -> FlowReport:
-  policies, named = subject.policies, _Namer(subject.root)
+  policies, named = subject.policies, functools.partial(module_name, root=subject.scoping.root)
   leaks = {
     leaks: tuple(_leak(w, named) for w in flow.widenings if w.leaks is leaks)
     for leaks in (True, False)
@@ -123,16 +123,7 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
   )
 
 
-class _Namer(NamedTuple):
-  """Prints paths as rules spell them."""
-
-  root: int
-
-  def __call__(self, path: Path) -> str:
-    return "/".join(path[self.root :]) or TOP
-
-
-def _leak(widening: Widening, named: _Namer) -> Leak:
+def _leak(widening: Widening, named: Namer) -> Leak:
   reader = widening.reader
   return Leak(
     named(widening.path),
@@ -178,7 +169,7 @@ _TEXTS = {
 }
 
 
-def _remark(remark: Remark, count: int, named: _Namer) -> RemarkFlow:
+def _remark(remark: Remark, count: int, named: Namer) -> RemarkFlow:
   text = _TEXTS[remark.kind].format(remark.what)
   return RemarkFlow(remark.kind, named(remark.path), remark.line, text, count)
 

@@ -92,19 +92,19 @@ def batch_first(subject: Subject, plan: Plan) -> list[Remark]:
 
 def _roles(subject: Subject) -> list[str]:
   """What each operand may be: "batch", "no floats", a leaf of a "tree", or nothing of these."""
-  if subject.root:
+  if subject.scoping.root:
     return []
   flags, named = subject.flags
   values: list[tuple[Any, Any]] = [
     *zip(subject.args, flags, strict=True),
     *((subject.kwargs[key], named.get(key, False)) for key in sorted(subject.kwargs)),
   ]
-  if subject.absolute:  # the states of models, then the other arguments
+  if subject.scoping.absolute:  # the states of models, then the other arguments
     (params, _), (rest, _), (args, inside), (kwargs, _) = values
     values = [(params, False), (rest, None), *zip(args, inside, strict=True), (kwargs, False)]
   roles = [role for value, flag in values for role in _roles_in(value, flag)]
   # The parameters of models are known by their kind, wherever the models stand.
-  return ["" if subject.absolute and role == "no floats" else role for role in roles]
+  return ["" if subject.scoping.absolute and role == "no floats" else role for role in roles]
 
 
 def _roles_in(value: Any, is_parameters: bool | None) -> list[str]:

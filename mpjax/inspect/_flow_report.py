@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import MATMULS, Rule
+from mpjax._core.scopes import Path
 from mpjax._engine.float8 import FORWARD
 from mpjax.inspect._flow_rows import (
   CastFlow,
@@ -27,8 +28,16 @@ from mpjax.inspect._flow_rows import (
   UnknownOp,
 )
 from mpjax.inspect._report import Report, Table, in_bytes, in_units
+from mpjax.inspect._source_lines import texts_of
 
 TOP = "(top)"
+Namer = Callable[[Path], str]
+"""How a report prints the path of a module."""
+
+
+def module_name(path: Path, root: int) -> str:
+  """A module's path as rules spell it, without so many leading components."""
+  return "/".join(path[root:]) or TOP
 
 
 @dataclass(frozen=True, repr=False)
@@ -360,8 +369,8 @@ def _leaks_table(leaks: Sequence[Leak]) -> Table:
     for leak in leaks
   ]
   header = ["line", "module", "operation", "widened by", "costs", "goes on to"]
-  sources = dict.fromkeys(f"{leak.line}: {leak.line.text}" for leak in leaks if leak.line.text)
-  return Table(header, rows, "<<<<><", "Leaks: narrow values that became float32", list(sources))
+  sources = texts_of(leak.line for leak in leaks)
+  return Table(header, rows, "<<<<><", "Leaks: narrow values that became float32", sources)
 
 
 def _percent(share: float) -> str:

@@ -19,6 +19,7 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
+from mpjax._engine.plan import LOCATED, Scoping
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 from mpjax._flax.policed import PLAIN, POLICIES
 
@@ -35,8 +36,7 @@ class Subject(NamedTuple):
     labels: What the paths of each positional argument's leaves start with: a name, a list of
       names for the entries of a tuple, or None to leave out what they start with themselves.
     policies: The policies that it is looked at under.
-    root: How many leading components of every scope are not part of a rule's path.
-    absolute: Whether scopes inside the body of a loop or jit are full paths.
+    scoping: How scopes lead to the paths of modules.
     known: Module paths that there are, whether the call runs them or not.
   """
 
@@ -47,8 +47,7 @@ class Subject(NamedTuple):
   flags: Flags
   labels: Sequence[Any]
   policies: PolicyMap
-  root: int = 0
-  absolute: bool = False
+  scoping: Scoping = LOCATED
   known: tuple[Path, ...] = ()
 
   def backward(self) -> Subject:
@@ -73,7 +72,7 @@ class Subject(NamedTuple):
         merged = [own.get(n, x) for n, x in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(tree, merged)
         out = self.fn(*args, **kwargs)
-        results = jax.tree.leaves(out[0] if self.absolute else out)
+        results = jax.tree.leaves(out[0] if self.scoping.absolute else out)
         sums = [x if x.ndim == 0 else x.sum() for x in results if is_float(x)]
         if not sums:
           raise ValueError(
@@ -94,11 +93,9 @@ class Subject(NamedTuple):
       self.args,
       self.kwargs,
       self.flags,
-      root=self.root,
-      absolute=self.absolute,
+      scoping=self.scoping,
       strict=strict,
       known=self.known,
-      located=True,
     )
 
   def decide_abstractly(self) -> Decided:
@@ -203,7 +200,7 @@ def _linen_subject(
     ([True, False, False, False], {}),
     ["", "", names, ""],
     policies,
-    root=1,
+    scoping=LOCATED._replace(root=1),
   )
 
 
@@ -236,7 +233,7 @@ def _nnx_subject(
     (call.flags, {}),
     [nodes, nodes, list(labels), ""],
     policies,
-    absolute=True,
+    scoping=LOCATED._replace(absolute=True),
     known=tuple(
       p for node in call.nodes if isinstance(node, nnx.Module) for p in module_paths(node)
     ),

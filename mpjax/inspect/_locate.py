@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from mpjax._engine.calls import is_traced
 from mpjax._engine.execute import Decided
 from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import Kind
+from mpjax._engine.plan import Scoping
 from mpjax._engine.planner import Planner
 from mpjax._flax.policed import POLICIES
-from mpjax.inspect._flow_report import TOP
+from mpjax.inspect._flow_report import TOP, module_name
 from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
 from mpjax.inspect._nonfinite_search import (
   PATIENCE,
@@ -31,7 +33,7 @@ from mpjax.inspect._nonfinite_search import (
   state_of,
 )
 from mpjax.inspect._report import Report, Table
-from mpjax.inspect._source_lines import Line
+from mpjax.inspect._source_lines import Line, texts_of
 
 _FLOAT32 = "float32"
 
@@ -115,8 +117,8 @@ class NonFiniteReport(Report):
       for row in self.rows
     ]
     header = ["line", "module", "operation", "made", "result", "operands", "within", "arrives"]
-    sources = dict.fromkeys(f"{row.line}: {row.line.text}" for row in self.rows if row.line.text)
-    return [Table(header, rows, "<", notes=list(sources))] if rows else []
+    sources = texts_of(row.line for row in self.rows)
+    return [Table(header, rows, "<", notes=sources)] if rows else []
 
 
 def locate_nonfinite(
@@ -165,8 +167,8 @@ def locate_nonfinite(
   concrete(subject)
   decided = subject.decide()
   closed, names, operands = _program(subject, decided, backward, loss_scale)
-  planner = Planner(as_policy_map(_FLOAT32), absolute=True, located=True)
-  hunt = Hunt(planner, _namer(subject))
+  planner = Planner(as_policy_map(_FLOAT32), Scoping(absolute=True, located=True))
+  hunt = Hunt(planner, functools.partial(module_name, root=subject.scoping.root))
   with jax.debug_nans(False), jax.debug_infs(False):
     arguments = zip(operands, subject.operand_names(), strict=True)
     taints = [hunt.arrived(x, f"argument {name}") for x, name in arguments]
@@ -184,10 +186,6 @@ def locate_nonfinite(
   return NonFiniteReport(
     subject.name, not arrived, tuple(arrived), tuple(births), tuple(dict.fromkeys(hunt.unended))
   )
-
-
-def _namer(subject: Subject) -> Callable[[tuple[str, ...]], str]:
-  return lambda path: "/".join(path[subject.root :]) or TOP
 
 
 def _program(
@@ -230,7 +228,7 @@ def _result_names(subject: Subject, decided: Decided) -> list[str]:
   call = decided.call
   leaves = ["array" if leaf is None else None for leaf in call.out_leaves]
   tree = jax.tree.unflatten(call.out_tree, leaves)
-  result, updated = tree if subject.absolute else (tree, ())
+  result, updated = tree if subject.scoping.absolute else (tree, ())
   names = [f"result/{path}".rstrip("/") for path, _ in leaf_paths(result)]
   names += [f"updated {path}" for path, _ in leaf_paths(updated)]
   return [*names, *(f"array in {holder}" for holder, _ in call.hidden)]

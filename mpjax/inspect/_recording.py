@@ -19,11 +19,11 @@ from mpjax._engine.plan import Plan, Step
 from mpjax._engine.versions import Literal, Var
 from mpjax.inspect._differentiated import Objective
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
+from mpjax.inspect._policies_by_module import spelled
 from mpjax.inspect._policies_inside import refuse_regions
 
 _Key = tuple[bool, Path]
 _Tallies = dict[_Key, Tally]
-_OUTSIDE = "(outside modules)"
 
 
 class Values(NamedTuple):
@@ -109,7 +109,7 @@ def _values(tallies: _Tallies) -> Values:
 
 def _histogram(tallies: _Tallies, backward: bool) -> Histogram:
   paths = [path for wanted, path in tallies if wanted == backward]
-  names = tuple("/".join(path) or _OUTSIDE for path in paths)
+  names = tuple(map(spelled, paths))
   return stack([tallies[backward, path] for path in paths], names)
 
 

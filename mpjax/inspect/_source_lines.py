@@ -8,6 +8,7 @@ import linecache
 import os
 import sysconfig
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,3 +95,8 @@ def _shown(file: str) -> str:
   if path.is_relative_to(Path.cwd()):
     return str(path.relative_to(Path.cwd()))
   return str(Path(*path.parts[-2:]))
+
+
+def texts_of(lines: Iterable[Line]) -> list[str]:
+  """What stands in lines of source, each once; not of those whose source is not there."""
+  return list(dict.fromkeys(f"{line}: {line.text}" for line in lines if line.text))

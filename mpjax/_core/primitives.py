@@ -281,7 +281,7 @@ def having(traits: Trait) -> frozenset[str]:
 
   Example:
     >>> sorted(having(Trait.SATURATES))
-    ['erf', 'erfc', 'logistic', 'tanh']
+    ['atan', 'erf', 'erfc', 'logistic', 'tanh']
   """
   return frozenset(name for name, facts in FACTS.items() if facts.traits & traits)
 

@@ -1,7 +1,6 @@
 """Module paths, read from the name stacks of equations."""
 
 from collections.abc import Iterator
-from typing import Any
 
 Path = tuple[str, ...]
 
@@ -12,7 +11,7 @@ AS_WRITTEN = "mpjax.as_written"
 """The scope in which functions and modules under a policy run as if they had none: a reference."""
 
 
-def module_path(name_stack: Any) -> Path:
+def module_path(name_stack: object) -> Path:
   """The module path that a name stack spells.
 
   Transformations wrap a component (``transpose(jvp(encoder))``), a differentiated checkpoint
@@ -37,7 +36,7 @@ def module_path(name_stack: Any) -> Path:
   return tuple(path)
 
 
-def is_recomputed(name_stack: Any) -> bool:
+def is_recomputed(name_stack: object) -> bool:
   """Whether an equation computes a second time what a checkpoint did not store."""
   return "rematted_computation" in str(name_stack)
 
@@ -60,27 +59,27 @@ NARROW_SUMS = "mpjax.narrow_sums"
 """The scope in which the gradients of parameters have the dtype of their matmuls."""
 
 
-def has_narrow_sums(name_stack: Any) -> bool:
+def has_narrow_sums(name_stack: object) -> bool:
   """Whether gradients are asked for in the dtype of their matmuls."""
   return NARROW_SUMS in str(name_stack)
 
 
-def has_policy(name_stack: Any) -> bool:
+def has_policy(name_stack: object) -> bool:
   """Whether an equation stands in a region that has a policy of its own."""
   return POLICY_REGION in str(name_stack)
 
 
-def is_as_written(name_stack: Any) -> bool:
+def is_as_written(name_stack: object) -> bool:
   """Whether what runs under a name stack is asked for without the policies that it has."""
   return AS_WRITTEN in str(name_stack)
 
 
-def is_backward(name_stack: Any) -> bool:
+def is_backward(name_stack: object) -> bool:
   """Whether an equation came from transposing, as the backward pass does."""
   return "transpose(" in str(name_stack)
 
 
-def is_forward_again(name_stack: Any) -> bool:
+def is_forward_again(name_stack: object) -> bool:
   """Whether an equation is of the forward pass that a checkpoint computes again."""
   _, again, then = str(name_stack).rpartition("rematted_computation")
   return bool(again) and "transpose(" not in then

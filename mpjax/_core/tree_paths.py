@@ -1,10 +1,13 @@
 """Key paths of pytrees, printed as the paths that rules and messages use."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax import tree_util
 
 KeyPath = tuple[Any, ...]
+
+PyTree: TypeAlias = Any
+"""Arrays in dicts, tuples and other nodes; it names what an argument is, and checks nothing."""
 
 
 def path_str(key_path: KeyPath) -> str:
@@ -30,7 +33,7 @@ def path_str(key_path: KeyPath) -> str:
   return tree_util.keystr(tuple(key_path), simple=True, separator="/")
 
 
-def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+def leaf_paths(tree: PyTree) -> list[tuple[str, Any]]:
   """The leaves of a tree with the paths that `path_str` prints, in the order of flattening."""
   leaves, _ = tree_util.tree_flatten_with_path(tree)
   return [(path_str(key_path), leaf) for key_path, leaf in leaves]

@@ -18,7 +18,7 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
-from mpjax._core.tree_paths import path_str
+from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
@@ -201,7 +201,7 @@ def _under_policy(
   def pure(
     scope_fn: Callable[..., Any], repack: Callable[..., Any]
   ) -> Callable[..., tuple[Any, Any]]:
-    def run(params: Any, others: Any, rngs: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def run(params: PyTree, others: Any, rngs: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
       scopes = scope_fn((params, others), rngs)
       return core(scopes, *args, **kwargs), repack(scopes)
 

@@ -16,6 +16,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
+from mpjax._core.tree_paths import PyTree
 from mpjax._engine.autocast import in_a_region, positions
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
@@ -161,7 +162,7 @@ def pure_call(
   graphdef, params, rest = nnx.split(nodes, nnx.Param, ...)
   blanks = jax.tree.unflatten(tree, [None if is_node(leaf) else leaf for leaf in leaves])
 
-  def pure(params: Any, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+  def pure(params: PyTree, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     merged = nnx.merge(graphdef, params, rest)
     before = {tuple(path): _leaves(var) for path, var in nnx.to_flat_state(nnx.state(merged))}
     _name_modules(merged)
@@ -186,7 +187,7 @@ def is_node(x: Any) -> bool:
   return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
-def has_nodes(tree: Any) -> bool:
+def has_nodes(tree: PyTree) -> bool:
   """Whether there are NNX graph nodes in a pytree, such as the arguments of a call."""
   return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
 
@@ -240,7 +241,7 @@ def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
   return old is new or (isinstance(old, bool | int | float | str) and old == new)
 
 
-def fill(tree: Any, blanks: Any, nodes: Sequence[Any]) -> Any:
+def fill(tree: Any, blanks: Any, nodes: Sequence[Any]) -> PyTree:
   """Put graph nodes back into their places among the arguments, where there is ``None``."""
   rest = iter(nodes)
   leaves = tree.flatten_up_to(blanks)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
 from mpjax._core.policy_map import PolicyLike
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._flax.nnx_calls import autocast, check_structure, fill, has_nodes, is_node, structure
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaled_gradients import split_aux
@@ -203,13 +203,13 @@ def make_train_step(
     core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(params), opt_state)
     before = _arrays(nodes), opt_state, optimizer.step[...]
 
-    def compute(wrt: nnx.State, rest: nnx.State, batch: Any) -> Any:
+    def compute(wrt: nnx.State, rest: nnx.State, batch: PyTree) -> Any:
       copies = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
       out = operands.call(run, copies, batch)
       loss, aux = split_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copies), aux)
 
-    def micro_step(parts: list[nnx.State], batch: Any, index: jax.Array | None) -> Window:
+    def micro_step(parts: list[nnx.State], batch: PyTree, index: jax.Array | None) -> Window:
       wrt, rest = parts
       (loss, (changed, aux)), grads = core.differentiate(compute, wrt[0], rest, batch)
       if index is None:
@@ -252,7 +252,7 @@ class Operands(NamedTuple):
 
   nodes: list[Any]
   arrays: Any
-  tree: Any
+  tree: PyTree
   single: bool
 
   @classmethod
@@ -418,7 +418,7 @@ def _restore(
   nodes: tuple[Any, ...],
   optimizer: nnx.Optimizer,
   old: dict[Any, Any],
-  old_opt_state: Any,
+  old_opt_state: PyTree,
   old_step: jax.Array,
 ) -> None:
   """Puts back what a skipped step wrote: all but the loss scaler, random streams and new Variables.
@@ -450,7 +450,7 @@ def _with_value(leaf: Any, value: Any) -> Any:
   return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
-def _check_opt_state(opt_state: Any) -> None:
+def _check_opt_state(opt_state: PyTree) -> None:
   """Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754)."""
   if find_scaling_state(opt_state) is not None:
     return

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mpjax._core.arguments import power_of_two
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._flax.nnx_calls import is_node
 from mpjax._scaling.scaling_state import misplaced_scaler
 from mpjax._scaling.states import LossScalingState
@@ -186,7 +186,7 @@ def _pairs(args: list[Any], out: Any) -> Iterator[tuple[str, Any, Any]]:
       yield "" if part is out else str(n), left.pop(found[0])[0], part
 
 
-def _signature(tree: Any) -> Any:
+def _signature(tree: PyTree) -> tuple[Any, list[Any]]:
   leaves, structure = jax.tree.flatten(tree)
   # A step count may start as a Python integer, as in Flax's TrainState.
   return structure, [(np.shape(x), x.dtype if _is_float(x) else None) for x in leaves]
@@ -199,7 +199,7 @@ def _is_scaler(x: Any) -> bool:
   return isinstance(x, LossScalingState)
 
 
-def _scalers(tree: Any) -> list[LossScalingState]:
+def _scalers(tree: PyTree) -> list[LossScalingState]:
   leaves = jax.tree.leaves(tree, is_leaf=lambda x: _is_scaler(x) or is_node(x))
   return [leaf for leaf in leaves if _is_scaler(leaf)]
 
@@ -208,7 +208,7 @@ def _scalers_of_nodes(nodes: list[Any]) -> list[tuple[tuple[Any, ...], Any]]:
   return [(tuple(path), x) for path, x in nnx.iter_graph(nodes) if _is_scaler(x)]
 
 
-def _nodes(tree: Any) -> list[Any]:
+def _nodes(tree: PyTree) -> list[Any]:
   return [x for x in jax.tree.leaves(tree, is_leaf=is_node) if is_node(x)]
 
 
@@ -225,7 +225,7 @@ def _array(x: Any) -> Any:
   return jax.tree.leaves(x)[0]
 
 
-def _floats(tree: Any, name: str) -> dict[str, np.ndarray]:
+def _floats(tree: PyTree, name: str) -> dict[str, np.ndarray]:
   """The numbers of a tree by path, without a scaler's own."""
   pure = jax.tree.map(lambda x: x.inner_state if _is_scaler(x) else x, tree, is_leaf=_is_scaler)
   named = {f"{name}/{path}".strip("/"): leaf for path, leaf in leaf_paths(pure)}

@@ -10,7 +10,7 @@ from jax import tree_util
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import BFLOAT16, FLOAT32, is_castable
-from mpjax._core.tree_paths import path_str
+from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._scaling.master_weights import MasterWeightsState
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import (
@@ -38,7 +38,7 @@ class BFloat16StatesState(NamedTuple):
 
   key: jax.Array
   step: jax.Array
-  inner_state: Any
+  inner_state: PyTree
 
 
 def bfloat16_states(
@@ -93,7 +93,7 @@ def bfloat16_states(
 
   def update(
     updates: optax.Updates,
-    state: Any,  # a BFloat16StatesState; optax types every state alike
+    state: PyTree,  # a BFloat16StatesState; optax types every state alike
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, BFloat16StatesState]:
@@ -117,7 +117,7 @@ def _as_test(which: Callable[[str, jax.Array], bool]) -> Test:
   return lambda path, leaf: which(path_str(path), leaf)
 
 
-def _of_parameters(params: Any) -> Test:
+def _of_parameters(params: PyTree) -> Test:
   """The test for leaves with the shape of a parameter, whose path ends with that of it."""
   leaves, _ = tree_util.tree_flatten_with_path(params)
   shapes = {path: leaf.shape for path, leaf in leaves if is_castable(leaf)}
@@ -130,7 +130,7 @@ def _of_parameters(params: Any) -> Test:
   return held
 
 
-def _narrowed(state: Any, held: Test, path: tree_util.KeyPath) -> Any:
+def _narrowed(state: PyTree, held: Test, path: tree_util.KeyPath) -> Any:
   """A new state with the chosen leaves in bfloat16, rounded to the nearest."""
 
   def narrow(below: tree_util.KeyPath, node: Any) -> Any:

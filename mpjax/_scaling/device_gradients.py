@@ -17,13 +17,14 @@ from jax import lax
 
 from mpjax._core.dtypes import FLOAT32, parse_dtype
 from mpjax._core.scopes import NARROW_SUMS
+from mpjax._core.tree_paths import PyTree
 
 AxisName = str | Sequence[str]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def reduce_gradients(grads: Any, axis_name: AxisName, dtype: Any = FLOAT32) -> Any:
+def reduce_gradients(grads: PyTree, axis_name: AxisName, dtype: Any = FLOAT32) -> Any:
   """Averages gradients over the devices of a mapped axis, in a dtype of your choice.
 
   For a train step of your own under ``jax.shard_map`` or ``jax.pmap``, between

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from mpjax._core.arguments import positive_integer
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 
 FAULTS = ("nan", "inf", "-inf", "huge", "subnormal")
 """The kinds of fault. "huge" is the largest finite number of an array's dtype, "subnormal" its
@@ -123,8 +123,8 @@ class FaultState(NamedTuple):
 
 
 def inject(
-  tree: Any, schedule: FaultSchedule, step: jax.typing.ArrayLike, pattern: str = ".*"
-) -> Any:
+  tree: PyTree, schedule: FaultSchedule, step: jax.typing.ArrayLike, pattern: str = ".*"
+) -> PyTree:
   """Puts a step's fault, if it has one, into one element of one float array of a tree.
 
   For batches, for activations inside of a model, and for gradients: a pure function.
@@ -161,8 +161,8 @@ def inject(
 
 
 def inject_gradients(
-  tree: Any, schedule: FaultSchedule, step: jax.typing.ArrayLike, pattern: str = ".*"
-) -> Any:
+  tree: PyTree, schedule: FaultSchedule, step: jax.typing.ArrayLike, pattern: str = ".*"
+) -> PyTree:
   """Returns a tree as it is; what is struck is its gradient.
 
   Around the parameters in a loss function it strikes their gradients, scaled, as the backward
@@ -186,12 +186,12 @@ def inject_gradients(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _identity(pattern: str, tree: Any, schedule: FaultSchedule, step: jax.Array) -> Any:
+def _identity(pattern: str, tree: PyTree, schedule: FaultSchedule, step: jax.Array) -> PyTree:
   del pattern, schedule, step
   return tree
 
 
-def _identity_fwd(pattern: str, tree: Any, schedule: FaultSchedule, step: jax.Array) -> Any:
+def _identity_fwd(pattern: str, tree: PyTree, schedule: FaultSchedule, step: jax.Array) -> PyTree:
   del pattern
   return tree, (schedule, step)
 
@@ -237,7 +237,7 @@ def inject_faults(schedule: FaultSchedule, pattern: str = ".*") -> optax.Gradien
     return FaultState(jnp.zeros((), jnp.int32))
 
   def update(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None
+    updates: optax.Updates, state: PyTree, params: optax.Params | None = None
   ) -> tuple[optax.Updates, FaultState]:
     del params
     return inject(updates, schedule, state.step, pattern), FaultState(state.step + 1)
@@ -258,7 +258,7 @@ def _places(steps: int, seed: int) -> jax.Array:
   return jnp.asarray(np.random.default_rng((seed, 1)).integers(0, 2**31 - 1, steps), jnp.int32)
 
 
-def _targets(tree: Any, pattern: str) -> list[int]:
+def _targets(tree: PyTree, pattern: str) -> list[int]:
   """The positions, among the leaves, of float arrays with a path that matches."""
   floats = [(n, path) for n, (path, leaf) in enumerate(leaf_paths(tree)) if _is_float(leaf)]
   found = [n for n, path in floats if _matches(pattern, path)]

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from mpjax._core.arguments import shown
 from mpjax._core.dtypes import describe
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 
 T = TypeVar("T")
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
   """Tests that no number in a tree is inf or NaN.
 
   Every leaf that can hold one is tested, complex and float8 included. Integers, bools, keys,
@@ -35,7 +35,7 @@ def all_finite(tree: Any) -> jax.Array:
   return jnp.all(jnp.stack(tested)) if tested else jnp.array(True)
 
 
-def nonfinite_leaves(tree: Any) -> jax.Array:
+def nonfinite_leaves(tree: PyTree) -> jax.Array:
   """Tests each leaf of a tree for inf and NaN.
 
   Returns:
@@ -47,7 +47,7 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
   return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
 
 
-def all_squarable(tree: Any) -> jax.Array:
+def all_squarable(tree: PyTree) -> jax.Array:
   """Tests that each leaf of a tree has a finite sum of squares.
 
   Second moments and norms hold squares of gradients. Where the squares of a leaf add up to more
@@ -67,7 +67,7 @@ def all_squarable(tree: Any) -> jax.Array:
   return jnp.all(~unsquarable_leaves(tree))
 
 
-def unsquarable_leaves(tree: Any) -> jax.Array:
+def unsquarable_leaves(tree: PyTree) -> jax.Array:
   """Tests each leaf of a tree for what `all_squarable` tests a tree for.
 
   Returns:
@@ -77,7 +77,7 @@ def unsquarable_leaves(tree: Any) -> jax.Array:
   return jnp.stack(bad) if bad else jnp.zeros((0,), jnp.bool_)
 
 
-def global_norm(tree: Any) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
   """The 2-norm of all float leaves, in float32: inf if, and only if, a leaf cannot be squared.
 
   The sums of squares are those that `all_squarable` tests, so a program that has both computes
@@ -95,7 +95,7 @@ def global_norm(tree: Any) -> jax.Array:
   return 2.0**power * jnp.sqrt(jnp.sum(jnp.stack(squares) * 4.0**-power))
 
 
-def _squares(tree: Any) -> list[jax.Array]:
+def _squares(tree: PyTree) -> list[jax.Array]:
   """The sum of squares of each leaf in at least float32; 0 of what is no float."""
   return [
     _square(leaf) if _can_be_infinite(leaf) else jnp.zeros((), jnp.float32)

@@ -17,7 +17,7 @@ from jax import lax
 from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.device_gradients import AxisName
 from mpjax._scaling.finiteness import all_squarable, select
 from mpjax._scaling.optimizers import as_transformation
@@ -184,7 +184,7 @@ def _loss_scaling(
 
   def update(
     updates: optax.Updates,
-    state: Any,  # a LossScalingState; optax types every state alike
+    state: PyTree,  # a LossScalingState; optax types every state alike
     params: optax.Params | None = None,
     *,
     also_finite: jax.typing.ArrayLike | None = None,
@@ -225,7 +225,7 @@ def _held_as(new: Any, old: Any) -> Any:
   return structure.unflatten(jax.tree.leaves(old)) if paths == others else old
 
 
-def _without(grads: Any, untested: Sequence[bool]) -> Any:
+def _without(grads: PyTree, untested: Sequence[bool]) -> Any:
   """The gradients that are tested: all, or the leaves that are not flagged as untested."""
   if not any(untested):
     return grads
@@ -292,7 +292,7 @@ def _optimizer_stepped(old: Any, new: Any) -> jax.Array:
   return jnp.any(jnp.stack([a != b for a, b in zip(before, after, strict=True)]))
 
 
-def _gradient_steps(state: Any) -> list[jax.Array]:
+def _gradient_steps(state: PyTree) -> list[jax.Array]:
   return [found.gradient_step for found in find_states(state, optax.MultiStepsState)]
 
 

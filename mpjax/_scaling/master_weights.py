@@ -14,6 +14,7 @@ from jax import lax
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
+from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import way_to
 
@@ -28,7 +29,7 @@ class MasterWeightsState(NamedTuple):
   """
 
   masters: Any
-  inner_state: Any
+  inner_state: PyTree
 
 
 def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -73,7 +74,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
   def update(
     updates: optax.Updates,
-    state: Any,  # a MasterWeightsState; optax types every state alike
+    state: PyTree,  # a MasterWeightsState; optax types every state alike
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, MasterWeightsState]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import optax
 
+from mpjax._core.tree_paths import PyTree
+
 OFFERED = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
 """The extra arguments that the train steps pass to every optimizer, for those that use them."""
 
@@ -30,7 +32,7 @@ def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
     return inner
 
   def update_with_what_it_takes(
-    updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    updates: optax.Updates, state: PyTree, params: optax.Params | None = None, **extra_args: Any
   ) -> tuple[optax.Updates, Any]:
     return inner.update(updates, state, params, **those_taken(inner, extra_args))
 

@@ -17,6 +17,7 @@ from jax import lax
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32, is_castable
 from mpjax._core.formats import Format, read_format
+from mpjax._core.tree_paths import PyTree
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 number but its sign
 _MANTISSA, _BIAS, _LEAST_EXPONENT = 23, 127, -126  # of float32
@@ -35,10 +36,10 @@ class StochasticRoundingState(NamedTuple):
 
   key: jax.Array
   step: jax.Array
-  inner_state: Any
+  inner_state: PyTree
 
 
-def seen_parameters(opt_state: Any, params: Any) -> Any:
+def seen_parameters(opt_state: PyTree, params: PyTree) -> Any:
   """The parameters as an optimizer must be given them: as float32 views.
 
   Only one that rounds stochastically must see what they are held in: it makes the views itself.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from mpjax._core.tree_paths import path_str
+from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.faults import FaultState
 from mpjax._scaling.master_weights import MasterWeightsState
@@ -14,7 +14,7 @@ from mpjax._scaling.rounding import StochasticRoundingState
 from mpjax._scaling.states import LossScalingState, find_states
 
 
-def loss_scale(opt_state: Any) -> jax.Array:
+def loss_scale(opt_state: PyTree) -> jax.Array:
   """The scale that the loss of the next step must be multiplied by.
 
   Args:
@@ -41,7 +41,7 @@ def loss_scale(opt_state: Any) -> jax.Array:
   return _require_scaling_state(opt_state).scale
 
 
-def step_is_finite(opt_state: Any) -> jax.Array:
+def step_is_finite(opt_state: PyTree) -> jax.Array:
   """Whether the last update was applied; False if it was skipped as not finite.
 
   What is kept beside the parameters, such as BatchNorm statistics, must not move either on a
@@ -66,7 +66,7 @@ def step_is_finite(opt_state: Any) -> jax.Array:
   return _require_scaling_state(opt_state).last_finite
 
 
-def find_scaling_state(opt_state: Any) -> LossScalingState | None:
+def find_scaling_state(opt_state: PyTree) -> LossScalingState | None:
   """Finds the state of the one loss scaler in an optimizer state, the outermost of all states.
 
   Returns:
@@ -90,7 +90,7 @@ def find_scaling_state(opt_state: Any) -> LossScalingState | None:
   return LossScalingState._make([*(jax.tree.leaves(x)[0] for x in scalars), inner_state])
 
 
-def _require_scaling_state(opt_state: Any) -> LossScalingState:
+def _require_scaling_state(opt_state: PyTree) -> LossScalingState:
   state = find_scaling_state(opt_state)
   if state is None:
     raise ValueError(
@@ -102,7 +102,7 @@ def _require_scaling_state(opt_state: Any) -> LossScalingState:
   return state
 
 
-def _scaling_states(tree: Any) -> list[LossScalingState]:
+def _scaling_states(tree: PyTree) -> list[LossScalingState]:
   found = find_states(tree, LossScalingState)
   return found + [below for state in found for below in _scaling_states(state.inner_state)]
 
@@ -140,7 +140,7 @@ _INSTEAD: dict[type, tuple[str, str]] = {
 }
 
 
-def misplaced_scaler(tree: Any) -> str | None:
+def misplaced_scaler(tree: PyTree) -> str | None:
   """What is wrong with the place of a loss scaler anywhere in a tree, ``None`` if nothing is.
 
   For states of which it is not known where an optimizer's begins: in a tuple the scaler may stand
@@ -156,11 +156,11 @@ def misplaced_scaler(tree: Any) -> str | None:
   return next(filter(None, map(misplaced_scaler, parts)), None)
 
 
-def _is_of_optax(state: Any) -> bool:
+def _is_of_optax(state: PyTree) -> bool:
   return isinstance(state, tuple) and type(state).__module__.startswith("optax")
 
 
-def _check_place(opt_state: Any) -> None:
+def _check_place(opt_state: PyTree) -> None:
   """Refuses a loss scaler that is not the outermost transformation.
 
   Raises:
@@ -174,7 +174,7 @@ def _check_place(opt_state: Any) -> None:
     around = inside
 
 
-def _handed_on(state: Any) -> Any:
+def _handed_on(state: PyTree) -> Any:
   """The only state inside of another that matters to the scaler; ``None`` if others do too."""
   if isinstance(state, _MAY_BE_AROUND):
     return state.inner_state
@@ -187,7 +187,7 @@ def _handed_on(state: Any) -> Any:
   return others[0] if len(others) == 1 and others[0] is not state else None
 
 
-def _place_message(opt_state: Any, around: Any) -> str:
+def _place_message(opt_state: PyTree, around: Any) -> str:
   if around is opt_state and hasattr(around, "opt_state") and not isinstance(around, tuple):
     return (
       "What is passed must be the state of an optimizer. Got a "

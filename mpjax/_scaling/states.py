@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mpjax._core.tree_paths import PyTree
+
 
 class LossScalingState(NamedTuple):
   """The state of a loss scaler: six strongly typed scalar arrays and the optimizer's state.
@@ -28,10 +30,10 @@ class LossScalingState(NamedTuple):
   total_skips: jax.Array
   hysteresis: jax.Array
   last_finite: jax.Array
-  inner_state: Any
+  inner_state: PyTree
 
 
-def find_states(tree: Any, kind: type | tuple[type, ...]) -> list[Any]:
+def find_states(tree: PyTree, kind: type | tuple[type, ...]) -> list[Any]:
   """The states of one type anywhere inside an optimizer state, but not those inside of these."""
   leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
   return [leaf for leaf in leaves if isinstance(leaf, kind)]

@@ -10,7 +10,7 @@ from jax import tree_util
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.tree_paths import path_str
+from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import (
   StochasticRoundingState,
@@ -81,7 +81,7 @@ def stochastic_rounding(
 
   def update(
     updates: optax.Updates,
-    state: Any,  # a StochasticRoundingState; optax types every state alike
+    state: PyTree,  # a StochasticRoundingState; optax types every state alike
     params: optax.Params | None = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, StochasticRoundingState]:
@@ -118,7 +118,7 @@ def _landing(key: jax.Array) -> Callable[[Any, Any, Any], Any]:
   return land
 
 
-def was_applied(opt_state: Any) -> jax.Array:
+def was_applied(opt_state: PyTree) -> jax.Array:
   """Whether an update has moved more than loss scalers: bool[], False after a skipped step."""
   scalers = find_states(opt_state, LossScalingState)
   if not scalers:

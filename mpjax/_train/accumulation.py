@@ -10,7 +10,7 @@ from jax import lax
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 
 
 class Window(NamedTuple):
@@ -27,13 +27,15 @@ class Window(NamedTuple):
   loss: jax.Array
   flow: Any
   extras: Any
-  grads: Any
+  grads: PyTree
 
 
 MicroStep = Callable[[Any, Any, jax.Array | None], Window]
 
 
-def run_window(micro_step: MicroStep, count: int, params: Any, flow: Any, batch: Any) -> Window:
+def run_window(
+  micro_step: MicroStep, count: int, params: PyTree, flow: Any, batch: PyTree
+) -> Window:
   """Runs the micro-batches of a batch one after the other and averages their gradients.
 
   Micro-batch ``i`` of ``count`` holds the examples ``i``, ``i + count``, ``i + 2 * count``, ... So
@@ -74,7 +76,7 @@ def run_window(micro_step: MicroStep, count: int, params: Any, flow: Any, batch:
   return Window(jnp.mean(losses), flow, extras, grads)
 
 
-def mean_loss(loss_of: Callable[[Any, jax.Array | None], Any], count: int, batch: Any) -> Any:
+def mean_loss(loss_of: Callable[[Any, jax.Array | None], Any], count: int, batch: PyTree) -> Any:
   """The mean of the losses of a batch's micro-batches.
 
   Args:
@@ -87,7 +89,7 @@ def mean_loss(loss_of: Callable[[Any, jax.Array | None], Any], count: int, batch
   return jnp.mean(lax.map(lambda i: loss_of(_part(batch, i, count), i), jnp.arange(count)))
 
 
-def check_divides(batch: Any, count: int) -> None:
+def check_divides(batch: PyTree, count: int) -> None:
   """Refuses a batch that cannot be split into ``count`` micro-batches of one size.
 
   Raises:
@@ -130,7 +132,7 @@ def check_flow(new: dict[str, Any], old: dict[str, Any]) -> None:
       )
 
 
-def _part(batch: Any, index: jax.Array, count: int) -> Any:
+def _part(batch: PyTree, index: jax.Array, count: int) -> Any:
   """Micro-batch ``index``, sliced where it is used: no second copy of the batch is made."""
 
   def part(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from mpjax._core.tree_paths import PyTree
 from mpjax._train.shardings import is_on_one_device
 
 
@@ -71,12 +72,12 @@ class Returned:
   def __init__(self) -> None:
     self._last: Any = None
 
-  def is_it(self, state: Any) -> bool:
+  def is_it(self, state: PyTree) -> bool:
     """Whether a state is the one that was returned."""
     last = self._last
     return last is not None and last() is state
 
-  def note(self, state: Any, first: jax.Array) -> None:
+  def note(self, state: PyTree, first: jax.Array) -> None:
     """Notes what a step returned.
 
     Args:

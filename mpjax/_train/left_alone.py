@@ -18,12 +18,13 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax._core.tree_paths import PyTree
 from mpjax._engine import versions
 from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.versions import Jaxpr, JaxprEqn, Literal
 
 
-def left_alone(update: Callable[[Any], tuple[Any, Any]], grads: Any) -> tuple[bool, ...]:
+def left_alone(update: Callable[[Any], tuple[Any, Any]], grads: PyTree) -> tuple[bool, ...]:
   """Finds the parameters whose update is zero and whose gradient nothing reads.
 
   Args:

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import is_backward
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._engine import versions
 from mpjax._engine.scaled_cotangents import border_p
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn
@@ -39,7 +39,7 @@ class LowPrecisionWarning(UserWarning):
   """
 
 
-def warn_of_low_precision(params: Any, opt_state: Any) -> None:
+def warn_of_low_precision(params: PyTree, opt_state: PyTree) -> None:
   """Warns of trained 16-bit parameters and moments that are rounded to the nearest.
 
   Parameters that have masters or are rounded stochastically are sound, and so are moments that
@@ -79,7 +79,7 @@ def warn_of_low_precision(params: Any, opt_state: Any) -> None:
   )
 
 
-def _without_rounded(opt_state: Any) -> Any:
+def _without_rounded(opt_state: PyTree) -> Any:
   """An optimizer's state without the moments that `mpjax.bfloat16_states` rounds."""
 
   def is_rounding(node: Any) -> bool:
@@ -99,7 +99,7 @@ class UnscaledFloat16Check:
   def __init__(self) -> None:
     self._is_due = True
 
-  def __call__(self, opt_state: Any, trace: Callable[[], Any]) -> None:
+  def __call__(self, opt_state: PyTree, trace: Callable[[], Any]) -> None:
     """Warns if float16 gradients go through a matmul of the step and nothing scales them.
 
     What the step computes decides, whoever chose the format: a policy of the step or of the model,

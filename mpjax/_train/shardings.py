@@ -10,6 +10,8 @@ import jax.core
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from mpjax._core.tree_paths import PyTree
+
 
 class Placement(NamedTuple):
   """What a step must know of its arguments' devices when it is traced; hashable.
@@ -35,7 +37,7 @@ def placement(state: Sequence[Any]) -> Placement:
   return Placement(shardings if any(shardings) else ())
 
 
-def keep_placement(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> Any:
+def keep_placement(tree: PyTree, shardings: tuple[NamedSharding | None, ...]) -> PyTree:
   """Holds the leaves of a tree to the shardings of the one that it takes the place of.
 
   A compiler that may choose shards what was replicated if the gradient is sharded; the next step
@@ -50,7 +52,7 @@ def keep_placement(tree: Any, shardings: tuple[NamedSharding | None, ...]) -> An
   )
 
 
-def place_beside(tree: Any, params: Any) -> Any:
+def place_beside(tree: PyTree, params: PyTree) -> PyTree:
   """Replicates over the mesh of the parameters what is not on all of its devices yet."""
   leaves = jax.tree.leaves(params)
   meshes = [s.mesh for s in map(_named_sharding, leaves) if s is not None and s.num_devices > 1]

@@ -13,6 +13,7 @@ from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
+from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
 from mpjax._scaling.finiteness import stays_finite, unsquarable_leaves
 from mpjax._scaling.loss_scaling import unscaled
@@ -86,8 +87,8 @@ class StepCore:
     cls,
     settings: StepSettings,
     tx: optax.GradientTransformation,
-    params: Any,
-    opt_state: Any,
+    params: PyTree,
+    opt_state: PyTree,
   ) -> "StepCore":
     """Checks the arguments of a step.
 
@@ -104,7 +105,7 @@ class StepCore:
     warn_of_low_precision(trained, opt_state)
     return core
 
-  def trained(self, params: Any) -> Any:
+  def trained(self, params: PyTree) -> Any:
     """A tree with ``None`` in place of the parameters that the optimizer leaves alone."""
     return self.choose_frozen(jax.tree.map(lambda _: None, params), params)
 
@@ -146,7 +147,7 @@ class StepCore:
     update: Callable[..., Any],
     args: tuple[Any, ...],
     loss: jax.Array,
-    grads: Any,
+    grads: PyTree,
     state: tuple[Any, Any],
     loss_at: Callable[[Any], Any],
   ) -> Any:
@@ -166,7 +167,7 @@ class StepCore:
     return self._update(update, args, loss, grads, stays_finite(*state), loss_at, self.frozen)
 
   def report(
-    self, loss: jax.Array, grads: Any, opt_state: Any, aux: Any
+    self, loss: jax.Array, grads: PyTree, opt_state: PyTree, aux: PyTree
   ) -> tuple[StepMetrics, jax.Array | None]:
     """The metrics of a step that has come to ``opt_state``, and which gradients made it a skip."""
     after = find_scaling_state(opt_state)
@@ -180,7 +181,7 @@ class StepCore:
     update: Callable[..., Any],
     args: tuple[Any, ...],
     loss: jax.Array,
-    grads: Any,
+    grads: PyTree,
     also_finite: jax.Array | None,
     loss_at: Callable[[Any], Any],
     untested: tuple[bool, ...],
@@ -201,7 +202,7 @@ class StepCore:
     scaled = partial(update, *args, also_finite=also_finite, untested=untested)
     return call_with_those_taken(scaled, extra)
 
-  def _find_frozen(self, params: Any, opt_state: Any) -> tuple[bool, ...]:
+  def _find_frozen(self, params: PyTree, opt_state: PyTree) -> tuple[bool, ...]:
     """Looks where parameters may be frozen: under a mask, or held in 16 bits."""
     leaves = jax.tree.leaves(params)
     narrow = any(is_castable(leaf) and leaf.dtype != FLOAT32 for leaf in leaves)
@@ -210,7 +211,7 @@ class StepCore:
     wide, seen = cast_floating(params, FLOAT32), seen_parameters(opt_state, params)
     nothing_tested = (True,) * len(leaves)
 
-    def update(grads: Any) -> tuple[Any, Any]:
+    def update(grads: PyTree) -> tuple[Any, Any]:
       args = (grads, opt_state, seen)
       loss = jnp.zeros((), FLOAT32)
       return self._update(self.tx.update, args, loss, grads, None, _no_loss, nothing_tested)
@@ -218,7 +219,7 @@ class StepCore:
     return left_alone(update, wide)
 
 
-def _no_loss(params: Any) -> jax.Array:
+def _no_loss(params: PyTree) -> jax.Array:
   """A loss to look at an optimizer with: which it is does not matter to what is frozen."""
   return sum((jnp.sum(jnp.real(p)) for p in jax.tree.leaves(params)), start=jnp.zeros(()))
 
@@ -229,7 +230,7 @@ class _LossFunctions(NamedTuple):
   loss_at: Callable[[Any], Any]
   scale: jax.Array | None
 
-  def value(self, params: Any, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
+  def value(self, params: PyTree, grad_fn: Any = None, obj_fn: Any = None) -> jax.Array:
     """The loss; differentiated, in either mode, it is differentiated scaled.
 
     The line searches of optax hand ``value_fn`` the extra arguments that are not theirs, and
@@ -240,7 +241,7 @@ class _LossFunctions(NamedTuple):
       return float32_loss(self.loss_at(params))
 
     @jax.custom_jvp
-    def value(params: Any) -> jax.Array:
+    def value(params: PyTree) -> jax.Array:
       return float32_loss(self.loss_at(params))
 
     @value.defjvp
@@ -253,11 +254,11 @@ class _LossFunctions(NamedTuple):
 
     return value(params)
 
-  def grad(self, params: Any, *_: Any) -> Any:
+  def grad(self, params: PyTree, *_: Any) -> Any:
     """The gradients of the loss, unscaled, in float32."""
     return self._value_and_grad(params)[1]
 
-  def _value_and_grad(self, params: Any) -> tuple[jax.Array, Any]:
+  def _value_and_grad(self, params: PyTree) -> tuple[jax.Array, Any]:
     scale = jnp.ones((), FLOAT32) if self.scale is None else self.scale
     loss, grads = value_and_grad(self.loss_at)(params, loss_scale=scale)
     return loss, jax.tree.map(lambda g: g / scale.astype(g.dtype), cast_floating(grads, FLOAT32))

@@ -13,7 +13,7 @@ from flax import nnx
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.faults import FaultState
 from mpjax._scaling.finiteness import global_norm, select
 from mpjax._scaling.loss_scaling import unscaled
@@ -50,7 +50,7 @@ class StepMetrics(NamedTuple):
   applied: jax.Array
   consecutive_skips: jax.Array
   total_skips: jax.Array
-  aux: Any = None
+  aux: PyTree = None
 
 
 class NonFiniteError(FloatingPointError):
@@ -74,7 +74,7 @@ class NonFiniteError(FloatingPointError):
     ('w',) [1. 1.]
   """
 
-  def __init__(self, message: str, state: Any, paths: Sequence[str]) -> None:
+  def __init__(self, message: str, state: PyTree, paths: Sequence[str]) -> None:
     super().__init__(message)
     self.state = state
     self.paths = tuple(paths)
@@ -102,7 +102,7 @@ def autocast_loss(
   return autocast(loss_fn, policies.with_default(default))
 
 
-def check_param_dtype(params: Any, policies: PolicyMap | None) -> None:
+def check_param_dtype(params: PyTree, policies: PolicyMap | None) -> None:
   """Refuses trained parameters that are not held in the dtype that one policy for all asks for.
 
   Raises:
@@ -121,10 +121,10 @@ def check_param_dtype(params: Any, policies: PolicyMap | None) -> None:
 
 def step_metrics(
   loss: jax.Array,
-  grads: Any,
+  grads: PyTree,
   before: LossScalingState | None,
   after: LossScalingState | None,
-  aux: Any,
+  aux: PyTree,
 ) -> StepMetrics:
   """The metrics of a step, from its (scaled) gradients and the scaler before and after it."""
   if before is None or after is None:
@@ -149,13 +149,13 @@ def step_metrics(
   )
 
 
-def keep_if_skipped(applied: jax.Array, new_opt_state: Any, old_opt_state: Any) -> Any:
+def keep_if_skipped(applied: jax.Array, new_opt_state: PyTree, old_opt_state: PyTree) -> Any:
   """The optimizer state after a step; if that was skipped, only the loss scaler has moved.
 
   And the count of a fault schedule: a fault that stayed in place would strike for ever.
   """
 
-  def moves(state: Any) -> bool:
+  def moves(state: PyTree) -> bool:
     return isinstance(state, LossScalingState | FaultState)
 
   def choose(new: Any, old: Any) -> Any:
@@ -183,7 +183,7 @@ def require_scaling(scaling: LossScalingState | None, limit: int | None) -> None
 
 
 def raise_if_stuck(
-  metrics: StepMetrics, bad: jax.Array, params: Any, limit: int, state: Any
+  metrics: StepMetrics, bad: jax.Array, params: PyTree, limit: int, state: PyTree
 ) -> None:
   """Waits for a step and raises if it was the last of ``limit`` skipped ones.
 

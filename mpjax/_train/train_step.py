@@ -12,7 +12,7 @@ from flax import struct
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy_map import PolicyLike
-from mpjax._core.tree_paths import leaf_paths
+from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._engine.autocast import autocast
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.optimizers import as_transformation
@@ -52,9 +52,9 @@ class TrainState:
   """
 
   step: jax.Array
-  params: Any
-  opt_state: Any
-  model_state: Any = None
+  params: PyTree
+  opt_state: PyTree
+  model_state: PyTree = None
   rng: Any = None
 
   if TYPE_CHECKING:  # Flax adds it, and its annotations do not say so
@@ -66,10 +66,10 @@ class TrainState:
   @classmethod
   def create(
     cls,
-    params: Any,
+    params: PyTree,
     tx: optax.GradientTransformation,
     *,
-    model_state: Any = None,
+    model_state: PyTree = None,
     rng: Any = None,
   ) -> "TrainState":
     """The state before the first step.
@@ -135,7 +135,7 @@ class TrainStep:
     self._check_float16 = UnscaledFloat16Check()
     self._returned = Returned()
 
-  def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
 
     Args:
@@ -169,7 +169,7 @@ class TrainStep:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
     return state, metrics
 
-  def _enter(self, state: TrainState, batch: Any) -> tuple[TrainState, Placement]:
+  def _enter(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Placement]:
     """A state whose arrays can be donated, if they are to be, and where they are."""
     others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
     is_own = self._returned.is_it(state)
@@ -184,7 +184,7 @@ class TrainStep:
     return state, placement(leaves)
 
   def lower(
-    self, state: TrainState, batch: Any, *, lowering_platforms: tuple[str, ...] | None = None
+    self, state: TrainState, batch: PyTree, *, lowering_platforms: tuple[str, ...] | None = None
   ) -> Any:
     """Lowers the step for these arguments, as ``jax.jit(...).lower`` does.
 
@@ -209,7 +209,7 @@ _DELETED = (
 )
 
 
-def _check_is_state(state: Any, batch: Any) -> None:
+def _check_is_state(state: PyTree, batch: PyTree) -> None:
   """Refuses what is no ``TrainState``.
 
   Raises:
@@ -344,24 +344,24 @@ def make_train_step(
   settings = read_settings(policy, accumulate, max_consecutive_skips, reduce_dtype)
   run = autocast_loss(loss_fn, settings.policies, autocast)
 
-  def compute(params: Any, model_state: Any, batch: Any, rng: Any) -> tuple[Any, Any]:
+  def compute(params: PyTree, model_state: PyTree, batch: PyTree, rng: Any) -> tuple[Any, Any]:
     args = (params, batch) if model_state is None else (params, model_state, batch)
     out = run(*args) if rng is None else run(*args, rng=rng)
     return _unpack(out, model_state, has_aux)
 
   def train_step(
-    state: TrainState, batch: Any, where: Placement
+    state: TrainState, batch: PyTree, where: Placement
   ) -> tuple[TrainState, StepMetrics, Any]:
     _check_optimizer(tx, state)
     core = StepCore.begin(settings, tx, state.params, state.opt_state)
     step_rng = _step_rng(state, core.scaling)
 
-    def micro_step(model_state: Any, part: Any, index: jax.Array | None) -> Window:
+    def micro_step(model_state: PyTree, part: Any, index: jax.Array | None) -> Window:
       args = (state.params, model_state, part, _fold(step_rng, index))
       (loss, (model_state, aux)), grads = core.differentiate(compute, *args)
       return Window(loss, model_state, aux, grads)
 
-    def loss_at(params: Any) -> Any:
+    def loss_at(params: PyTree) -> Any:
       def loss_of(part: Any, index: jax.Array | None) -> Any:
         return compute(params, state.model_state, part, _fold(step_rng, index))[0]
 
@@ -403,7 +403,7 @@ def _fold(rng: Any, number: jax.Array | None) -> Any:
   return rng if rng is None or number is None else jax.random.fold_in(rng, number)
 
 
-def _moved(params: Any, updates: Any) -> Any:
+def _moved(params: PyTree, updates: PyTree) -> Any:
   """Parameters after their updates, added up in float32, in the dtypes that they are held in."""
   wide = optax.apply_updates(cast_floating(params, FLOAT32), updates)
   return jax.tree.map(lambda old, new: new.astype(old.dtype), params, wide)
@@ -421,7 +421,7 @@ def _key_or_old(new: Any, old: Any) -> Any:
   return new if is_key(new) else old
 
 
-def _unpack(out: Any, model_state: Any, has_aux: bool) -> tuple[Any, tuple[Any, Any]]:
+def _unpack(out: Any, model_state: PyTree, has_aux: bool) -> tuple[Any, tuple[Any, Any]]:
   """Splits what a loss function returned into ``loss, (new_model_state, aux)``."""
   parts = ["loss"]
   parts += ["new_model_state"] if model_state is not None else []

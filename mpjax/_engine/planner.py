@@ -45,7 +45,7 @@ from mpjax._engine.plan import (
   widened,
 )
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
-from mpjax._engine.running_sums import written_out
+from mpjax._engine.running_sums import additions
 from mpjax._engine.sharpening import Sight, Surroundings
 from mpjax._engine.small_steps import View
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
@@ -231,7 +231,7 @@ class _Walk:
       ),
       power_iteration(inner, self.own.state),
       planner.needs.factored(jaxpr, known.factored),
-      written_out(inner.eqns, inner.outvars),
+      additions(inner.eqns, inner.outvars),
       planner.whole_numbers.variables(jaxpr, known.whole),
       self.numbers,
       View(

@@ -15,7 +15,7 @@ from mpjax._engine import jaxprs
 from mpjax._engine.small_steps import SMALL
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
-TERMS = round(1 / SMALL)
+SUMMANDS = round(1 / SMALL)
 """How many terms a sum in 16 bits may have of which nothing else reads a part.
 
 From there on a term is as small beside the sum as a small step. A stream of layers is no such sum:
@@ -27,8 +27,8 @@ _WEIGHTS = frozenset({"mul", "div"})
 _HANDS_ON = having(Trait.MOVES) | {"neg", "convert_element_type", "sharding_constraint"}
 
 
-def written_out(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[Any]:
-  """The results of the additions of all sums of more than `TERMS` terms that are written out.
+def additions(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[Any]:
+  """The results of the additions of all sums of more than `SUMMANDS` terms that are written out.
 
   ``m = 0.9 * m + x`` counts as one, too: a number may stand between one addition and the next.
 
@@ -36,7 +36,7 @@ def written_out(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[
     eqns: The equations of a jaxpr.
     outvars: Its results, which are read outside.
   """
-  if len([eqn for eqn in eqns if eqn.primitive.name in _ADDS]) < TERMS:
+  if len([eqn for eqn in eqns if eqn.primitive.name in _ADDS]) < SUMMANDS:
     return frozenset()
   read = [atom for eqn in eqns for atom in eqn.invars] + [*outvars]
   reads = Counter([atom for atom in read if not isinstance(atom, Literal)])
@@ -51,7 +51,7 @@ def written_out(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[
       (result,) = eqn.outvars
       before[result] = own
       terms[result] = sum(terms[a] for a in own) + adds * (2 - len(own))
-      if adds and terms[result] > TERMS:
+      if adds and terms[result] > SUMMANDS:
         long.add(result)
   ends = list(long)
   while ends:

@@ -89,7 +89,7 @@ class View(NamedTuple):
       makers = {var: made for made in inner.eqns for var in made.outvars}
       pairs = zip(inner.invars, body.take(eqn.invars), strict=True)
       outside = {var: (operand, self) for var, operand in pairs}
-      view = View(makers, _written_out, self.is_backward, outside)
+      view = View(makers, _number_of, self.is_backward, outside)
       found.append((inner.outvars[place], view))
     return found
 
@@ -330,7 +330,7 @@ def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:
   return right, None if number is None else abs(number)
 
 
-def _written_out(atom: Atom) -> float | None:
+def _number_of(atom: Atom) -> float | None:
   return only(numbers_of(atom.val)) if isinstance(atom, Literal) else None
 
 

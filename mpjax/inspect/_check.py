@@ -27,7 +27,7 @@ from mpjax.inspect._check_report import (
 )
 from mpjax.inspect._differences import Stats, compare
 from mpjax.inspect._flow_report import TOP, module_name
-from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
+from mpjax.inspect._inspected import Subject, concrete, is_real, subject_of
 from mpjax.inspect._policies_inside import AuthorsOwn, as_written, first_region, refuse_regions
 from mpjax.inspect._side_by_side import (
   FLOAT64,
@@ -192,9 +192,9 @@ class _Comparison:
       ]
       given = [Pair(*pair) for pair in zip(*columns, strict=True)]
       outs, crossings = self._run(given)
-      outs = [Pair(x, self._returned(y)) if is_float(x) else Pair(x, y) for x, y in outs]
+      outs = [Pair(x, self._returned(y)) if is_real(x) else Pair(x, y) for x, y in outs]
       changes = [_change(outs[n], given[source]) for n, source in self.updates.items()]
-      outs = [pair for pair in outs[: self._results] if is_float(pair.reference)]
+      outs = [pair for pair in outs[: self._results] if is_real(pair.reference)]
       self.result_sizes = [int(np.size(pair.reference)) for pair in outs]
       self.borders = [crossing.border for crossing in crossings]
       own = [crossing.stats for crossing in crossings]
@@ -246,7 +246,7 @@ def _updates(subject: Subject, decided: Decided) -> dict[int, int]:
   return {
     n: source
     for n, source in updated(decided.plan.jaxpr).items()
-    if is_float(decided.call.operands[source])
+    if is_real(decided.call.operands[source])
     and not (has_model and (forms[source] or DATA).kind is not Kind.PARAM)
   }
 

@@ -59,7 +59,7 @@ class Subject(NamedTuple):
       flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
       spread = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
       places = [
-        n for n, x in enumerate(leaves) if spread[n] is True and has_shape(x) and is_float(x)
+        n for n, x in enumerate(leaves) if spread[n] is True and has_shape(x) and is_real(x)
       ]
       if not places:
         raise ValueError(
@@ -73,7 +73,7 @@ class Subject(NamedTuple):
         args, kwargs = jax.tree.unflatten(tree, merged)
         out = self.fn(*args, **kwargs)
         results = jax.tree.leaves(out[0] if self.scoping.absolute else out)
-        sums = [x if x.ndim == 0 else x.sum() for x in results if is_float(x)]
+        sums = [x if x.ndim == 0 else x.sum() for x in results if is_real(x)]
         if not sums:
           raise ValueError(
             "grad=True differentiates the sum of the float results, and there is none. Return "
@@ -281,6 +281,6 @@ def concrete(subject: Subject) -> None:
     )
 
 
-def is_float(x: Any) -> bool:
+def is_real(x: Any) -> bool:
   """Whether an array or aval holds floats of any format."""
   return jax.numpy.issubdtype(getattr(x, "dtype", np.int32), np.floating)

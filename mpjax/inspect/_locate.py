@@ -22,7 +22,7 @@ from mpjax._engine.plan import Scoping
 from mpjax._engine.planner import Planner
 from mpjax._flax.policed import POLICIES
 from mpjax.inspect._flow_report import TOP, module_name
-from mpjax.inspect._inspected import Subject, concrete, is_float, subject_of
+from mpjax.inspect._inspected import Subject, concrete, is_real, subject_of
 from mpjax.inspect._nonfinite_search import (
   PATIENCE,
   Birth,
@@ -213,7 +213,7 @@ def _program(
     def of_params(*params: Any) -> tuple[list[Any], list[Any]]:
       merged = dict(enumerate(operands)) | dict(zip(places, params, strict=True))
       outs = forward(*merged.values())
-      return [x for x in outs if is_float(x)], list(outs)
+      return [x for x in outs if is_real(x)], list(outs)
 
     floats, pull, outs = jax.vjp(of_params, *(operands[n] for n in places), has_aux=True)
     return [*outs, *pull([jnp.full_like(x, loss_scale) for x in floats])]

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine import versions
@@ -174,3 +176,17 @@ def mapped(eqn: JaxprEqn, fn: Callable[..., Any], out_specs: Any = None) -> Call
     axis_names=params["newly_manual_axes"],
     check_vma=params["check_vma"],
   )
+
+
+def after_turn(more: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+  """What a ``while`` carries after a turn: in a batch of loops, what has ended keeps what it had.
+
+  JAX leaves the test of such a loop a batch of booleans, and chooses where it lowers the loop.
+
+  Args:
+    more: bool[...], what the test said before the turn: its shape begins that of the values.
+    new: What the body made.
+    old: What it was given.
+  """
+  spread = jnp.expand_dims(more, [*range(more.ndim, new.ndim)])
+  return lax.select(jnp.broadcast_to(spread, new.shape), new, old)

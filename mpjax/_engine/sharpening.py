@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.bodies import RULES_WITH_BODIES
 from mpjax._engine.constants import Adapting, Numbers
@@ -220,6 +220,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
+    "integers",
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.name in MATMULS and any(map(_is_integer, s.eqn.invars)),
+    Rule.WIDE,
+    "the scale of integers stands behind the matmul: its sums leave the range of float16",
+  ),
+  Sharpening(
     "small step",
     {"add", "sub"},
     lambda s: _is_narrow(s.forms) and is_small_step(s.eqn, s.around.view, s.around.carried),
@@ -299,6 +306,11 @@ def _is_narrow(forms: Forms) -> bool:
   """Whether operands are held in 16 bits together."""
   form = join(forms)
   return form is not None and form.kind is Kind.NARROW
+
+
+def _is_integer(atom: Atom) -> bool:
+  dtype = jaxprs.dtype(atom)
+  return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
 
 
 def _is_float16(form: Form | None) -> bool:

@@ -22,7 +22,7 @@ from mpjax._core.dtypes import describe
 from mpjax._core.primitives import RULES, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import bodies_of
+from mpjax._engine.bodies import after_turn, bodies_of
 from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.planner import Planner
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal
@@ -234,11 +234,17 @@ class Hunt:
   ) -> tuple[list[Any], list[Taint]]:
     test, body = bodies_of(eqn)
     of_test, (consts, carry, _) = test.split(values).consts, body.split(values)
-    advance = functools.partial(self._jitted(body.jaxpr), *consts)
     known, n, bad = len(self.births), 0, 0
 
+    def more(carry: Sequence[Any]) -> jax.Array:
+      return self._jitted(test.jaxpr)(*of_test, *carry)[0]
+
     def goes_on(carry: Sequence[Any]) -> jax.Array:
-      return jnp.any(self._jitted(test.jaxpr)(*of_test, *carry)[0])  # of a batched loop
+      return jnp.any(more(carry))
+
+    def advance(*carry: Any) -> list[Any]:
+      new = self._jitted(body.jaxpr)(*consts, *carry)
+      return [*map(functools.partial(after_turn, more(carry)), new, carry)]
 
     while bad < PATIENCE and bool(goes_on(carry)):
       operands = [*consts, *carry]

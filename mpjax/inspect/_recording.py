@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path, is_recomputed
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import bodies_of
+from mpjax._engine.bodies import after_turn, bodies_of
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.versions import Literal, Var
@@ -233,13 +234,19 @@ def _while(step: Step, operands: list[Any], flags: _Flags) -> tuple[list[Any], _
   (test, shape), (cond, body) = bodies_of(step.eqn), step.bodies
   of_test, (consts, start, _) = test.split(operands).consts, shape.split(operands)
 
+  def more(carry: list[Any]) -> jax.Array:
+    return _run(cond, [*of_test, *carry], test.take(flags))[0][0]
+
   def advance(state: Any) -> Any:
     outs, new = _run(body, [*consts, *state[0]], shape.take(flags))
+    goes_on = more(state[0])
+    if goes_on.ndim:
+      outs = [*map(functools.partial(after_turn, goes_on), outs, state[0])]
     return outs, _merge(state[1], new)
 
   first = jax.eval_shape(lambda xs: advance((xs, {}))[1], start)
   return lax.while_loop(
-    lambda state: _run(cond, [*of_test, *state[0]], test.take(flags))[0][0],
+    lambda state: jnp.any(more(state[0])),
     advance,
     (start, {key: zero_tally() for key in first}),
   )

@@ -17,7 +17,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import bodies_of, mapped
+from mpjax._engine.bodies import after_turn, bodies_of, mapped
 from mpjax._engine.environment import Environment, Key
 from mpjax._engine.interpreter import Interpreter
 from mpjax._engine.kinds import Form, Kind
@@ -194,20 +194,22 @@ class Lockstep:
 
     def goes_on(carry: list[Pair]) -> Pair:
       (more,), _ = self.run(bodies[0], [*of_test, *carry], base, line)
-      return Pair(*map(jnp.any, more))  # a batched loop goes on while one of the batch does
+      return more
 
     def advance(state: Any) -> Any:
       n, carry, active, worst = state
       outs, crossings = self.run(bodies[1], [*consts, *carry], base, line)
-      both = active.reference & active.narrow
+      both = jnp.any(active.reference & active.narrow)
       worse = [worse_of(old, c.stats, n) for old, c in zip(worst, crossings, strict=True)]
       worst = jax.tree.map(functools.partial(jnp.where, both), worse, worst)
-      carry = [Pair(*map(_select, active, *pairs)) for pairs in zip(outs, carry, strict=True)]
+      carry = [Pair(*map(after_turn, active, *pairs)) for pairs in zip(outs, carry, strict=True)]
       return n + 1, _strong(carry), Pair(*map(jnp.logical_and, active, goes_on(carry))), worst
 
     with jaxprs.located(eqn):
       state = jnp.int32(0), _strong(start), goes_on(start), nothing(traced.stats)
-      _, carry, _, worst = lax.while_loop(lambda s: s[2].reference | s[2].narrow, advance, state)
+      _, carry, _, worst = lax.while_loop(
+        lambda state: jnp.any(state[2].reference | state[2].narrow), advance, state
+      )
     return carry, _crossings(traced.borders, worst)
 
   def _traced(self, body: Pair, base: Path, line: Line, operands: list[Pair]) -> Traced:
@@ -253,10 +255,6 @@ _ENTERED = {
 
 def _crossings(borders: Sequence[Border], stats: Sequence[Stats]) -> list[Crossing]:
   return [Crossing(*entry) for entry in zip(borders, stats, strict=True)]
-
-
-def _select(active: Any, new: Any, old: Any) -> Any:
-  return jax.tree.map(functools.partial(lax.select, active), new, old)
 
 
 def _strong(pairs: Sequence[Pair]) -> list[Pair]:

@@ -1415,6 +1415,20 @@ def test_the_square_root_of_a_width_times_an_embedding_stays_narrow(policy):
   assert product.outvars[0].aval.dtype.itemsize == 2
 
 
+@both
+@cases(
+  dot_general=lambda h, q: lax.dot(h, q, preferred_element_type=jnp.float32),
+  einsum=lambda h, q: jnp.einsum("bk,kn->bn", h, q),
+  matmul=lambda h, q: q.T @ h.T,
+)
+def test_the_scale_of_integers_comes_before_their_sums_round(fn, policy):
+  """Weights that were quantized: the sums of 2,048 products with integers leave float16."""
+  q = jnp.asarray(np.random.default_rng(0).integers(1, 128, (2048, 16)), jnp.int8)
+  program = lambda w, x: fn(x @ w, q) * 1e-3
+  found, want = in_both_formats(program, policy, jnp.full((8, 2048), 0.125), jnp.ones((4, 8)))
+  np.testing.assert_allclose(found, want, rtol=1e-3)
+
+
 # Formats and modules ------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import _planted as planted
 import mpjax
-from mpjax.inspect import check, tune
+from mpjax.inspect import check, locate_nonfinite, record, tune
 
 W = planted.WIDTH
 X = jax.random.normal(jax.random.key(9), (2, W))
@@ -391,3 +391,25 @@ def test_of_one_that_is_so_in_part_the_report_says_it():
   assert "1 of 2 matmuls" in note.what
   assert note.module == "Net/layer1"
   assert note.what in str(report)
+
+
+def batched_loops(test):
+  """Loops of one batch that end after one and after three turns."""
+
+  def program(w, n):
+    turn = lambda carry: (carry[0] + 1, carry[1] + 1 / (3 - carry[0]))
+    one = lambda n: jax.lax.while_loop(lambda c: test(c[0], n), turn, (0.0, w.sum()))[1]
+    return jax.vmap(one)(n)
+
+  return program
+
+
+@pytest.mark.parametrize("test", [jnp.less, jnp.not_equal], ids=["less", "not_equal"])
+def test_what_has_ended_in_a_batch_of_loops_keeps_what_it_has(test):
+  """1 / (3 - n) is inf in a fourth turn, and a test for equality has no end behind it."""
+  program, args = batched_loops(test), (jnp.full((2, 2), 0.5), jnp.array([1.0, 3.0]))
+  report = check(program, "mixed_float16", *args, gradients=False)
+  assert report.agrees, report
+  assert "nothing that is not finite" in str(locate_nonfinite(program, *args))
+  out, _ = jax.jit(record(program, "mixed_float16"))(*args)
+  np.testing.assert_allclose(out, program(*args))

@@ -49,7 +49,7 @@ class Borders:
     """
     self.lasting.update(lasts)
     if self.lasting and eqn.primitive.name in _GO_ON:
-      read = {atom for atom in eqn.invars if not isinstance(atom, Literal)}
+      read = jaxprs.variables_of(eqn.invars)
       self.lasting.update(() if self.lasting.isdisjoint(read) else eqn.outvars)
     begun: dict[tuple[int, ...], Path] = {}
     read: Any = () if multiplies else eqn.invars

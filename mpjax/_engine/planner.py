@@ -480,8 +480,8 @@ _SHARES_READS = having(Trait.JIT)
 
 
 def _places_of(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
-  """Where among operands or results variables are that are found."""
-  return tuple(n for n, a in enumerate(atoms) if not isinstance(a, Literal) and a in found)
+  """Where among operands or results variables are that are found, in order."""
+  return tuple(sorted(jaxprs.places_of(atoms, found)))
 
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:

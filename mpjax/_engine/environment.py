@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import get_abstract_mesh, use_abstract_mesh
+from jax.sharding import PartitionSpec, get_abstract_mesh, reshard, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import jaxprs
 from mpjax._engine.plan import Read
 from mpjax._engine.versions import Atom, Literal, Var
+
+T = TypeVar("T")
 
 
 class Key(NamedTuple):
@@ -91,8 +93,29 @@ def to_dtype(x: Any, dtype: np.dtype) -> Any:
   """
   if x.dtype == dtype:
     return x
-  mesh, current = jax.typeof(x).sharding.mesh, get_abstract_mesh()
-  if mesh.empty or current.empty or mesh == current:
+  mesh = _mesh_elsewhere(x)
+  if mesh is None:
     return lax.convert_element_type(x, dtype)
   with use_abstract_mesh(mesh):
     return lax.convert_element_type(x, dtype)
+
+
+def brought_here(compute: Callable[..., T], *values: Any) -> T:
+  """What a function makes of values, on the current mesh, although their types may name another.
+
+  Args:
+    compute: Makes a pytree of small arrays, which then lie whole on each device.
+    *values: Arrays of one mesh.
+  """
+  mesh = _mesh_elsewhere(values[0])
+  if mesh is None:
+    return compute(*values)
+  with use_abstract_mesh(mesh):
+    found = compute(*values)
+  return jax.tree.map(lambda x: reshard(x, PartitionSpec()), found)
+
+
+def _mesh_elsewhere(x: Any) -> Any:
+  """The mesh that the type of a value names, if it is not the current one."""
+  mesh, current = jax.typeof(x).sharding.mesh, get_abstract_mesh()
+  return None if mesh.empty or current.empty or mesh == current else mesh

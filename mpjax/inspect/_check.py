@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, get_abstract_mesh
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.execute import Decided
@@ -143,10 +144,14 @@ class _Comparison:
     self.sizes = [int(np.size(x)) for x in decided.call.operands]
     self.result_sizes: list[int] = []
     self.borders: list[Border] = []
+    run = self._all
+    if AxisType.Explicit in get_abstract_mesh().axis_types:
+      # JAX takes no gradient through `auto_axes` operation by operation.
+      run = jax.jit(run, compiler_options={"xla_allow_excess_precision": False})
     with jax.enable_x64(True) if double else contextlib.nullcontext():
-      # Not compiled as a whole: so every value exists in its dtype, and operations that many layers
-      # share are compiled once.
-      found: Any = jax.device_get(self._all(decided.call.operands))
+      # Else not compiled as a whole: so every value exists in its dtype, and operations that many
+      # layers share are compiled once.
+      found: Any = jax.device_get(run(decided.call.operands))
     self.results, stats, self.changes, self.gradients = found
     self.crossings = [Crossing(*entry) for entry in zip(self.borders, stats, strict=True)]
 

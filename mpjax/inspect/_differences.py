@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.environment import brought_here
 
 
 class Stats(NamedTuple):
@@ -37,7 +38,7 @@ class Stats(NamedTuple):
 
 def compare(reference: Any, narrow: Any) -> Stats:
   """The statistics of a value against its reference, in the dtype of the reference."""
-  return _stats(lax.stop_gradient(reference), lax.stop_gradient(narrow))
+  return brought_here(_stats, lax.stop_gradient(reference), lax.stop_gradient(narrow))
 
 
 @jax.jit

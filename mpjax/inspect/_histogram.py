@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core, lax
+from jax.sharding import PartitionSpec, auto_axes, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import leaf_paths
+from mpjax._engine.jaxprs import is_sharded_explicitly
 from mpjax.inspect._report import Table
 
 LOWEST = -150
@@ -169,9 +171,19 @@ Tally = tuple[jax.Array, jax.Array]
 """The counts of one array, u32[2, 281], and its largest finite magnitude, f32[]."""
 
 
-@partial(jax.jit, inline=True)  # outside of a `jit` one program, not fifteen
 def tally(x: jax.Array) -> Tally:
   """Counts one array."""
+  aval = jax.typeof(x)
+  if not is_sharded_explicitly(aval):
+    return _tally(x)
+  # A scatter there must be told where its result lies.
+  with use_abstract_mesh(aval.sharding.mesh):
+    counted: Any = auto_axes(_tally, out_sharding=PartitionSpec())
+    return counted(x)
+
+
+@partial(jax.jit, inline=True)  # outside of a `jit` one program, not fifteen
+def _tally(x: jax.Array) -> Tally:
   x = jnp.asarray(x).astype(FLOAT32)
   finite = jnp.where(jnp.isfinite(x), jnp.abs(x), 0.0)
   counted = _count(_bin_of(x).ravel())

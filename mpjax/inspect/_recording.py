@@ -15,6 +15,7 @@ from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path, is_recomputed
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import after_turn, bodies_of
+from mpjax._engine.environment import brought_here
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.versions import Literal, Var
@@ -138,7 +139,7 @@ class _Env:
 
   def count(self, step: Step, value: Any) -> None:
     key = step.place.backward, step.place.path
-    self.tallies = _merge(self.tallies, {key: tally(value)})
+    self.tallies = _merge(self.tallies, {key: brought_here(tally, value)})
 
 
 def _run(plan: Plan, operands: Sequence[Any], flags: Sequence[bool]) -> tuple[list[Any], _Tallies]:

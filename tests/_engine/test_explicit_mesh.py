@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax import lax
@@ -168,6 +169,33 @@ def test_a_value_may_leave_its_module_into_auto_axes(fn, policy):
     got = grad(*numbers())
     error = jnp.linalg.norm(got - want)
     assert error <= 8 * jnp.finfo(POLICIES[policy]).eps * jnp.linalg.norm(want)
+
+
+@pytest.mark.quick(every=4)
+@in_turns(("fn", "policy"), INTO_AUTO_AXES, list(POLICIES))
+def test_reports_follow_a_value_into_auto_axes(fn, policy):
+  loss = lambda w, x: weighed(fn(x @ w))
+  report = mpjax.inspect.check(loss, policy, *numbers())
+  assert report.agrees and report.gradients[0].gradient.error > 0
+  out, values = mpjax.inspect.record(loss, policy)(*numbers())
+  assert jnp.allclose(out, loss(*numbers()), rtol=1e-5)
+  assert values.activations.bins().sum() >= 16
+
+
+@pytest.mark.parametrize("where", ["on_the_mesh", "in_no_context"])
+def test_statistics_of_sharded_arrays_are_counted(where):
+  _, x = numbers()
+  tx = mpjax.inspect.collect_statistics(optax.sgd(0.1))
+
+  def counted():
+    updates, state = jax.jit(tx.update)(x, tx.init(x), x)
+    assert jax.typeof(updates) == jax.typeof(x)
+    return mpjax.inspect.statistics(state).gradients.bins().sum(), mpjax.inspect.histogram(x).bins()
+
+  none = jax.sharding.Mesh(np.empty((), object), ())
+  with jax.set_mesh(none if where == "in_no_context" else jax.sharding.get_mesh()):
+    total, bins = counted()
+  assert total == bins.sum() == x.size
 
 
 def second(fn):

@@ -1,5 +1,6 @@
 """What both train steps owe: skips that heal, frozen parameters, settings of restored states."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -185,7 +186,10 @@ NOT_LOST = {
 def test_where_no_float16_gradient_is_lost_a_step_says_nothing(case):
   loss, policy = NOT_LOST[case]
   tx = optax.sgd(0.1)
-  make_train_step(loss, tx, policy=policy)(TrainState.create(LINEN, tx), X)
+  with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    make_train_step(loss, tx, policy=policy)(TrainState.create(LINEN, tx), X)
+  assert [str(warning.message) for warning in said] == []
 
 
 class Small(nnx.Module):

@@ -22,8 +22,9 @@ from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.kept_plans import Planned, Program, planned
 from mpjax._engine.kinds import PARAM
+from mpjax._engine.knowledge import Known
 from mpjax._engine.plan import PLAIN, Plan, Scoping
-from mpjax._engine.planner import Known, Planner
+from mpjax._engine.planner import Planner
 from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of
 
 

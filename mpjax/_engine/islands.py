@@ -20,7 +20,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, softmax
 from mpjax._engine.kinds import DATA, Kind
-from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, readers_of, shared_format
+from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, shared_format
 from mpjax._engine.softmax import Softmax
 from mpjax._engine.versions import Literal, Var
 
@@ -51,7 +51,7 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   wide = [_is_wide_elementwise(step) for step in steps]
   if not any(wide):
     return {}
-  readers = readers_of(plan)
+  readers = plan.readers
   makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
   found: dict[int, Island | Softmax] = {}
   taken: set[int] = set()

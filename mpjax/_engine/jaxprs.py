@@ -55,6 +55,17 @@ def contracts_nothing(eqn: JaxprEqn) -> bool:
   return all(summed[dim] == 1 for dim in contracted)
 
 
+def is_inner(eqn: JaxprEqn) -> bool:
+  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
+  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
+    return False
+  contracted, batch = eqn.params["dimension_numbers"]
+  return all(
+    len(shape(atom)) == len(summed) + len(kept)
+    for atom, summed, kept in zip(eqn.invars, contracted, batch, strict=True)
+  )
+
+
 def operation(eqn: JaxprEqn) -> str:
   """What an equation does, as the name of a primitive: an outer product multiplies."""
   name = eqn.primitive.name
@@ -132,7 +143,7 @@ def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
   None of them is a transformation whose name wraps the next: ``vmap(attend)`` stays whole.
   """
   stacks = [eqn.source_info.name_stack for eqn in eqns]
-  columns = zip(*(stack.stack for stack in stacks), strict=False)
+  columns = zip(*[stack.stack for stack in stacks], strict=False)
   depth = len([*takewhile(lambda column: len({*column}) == 1, columns)])
   while depth and str(stacks[0][depth - 1 : depth]).endswith("()"):
     depth -= 1

@@ -24,8 +24,9 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._engine import versions
 from mpjax._engine.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
 from mpjax._engine.interpreter import Interpreter
+from mpjax._engine.knowledge import Known
 from mpjax._engine.plan import Forms, Plan, Scoping
-from mpjax._engine.planner import Known, Planner
+from mpjax._engine.planner import Planner
 from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 PROGRAMS = 32

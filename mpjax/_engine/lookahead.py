@@ -75,7 +75,7 @@ class Needs:
         origin |= origins.get(atom, 0)
       for var in eqn.outvars:
         origins[var] = origin
-      if read and all(atom in pure for atom in read):
+      if read and pure.keys() >= {*read}:
         pure |= dict.fromkeys(eqn.outvars, origin & ~_BORN)
       elif eqn.primitive.name in ("add", "sub", "add_any") and len(read) == 2:
         for target, change in (read, read[::-1]):
@@ -140,11 +140,10 @@ class Needs:
     """Whether a jaxpr, or a body in it, factors matrices."""
     key = id(jaxpr)
     if key not in self._factoring:
-      self._factoring[key] = any(
-        eqn.primitive.name in _FACTORS
-        or (eqn.primitive.name in HAVE_BODIES and self._bodies_factorize(eqn))
-        for eqn in versions.open_jaxpr(jaxpr).eqns
-      )
+      eqns = versions.open_jaxpr(jaxpr).eqns
+      holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
+      own = not _FACTORS.isdisjoint([eqn.primitive.name for eqn in eqns])
+      self._factoring[key] = own or any(map(self._bodies_factorize, holding))
     return self._factoring[key]
 
   def _bodies_factorize(self, eqn: JaxprEqn) -> bool:

@@ -20,6 +20,8 @@ _GO_ON = having(Trait.KEEPS_NUMBERS) | {"add", "sub", "neg"}
 Governs = Callable[[Path], tuple[int | None, Policy]]
 """The rule, by its index, and the policy of a module."""
 
+_Births = dict[tuple[int, ...], Path]
+
 
 class Borders:
   """The borders of the modules that the equations of one jaxpr stand in.
@@ -31,7 +33,7 @@ class Borders:
   def __init__(self, governs: Governs) -> None:
     self._governs = governs
     self._homes: dict[Var, Path] = {}
-    self._births: dict[Atom, dict[tuple[int, ...], Path]] = {}
+    self._births: dict[Atom, _Births] = {}
     self.lasting = set[Atom]()
     self._entered: dict[Path, dict[tuple[int, ...], np.dtype | None]] = {}
 
@@ -51,13 +53,13 @@ class Borders:
     if self.lasting and eqn.primitive.name in _GO_ON:
       read = jaxprs.variables_of(eqn.invars)
       self.lasting.update(() if self.lasting.isdisjoint(read) else eqn.outvars)
-    begun: dict[tuple[int, ...], Path] = {}
+    begun: _Births = {}
     read: Any = () if multiplies else eqn.invars
     for atom in read:
-      shape = getattr(atom.aval, "shape", ())
-      if not shape or isinstance(atom, Literal):
+      if isinstance(atom, Literal):
         continue
-      births = self._births.get(atom, {shape: ()})
+      births = self._births.get(atom)
+      births = _births(atom, (), {}) if births is None else births
       for of_shape, birth in births.items() if begun else ():
         known = begun.get(of_shape, birth)
         begun[of_shape] = known if known == birth else known[: common_depth(known, birth)]
@@ -65,7 +67,7 @@ class Borders:
     made: Any = eqn.outvars
     for var in made:
       self._homes[var] = path
-      self._births[var] = {getattr(var.aval, "shape", ()): path} | begun
+      self._births[var] = _births(var, path, begun)
 
   def cross(self, atom: Atom, form: Form | None, path: Path) -> Form | None:
     """The form of a value that is read in another module than it was computed in."""
@@ -112,6 +114,12 @@ class Borders:
 def held_as(dtype: np.dtype) -> Form:
   """The form of a result that has a dtype by its policy."""
   return DATA if dtype == FLOAT32 else narrow(dtype)
+
+
+def _births(var: Var, path: Path, begun: _Births) -> _Births:
+  """Where the values began that lead to one, by their shapes; a scalar is no stream."""
+  shape = getattr(var.aval, "shape", ())
+  return {shape: path} | begun if shape else {}
 
 
 def common_depth(a: Path, b: Path) -> int:

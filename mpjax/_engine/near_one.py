@@ -138,7 +138,8 @@ class NearOne:
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
         elif not found.isdisjoint(eqn.outvars) and operation(eqn) in RECUR:
           read = eqn.invars
-        found |= variables_of(read)
+        if read:
+          found |= variables_of(read)
       self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
     return self._leads[key]
 
@@ -194,10 +195,11 @@ class NearOne:
         gates.add(eqn.outvars[0])
       elif _comes_near_one(eqn, forward):
         gates.add(eqn.outvars[0])
-      found |= variables_of(self._needed(eqn, forward, found))
+      if needed := self._needed(eqn, forward, found):
+        found |= variables_of(needed)
     return inside, gates
 
-  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Var]) -> Iterable[Any]:
+  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Var]) -> Sequence[Any]:
     """The operands of an equation that are needed exactly, given which values are."""
     name = eqn.primitive.name
     if name in _NEED:

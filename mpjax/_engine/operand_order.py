@@ -19,14 +19,14 @@ from jax import lax
 
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
-from mpjax._engine.plan import Order, Plan, Step, readers_of
+from mpjax._engine.plan import Order, Plan, Step
 
 
 def turned(plan: Plan) -> dict[int, Order]:
   """The 16-bit matmuls of a plan, by index, that are computed in another order than written."""
   if not any(_is_transpose(step) for step in plan.steps):
     return {}
-  readers = readers_of(plan)
+  readers = plan.readers
   found = {}
   for index, step in enumerate(plan.steps):
     matmul = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"

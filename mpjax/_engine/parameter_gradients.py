@@ -14,10 +14,9 @@ from jax.sharding import AxisType
 from mpjax._core.dtypes import BFLOAT16
 from mpjax._core.primitives import KEEPS_NUMBERS, Rule, Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.jaxprs import contracts_nothing, is_float32
+from mpjax._engine.jaxprs import contracts_nothing, is_float32, is_inner
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
-from mpjax._engine.sharpening import is_inner
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _ARITHMETIC = having(Trait.ARITHMETIC)

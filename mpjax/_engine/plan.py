@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,7 +140,10 @@ class Step:
     return self.parameter if in_float8 is None else in_float8
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+Readers = dict[Var, list[tuple[int, Read]]]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
   """A jaxpr with what was decided for each of its equations and results."""
 
@@ -163,13 +167,24 @@ class Plan:
     """Whether it has a matmul in it."""
     return any(multiplies(step.eqn, step.bodies) for step in self.steps)
 
+  @cached_property
+  def readers(self) -> Readers:
+    """Which steps read each variable, by index, and how; its results are read by step -1."""
+    readers: Readers = defaultdict(list)
+    entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(self.steps)]
+    entries.append((-1, versions.open_jaxpr(self.jaxpr).outvars, self.out_reads))
+    for index, atoms, reads in entries:
+      for atom, read in zip(atoms, reads, strict=True):
+        if not isinstance(atom, Literal):
+          readers[atom].append((index, read))
+    return dict(readers)
+
 
 def multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
   """Whether an equation is a matmul or has one in a body, of which these are the plans."""
-  return eqn.primitive.name in MATMULS or any(body.multiplies for body in bodies)
-
-
-Readers = dict[Var, list[tuple[int, Read]]]
+  if not bodies:  # few have any
+    return eqn.primitive.name in MATMULS
+  return any(body.multiplies for body in bodies)
 
 
 def shared_format(readers: Readers, step: Step) -> np.dtype | None:
@@ -182,22 +197,10 @@ def shared_format(readers: Readers, step: Step) -> np.dtype | None:
   return formats.pop() if len(formats) == 1 else None
 
 
-def readers_of(plan: Plan) -> Readers:
-  """Which steps read each variable, by index, and how; the plan's results are read by step -1."""
-  readers: Readers = defaultdict(list)
-  entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(plan.steps)]
-  entries.append((-1, versions.open_jaxpr(plan.jaxpr).outvars, plan.out_reads))
-  for index, atoms, reads in entries:
-    for atom, read in zip(atoms, reads, strict=True):
-      if not isinstance(atom, Literal):
-        readers[atom].append((index, read))
-  return dict(readers)
-
-
 def widened(body: Plan) -> Forms:
   """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
-  readers = readers_of(body)
-  wanted = {v: {None if n < 0 else read.to for n, read in reads} for v, reads in readers.items()}
+  readers = body.readers.items()
+  wanted = {v: {None if n < 0 else read.to for n, read in reads} for v, reads in readers}
   return tuple(
     DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
@@ -209,10 +212,9 @@ def narrowed(body: Plan, operands: range) -> Forms:
 
   What it is read by rounds it anyway; so it is not held twice, rounded for the backward pass too.
   """
-  readers = readers_of(body)
   forms = list(body.in_forms[operands.start : operands.stop])
   for n, var in enumerate(versions.open_jaxpr(body.jaxpr).invars[operands.start : operands.stop]):
-    reads = readers.get(var, [])
+    reads = body.readers.get(var, [])
     wanted = reads[0][1].to if len(reads) == 1 else None
     if forms[n] == DATA and wanted is not None and wanted != FLOAT32:
       forms[n] = narrow(wanted)

@@ -7,10 +7,9 @@ fixed point. Executing a plan is `interpreter`'s work, reporting one is `inspect
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jax.extend import source_info_util
@@ -21,14 +20,12 @@ from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import decisions, jaxprs, sharpening, versions
-from mpjax._engine.bodies import RULES_WITH_BODIES, Body, bodies_of, repetitions, settled
-from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
+from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
-from mpjax._engine.kinds import PARAM, Form, Kind, join
-from mpjax._engine.lookahead import MOVES, Needs
+from mpjax._engine.kinds import Form, Kind, join
+from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known, places
 from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders
-from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import (
   PLAIN,
@@ -44,52 +41,8 @@ from mpjax._engine.plan import (
   narrowed,
   widened,
 )
-from mpjax._engine.power_iteration import Own, own_variables, power_iteration
-from mpjax._engine.running_sums import additions
-from mpjax._engine.sharpening import Sight, Surroundings
-from mpjax._engine.small_steps import View
+from mpjax._engine.sharpening import Sight
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
-from mpjax._engine.whole_numbers import WholeNumbers
-
-
-class Known(NamedTuple):
-  """What the equation that holds a jaxpr knows of its operands and results, by index.
-
-  Attributes:
-    exact: What in it is needed exactly, see `near_one`; None where that is to be found.
-    summed: Which results are gradients, if they come out of a backward pass.
-    given_back: Which results are a state among the parameters that the function returns.
-    parameters: Which operands are parameters, or began as such before a loop.
-    kin: For each operand from which of these it was computed; empty if from none.
-    numbers: For each operand the numbers that occur in it, None where they are not known; empty
-      if they are known of none.
-    own: Which operands depend on nothing but a model's parameters and state.
-    logarithms: Which results lead into a logarithm.
-    heads: Which operands are multiplied into one, in it or outside.
-    factored: Which results lead into the factorization of a matrix.
-    carry: Which operands a loop hands on from turn to turn.
-    steady: Which operands are scalars that are the same in every turn of a loop.
-    whole: Which operands are whole numbers, see `whole_numbers`.
-    cast: Which operands are parameters that their author cast to 16 bits.
-  """
-
-  exact: Exact | None = None
-  summed: tuple[int, ...] = ()
-  given_back: tuple[int, ...] = ()
-  parameters: tuple[int, ...] = ()
-  kin: tuple[int, ...] = ()
-  numbers: tuple[NumberSet, ...] = ()
-  own: Own[int] = Own()
-  logarithms: tuple[int, ...] = ()
-  heads: tuple[int, ...] = ()
-  factored: frozenset[int] = frozenset()
-  carry: range = range(0)
-  steady: tuple[int, ...] = ()
-  whole: frozenset[int] = frozenset()
-  cast: tuple[int, ...] = ()
-
-
-NOTHING = Known()
 
 
 class Planner:
@@ -112,11 +65,9 @@ class Planner:
     self.ops: dict[Path, set[str]] = {}
     self.unknown: Counter[str] = Counter()
     self.table = policies.table()
-    self.adapting = Adapting(policies.narrow_dtypes())
-    self.needs = Needs(self.table)
-    self.whole_numbers = WholeNumbers()
-    self.near_one = NearOne(self.table, policies.narrow_dtypes())
-    self.in_float8 = policies.multiplies_in_float8()
+    in_float8 = policies.multiplies_in_float8()
+    self.analyses = Analyses(self.table, policies.narrow_dtypes(), in_float8)
+    self.adapting = self.analyses.adapting
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
     self._rules: dict[tuple[Path, str | None], int | None] = {}
     self._plans: dict[Any, Plan] = {}
@@ -129,6 +80,7 @@ class Planner:
     place: Place = ROOT,
     out_forms: Forms | None = None,
     known: Known = NOTHING,
+    cast: tuple[int, ...] = (),
   ) -> Plan:
     """Plan a closed or open jaxpr.
 
@@ -138,11 +90,12 @@ class Planner:
       place: Where the jaxpr stands.
       out_forms: How the results must be held; as they come out when None.
       known: What else is known of its operands and results.
+      cast: Which operands are parameters that their author cast to 16 bits.
     """
     where = place if self._scoping.located else place._replace(path=())
-    key = (id(jaxpr), in_forms, where, out_forms, known)
+    key = (id(jaxpr), in_forms, where, out_forms, known, cast)
     if key not in self._plans:
-      self._plans[key] = _Walk(self, jaxpr, in_forms, place, known).plan(out_forms)
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place, known, cast).plan(out_forms)
     return self._plans[key]
 
   def rule_of(
@@ -163,7 +116,9 @@ class Planner:
       out_forms: How the rule's results must be held; as they come out when None.
     """
     outs = (n for n, form in enumerate(primals) if form is not None and form.kind is Kind.DATA)
-    return self.plan(jaxpr, in_forms, place, out_forms, Known(self.near_one.exact(jaxpr, outs)))
+    return self.plan(
+      jaxpr, in_forms, place, out_forms, Known(self.analyses.near_one.exact(jaxpr, outs))
+    )
 
   def rule_at(self, path: Path, op: str | None = None) -> int | None:
     """The index of the rule that governs a path, or an operation there; None for the default."""
@@ -173,14 +128,6 @@ class Planner:
       self._rules[key] = self.policies.rule_at(relative, op)
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
-
-  def logarithms(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Var]:
-    """What in a jaxpr leads into a logarithm, if that decides anything."""
-    return self.needs.logarithms(jaxpr, frozenset(outs)) if self.in_float8 else frozenset()
-
-  def heads(self, jaxpr: AnyJaxpr, outs: Sequence[int]) -> frozenset[Var]:
-    """What in a jaxpr is multiplied into a logarithm, if that decides anything."""
-    return self.needs.heads(jaxpr, frozenset(outs))[0] if self.in_float8 else frozenset()
 
   def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
     """The place of an equation, relative to that of the jaxpr that it stands in."""
@@ -209,50 +156,20 @@ class _Walk:
     in_forms: Forms,
     place: Place,
     known: Known,
+    cast: tuple[int, ...],
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
-    self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
-    exact = known.exact
-    if exact is None:
-      parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
-      exact = planner.near_one.exact(jaxpr, parameters=parameters)
-    self.exact_inside = dict(exact.inside)
-    self.logarithms = planner.logarithms(jaxpr, known.logarithms)
-    self.heads = planner.heads(jaxpr, known.logarithms).union(inner.invars[n] for n in known.heads)
-    self.cast = CastParameters(inner.invars[n] for n in known.cast)
-    self.own = own_variables(inner, known.own)
-    self.numbers = Numbers(planner.adapting)
-    makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
-    self.around = Surroundings(
-      exact.values,
-      planner.needs.summed(
-        inner, known.parameters, known.kin, known.summed, known.given_back, self.is_backward
-      ),
-      power_iteration(inner, self.own.state),
-      planner.needs.factored(jaxpr, known.factored),
-      additions(inner.eqns, inner.outvars),
-      planner.whole_numbers.variables(jaxpr, known.whole),
-      self.numbers,
-      View(
-        makers,
-        self.numbers.number,
-        self.is_backward,
-        steady=frozenset(inner.invars[n] for n in known.steady),
-      ),
-      frozenset(inner.invars[n] for n in known.carry),
-      planner.adapting,
-    )
-    for var, numbers in zip(inner.invars, known.numbers, strict=False):
-      self.numbers.define(var, numbers)
+    self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
+    self.cast = CastParameters(inner.invars[n] for n in cast)
     self.borders = Borders(self.governs)
+    self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
-      self.forms[var] = planner.adapting.form(value) if jaxprs.is_float32(var) else None
-      self.numbers.define(var, numbers_of(value))
+      self.forms[var] = self.around.adapting.form(value) if jaxprs.is_float32(var) else None
 
   def plan(self, out_forms: Forms | None) -> Plan:
     inner = versions.open_jaxpr(self.jaxpr)
-    steps = tuple(self.step(eqn) for eqn in inner.eqns)
+    steps = tuple([self.step(eqn) for eqn in inner.eqns])
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
@@ -263,7 +180,7 @@ class _Walk:
       reads,
       held,
       self.cast.among(inner.outvars),
-      _places_of(inner.outvars, self.borders.lasting),
+      places(inner.outvars, self.borders.lasting),
     )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
@@ -284,7 +201,7 @@ class _Walk:
     else:
       decision = decisions.decide(rule, sight)
     reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
-    self.numbers.follow(eqn)
+    self.around.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
     self.borders.settle(
       eqn,
@@ -294,7 +211,7 @@ class _Walk:
     )
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
-    if self.planner.in_float8:
+    if self.planner.analyses.in_float8:
       called = decision.bodies[0].cast if rule is Rule.CALL else ()
       self.cast.follow(eqn, self.forms, called)
     parameter = parameter_of(eqn, rule, forms)
@@ -317,14 +234,15 @@ class _Walk:
     if eqn.primitive.name not in MATMULS or rule is Rule.MULTIPLY:
       return None
     backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
-    is_head = backward and parameter is not None and self.is_head(eqn.invars[parameter])
-    if reason := why_not_float8(eqn, rule, forms, parameter, self.logarithms, is_head):
+    is_head = backward and parameter is not None and self.around.is_head(eqn.invars[parameter])
+    if reason := why_not_float8(eqn, rule, forms, parameter, self.around.logarithms, is_head):
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
   def sight(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Sight:
-    rule = self.planner.table.get(eqn.primitive.name, Rule.FOREIGN)
-    return Sight(eqn, rule, forms, compute, self.around)
+    name = eqn.primitive.name
+    rule = self.planner.table.get(name, Rule.FOREIGN)
+    return Sight(eqn, name, rule, forms, compute, self.around)
 
   def rule(self, sight: Sight) -> tuple[Rule, bool]:
     """The table's rule, sharpened by what only the equation shows; whether its results last."""
@@ -339,16 +257,14 @@ class _Walk:
 
   def look_up(self, atoms: Sequence[Atom], path: Path) -> tuple[list[np.dtype | None], Forms]:
     """How each operand is held where it is read, and the cast that leaving its module made."""
-    vias, forms = [], []
-    for atom in atoms:
-      held = self.held(atom)
-      form = self.borders.cross(atom, held, path)
-      vias.append(form.dtype if form is not None and form != held else None)
-      forms.append(form)
+    held = [self.held(atom) for atom in atoms]
+    forms = [self.borders.cross(*pair, path) for pair in zip(atoms, held, strict=True)]
+    pairs = zip(forms, held, strict=True)
+    vias = [None if form is None or form == before else form.dtype for form, before in pairs]
     return vias, tuple(forms)
 
   def held(self, atom: Atom) -> Form | None:
-    return self.numbers.form_of(atom) if isinstance(atom, Literal) else self.forms[atom]
+    return self.around.numbers.form_of(atom) if isinstance(atom, Literal) else self.forms[atom]
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""
@@ -359,89 +275,34 @@ class _Walk:
 
   def call(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     (held,) = bodies_of(eqn)
-    is_call = self.planner.table[eqn.primitive.name] is Rule.CALL  # other bodies have rules beside
-    own: Own[int] = self.own.among(eqn.invars) if is_call else Own()
-    known = self.known(eqn, held, forms, own, *self.exact_of_bodies(eqn))
-    body = self.planner.plan(held.jaxpr, forms, place, known=known)
+    is_plain = self.planner.table[eqn.primitive.name] is Rule.CALL
+    known = self.around.of_call(eqn, held, forms, is_plain)
+    cast = self.cast.among(eqn.invars)
+    body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
     if eqn.primitive.name in _SHARES_READS:
-      body = self.planner.plan(held.jaxpr, widened(body), place, known=known)
+      body = self.planner.plan(held.jaxpr, widened(body), place, None, known, cast)
     wanted = [form and form.dtype for form in body.in_forms]
     return Decision(wanted, body.out_forms, eqn.params, (body,))
 
-  def exact_of_bodies(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
-    return self.exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
-
-  def known(
-    self, eqn: JaxprEqn, body: Body, forms: Sequence[Form | None], own: Own[int], exact: Exact
-  ) -> Known:
-    """What is known of the operands and results of a body, all of it if that runs once."""
-    atoms = body.take(eqn.invars)
-    numbers = tuple(self.numbers.of(atom) for atom in atoms)
-    return Known(
-      exact=exact,
-      summed=_places_of(eqn.outvars, self.around.sums.leading),
-      given_back=_places_of(eqn.outvars, self.around.sums.given_back),
-      parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
-      kin=self.around.sums.kin(atoms),
-      numbers=numbers if any(n is not None for n in numbers) else (),
-      own=own,
-      logarithms=self.into_logarithms(eqn),
-      heads=self.places_of_heads(atoms),
-      factored=self.planner.needs.factored_by_bodies(eqn, self.around.factored),
-      steady=_places_of(atoms, self.around.view.steady),
-      whole=self.planner.whole_numbers.entering(eqn, body, self.around.whole),
-      cast=self.cast.among(atoms),
-    )
-
-  def places_of_heads(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
-    return tuple(n for n, atom in enumerate(atoms) if self.is_head(atom)) if self.heads else ()
-
-  @functools.cached_property
-  def source(self) -> Callable[[Any], Any]:
-    return jaxprs.sources(versions.open_jaxpr(self.jaxpr), MOVES)
-
-  def is_head(self, atom: Atom) -> bool:
-    source = self.source(atom)
-    return not isinstance(source, Literal) and source in self.heads
-
-  def into_logarithms(self, eqn: JaxprEqn) -> tuple[int, ...]:
-    return _places_of(eqn.outvars, self.logarithms)
-
-  def scan(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
-    (body,) = bodies_of(eqn)
-    own = self.own.among(eqn.invars).without(body.carry)
-    return self.loop(eqn, forms, place, own)
-
-  def loop(
-    self, eqn: JaxprEqn, forms: Forms, place: Place, own: Own[int] | None = None
-  ) -> Decision:
+  def loop(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     *tests, body = bodies_of(eqn)
-    *of_tests, exact = self.exact_of_bodies(eqn)
     count, turns = len(body.carry), repetitions(eqn)
     taken = body.split(forms)
-    long = long_sums(body, turns)
-    known = self.known(eqn, body, body.take(forms), own or Own(), exact)
-    cast = tuple(n for n in known.cast if n not in body.carry)
-    numbers = tuple(None if n in body.carry else x for n, x in enumerate(known.numbers))
-    is_stack = PARAM in taken.slices  # of layers: each turn has weights of its own
-    steady = tuple(
-      n
-      for n, form in enumerate(() if is_stack else body.take(forms)[: body.carry.start])
-      if form is not None and not jaxprs.shape(eqn.invars[body.operands[n]])
-    )
-    known = known._replace(kin=(), numbers=numbers, carry=body.carry, cast=cast, steady=steady)
-
+    known = self.around.of_loop(eqn, tuple(body.take(forms)))
+    given = self.cast.among(body.take(eqn.invars))
+    cast = tuple(n for n in given if n not in body.carry)
     slices = tuple(taken.slices)
 
     def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:
       operands = (*taken.consts, *held, *slices)
-      return self.planner.plan(body.jaxpr, operands, place, outs, known)
+      return self.planner.plan(body.jaxpr, operands, place, outs, known, cast)
 
     def turn(held: Sequence[Form | None]) -> Sequence[Form | None]:
       """A parameter that a loop changes is a sum from then on."""
       outs = plan(held).out_forms
       return [carried(*pair) for pair in zip(held, outs[:count], strict=True)]
 
+    long = long_sums(body, turns)
     start = [accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
     held = tuple(settled(start, turn, join))
     slices = narrowed(plan(held), range(body.carry.stop, len(body.operands)))
@@ -450,38 +311,31 @@ class _Walk:
     operands = list(forms)
     for n, form in enumerate((*held, *slices), body.carry.start):
       operands[body.operands[n]] = form
-    for test, needed in zip(tests, of_tests, strict=True):
-      taken_by_it = tuple(test.take(operands))
-      whole = self.planner.whole_numbers.entering(eqn, test, self.around.whole)
-      of_test = Known(needed, whole=whole)
-      bodies.insert(0, self.planner.plan(test.jaxpr, taken_by_it, place, known=of_test))
+    for test in tests:
+      own, of_test = tuple(test.take(operands)), self.around.of_test(eqn, test)
+      bodies.insert(0, self.planner.plan(test.jaxpr, own, place, known=of_test))
     wanted = [form and form.dtype for form in operands]
     return Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
 
   def cond(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
-    branches, own = bodies_of(eqn), self.own.among(eqn.invars[1:])
-    exact = self.exact_of_bodies(eqn)
-    known = [self.known(eqn, b, forms[1:], own, e) for b, e in zip(branches, exact, strict=True)]
-    pairs = [(b.jaxpr, k) for b, k in zip(branches, known, strict=True)]
-    free = [self.planner.plan(b, forms[1:], place, known=k).out_forms for b, k in pairs]
+    rest = forms[1:]
+    cast = self.cast.among(eqn.invars[1:])
+    known = self.around.of_branches(eqn, rest)
+    pairs = [(b.jaxpr, k) for b, k in zip(bodies_of(eqn), known, strict=True)]
+    free = [self.planner.plan(b, rest, place, None, k, cast).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
-    bodies = tuple(self.planner.plan(b, forms[1:], place, outs, k) for b, k in pairs)
+    bodies = tuple(self.planner.plan(b, rest, place, outs, k, cast) for b, k in pairs)
     return Decision([None] * len(forms), outs, eqn.params, bodies)
 
 
 _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
   **dict.fromkeys(RULES_WITH_BODIES, _Walk.call),
-  Rule.SCAN: _Walk.scan,
+  Rule.SCAN: _Walk.loop,
   Rule.WHILE: _Walk.loop,
   Rule.COND: _Walk.cond,
 }
 # A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
 _SHARES_READS = having(Trait.JIT)
-
-
-def _places_of(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
-  """Where among operands or results variables are that are found, in order."""
-  return tuple(sorted(jaxprs.places_of(atoms, found)))
 
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:

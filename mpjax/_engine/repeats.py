@@ -18,7 +18,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.environment import Key, nearest, shared
 from mpjax._engine.islands import Island
-from mpjax._engine.plan import Plan, Read, Readers, Step, readers_of
+from mpjax._engine.plan import Plan, Read, Step
 from mpjax._engine.softmax import Softmax
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
@@ -71,8 +71,7 @@ def joined(plan: Plan, units: Mapping[int, Unit]) -> list[Unit | Repeat]:
   worthy = [run for run in runs if len(run) > 1 or not isinstance(units[run[0]], Step)]
   repeats: dict[int, Repeat] = {}
   if len(worthy) >= OFTEN:
-    readers = readers_of(plan)
-    repeats = {run[0]: _repeat(plan, {n: units[n] for n in run}, readers) for run in worthy}
+    repeats = {run[0]: _repeat(plan, {n: units[n] for n in run}) for run in worthy}
   count = Counter(repeat.code for repeat in repeats.values())
   found: list[Unit | Repeat] = []
   for run in runs:
@@ -90,23 +89,21 @@ def _runs(units: Mapping[int, Unit]) -> list[list[int]]:
   Every other unit stands alone.
   """
   runs: list[list[int]] = []
-  before = None
+  before: JaxprEqn | None = None
   for index, unit in units.items():
-    if _continues(before, unit):
+    eqn = unit.eqn if isinstance(unit, Step) and _is_simple(unit) else None
+    if before is not None and eqn is not None and _stand_together(before, eqn):
       runs[-1].append(index)
     else:
       runs.append([index])
-    before = unit
+    before = eqn
   return runs
 
 
-def _continues(before: Unit | None, unit: Unit) -> bool:
-  if not (isinstance(before, Step) and isinstance(unit, Step)):
-    return False
-  if not (_is_simple(before) and _is_simple(unit)) or before.eqn.ctx != unit.eqn.ctx:
-    return False
-  stack, other = before.eqn.source_info.name_stack, unit.eqn.source_info.name_stack
-  return stack is other or stack == other
+def _stand_together(eqn: JaxprEqn, other: JaxprEqn) -> bool:
+  """Whether two equations stand in one module and one context."""
+  stack, others = eqn.source_info.name_stack, other.source_info.name_stack
+  return eqn.ctx == other.ctx and (stack is others or stack == others)
 
 
 def _is_simple(step: Step) -> bool:
@@ -114,10 +111,10 @@ def _is_simple(step: Step) -> bool:
   return not step.eqn.effects and (called or step.rule in _SIMPLE)
 
 
-def _repeat(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Repeat:
+def _repeat(plan: Plan, units: Mapping[int, Unit]) -> Repeat:
   steps = {i: plan.steps[i] for index, unit in units.items() for i in _steps_of(index, unit)}
   eqns = [step.eqn for step in steps.values()]
-  made = {var: n for n, var in enumerate(v for eqn in eqns for v in eqn.outvars)}
+  made = {var: n for n, var in enumerate([v for eqn in eqns for v in eqn.outvars])}
   scopes = jaxprs.common_scopes(eqns)
   inside_of_islands = {i for u in units.values() if not isinstance(u, Step) for i in u.steps}
   inputs: dict[Key, int] = {}
@@ -137,7 +134,7 @@ def _repeat(plan: Plan, units: Mapping[int, Unit], readers: Readers) -> Repeat:
     )
     for i, step in steps.items()
   ]
-  read = [(shared(var, r), n in steps) for var in made for n, r in readers.get(var, ())]
+  read = [(shared(var, r), n in steps) for var in made for n, r in plan.readers.get(var, ())]
   inside = {key for key, is_inside in read if is_inside}
   outside = [key for key, is_inside in read if not is_inside]
   handed = [near for key in outside for near in (Key(key.var), nearest(key, inside))]

@@ -16,43 +16,15 @@ from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.bodies import RULES_WITH_BODIES
-from mpjax._engine.constants import Adapting, Numbers
+from mpjax._engine.constants import Numbers
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
-from mpjax._engine.lookahead import Sums
+from mpjax._engine.knowledge import Knowledge
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
-from mpjax._engine.small_steps import View, is_small_step
+from mpjax._engine.small_steps import is_small_step
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
-
-
-class Surroundings(NamedTuple):
-  """What is known of a jaxpr before any of its equations is decided.
-
-  Attributes:
-    exact: The variables that are needed exactly and may come near one.
-    sums: What is added up.
-    iterated: The results of the matmuls of power iterations.
-    factored: The variables that lead into the factorization of a matrix.
-    running: The results of additions that are written out term by term.
-    whole: The variables that hold whole numbers.
-    numbers: The values of what is constant.
-    view: What makes each variable, and which are a number.
-    carried: The variables that a loop hands on from turn to turn.
-    adapting: Which numbers adapt to the formats of the policies.
-  """
-
-  exact: frozenset[Var]
-  sums: Sums
-  iterated: Collection[Var]
-  factored: frozenset[Var]
-  running: Collection[Var]
-  whole: Collection[Var]
-  numbers: Numbers
-  view: View
-  carried: Collection[Var]
-  adapting: Adapting
 
 
 class Sight(NamedTuple):
@@ -60,22 +32,19 @@ class Sight(NamedTuple):
 
   Attributes:
     eqn: The equation.
-    rule: The rule of its primitive.
+    name: The name of its primitive.
+    rule: The rule of that.
     forms: How its operands are held.
     compute: The compute dtype that governs it.
     around: What is known of the jaxpr that it stands in.
   """
 
   eqn: JaxprEqn
+  name: str
   rule: Rule
   forms: Forms
   compute: np.dtype
-  around: Surroundings
-
-  @property
-  def name(self) -> str:
-    """The name of the primitive."""
-    return self.eqn.primitive.name
+  around: Knowledge
 
   @property
   def result(self) -> Any:
@@ -180,7 +149,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "inner product",
     {Rule.LOWER},
-    lambda s: s.has_float32 and is_inner(s.eqn),
+    lambda s: s.has_float32 and jaxprs.is_inner(s.eqn),
     Rule.FULL,
     "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
   ),
@@ -331,21 +300,6 @@ def is_square(eqn: JaxprEqn) -> bool:
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
-def is_inner(eqn: JaxprEqn) -> bool:
-  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
-  if eqn.primitive.name != "dot_general" or jaxprs.contracts_nothing(eqn):
-    return False
-  contracted, batch = eqn.params["dimension_numbers"]
-  return all(
-    _rank(atom) == len(summed) + len(kept)
-    for atom, summed, kept in zip(eqn.invars, contracted, batch, strict=True)
-  )
-
-
-def _rank(atom: Atom) -> int:
-  return len(jaxprs.shape(atom))
-
-
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
   """Whether an operand of a product, or what a quotient divides by, is a number like 5000."""
   is_product = eqn.primitive.name == "mul"
@@ -372,14 +326,14 @@ def fill_value(eqn: JaxprEqn) -> float | None:
   return fill if fill is not None and jaxprs.is_float32(eqn.outvars[0]) and fill == fill else None
 
 
-def merges(eqn: JaxprEqn, forms: Forms, around: Surroundings) -> bool:
+def merges(eqn: JaxprEqn, forms: Forms, around: Knowledge) -> bool:
   """Whether a whole matrix of parameters is added to what matmuls made of parameters alone.
 
   Not a vector of them, which is a bias, nor one that is spread over a batch: queries that are
   learned are the first stream of a decoder.
   """
   pairs = zip(eqn.invars, forms, strict=True)
-  matrices = [atom for atom, form in pairs if form == PARAM and _rank(atom) > 1]
+  matrices = [atom for atom, form in pairs if form == PARAM and len(jaxprs.shape(atom)) > 1]
   return (
     all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
     and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))

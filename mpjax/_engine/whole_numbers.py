@@ -35,7 +35,7 @@ class WholeNumbers:
     self._known: dict[Any, frozenset[Var]] = {}
 
   def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
-    """The variables of a jaxpr that hold whole numbers, integers and booleans among them.
+    """The floats of a jaxpr that hold whole numbers; integers and booleans do anyway.
 
     Args:
       jaxpr: The jaxpr, closed or open.
@@ -44,12 +44,11 @@ class WholeNumbers:
     key = id(jaxpr), operands
     if key not in self._known:
       inner = versions.open_jaxpr(jaxpr)
-      found = {var for n, var in enumerate(inner.invars) if n in operands or not _is_inexact(var)}
+      found = {inner.invars[n] for n in operands}
       values = zip(inner.constvars, versions.constants(jaxpr), strict=False)
       found |= {var for var, value in values if _are_whole(value)}
       for eqn in inner.eqns:
-        made = zip(eqn.outvars, self._made(eqn, found), strict=True)
-        found |= {var for var, known in made if known}
+        found.update(self._made(eqn, found))
       self._known[key] = frozenset(found)
     return self._known[key]
 
@@ -69,25 +68,25 @@ class WholeNumbers:
     found = self.variables(jaxpr, operands)
     return [is_whole(atom, found) for atom in versions.open_jaxpr(jaxpr).outvars]
 
-  def _made(self, eqn: JaxprEqn, found: Any) -> Sequence[bool]:
-    """Which results of an equation are whole."""
-    made = [not _is_inexact(var) for var in eqn.outvars]
-    if all(made):
-      return made
+  def _made(self, eqn: JaxprEqn, found: Any) -> Sequence[Var]:
+    """The results of an equation that are whole."""
     name = eqn.primitive.name
     if name in HAVE_BODIES:
       bodies = [body for body in bodies_of(eqn) if not body.is_test]
       columns = [self._results(b.jaxpr, self.entering(eqn, b, found)) for b in bodies]
-      return [all(column) for column in zip(*columns, strict=True)]
+      made = zip(eqn.outvars, zip(*columns, strict=True), strict=True)
+      return [var for var, column in made if all(column)]
     keeps = name == "iota" or (
       name in _KEEPS_WHOLE and all(is_whole(atom, found) for atom in eqn.invars)
     )
-    return [keeps] * len(eqn.outvars)
+    return eqn.outvars if keeps else ()
 
 
 def is_whole(atom: Atom, found: Any) -> bool:
-  """Whether a variable or a literal holds whole numbers, given which variables do."""
-  return _are_whole(atom.val) if isinstance(atom, Literal) else atom in found
+  """Whether a variable or a literal holds whole numbers, given which floats do."""
+  if isinstance(atom, Literal):
+    return _are_whole(atom.val)
+  return atom in found or not _is_inexact(atom)
 
 
 def _are_whole(value: Any) -> bool:

@@ -1,0 +1,235 @@
+"""What is known of the values of a jaxpr before any of its equations is decided.
+
+Some is found in the jaxpr: what leads into a logarithm, what is added up, what comes near one. The
+rest comes from outside, as `Known`, through the equation that holds the jaxpr: so a body knows what
+is done to its results behind it. Each kind of knowledge is found in a room of its own; here it is
+gathered for one jaxpr, and handed on to the bodies that this holds.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.primitives import Rule
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
+from mpjax._engine.kinds import PARAM
+from mpjax._engine.lookahead import MOVES, Needs, Sums
+from mpjax._engine.near_one import Exact, NearOne
+from mpjax._engine.plan import Forms
+from mpjax._engine.power_iteration import Own, own_variables, power_iteration
+from mpjax._engine.running_sums import additions
+from mpjax._engine.small_steps import View
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
+from mpjax._engine.whole_numbers import WholeNumbers
+
+
+class Known(NamedTuple):
+  """What the equation that holds a jaxpr knows of its operands and results, by index.
+
+  Attributes:
+    exact: What in it is needed exactly, see `near_one`; None where that is to be found.
+    summed: Which results are gradients, if they come out of a backward pass.
+    given_back: Which results are a state among the parameters that the function returns.
+    parameters: Which operands are parameters, or began as such before a loop.
+    kin: For each operand from which of these it was computed; empty if from none.
+    numbers: For each operand the numbers that occur in it, None where they are not known; empty
+      if they are known of none.
+    own: Which operands depend on nothing but a model's parameters and state.
+    logarithms: Which results lead into a logarithm.
+    heads: Which operands are multiplied into one, in it or outside.
+    factored: Which results lead into the factorization of a matrix.
+    carry: Which operands a loop hands on from turn to turn.
+    steady: Which operands are scalars that are the same in every turn of a loop.
+    whole: Which operands are whole numbers, see `whole_numbers`.
+  """
+
+  exact: Exact | None = None
+  summed: tuple[int, ...] = ()
+  given_back: tuple[int, ...] = ()
+  parameters: tuple[int, ...] = ()
+  kin: tuple[int, ...] = ()
+  numbers: tuple[NumberSet, ...] = ()
+  own: Own[int] = Own()
+  logarithms: tuple[int, ...] = ()
+  heads: tuple[int, ...] = ()
+  factored: frozenset[int] = frozenset()
+  carry: range = range(0)
+  steady: tuple[int, ...] = ()
+  whole: frozenset[int] = frozenset()
+
+
+NOTHING = Known()
+
+
+class Analyses:
+  """What finds things out about jaxprs, under one policy map; what is found of one is kept.
+
+  Args:
+    table: The rule of each primitive.
+    formats: The 16-bit formats of the policies.
+    in_float8: Whether one of them multiplies in float8: then logarithms are looked for.
+  """
+
+  def __init__(
+    self, table: Mapping[str, Rule], formats: frozenset[np.dtype], in_float8: bool
+  ) -> None:
+    self.adapting = Adapting(formats)
+    self.needs = Needs(table)
+    self.whole_numbers = WholeNumbers()
+    self.near_one = NearOne(table, formats)
+    self.in_float8 = in_float8
+
+
+class Knowledge:
+  """What is known of one jaxpr.
+
+  Args:
+    analyses: What finds it out.
+    jaxpr: The jaxpr.
+    in_forms: How its operands are held.
+    known: What is known of them and of its results outside.
+    is_backward: Whether an equation stands in a backward pass.
+
+  Attributes:
+    exact: The variables that are needed exactly and may come near one.
+    sums: What is added up.
+    iterated: The results of the matmuls of power iterations.
+    factored: The variables that lead into the factorization of a matrix.
+    running: The results of additions that are written out term by term.
+    whole: The variables that hold whole numbers.
+    numbers: The values of what is constant, followed as equations are decided.
+    view: What makes each variable, and which are a number.
+    carried: The variables that a loop hands on from turn to turn.
+    logarithms: The variables that lead into a logarithm, if float8 asks.
+    adapting: Which numbers adapt to the formats of the policies.
+  """
+
+  def __init__(
+    self,
+    analyses: Analyses,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    known: Known,
+    is_backward: Callable[[JaxprEqn], bool],
+  ) -> None:
+    inner = versions.open_jaxpr(jaxpr)
+    self._analyses, self._inner, needs = analyses, inner, analyses.needs
+    exact = known.exact
+    if exact is None:
+      parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
+      exact = analyses.near_one.exact(jaxpr, parameters=parameters)
+    self.exact, self._exact_inside = exact.values, dict(exact.inside)
+    self.sums: Sums = needs.summed(
+      inner, known.parameters, known.kin, known.summed, known.given_back, is_backward
+    )
+    self._own = own_variables(inner, known.own)
+    self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
+    self.factored = needs.factored(jaxpr, known.factored)
+    self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
+    self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
+    self.carried = frozenset(inner.invars[n] for n in known.carry)
+    self.adapting = analyses.adapting
+    self.numbers = Numbers(analyses.adapting)
+    for var, numbers in zip(inner.invars, known.numbers, strict=False):
+      self.numbers.define(var, numbers)
+    for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
+      self.numbers.define(var, numbers_of(value))
+    self.view = View(
+      {var: eqn for eqn in inner.eqns for var in eqn.outvars},
+      self.numbers.number,
+      is_backward,
+      steady=frozenset(inner.invars[n] for n in known.steady),
+    )
+    self.logarithms, self._heads = frozenset[Var](), frozenset[Var]()
+    if analyses.in_float8:
+      outs = frozenset(known.logarithms)
+      self.logarithms = needs.logarithms(jaxpr, outs)
+      self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
+
+  def is_head(self, atom: Atom) -> bool:
+    """Whether a value is multiplied into a logarithm, however it was moved before."""
+    source = self._source(atom) if self._heads else None
+    return not isinstance(source, Literal) and source in self._heads
+
+  @functools.cached_property
+  def _source(self) -> Callable[[Any], Any]:
+    return jaxprs.sources(self._inner, MOVES)
+
+  # What enters a body ---------------------------------------------------------------------------
+
+  def of_call(self, eqn: JaxprEqn, body: Body, forms: Forms, is_plain: bool) -> Known:
+    """What is known in a body that runs once.
+
+    Args:
+      eqn: The equation.
+      body: Its body.
+      forms: How the body's operands are held.
+      is_plain: Whether no rules stand beside it, as a user's own derivative.
+    """
+    own: Own[int] = self._own.among(eqn.invars) if is_plain else Own()
+    return self._entering(eqn, body, forms, own, *self._exact_of(eqn))
+
+  def of_branches(self, eqn: JaxprEqn, forms: Forms) -> list[Known]:
+    """What is known in each branch of a ``cond``, whose own operands are held so."""
+    pairs = zip(bodies_of(eqn), self._exact_of(eqn), strict=True)
+    own = self._own.among(eqn.invars[1:])
+    return [self._entering(eqn, body, forms, own, exact) for body, exact in pairs]
+
+  def of_loop(self, eqn: JaxprEqn, forms: Forms) -> Known:
+    """What is known in every turn of the body of a loop, whose own operands are held so."""
+    body, exact = bodies_of(eqn)[-1], self._exact_of(eqn)[-1]
+    # Only a scan has the state of a model in it.
+    is_scan = eqn.primitive.name == "scan"
+    own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
+    known = self._entering(eqn, body, forms, own, exact)
+    is_stack = PARAM in forms[body.carry.stop :]  # of layers: each turn has weights of its own
+    consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
+    return known._replace(
+      kin=(),
+      numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
+      carry=body.carry,
+      steady=tuple(
+        n
+        for n, (atom, form) in consts
+        if not is_stack and form is not None and not jaxprs.shape(atom)
+      ),
+    )
+
+  def of_test(self, eqn: JaxprEqn, test: Body) -> Known:
+    """What is known in the test of a loop."""
+    whole = self._analyses.whole_numbers.entering(eqn, test, self.whole)
+    return Known(self._exact_of(eqn)[0], whole=whole)
+
+  def _exact_of(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
+    return self._exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
+
+  def _entering(
+    self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own[int], exact: Exact
+  ) -> Known:
+    atoms = body.take(eqn.invars)
+    numbers = tuple(self.numbers.of(atom) for atom in atoms)
+    return Known(
+      exact=exact,
+      summed=places(eqn.outvars, self.sums.leading),
+      given_back=places(eqn.outvars, self.sums.given_back),
+      parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
+      kin=self.sums.kin(atoms),
+      numbers=numbers if any(n is not None for n in numbers) else (),
+      own=own,
+      logarithms=places(eqn.outvars, self.logarithms),
+      heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
+      factored=self._analyses.needs.factored_by_bodies(eqn, self.factored),
+      steady=places(atoms, self.view.steady),
+      whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
+    )
+
+
+def places(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
+  """Where among operands or results variables are that are found, in order."""
+  return tuple(sorted(jaxprs.places_of(atoms, found)))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.primitives import RULES, Rule
-from mpjax._engine import versions
+from mpjax._engine import jaxprs, versions
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 
 T = TypeVar("T")
@@ -137,7 +137,9 @@ def repetitions(eqn: JaxprEqn) -> int | None:
   if name == "shard_map":
     sizes = eqn.params["mesh"].shape
     return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-  return eqn.params["length"] if name == "scan" else None if name == "while" else 1
+  if name == "scan" and jaxprs.is_known(eqn.params["length"]):
+    return eqn.params["length"]
+  return None if name in ("scan", "while") else 1
 
 
 def settled(

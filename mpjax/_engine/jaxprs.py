@@ -43,7 +43,27 @@ def shape(atom: Atom) -> tuple[int, ...]:
 
 def size(atom: Atom) -> int:
   """How many numbers a variable or literal of a jaxpr holds."""
-  return math.prod(shape(atom))
+  return size_of(shape(atom))
+
+
+def size_of(dims: Sequence[Any]) -> int:
+  """How many numbers an array of these dimensions holds; a symbolic one is taken for a large one.
+
+  `jax.export` leaves dimensions symbolic: of ``2 * batch`` nothing can be asked but what holds for
+  every batch.
+  """
+  product = math.prod(dims)
+  if is_known(product):
+    return product
+  return math.prod([dim if is_known(dim) else SYMBOLIC for dim in dims])
+
+
+def is_known(dim: Any) -> bool:
+  """Whether a dimension is a number, and not the symbol of one."""
+  return isinstance(dim, int | np.integer)
+
+
+SYMBOLIC = 2**16 + 1
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM
-from mpjax._engine.lookahead import MOVES, Needs, Sums
+from mpjax._engine.lookahead import MOVES, Needs, Sums, totaled
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
@@ -102,6 +103,7 @@ class Knowledge:
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
     running: The results of additions that are written out term by term.
+    totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
@@ -132,6 +134,8 @@ class Knowledge:
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     self.factored = needs.factored(jaxpr, known.factored)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
+    in_float16 = FLOAT16 in analyses.adapting.formats
+    self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting

@@ -217,6 +217,28 @@ _FACTORS = having(Trait.FACTORS)
 _LOGARITHMS = having(Trait.LOGARITHM)
 
 
+def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
+  """The variables of which a sum, a root or a logarithm is taken.
+
+  Moved, with another sign, as a multiple, or with something added to it: ``(a * b).sum()``,
+  ``sqrt(a * a + b * b + 1e-6)``.
+  """
+  found = set[Var]()
+  for eqn in reversed(eqns):
+    name = eqn.primitive.name
+    if name in _TOTALS or (name in _STAYS_A_TERM and not found.isdisjoint(eqn.outvars)):
+      found |= variables_of(eqn.invars)
+    elif name in _SCALES and not found.isdisjoint(eqn.outvars):
+      factors = variables_of(eqn.invars)
+      found |= factors if len(factors) < len(eqn.invars) else set()  # by a number
+  return found
+
+
+_TOTALS = _LOGARITHMS | {"reduce_sum", "sqrt", "rsqrt"}
+_SCALES = frozenset({"mul", "div"})
+_STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}
+
+
 class Sums(NamedTuple):
   """What of a jaxpr is added up.
 

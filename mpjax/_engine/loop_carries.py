@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS
 from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
@@ -69,7 +69,8 @@ def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Var, float]) -> list[flo
     taken = body.take(eqn.invars)
     reading = [n for n, a in enumerate(taken) if not isinstance(a, Literal) and a in terms]
     counts.append(_through(body.jaxpr, reading, len(eqn.outvars)))
-  turns = float("inf") if eqn.primitive.name == "while" else eqn.params.get("length") or 1
+  turns = repetitions(eqn)
+  turns = float("inf") if turns is None else max(1, turns)
   return [max(before, turns * max(column)) for column in zip(*counts, strict=True)]
 
 

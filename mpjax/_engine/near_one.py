@@ -39,6 +39,7 @@ from mpjax._engine.ranges import ONE
 from mpjax._engine.recomputed import recomputed
 from mpjax._engine.roles import (
   GATES,
+  HAND_ON,
   NONE,
   OWN,
   POWERS,
@@ -136,7 +137,7 @@ class NearOne:
           bodies = bodies_of(eqn)
           for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
             read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
-        elif not found.isdisjoint(eqn.outvars) and operation(eqn) in RECUR:
+        elif not found.isdisjoint(eqn.outvars) and operation(eqn) in HAND_ON:
           read = eqn.invars
         if read:
           found |= variables_of(read)
@@ -256,7 +257,8 @@ class NearOne:
         else:
           recurs = other.turns > TURNS and eqn.outvars[0] in leading
           again, decays = role.products & other.products, role.is_own != other.is_own
-          forgetting.update(eqn.outvars if again and decays else ())
+          is_number = recurs and role.products and isinstance(atom, Literal)
+          forgetting.update(eqn.outvars if is_number or (again and decays) else ())
           near = recurs or (again and not decays)
         found |= variables_of([atom]) if near else set()
       if name == "sub":

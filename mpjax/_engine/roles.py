@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import KEEPS_NUMBERS, Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import operation, places_of, sources, variables_of
@@ -28,7 +28,10 @@ GATES = having(Trait.SATURATES | Trait.ONE_AT_ZERO)
 """What comes near one for many arguments, or for small ones."""
 
 RECUR = KEEPS_NUMBERS | having(Trait.ARITHMETIC)
-"""What a recurrence makes of its state."""
+"""What a recurrence makes of its state, element by element."""
+
+HAND_ON = RECUR | MATMULS
+"""What a recurrence makes of its state; of ``0.99 * (transitions @ values)`` both."""
 
 _KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
 POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
@@ -265,7 +268,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   return Role(
     gates=role.gates if keeps or role.is_own else frozenset(),
     products=role.products if keeps or recurs or role.is_own else frozenset(),
-    turns=role.turns if name in RECUR else 0,
+    turns=role.turns if name in HAND_ON else 0,
     is_own=role.is_own,
   )
 

@@ -133,6 +133,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "nearly always feeds a sum: a variance, a norm",
   ),
   Sharpening(
+    "term of a total",
+    {"mul"},
+    lambda s: all(map(_is_float16, s.forms)) and s.result in s.around.totaled,
+    Rule.FULL,
+    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
+  ),
+  Sharpening(
     "picked numbers",
     {"gather"},
     lambda s: picks_numbers(s.eqn, s.forms),
@@ -361,8 +368,8 @@ def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
   if eqn.primitive.name != "gather" or forms[0] is None or forms[0].kind is not Kind.PARAM:
     return False
   indices: Any = eqn.invars[1].aval
-  rows = np.prod(indices.shape[:-1], dtype=int)
-  return rows > 1 and np.prod(eqn.params["slice_sizes"], dtype=int) > 1
+  rows = jaxprs.size_of(indices.shape[:-1])
+  return rows > 1 and jaxprs.size_of(eqn.params["slice_sizes"]) > 1
 
 
 def foreign_format(eqn: JaxprEqn, forms: Forms) -> np.dtype | None:

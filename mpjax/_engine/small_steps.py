@@ -311,14 +311,14 @@ def _summed(eqn: JaxprEqn) -> int:
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
-    return math.prod(jaxprs.shape(eqn.invars[0])[dim] for dim in contracted)
+    return jaxprs.size_of([jaxprs.shape(eqn.invars[0])[dim] for dim in contracted])
   if name == "conv_general_dilated":
     kernel = jaxprs.shape(eqn.invars[1])
     features = params["dimension_numbers"].rhs_spec[0]
-    return math.prod(size for dim, size in enumerate(kernel) if dim != features)
+    return jaxprs.size_of([size for dim, size in enumerate(kernel) if dim != features])
   if name == "reduce_sum":
-    return math.prod(jaxprs.shape(eqn.invars[0])[axis] for axis in params["axes"])
-  return math.prod(params["window_dimensions"]) if name == "reduce_window_sum" else 0
+    return jaxprs.size_of([jaxprs.shape(eqn.invars[0])[axis] for axis in params["axes"]])
+  return jaxprs.size_of(params["window_dimensions"]) if name == "reduce_window_sum" else 0
 
 
 def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:

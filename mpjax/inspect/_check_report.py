@@ -80,8 +80,8 @@ class Change:
 
   @property
   def counts(self) -> bool:
-    """Whether it is more than rounding."""
-    return self.share > _ROUNDING
+    """Whether it is more than rounding; what overflows is, whatever the rest of it."""
+    return self.share > _ROUNDING or self.change.overflow > 0
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class GradientCheck:
 
   @property
   def counts(self) -> bool:
-    """Whether it is more than rounding."""
-    return self.share > _ROUNDING
+    """Whether it is more than rounding; what overflows is, whatever the rest of it."""
+    return self.share > _ROUNDING or self.gradient.overflow > 0
 
 
 @dataclass(frozen=True)

@@ -1079,6 +1079,19 @@ def test_a_learned_decay_and_a_number_forget_as_in_float32_however_short_the_loo
 
 
 @both
+def test_a_number_near_one_times_a_matmul_of_what_a_loop_hands_on_is_not_rounded(policy):
+  def values(q, x):
+    return lax.scan(lambda h, u: (0.99 * (h @ q) + u, None), jnp.zeros(4), x)[0]
+
+  args = jnp.eye(4)[::-1], jnp.ones((40, 4))
+  found = equations(jax.make_jaxpr(mpjax.autocast(values, policy))(*args))
+  (product,) = [e for e in found if e.primitive.name == "mul"]
+  assert {atom.aval.dtype for atom in product.invars} == {jnp.dtype(jnp.float32)}
+  got, want = in_both_formats(values, policy, *args)
+  np.testing.assert_allclose(got, want, rtol=0.02)
+
+
+@both
 def test_what_no_turn_hands_on_is_blended_in_16_bits(policy):
   """A weighed residual, an RWKV's shift of tokens, a layer's own scales in a scan of layers."""
 
@@ -1389,6 +1402,42 @@ def test_integers_that_are_data_stay_data(policy):
   assert float(mpjax.autocast(fn, policy)(W, jnp.array(4097))) == 4097.0
   counted = lambda w: jnp.arange(5000)[4097] * 1.0
   assert float(mpjax.autocast(counted, policy)(W)) == 4097.0
+
+
+# Products into totals -----------------------------------------------------------------------------
+
+ROWS = {"a": jnp.eye(4), "b": jnp.eye(4) + 0.25}
+TOTALS = {
+  "dot": lambda a, b: jnp.sum(a * b, -1),
+  "half_a_square": lambda a, b: jnp.mean(0.5 * (a - b) * (a - b), -1),
+  "norm": lambda a, b: jnp.sqrt(a * a + b * b + a * b),
+  "negative": lambda a, b: jnp.sum(-a * b + 1.0, -1) / 4,
+  "cosine": lambda a, b: (
+    jnp.sum(a * b, -1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
+  ),
+  "logarithm": lambda a, b: jnp.log(a * b + 1.0),
+}
+
+
+@both
+@cases(**TOTALS)
+def test_products_of_two_values_do_not_leave_the_range_before_they_are_added_up(fn, policy):
+  total = lambda w, x: fn(x @ w["a"], x @ w["b"])
+  x = 300 * (1 + jnp.arange(16.0).reshape(4, 4) / 16)
+  got, want = in_both_formats(total, policy, ROWS, x)
+  np.testing.assert_allclose(got, want, rtol=0.03)
+  size = jnp.abs(want).mean()
+  grad = lambda w, x: jax.grad(lambda w: jnp.mean(total(w, x)) / size)(w)
+  got, want = in_both_formats(grad, policy, ROWS, x)
+  for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0.05, atol=0.02 * np.abs(other).max())
+
+
+def test_a_product_that_only_a_matmul_reads_stays_in_float16():
+  fn = lambda w, x: ((x @ w["a"]) * (x @ w["b"])) @ w["a"]
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(ROWS, jnp.ones((2, 4))))
+  (product,) = [e for e in found if e.primitive.name == "mul"]
+  assert product.outvars[0].aval.dtype == jnp.float16
 
 
 MUCH = {

@@ -413,3 +413,11 @@ def test_what_has_ended_in_a_batch_of_loops_keeps_what_it_has(test):
   assert "nothing that is not finite" in str(locate_nonfinite(program, *args))
   out, _ = jax.jit(record(program, "mixed_float16"))(*args)
   np.testing.assert_allclose(out, program(*args))
+
+
+def test_a_gradient_that_overflows_as_a_whole_does_not_agree():
+  loss = lambda w, x: jnp.log(jnp.abs(x @ w) + jnp.float32(1e-7)).mean()
+  x = jnp.ones((4, 8)).at[0].set(0.0)
+  report = check(loss, "mixed_float16", jnp.full((8, 8), 0.1), x)
+  assert not report.agrees and report.gradients[0].gradient.overflow == 64
+  assert "gradient of" in report.faults[0]

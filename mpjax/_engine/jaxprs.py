@@ -72,7 +72,7 @@ def contracts_nothing(eqn: JaxprEqn) -> bool:
     return False
   (contracted, _), _ = eqn.params["dimension_numbers"]
   summed = shape(eqn.invars[0])
-  return all(summed[dim] == 1 for dim in contracted)
+  return {summed[dim] for dim in contracted} <= {1}
 
 
 def is_inner(eqn: JaxprEqn) -> bool:

@@ -17,10 +17,12 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM
+from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
 from mpjax._engine.lookahead import MOVES, Needs, Sums, totaled
+from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
@@ -47,6 +49,7 @@ class Known(NamedTuple):
     factored: Which results lead into the factorization of a matrix.
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
+    recurrence: What a long loop hands on with linear operations.
     whole: Which operands are whole numbers, see `whole_numbers`.
   """
 
@@ -62,6 +65,7 @@ class Known(NamedTuple):
   factored: frozenset[int] = frozenset()
   carry: range = range(0)
   steady: tuple[int, ...] = ()
+  recurrence: Recurrence[int] = Recurrence()
   whole: frozenset[int] = frozenset()
 
 
@@ -103,6 +107,7 @@ class Knowledge:
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix.
     running: The results of additions that are written out term by term.
+    recurrence: What stands between what a long loop is given and what it hands on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
     numbers: The values of what is constant, followed as equations are decided.
@@ -134,6 +139,7 @@ class Knowledge:
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     self.factored = needs.factored(jaxpr, known.factored)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
+    self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
     in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
@@ -188,6 +194,8 @@ class Knowledge:
   def of_loop(self, eqn: JaxprEqn, forms: Forms) -> Known:
     """What is known in every turn of the body of a loop, whose own operands are held so."""
     body, exact = bodies_of(eqn)[-1], self._exact_of(eqn)[-1]
+    turns = repetitions(eqn)
+    is_long = turns is None or turns > TERMS
     # Only a scan has the state of a model in it.
     is_scan = eqn.primitive.name == "scan"
     own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
@@ -198,6 +206,7 @@ class Knowledge:
       kin=(),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
+      recurrence=of_loop(body.carry) if is_long and not is_stack else Recurrence(),
       steady=tuple(
         n
         for n, (atom, form) in consts
@@ -230,6 +239,7 @@ class Knowledge:
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
       factored=self._analyses.needs.factored_by_bodies(eqn, self.factored),
       steady=places(atoms, self.view.steady),
+      recurrence=entering(eqn, body, self.recurrence),
       whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
     )
 

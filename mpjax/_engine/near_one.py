@@ -314,7 +314,7 @@ def _is_within(eqn: JaxprEqn, bounded: Set[Any]) -> bool:
 def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
   """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does."""
   if eqn.primitive.name in ("add", "sub"):
-    return any(forward.of(atom).is_one for atom in eqn.invars)
+    return ONE in [forward.of(atom).range for atom in eqn.invars]
   return eqn.primitive.name in GATES
 
 

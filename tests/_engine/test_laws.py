@@ -1083,12 +1083,89 @@ def test_a_number_near_one_times_a_matmul_of_what_a_loop_hands_on_is_not_rounded
   def values(q, x):
     return lax.scan(lambda h, u: (0.99 * (h @ q) + u, None), jnp.zeros(4), x)[0]
 
-  args = jnp.eye(4)[::-1], jnp.ones((40, 4))
+  args = jnp.eye(4)[::-1], jnp.ones((40, 4))  # too short to be float32 as a whole
   found = equations(jax.make_jaxpr(mpjax.autocast(values, policy))(*args))
   (product,) = [e for e in found if e.primitive.name == "mul"]
   assert {atom.aval.dtype for atom in product.invars} == {jnp.dtype(jnp.float32)}
   got, want = in_both_formats(values, policy, *args)
   np.testing.assert_allclose(got, want, rtol=0.02)
+
+
+CHAIN = jax.nn.softmax(jax.random.normal(jax.random.key(0), (4, 4)))
+SKEW = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+
+
+def value_iteration(p, r):
+  turn = lambda _, v: jnp.max(r[:, None] + 0.99 * (p @ v)[:, None] * jnp.array([1.0, 0.9]), 1)
+  return lax.fori_loop(0, 1000, turn, jnp.zeros(4))
+
+
+def conjugate_gradients(p, r):
+  normal = p.T @ p + 0.1 * jnp.eye(4)
+  return jax.scipy.sparse.linalg.cg(lambda v: normal @ v, r, tol=1e-6)[0]
+
+
+LINEAR = {
+  "policy_evaluation": lambda p, r: lax.fori_loop(
+    0, 1000, lambda _, v: r + 0.99 * (p @ v), jnp.zeros(4)
+  ),
+  "value_iteration": value_iteration,
+  "to_a_tolerance": lambda p, r: lax.while_loop(
+    lambda s: jnp.abs(s[0] - s[1]).max() > 1e-5,
+    lambda s: (r + 0.98 * (p @ s[0]), s[0]),
+    (r, jnp.zeros(4)),
+  )[0],
+  "einsum": lambda p, r: lax.fori_loop(
+    0, 1000, lambda _, v: r + 0.99 * jnp.einsum("ij,j->i", p, v), jnp.zeros(4)
+  ),
+  "jitted": lambda p, r: lax.fori_loop(
+    0, 1000, lambda _, v: jax.jit(lambda v: r + 0.99 * (p @ v))(v), jnp.zeros(4)
+  ),
+  "scan": lambda p, r: lax.scan(
+    lambda v, _: (r + 0.99 * (p @ v), None), jnp.zeros(4), None, length=1000
+  )[0],
+  "rotation": lambda p, r: lax.fori_loop(
+    0, 600, lambda _, x: x + 0.01 * (SKEW @ x), r[:2] * p[0, 0]
+  ),
+  "covariance": lambda p, r: lax.fori_loop(
+    0, 300, lambda _, s: 0.99 * (p @ s @ p.T) + 0.01 * jnp.eye(4), jnp.diag(r)
+  ),
+  "conjugate_gradients": conjugate_gradients,
+}
+
+
+@both
+@cases(**LINEAR)
+def test_a_long_linear_recurrence_is_as_exact_as_in_float32(fn, policy):
+  got, want = in_both_formats(fn, policy, CHAIN, jnp.arange(1.0, 5.0))
+  np.testing.assert_allclose(got, want, rtol=0.03, atol=0.01 * np.abs(want).max())
+
+
+NOT_LINEAR = {
+  "recurrent_network": lambda w, x: lax.scan(
+    lambda h, u: (jnp.tanh(h @ w + u), None), jnp.zeros(4), x
+  )[0],
+  "flow": lambda w, x: lax.fori_loop(
+    0, 200, lambda _, h: h + 0.01 * (jax.nn.relu(h @ w) @ w), x[0]
+  ),
+  "equilibrium": lambda w, x: lax.while_loop(
+    lambda h: jnp.sum(h) < 1e3, lambda h: jax.nn.standardize(h @ w + h), x[:2]
+  ),
+  "short": lambda w, x: lax.fori_loop(0, 16, lambda _, h: h @ w, x),
+  "layers": lambda w, x: lax.scan(
+    lambda h, own: (h + h @ own, None), x, jnp.broadcast_to(w, (200, 4, 4))
+  )[0],
+  "training": lambda w, x: lax.fori_loop(
+    0, 200, lambda _, v: v - 0.1 * jax.grad(lambda v: jnp.mean((x @ v) ** 2))(v), w
+  ),
+}
+
+
+@both
+@cases(**NOT_LINEAR)
+def test_matmuls_of_networks_in_long_loops_stay_narrow(fn, policy):
+  found = matmuls(mpjax.autocast(fn, policy), 0.1 * jnp.eye(4), jnp.ones((200, 4)))
+  assert found and all(a.aval.dtype.itemsize == 2 for eqn in found for a in eqn.invars)
 
 
 @both

@@ -50,6 +50,7 @@ class Known(NamedTuple):
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
+    is_test: Whether it tells a loop to go on.
     whole: Which operands are whole numbers, see `whole_numbers`.
   """
 
@@ -66,6 +67,7 @@ class Known(NamedTuple):
   carry: range = range(0)
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
+  is_test: bool = False
   whole: frozenset[int] = frozenset()
 
 
@@ -108,6 +110,7 @@ class Knowledge:
     factored: The variables that lead into the factorization of a matrix.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
+    is_test: Whether the jaxpr tells a loop to go on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
     numbers: The values of what is constant, followed as equations are decided.
@@ -140,6 +143,7 @@ class Knowledge:
     self.factored = needs.factored(jaxpr, known.factored)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
+    self.is_test = known.is_test
     in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
@@ -217,7 +221,7 @@ class Knowledge:
   def of_test(self, eqn: JaxprEqn, test: Body) -> Known:
     """What is known in the test of a loop."""
     whole = self._analyses.whole_numbers.entering(eqn, test, self.whole)
-    return Known(self._exact_of(eqn)[0], whole=whole)
+    return Known(self._exact_of(eqn)[0], whole=whole, is_test=True)
 
   def _exact_of(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
     return self._exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
@@ -240,6 +244,7 @@ class Knowledge:
       factored=self._analyses.needs.factored_by_bodies(eqn, self.factored),
       steady=places(atoms, self.view.steady),
       recurrence=entering(eqn, body, self.recurrence),
+      is_test=self.is_test,
       whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
     )
 

@@ -182,6 +182,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
   ),
   Sharpening(
+    "test of a loop",
+    {Rule.LOWER},
+    lambda s: s.has_float32 and s.around.is_test,
+    Rule.FULL,
+    "a residual is a small difference: rounded, it never falls below a tolerance",
+  ),
+  Sharpening(
     "linear recurrence",
     {Rule.LOWER},
     lambda s: s.has_float32 and _hands_on(s),

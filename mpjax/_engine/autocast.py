@@ -31,7 +31,8 @@ def autocast(
   autocast. Matmuls and convolutions then run in the compute dtype, what follows them stays in
   16 bits, and operations that need range or precision (softmax, logarithms, sums, norms) run in
   float32. Integers, booleans, keys, complex, float64 and arrays that are 16-bit already pass
-  untouched. Gradients taken through the result have the dtype of the parameters.
+  untouched. Parameters that are 16-bit are float32 in ``fn``, as all parameters are, and are cast
+  where they are used. Gradients taken through the result have the dtype of the parameters.
 
   Args:
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the

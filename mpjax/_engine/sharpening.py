@@ -175,6 +175,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
   ),
   Sharpening(
+    "outer product",
+    {Rule.LOWER},
+    lambda s: s.has_float32 and jaxprs.contracts_nothing(s.eqn) and _is_float32(s.forms),
+    Rule.MULTIPLY,
+    "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
     "what is added up",
     {Rule.LOWER},
     lambda s: s.has_float32 and s.around.sums.is_sum(s.eqn),
@@ -201,13 +208,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.has_float32 and s.result in s.around.factored,
     Rule.WIDE,
     "a Gram matrix that rounds has negative eigenvalues, however much its diagonal is damped",
-  ),
-  Sharpening(
-    "outer product",
-    {Rule.LOWER},
-    lambda s: s.has_float32 and jaxprs.contracts_nothing(s.eqn) and _is_float32(s.forms),
-    Rule.MULTIPLY,
-    "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
     "integers",

@@ -822,6 +822,22 @@ def test_positions_survive_every_outer_product(fn, dtype, policy):
 
 
 @both
+@cases(
+  vdot=lambda g, t: jnp.vdot(g, t),
+  einsum=lambda g, t: jnp.einsum("i,i->", g, t),
+  matrices=lambda g, t: g[None] @ t[:, None],
+  tensordot=lambda g, t: jnp.tensordot(g, t, 1),
+)
+def test_so_does_a_gradient_of_one_number_in_an_inner_product(fn, policy):
+  def estimate(s, x, t):
+    return fn(jax.grad(lambda s: jnp.sum((x @ x) * s))(s), t)
+
+  args = jnp.ones(1), jnp.full((4, 4), 0.3), jnp.full(1, 3.3e-8)
+  got, want = in_both_formats(estimate, policy, *args)
+  np.testing.assert_allclose(got, want, rtol=0.01)
+
+
+@both
 def test_an_outer_product_of_what_is_narrow_stays_narrow(policy):
   fn = lambda w, x: jnp.einsum("i,j->ij", x[0] @ w, x[1] @ w)
   (first, _, outer) = matmuls(mpjax.autocast(fn, policy), W, DATA)

@@ -112,7 +112,7 @@ def overflowing(w, x):
 @pytest.mark.parametrize("reference", ["float32", "float64"])
 def test_the_iteration_of_a_while_loop_that_overflows_is_named(reference):
   def fn(w, x):
-    step = lambda state: (state[0] + 1, overflowing(w, state[1]))
+    step = lambda state: (state[0] + 1, overflowing(w, jax.nn.relu(state[1])))
     return jax.lax.while_loop(lambda state: state[0] < 6, step, (0, x))[1] * 1e-9
 
   args = (jnp.eye(W), jnp.ones((2, W)))

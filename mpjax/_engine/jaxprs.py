@@ -64,6 +64,7 @@ def is_known(dim: Any) -> bool:
 
 
 SYMBOLIC = 2**16 + 1
+"""What a symbolic dimension is taken for: large, and unlikely to be the size of anything else."""
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:

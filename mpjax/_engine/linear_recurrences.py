@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
-from mpjax._core.primitives import RULES as TABLE
+from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._engine import versions
-from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
+from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import places_of, variables_of
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 
@@ -55,17 +54,23 @@ def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   """
   if not known.linear or not known.leads:
     return Recurrence()
-  inner = versions.open_jaxpr(jaxpr)
-  reads, linear = ({inner.invars[n] for n in part} for part in known[:2])
-  for eqn in inner.eqns:
-    if not reads.isdisjoint(variables_of(eqn.invars)):
-      linear.update(eqn.outvars[n] for n in _linear_results(eqn, reads, linear))
-      reads.update(eqn.outvars)
+  inner, (reads, linear, _) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
   leads = variables_of(inner.outvars[n] for n in known.leads)
   for eqn in reversed(inner.eqns):
     if not leads.isdisjoint(eqn.outvars):
       leads |= variables_of(_leading_operands(eqn, Recurrence(reads, linear, leads)))
   return Recurrence(reads, linear, leads)
+
+
+def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
+  """What in a jaxpr depends on what the loop carries, whatever it leads to."""
+  inner = versions.open_jaxpr(jaxpr)
+  reads, linear = ({inner.invars[n] for n in part} for part in known[:2])
+  for eqn in inner.eqns:
+    if not reads.isdisjoint(variables_of(eqn.invars)):
+      linear.update(eqn.outvars[n] for n in _linear_results(eqn, Recurrence(reads, linear)))
+      reads.update(eqn.outvars)
+  return Recurrence(reads, linear)
 
 
 def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
@@ -78,18 +83,13 @@ def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[i
   )
 
 
-def _linear_results(
-  eqn: JaxprEqn, reads: Collection[Any], linear: Collection[Any]
-) -> Sequence[int]:
+def _linear_results(eqn: JaxprEqn, around: Recurrence[Any]) -> Collection[int]:
   """Which results of an equation depend linearly on what the loop carries."""
   if _is_call(eqn):
     (body,) = bodies_of(eqn)
-    results = range(len(eqn.outvars))
-    known = entering(eqn, body, Recurrence(reads, linear))._replace(leads=(*results,))
-    inside = recurrence(body.jaxpr, known)
-    outs = versions.open_jaxpr(body.jaxpr).outvars
-    return sorted(places_of(outs, inside.linear))
-  return [0] if _is_linear(eqn, reads) and places_of(eqn.invars, linear) else []
+    inside = _read(body.jaxpr, entering(eqn, body, around))
+    return places_of(versions.open_jaxpr(body.jaxpr).outvars, inside.linear)
+  return (0,) if _is_linear(eqn, around.reads) and places_of(eqn.invars, around.linear) else ()
 
 
 def _leading_operands(eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
@@ -111,5 +111,4 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
 
 
 def _is_call(eqn: JaxprEqn) -> bool:
-  name = eqn.primitive.name
-  return name in HAVE_BODIES and TABLE[name] is Rule.CALL
+  return RULES.get(eqn.primitive.name) is Rule.CALL

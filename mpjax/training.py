@@ -2,7 +2,8 @@
 
 from mpjax._train.low_precision_warning import LowPrecisionWarning
 from mpjax._train.step_parts import NonFiniteError, StepMetrics
-from mpjax._train.train_step import TrainState, TrainStep, make_train_step
+from mpjax._train.train_state import TrainState
+from mpjax._train.train_step import TrainStep, make_train_step
 
 __all__ = [
   "LowPrecisionWarning",

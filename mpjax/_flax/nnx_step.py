@@ -4,26 +4,33 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from mpjax._core.dtypes import FLOAT16, FLOAT32, describe
+from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike
-from mpjax._core.tree_paths import PyTree, leaf_paths
+from mpjax._core.tree_paths import PyTree
 from mpjax._flax.nnx_calls import autocast, check_structure, fill, has_nodes, is_node, structure
-from mpjax._scaling.finiteness import select
+from mpjax._flax.nnx_step_variables import (
+  arrays_of,
+  check_opt_state,
+  check_trained,
+  check_wrt,
+  give_own_buffers,
+  hold_placement,
+  of_the_first,
+  restore_if_skipped,
+  sorted_into,
+  update_model,
+)
 from mpjax._scaling.scaled_gradients import split_aux
-from mpjax._scaling.scaling_state import find_scaling_state
-from mpjax._train.accumulation import Window, check_flow, mean_loss, run_window
-from mpjax._train.buffers import explain_if_deleted, own_buffer, shared_buffers
+from mpjax._train.accumulation import Window, mean_loss, run_window
+from mpjax._train.buffers import explain_if_deleted
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
-from mpjax._train.shardings import Placement, keep_placement, placement
+from mpjax._train.shardings import Placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
-  is_key,
-  keep_if_skipped,
   raise_if_stuck,
 )
 
@@ -68,11 +75,11 @@ class TrainStep:
       ValueError: If a step has taken the buffers of an argument already.
     """
     model, optimizer, batch = _read_arguments(model, optimizer, batch)
-    variables, operands = _arrays((model, optimizer)), Operands.of(batch, keywords)
+    variables, operands = arrays_of((model, optimizer)), Operands.of(batch, keywords)
     if self._donate:
-      held = _arrays(operands.nodes) if operands.nodes else ()
+      held = arrays_of(operands.nodes) if operands.nodes else ()
       others = jax.tree.leaves((operands.arrays, held))
-      _own_buffers((model, optimizer), variables, others)
+      give_own_buffers((model, optimizer), variables, others)
     args = (model, optimizer, (batch, keywords), placement([*variables.values()]))
     opt_state = optimizer.opt_state
     self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
@@ -99,7 +106,7 @@ class TrainStep:
       A lowered function; its ``compile()`` tells memory and cost.
     """
     model, optimizer, batch = _read_arguments(model, optimizer, batch)
-    where = placement([*_arrays((model, optimizer)).values()])
+    where = placement([*arrays_of((model, optimizer)).values()])
     traced = self._jitted.trace(model, optimizer, (batch, keywords), where)
     self._check_float16(optimizer.opt_state, lambda: traced.traced.jaxpr)
     return traced.lower()
@@ -195,13 +202,13 @@ def make_train_step(
   ) -> tuple[Any, Any]:
     operands = Operands.of(*given)
     nodes, batch = (model, *operands.nodes), operands.arrays
-    paths = list(_arrays((model, optimizer)))
-    graphdef, *parts = nnx.split(nodes, _of_the_first(optimizer.wrt), ...)
-    _check_wrt(parts, optimizer)
+    paths = list(arrays_of((model, optimizer)))
+    graphdef, *parts = nnx.split(nodes, of_the_first(optimizer.wrt), ...)
+    check_wrt(parts, optimizer)
     params, opt_state = parts[0][0], nnx.as_pure(optimizer.opt_state)
-    _check_opt_state(opt_state)
+    check_opt_state(opt_state)
     core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(params), opt_state)
-    before = _arrays(nodes), opt_state, optimizer.step[...]
+    before = arrays_of(nodes), opt_state, optimizer.step[...]
 
     def compute(wrt: nnx.State, rest: nnx.State, batch: PyTree) -> Any:
       copies = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
@@ -214,7 +221,7 @@ def make_train_step(
       (loss, (changed, aux)), grads = core.differentiate(compute, wrt[0], rest, batch)
       if index is None:
         return Window(loss, [changed], ([], aux), grads)
-      parts, added = _sorted_into(parts, changed)
+      parts, added = sorted_into(parts, changed)
       return Window(loss, parts, ([added], aux), grads)
 
     def loss_at(params: nnx.State) -> Any:
@@ -227,12 +234,12 @@ def make_train_step(
     )
     for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
       nnx.update(nodes, state)
-    _check_trained(nodes[0], optimizer, params)
-    _update(core, nodes, optimizer, loss, grads, before[0], loss_at)
+    check_trained(nodes[0], optimizer, params)
+    update_model(core, nodes, optimizer, loss, grads, before[0], loss_at)
     metrics, bad = core.report(loss, grads, optimizer.opt_state, aux)
     if core.scaling is not None:
-      _restore(metrics.applied, nodes, optimizer, *before)
-    _keep_placement((model, optimizer), paths, where)
+      restore_if_skipped(metrics.applied, nodes, optimizer, *before)
+    hold_placement((model, optimizer), paths, where)
     return metrics, bad
 
   jitted = nnx.jit(train_step, donate_argnums=(0, 1) if donate else (), static_argnums=3)
@@ -310,154 +317,3 @@ def _read_arguments(
 def _named(variables: dict[Any, Any]) -> list[tuple[str, Any]]:
   """The arrays of model and optimizer with paths from each of the two."""
   return [("/".join(map(str, path[1:])), x) for path, x in variables.items()]
-
-
-def _by_name(variables: nnx.State) -> dict[str, Any]:
-  """The arrays of a model by their paths in it, and those of nodes beside it as of the batch."""
-
-  def name(path: str) -> str:
-    node, _, inside = path.partition("/")
-    return inside if node == "0" else f"batch/{path}"
-
-  return {name(path): leaf for path, leaf in leaf_paths(variables)}
-
-
-def _of_the_first(wrt: Any) -> Callable[[Any, Any], bool]:
-  """A filter for the Variables that ``wrt`` selects in the first of several graph nodes."""
-  selects = nnx.filterlib.to_predicate(wrt)
-  return lambda path, variable: path[0] == 0 and selects(path[1:], variable)
-
-
-def _update(
-  core: StepCore,
-  nodes: tuple[Any, ...],
-  optimizer: nnx.Optimizer,
-  loss: jax.Array,
-  grads: nnx.State,
-  before: dict[Any, Any],
-  loss_at: Any,
-) -> None:
-  """Updates model and optimizer; what the optimizer leaves alone stays the same array."""
-  model = nodes[0]
-  now, params = _arrays(nodes), nnx.as_pure(nnx.state(model, optimizer.wrt))
-  written = [[arrays[path] for path in before] for arrays in (now, before)]
-  args = (grads,) if isinstance(optimizer, nnx.ModelAndOptimizer) else (model, grads)
-  core.update(optimizer.update, args, loss, grads, (written[0], written[1]), loss_at)
-  if any(core.frozen):
-    nnx.update(model, core.choose_frozen(params, nnx.as_pure(nnx.state(model, optimizer.wrt))))
-
-
-def _arrays(nodes: Any) -> dict[Any, Any]:
-  """The arrays of graph nodes by path: pure ones, for the Variables themselves change."""
-  return dict(nnx.to_flat_state(nnx.as_pure(nnx.state(nodes))))
-
-
-def _own_buffers(nodes: Any, variables: dict[Any, Any], others: list[Any]) -> None:
-  """Gives Variables that share an array, or share one with the batch, arrays of their own."""
-  paths = list(variables)
-  for n in shared_buffers([*variables.values()], others):
-    variables[paths[n]] = own_buffer(variables[paths[n]])
-    nnx.update(nodes, nnx.from_flat_state([(paths[n], variables[paths[n]])]))
-
-
-def _keep_placement(nodes: Any, paths: list[Any], where: Placement) -> None:
-  """Holds the Variables that a step was given to the shardings that they had."""
-  if not where.shardings:
-    return
-  now = _arrays(nodes)
-  kept = keep_placement([now[path] for path in paths], where.shardings)
-  nnx.update(nodes, nnx.from_flat_state(zip(paths, kept, strict=True)))
-
-
-def _check_wrt(parts: list[nnx.State], optimizer: nnx.Optimizer) -> None:
-  """Refuses an optimizer that trains nothing of a model."""
-  if jax.tree.leaves(parts[0]):
-    return
-  kinds = sorted({type(v).__name__ for _, v in nnx.to_flat_state(nnx.merge_state(*parts))})
-  wrt = getattr(optimizer.wrt, "__name__", optimizer.wrt)
-  raise ValueError(
-    f"The optimizer's wrt must match a Variable of the model. Got wrt={wrt}, and a model of "
-    f"{', '.join(kinds) or 'no Variable'}. Make the optimizer with a wrt that selects what it is "
-    "to train."
-  )
-
-
-def _check_trained(model: nnx.Module, optimizer: nnx.Optimizer, params: nnx.State) -> None:
-  """Refuses a Variable that a loss adds and the optimizer would train: it has no gradient."""
-  had = {path for path, _ in nnx.to_flat_state(params)}
-  trained = nnx.to_flat_state(nnx.state(model, optimizer.wrt))
-  added = [(path, variable) for path, variable in trained if path not in had]
-  if added:
-    path, variable = added[0]
-    name = "/".join(map(str, path))
-    raise ValueError(
-      "What an optimizer trains must be in the model before the step. Got "
-      f"{name!r}, of type {type(variable).__name__}, which the loss adds. Add it "
-      "first and make the optimizer after it, or hold it in a Variable of another type."
-    )
-
-
-def _sorted_into(parts: list[nnx.State], changed: nnx.State) -> tuple[list[nnx.State], nnx.State]:
-  """Puts the Variables of a changed model into the parts that they came from; what is new is left.
-
-  Raises:
-    TypeError: If one has another dtype or shape now, or is gone.
-  """
-  now = dict(nnx.to_flat_state(changed))
-  for part in parts:
-    check_flow(_by_name(nnx.from_flat_state(now)), _by_name(part))
-  sorted_parts = [
-    nnx.map_state(lambda path, leaf: _with_value(leaf, _value(now.pop(path))), part)
-    for part in parts
-  ]
-  return sorted_parts, nnx.from_flat_state(now)
-
-
-def _restore(
-  applied: jax.Array,
-  nodes: tuple[Any, ...],
-  optimizer: nnx.Optimizer,
-  old: dict[Any, Any],
-  old_opt_state: PyTree,
-  old_step: jax.Array,
-) -> None:
-  """Puts back what a skipped step wrote: all but the loss scaler, random streams and new Variables.
-
-  Random streams move on, or the step that follows would draw what made this one's NaN.
-  """
-  now = _arrays(nodes)
-  kept = [
-    path for path, variable in nnx.to_flat_state(nnx.state(nodes)) if not _is_random(variable)
-  ]
-  kept = [path for path in kept if path in old]
-  chosen = select(applied, [now[path] for path in kept], [old[path] for path in kept])
-  nnx.update(nodes, nnx.from_flat_state(zip(kept, chosen, strict=True)))
-  opt_state = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)
-  nnx.update(optimizer.opt_state, nnx.state(opt_state))
-  optimizer.step[...] = jnp.where(applied, optimizer.step[...], old_step)
-
-
-def _is_random(variable: nnx.Variable) -> bool:
-  return isinstance(variable, nnx.RngState) or is_key(_value(variable))
-
-
-def _value(leaf: Any) -> Any:
-  """The array of a leaf of a state: a Variable, or an array that is an attribute by itself."""
-  return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _with_value(leaf: Any, value: Any) -> Any:
-  return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
-
-
-def _check_opt_state(opt_state: PyTree) -> None:
-  """Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754)."""
-  if find_scaling_state(opt_state) is not None:
-    return
-  for path, leaf in leaf_paths(opt_state):
-    if getattr(leaf, "dtype", None) == FLOAT16:
-      raise ValueError(
-        "The optimizer's state must not be float16, where Adam's epsilon is zero. Got "
-        f"{path}: {describe(leaf)}. Keep the parameters in float32, or wrap the optimizer: "
-        "mpjax.static_loss_scaling(tx, 1) holds its state in float32."
-      )

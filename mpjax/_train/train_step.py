@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from flax import struct
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe
@@ -17,12 +15,11 @@ from mpjax._engine.autocast import autocast
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.optimizers import as_transformation
 from mpjax._scaling.rounding import seen_parameters
-from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState
 from mpjax._train.accumulation import Window, mean_loss, run_window
 from mpjax._train.buffers import Returned, explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
-from mpjax._train.shardings import Placement, keep_placement, place_beside, placement
+from mpjax._train.shardings import Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
@@ -31,89 +28,7 @@ from mpjax._train.step_parts import (
   keep_if_skipped,
   raise_if_stuck,
 )
-
-
-@struct.dataclass
-class TrainState:
-  """All that training changes, as one pytree.
-
-  Attributes:
-    step: i32[], the number of applied steps; a skipped one does not count.
-    params: The parameters.
-    opt_state: The optimizer's state.
-    model_state: The mutable collections of the model, such as ``{"batch_stats": ...}``, or
-      ``None``.
-    rng: The key that every step's key is folded from, or ``None``. It never changes.
-
-  Example:
-    >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1), rng=jax.random.key(0))
-    >>> int(state.replace(step=jnp.int32(7)).step), state.model_state
-    (7, None)
-  """
-
-  step: jax.Array
-  params: PyTree
-  opt_state: PyTree
-  model_state: PyTree = None
-  rng: Any = None
-
-  if TYPE_CHECKING:  # Flax adds it, and its annotations do not say so
-
-    def replace(self, **changes: Any) -> "TrainState":
-      """A state with other values in some fields."""
-      ...
-
-  @classmethod
-  def create(
-    cls,
-    params: PyTree,
-    tx: optax.GradientTransformation,
-    *,
-    model_state: PyTree = None,
-    rng: Any = None,
-  ) -> "TrainState":
-    """The state before the first step.
-
-    The arrays are copied, so that a step may donate the state's buffers without deleting yours.
-    The optimizer's state is made for float32 parameters, whatever they are held in, and sharded
-    as they are; what has no shape of theirs is replicated over their mesh.
-
-    Args:
-      params: The parameters.
-      tx: The optimizer.
-      model_state: The mutable collections of the model, if it has any.
-      rng: A key, if the loss function takes one.
-
-    Returns:
-      The state.
-
-    Raises:
-      TypeError: If ``tx`` is not an optax transformation, or ``params`` is one.
-      ValueError: If it holds a loss scaler that is not the outermost transformation.
-
-    Example:
-      >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
-      >>> state.step, state.params
-      (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
-    """
-    if isinstance(params, optax.GradientTransformation | optax.MultiSteps):
-      raise TypeError(
-        "A state is created from parameters and an optimizer, in this order. Got the optimizer "
-        "first. Write TrainState.create(params, tx)."
-      )
-    opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
-    find_scaling_state(opt_state)
-    state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
-    return place_beside(jax.tree.map(_owned, state), params)
-
-
-def _owned(leaf: Any) -> Any:
-  """A strongly typed array of its own; what is no array passes."""
-  if not hasattr(leaf, "dtype"):
-    return leaf
-  if is_key(leaf):
-    return jnp.copy(leaf)
-  return jnp.array(leaf, dtype=leaf.dtype, copy=True)
+from mpjax._train.train_state import TrainState, check_is_state, check_optimizer
 
 
 class TrainStep:
@@ -152,7 +67,7 @@ class TrainStep:
       ValueError: If its ``opt_state`` is that of another optimizer, or a step was given ``state``
         before and has taken its buffers.
     """
-    _check_is_state(state, batch)
+    check_is_state(state, batch)
     given = state
     state, where = self._enter(state, batch)
     self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
@@ -196,7 +111,7 @@ class TrainStep:
     Returns:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
-    _check_is_state(state, batch)
+    check_is_state(state, batch)
     where = placement(jax.tree.leaves(state))
     traced = self._jitted.trace(state, batch, where)
     self._check_float16(state.opt_state, lambda: traced.jaxpr)
@@ -207,40 +122,6 @@ _DELETED = (
   "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
   "with the state that the step returned, or make the step with donate=False."
 )
-
-
-def _check_is_state(state: PyTree, batch: PyTree) -> None:
-  """Refuses what is no ``TrainState``.
-
-  Raises:
-    TypeError: If so; the message says what to pass.
-  """
-  if isinstance(state, TrainState):
-    return
-  got, instead = (
-    f"{type(state).__module__}.{type(state).__name__}",
-    "Make one: mpjax.TrainState.create(params, tx)",
-  )
-  if isinstance(batch, TrainState):
-    got, instead = "the batch first", "Write step(state, batch)"
-  raise TypeError(f"A step takes an mpjax.TrainState and a batch. Got {got}. {instead}.")
-
-
-def _check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
-  """Refuses the state of another optimizer.
-
-  Raises:
-    ValueError: If the optimizer's own state would have other leaves.
-  """
-  own = jax.eval_shape(lambda params: tx.init(cast_floating(params, FLOAT32)), state.params)
-  wanted, got = ([path for path, _ in leaf_paths(tree)] for tree in (own, state.opt_state))
-  if wanted != got:
-    differing = sorted(set(wanted) ^ set(got)) or ["their order"]
-    raise ValueError(
-      "The state must be that of the step's optimizer. Got another, which differs in "
-      f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. Create it with this "
-      "optimizer: mpjax.TrainState.create(params, tx)."
-    )
 
 
 def make_train_step(
@@ -352,7 +233,7 @@ def make_train_step(
   def train_step(
     state: TrainState, batch: PyTree, where: Placement
   ) -> tuple[TrainState, StepMetrics, Any]:
-    _check_optimizer(tx, state)
+    check_optimizer(tx, state)
     core = StepCore.begin(settings, tx, state.params, state.opt_state)
     step_rng = _step_rng(state, core.scaling)
 

@@ -1,0 +1,133 @@
+"""What training with a Linen model or a pure function changes, as one pytree."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.tree_paths import PyTree, leaf_paths
+from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._train.shardings import place_beside
+from mpjax._train.step_parts import is_key
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes, as one pytree.
+
+  Attributes:
+    step: i32[], the number of applied steps; a skipped one does not count.
+    params: The parameters.
+    opt_state: The optimizer's state.
+    model_state: The mutable collections of the model, such as ``{"batch_stats": ...}``, or
+      ``None``.
+    rng: The key that every step's key is folded from, or ``None``. It never changes.
+
+  Example:
+    >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1), rng=jax.random.key(0))
+    >>> int(state.replace(step=jnp.int32(7)).step), state.model_state
+    (7, None)
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: PyTree
+  model_state: PyTree = None
+  rng: Any = None
+
+  if TYPE_CHECKING:  # Flax adds it, and its annotations do not say so
+
+    def replace(self, **changes: Any) -> "TrainState":
+      """A state with other values in some fields."""
+      ...
+
+  @classmethod
+  def create(
+    cls,
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    model_state: PyTree = None,
+    rng: Any = None,
+  ) -> "TrainState":
+    """The state before the first step.
+
+    The arrays are copied, so that a step may donate the state's buffers without deleting yours.
+    The optimizer's state is made for float32 parameters, whatever they are held in, and sharded
+    as they are; what has no shape of theirs is replicated over their mesh.
+
+    Args:
+      params: The parameters.
+      tx: The optimizer.
+      model_state: The mutable collections of the model, if it has any.
+      rng: A key, if the loss function takes one.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: If ``tx`` is not an optax transformation, or ``params`` is one.
+      ValueError: If it holds a loss scaler that is not the outermost transformation.
+
+    Example:
+      >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
+      >>> state.step, state.params
+      (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
+    """
+    if isinstance(params, optax.GradientTransformation | optax.MultiSteps):
+      raise TypeError(
+        "A state is created from parameters and an optimizer, in this order. Got the optimizer "
+        "first. Write TrainState.create(params, tx)."
+      )
+    opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
+    find_scaling_state(opt_state)
+    state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
+    return place_beside(jax.tree.map(_owned, state), params)
+
+
+def _owned(leaf: Any) -> Any:
+  """A strongly typed array of its own; what is no array passes."""
+  if not hasattr(leaf, "dtype"):
+    return leaf
+  if is_key(leaf):
+    return jnp.copy(leaf)
+  return jnp.array(leaf, dtype=leaf.dtype, copy=True)
+
+
+def check_is_state(state: PyTree, batch: PyTree) -> None:
+  """Refuses what is no ``TrainState``.
+
+  Raises:
+    TypeError: If so; the message says what to pass.
+  """
+  if isinstance(state, TrainState):
+    return
+  got, instead = (
+    f"{type(state).__module__}.{type(state).__name__}",
+    "Make one: mpjax.TrainState.create(params, tx)",
+  )
+  if isinstance(batch, TrainState):
+    got, instead = "the batch first", "Write step(state, batch)"
+  raise TypeError(f"A step takes an mpjax.TrainState and a batch. Got {got}. {instead}.")
+
+
+def check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
+  """Refuses the state of another optimizer.
+
+  Raises:
+    ValueError: If the optimizer's own state would have other leaves.
+  """
+  own = jax.eval_shape(lambda params: tx.init(cast_floating(params, FLOAT32)), state.params)
+  wanted, got = ([path for path, _ in leaf_paths(tree)] for tree in (own, state.opt_state))
+  if wanted != got:
+    differing = sorted(set(wanted) ^ set(got)) or ["their order"]
+    raise ValueError(
+      "The state must be that of the step's optimizer. Got another, which differs in "
+      f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. Create it with this "
+      "optimizer: mpjax.TrainState.create(params, tx)."
+    )

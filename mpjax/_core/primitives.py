@@ -59,7 +59,7 @@ class Trait(enum.Flag):
   SATURATES = enum.auto()
   """Becomes a constant for arguments that are far from zero."""
   ONE_AT_ZERO = enum.auto()
-  """Is one, to second order, for arguments near zero."""
+  """Is one for zero, and near one for arguments near it."""
   LOGARITHM = enum.auto()
   """Infinite for an argument that a 16-bit sigmoid reaches."""
   STEEP = enum.auto()
@@ -67,7 +67,7 @@ class Trait(enum.Flag):
   MULTIPLIES_UP = enum.auto()
   """Multiplies many numbers with each other."""
   FACTORS = enum.auto()
-  """Factors a matrix, and knows definite ones from others."""
+  """Factors a matrix or solves a system: multiplies an error by the condition of that."""
   MOVES = enum.auto()
   """Each number of its one operand goes to one place of its result."""
   KEEPS_NUMBERS = enum.auto()
@@ -118,7 +118,8 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     "dot_general conv_general_dilated ragged_dot ragged_dot_general",
     Facts(Rule.LOWER, "fast in 16 bits, and adds up in float32", _T.MATMUL),
   ),
-  ("exp exp2 expm1 pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
+  ("exp exp2", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
+  ("expm1 pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
   ("one_minus_square", Facts(Rule.FULL, "what is near 1 is subtracted from 1")),
   ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
   ("polynomial", Facts(Rule.FULL, _SUM)),
@@ -151,9 +152,11 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.ALWAYS, _NO_KERNEL, _T.FACTORS),
   ),
   (
-    "fft householder_product triangular_solve tridiagonal_solve complex ormqr symmetric_product",
+    "fft householder_product complex ormqr symmetric_product",
     Facts(Rule.ALWAYS, _NO_KERNEL),
   ),
+  ("triangular_solve tridiagonal_solve", Facts(Rule.ALWAYS, _NO_KERNEL, _T.FACTORS)),
+  ("custom_linear_solve", Facts(Rule.TRACED, _FUNCTION, _T.FACTORS)),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _AS_EXACT, _T.ARITHMETIC)),
   ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _AS_EXACT)),
@@ -249,8 +252,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.TRACED, _NO_FLOATS),
   ),
   (
-    "reduce reduce_window select_and_scatter custom_linear_solve get swap addupdate debug_callback "
-    "debug_print",
+    "reduce reduce_window select_and_scatter get swap addupdate debug_callback debug_print",
     Facts(Rule.TRACED, _FUNCTION),
   ),
   (

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 
 from mpjax._core.primitives import KEEPS_NUMBERS
 from mpjax._engine import jaxprs
@@ -59,14 +60,20 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 """What is computed here; what other primitives make of constants is not known."""
 
 
+def is_here(value: Any) -> bool:
+  """Whether a constant of the trace is an array that this process can look at, and no reference."""
+  if not isinstance(value, jax.Array):
+    return isinstance(value, np.ndarray | np.generic | bool | int | float | complex)
+  is_array = not isinstance(value, Tracer) and isinstance(jax.typeof(value), ShapedArray)
+  return is_array and value.is_fully_addressable
+
+
 def numbers_of(value: Any) -> NumberSet:
   """The numbers that occur in a scalar of the trace; None for an array, whose are not followed.
 
   None, too, for a scalar of which other processes hold a part.
   """
-  if (
-    isinstance(value, Tracer) or np.ndim(value) or not getattr(value, "is_fully_addressable", True)
-  ):
+  if not is_here(value) or np.ndim(value):
     return None
   dtype = getattr(value, "dtype", np.dtype(type(value)))
   real = isinstance(dtype, np.dtype) and dtype.kind in "iuf"
@@ -109,7 +116,7 @@ class Adapting(NamedTuple):
 
   def form(self, value: Any) -> Form:
     """How a float32 number or array of the trace is held."""
-    if np.ndim(value) or isinstance(value, Tracer):
+    if not is_here(value) or np.ndim(value):
       return DATA
     return CONSTANT if all(fits(value, d) for d in self.formats) else DATA
 
@@ -180,5 +187,4 @@ class Numbers:
 
 
 def _is_integer(atom: Atom) -> bool:
-  dtype = getattr(atom.aval, "dtype", None)
-  return isinstance(dtype, np.dtype) and dtype.kind in "iu"
+  return jaxprs.kind(atom) in "iu"

@@ -177,12 +177,12 @@ def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> ClosedJaxpr:
   return captured.trace(transpose, [*avals[:count], *outs.keep([v.aval for v in eqn.outvars])])
 
 
-def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> ClosedJaxpr:
-  """The jaxpr of an equation's own batching: every result has a leading axis of ``size``.
+def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> tuple[ClosedJaxpr, list[bool]]:
+  """The jaxpr of an equation's own batching, and which of its results have a leading axis.
 
   Args:
     eqn: The equation.
-    size: The length of the batch.
+    size: The length of the batch, and of that axis.
     batched: Which operands have it as their leading axis.
   """
   axes = [0 if b else None for b in batched]
@@ -191,5 +191,29 @@ def trace_vmap(eqn: JaxprEqn, size: int, batched: Sequence[bool]) -> ClosedJaxpr
     jax.ShapeDtypeStruct((size, *a.shape) if b else a.shape, a.dtype)
     for a, b in zip(operands, batched, strict=True)
   ]
-  rule = jax.vmap(lambda *xs: jaxprs.run_as_traced(eqn, xs), axes, axis_size=size)
-  return captured.trace(rule, avals)
+  found = [False] * len(eqn.outvars)
+
+  def over(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.vmap(lambda *xs: fn(jaxprs.run_as_traced(eqn, xs)), axes, axis_size=size)
+
+  def rule(*xs: jax.Array) -> list[jax.Array]:
+    return [x if b else x[0] for x, b in zip(over(list)(*xs), found, strict=True)]
+
+  noting = over(lambda outs: [_noting(found, n)(x) for n, x in enumerate(outs)])
+  jax.eval_shape(noting, *avals)
+  return captured.trace(rule, avals), found
+
+
+def _noting(found: list[bool], n: int) -> Callable[[jax.Array], jax.Array]:
+  """The identity, which notes in a list, at a place, that its operand is batched."""
+
+  @jax.custom_batching.custom_vmap
+  def identity(x: jax.Array) -> jax.Array:
+    return x
+
+  @identity.def_vmap
+  def rule(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+    found[n] = True
+    return x, True
+
+  return identity

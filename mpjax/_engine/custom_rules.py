@@ -187,9 +187,11 @@ def custom_vmap(interpreter: Interprets, step: Step, operands: list[jax.Array]) 
 
   @call.def_vmap
   def rule(size: int, batched: list[bool], *operands: jax.Array) -> tuple[list[Any], list[bool]]:
-    jaxpr = custom_derivatives.trace_vmap(step.eqn, size, batched)
+    if not any(batched):  # the tangents alone are
+      return interpreter.run(step.bodies[0], operands), [False] * len(step.outs)
+    jaxpr, found = custom_derivatives.trace_vmap(step.eqn, size, batched)
     plan = interpreter.planner.rule_of(jaxpr, step.operands, step.place, step.outs, step.outs)
-    return interpreter.run(plan, operands), [True] * len(step.outs)
+    return interpreter.run(plan, operands), found
 
   return call(*operands)
 

@@ -83,7 +83,7 @@ def _follow(sight: Sight) -> Decision:
   if sight.eqn.outvars[0] in sight.around.sums.updates:
     form = DATA
   decision = _uniform(sight, form)
-  if sharpening.looks_up_rows(sight.eqn, sight.forms) and sight.compute != FLOAT32:
+  if sharpening.looks_up_rows(sight) and sight.compute != FLOAT32:
     return decision._replace(outs=(narrow(sight.compute),))
   return decision
 

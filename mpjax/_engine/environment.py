@@ -117,5 +117,8 @@ def brought_here(compute: Callable[..., T], *values: Any) -> T:
 
 def _mesh_elsewhere(x: Any) -> Any:
   """The mesh that the type of a value names, if it is not the current one."""
-  mesh, current = jax.typeof(x).sharding.mesh, get_abstract_mesh()
-  return None if mesh.empty or current.empty or mesh == current else mesh
+  current = get_abstract_mesh()
+  if current.empty:
+    return None
+  mesh = jax.typeof(x).sharding.mesh
+  return None if mesh.empty or mesh == current else mesh

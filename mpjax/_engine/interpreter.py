@@ -262,7 +262,8 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
 
 def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
-  del interpreter
+  if step.parameter is not None:
+    return _lower(interpreter, step, operands)
   factors, rest = operands[:2], operands[2:]
   narrow = step.params | {"preferred_element_type": factors[0].dtype}
 
@@ -316,7 +317,11 @@ def _marked(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
 
 def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   (body,) = step.bodies
-  return list(mapped(step.eqn, lambda *shards: tuple(interpreter.run(body, shards)))(*operands))
+  run = mapped(step.eqn, lambda *shards: tuple(interpreter.run(body, shards)))
+  is_traced = any(isinstance(x, Tracer) for x in operands)
+  return list(
+    (run if is_traced else jax.jit(run))(*operands)
+  )  # a rule runs only where it is traced
 
 
 def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

@@ -35,6 +35,15 @@ def dtype(atom: Atom) -> np.dtype | None:
   return getattr(atom.aval, "dtype", None)
 
 
+def kind(atom: Atom) -> str:
+  """The kind of number that an array holds, as NumPy abbreviates it; "V" for what it has not."""
+  aval: Any = atom.aval
+  try:  # asked of every operand
+    return aval.dtype.kind
+  except AttributeError:  # a key, or no array
+    return "V"
+
+
 def shape(atom: Atom) -> tuple[int, ...]:
   """The shape of an array that a variable or literal of a jaxpr holds."""
   aval: Any = atom.aval

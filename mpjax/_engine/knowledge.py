@@ -21,15 +21,15 @@ from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
-from mpjax._engine.lookahead import MOVES, Needs, Sums, totaled
-from mpjax._engine.loop_carries import TERMS
+from mpjax._engine.lookahead import FACTORED, MOVES, MULTIPLIED, Needs, Sums, totaled
+from mpjax._engine.made_of import Vectors, constants, whole_numbers
+from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import additions
 from mpjax._engine.small_steps import View
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
-from mpjax._engine.whole_numbers import WholeNumbers
 
 
 class Known(NamedTuple):
@@ -47,11 +47,14 @@ class Known(NamedTuple):
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
     factored: Which results lead into the factorization of a matrix.
+    moments: Which results are moments of which one is subtracted from another, see `moments`.
+    multiplied: Which results lead into a matmul, if rows are looked up inside or multiplied.
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
-    whole: Which operands are whole numbers, see `whole_numbers`.
+    whole: Which operands are whole numbers, see `made_of`.
+    constant: Which depend on no argument, if a matmul inside multiplies a vector.
   """
 
   exact: Exact | None = None
@@ -64,11 +67,14 @@ class Known(NamedTuple):
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
   factored: frozenset[int] = frozenset()
+  moments: tuple[int, ...] = ()
+  multiplied: frozenset[int] = frozenset()
   carry: range = range(0)
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
   whole: frozenset[int] = frozenset()
+  constant: frozenset[int] = frozenset()
 
 
 NOTHING = Known()
@@ -88,7 +94,8 @@ class Analyses:
   ) -> None:
     self.adapting = Adapting(formats)
     self.needs = Needs(table)
-    self.whole_numbers = WholeNumbers()
+    self.whole_numbers = whole_numbers()
+    self.constants, self.vectors = constants(), Vectors()
     self.near_one = NearOne(table, formats)
     self.in_float8 = in_float8
 
@@ -107,12 +114,16 @@ class Knowledge:
     exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
-    factored: The variables that lead into the factorization of a matrix.
+    amplified: The variables that lead into the factorization of a matrix or a linear system, and
+      moments of which one is subtracted from another: what rounds is many times as much there.
+    solved: What factorizations and linear systems give.
+    multiplied: The variables that lead into a matmul.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
+    constant: The variables that depend on no argument, if a matmul multiplies a vector.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
@@ -130,6 +141,7 @@ class Knowledge:
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self._analyses, self._inner, needs = analyses, inner, analyses.needs
+    makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
     exact = known.exact
     if exact is None:
       parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
@@ -140,13 +152,20 @@ class Knowledge:
     )
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    self.factored = needs.factored(jaxpr, known.factored)
+    self._factored = needs.leading(FACTORED, jaxpr, known.factored)
+    self._moments = moments(inner, makers, known.moments)
+    self.amplified = self._factored | self._moments
+    self.solved, _ = needs.solved(jaxpr)
+    self.multiplied = needs.leading(MULTIPLIED, jaxpr, known.multiplied)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
     self.is_test = known.is_test
     in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
+    self.constant: Collection[Var] = ()
+    if analyses.vectors.are_in(jaxpr):
+      self.constant = analyses.constants.variables(jaxpr, known.constant)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
     self.numbers = Numbers(analyses.adapting)
@@ -155,7 +174,7 @@ class Knowledge:
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.numbers.define(var, numbers_of(value))
     self.view = View(
-      {var: eqn for eqn in inner.eqns for var in eqn.outvars},
+      makers,
       self.numbers.number,
       is_backward,
       steady=frozenset(inner.invars[n] for n in known.steady),
@@ -198,8 +217,6 @@ class Knowledge:
   def of_loop(self, eqn: JaxprEqn, forms: Forms) -> Known:
     """What is known in every turn of the body of a loop, whose own operands are held so."""
     body, exact = bodies_of(eqn)[-1], self._exact_of(eqn)[-1]
-    turns = repetitions(eqn)
-    is_long = turns is None or turns > TERMS
     # Only a scan has the state of a model in it.
     is_scan = eqn.primitive.name == "scan"
     own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
@@ -210,7 +227,7 @@ class Knowledge:
       kin=(),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      recurrence=of_loop(body.carry) if is_long and not is_stack else Recurrence(),
+      recurrence=Recurrence() if is_stack else of_loop(body.carry, repetitions(eqn)),
       steady=tuple(
         n
         for n, (atom, form) in consts
@@ -229,7 +246,7 @@ class Knowledge:
   def _entering(
     self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own[int], exact: Exact
   ) -> Known:
-    atoms = body.take(eqn.invars)
+    atoms, needs = body.take(eqn.invars), self._analyses.needs
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     return Known(
       exact=exact,
@@ -241,12 +258,20 @@ class Knowledge:
       own=own,
       logarithms=places(eqn.outvars, self.logarithms),
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
-      factored=self._analyses.needs.factored_by_bodies(eqn, self.factored),
+      factored=needs.leading_from_bodies(FACTORED, eqn, self._factored),
+      moments=places(eqn.outvars, self._moments),
+      multiplied=needs.leading_from_bodies(MULTIPLIED, eqn, self.multiplied),
       steady=places(atoms, self.view.steady),
       recurrence=entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
+      constant=self._constant_in(eqn, body),
     )
+
+  def _constant_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
+    if not self._analyses.vectors.are_in(body.jaxpr):
+      return frozenset()
+    return self._analyses.constants.entering(eqn, body, self.constant)
 
 
 def places(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 ``v = r + 0.99 * (p @ v)``, ``x = x + dt * (a @ x)``, conjugate gradients: what 16 bits round of the
 operand in one turn is there in every later one, and adds up to more than is added. No activation
 forgets it, as in a recurrent network, and no weights of its own, as in a layer of a stack. So such
-a matmul is float32.
+a matmul is float32; and so is one of two values that the loop carries, neither of which a layer
+made, as ``h @ s`` of a quasi-Newton method.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import places_of, variables_of
+from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn
 
 T = TypeVar("T")
@@ -33,16 +35,30 @@ class Recurrence(NamedTuple, Generic[T]):
     reads: What depends on what the loop carries.
     linear: What depends on it linearly, on some way.
     leads: What linear operations lead from to what the next turn is given.
+    is_long: Whether the loop turns so often that what is narrow is float32, too.
   """
 
   reads: Collection[T] = ()
   linear: Collection[T] = ()
   leads: Collection[T] = ()
+  is_long: bool = False
 
 
-def of_loop(carry: range) -> Recurrence[int]:
-  """What is known of the operands and results of a loop's body."""
-  return Recurrence((*carry,), (*carry,), (*range(len(carry)),))
+FEW_TURNS = 32
+"""In a loop of more turns a matmul of nothing but data is float32, as that of a Kalman filter."""
+
+
+def of_loop(carry: range, turns: int | None) -> Recurrence[int]:
+  """What is known of the operands and results of a loop's body.
+
+  Args:
+    carry: The operands that it carries.
+    turns: How often it turns, if that is known.
+  """
+  if turns is not None and turns <= FEW_TURNS:
+    return Recurrence()
+  is_long = turns is None or turns > TERMS
+  return Recurrence((*carry,), (*carry,), (*range(len(carry)),), is_long)
 
 
 def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -54,12 +70,12 @@ def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   """
   if not known.linear or not known.leads:
     return Recurrence()
-  inner, (reads, linear, _) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
+  inner, (reads, linear, *_) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
   leads = variables_of(inner.outvars[n] for n in known.leads)
   for eqn in reversed(inner.eqns):
     if not leads.isdisjoint(eqn.outvars):
       leads |= variables_of(_leading_operands(eqn, Recurrence(reads, linear, leads)))
-  return Recurrence(reads, linear, leads)
+  return Recurrence(reads, linear, leads, known.is_long)
 
 
 def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -80,6 +96,7 @@ def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[i
     tuple(sorted(places_of(atoms, around.reads))),
     tuple(sorted(places_of(atoms, around.linear))),
     tuple(sorted(places_of(eqn.outvars, around.leads))),
+    around.is_long,
   )
 
 

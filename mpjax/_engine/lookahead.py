@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
+from mpjax._core import scopes
+from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import variables_of
@@ -21,9 +22,37 @@ Indices = tuple[int, ...]
 
 _JITTED = having(Trait.JIT)
 MOVES = having(Trait.MOVES)
+_STAYS_SOLVED = MOVES | {"convert_element_type", "neg", "slice", "gather", "select_n"}
 
 # What a gradient passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
+
+
+class Question(NamedTuple):
+  """Whether values lead somewhere.
+
+  Attributes:
+    ends: To which primitives.
+    of: Of what primitives' results it is asked; of all where there are none.
+    is_forward: Whether those of a backward pass are no ends.
+  """
+
+  ends: frozenset[str]
+  of: frozenset[str] = frozenset()
+  is_forward: bool = False
+
+
+LOGARITHMS = Question(having(Trait.LOGARITHM))
+"""What leads into a logarithm."""
+
+FACTORED = Question(having(Trait.FACTORS))
+"""What leads into the factorization of a matrix."""
+
+_MULTIPLY = MATMULS | {name for name, rule in RULES.items() if rule is Rule.MARKER}
+MULTIPLIED = Question(_MULTIPLY, MATMULS | {"gather"}, is_forward=True)
+"""What a matmul multiplies: a stream, rows of an embedding; none of a mesh, no result of a head."""
+
+_NOWHERE = Question(frozenset())
 
 
 class Needs:
@@ -36,7 +65,8 @@ class Needs:
   def __init__(self, table: Mapping[str, Rule]) -> None:
     self._table = table
     self._ends: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
-    self._factoring: dict[int, bool] = {}
+    self._names: dict[int, set[str]] = {}
+    self._solved: dict[int, tuple[frozenset[Var], frozenset[int]]] = {}
     self._heads: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
 
   def summed(
@@ -100,7 +130,7 @@ class Needs:
       read = eqn.invars if leads and self._table.get(eqn.primitive.name) in _PASSED else []
       if leads and through_calls and eqn.primitive.name in _JITTED:
         results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-        read = [eqn.invars[n] for n in self._through_bodies(frozenset(), eqn, results)[0]]
+        read = [eqn.invars[n] for n in self._through_bodies(_NOWHERE, eqn, results)[0]]
       for atom in read:
         if not isinstance(atom, Literal):
           found[atom] = found.get(atom, False) or any(leads)
@@ -113,41 +143,71 @@ class Needs:
       jaxpr: The jaxpr.
       outs: Which of its results do so outside.
     """
-    return self._into(_LOGARITHMS, jaxpr, outs)[0]
+    return self._into(LOGARITHMS, jaxpr, outs)[0]
 
-  def factored(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
-    """The variables of a jaxpr that lead into a factorization, with no matmul between.
+  def leading(self, question: Question, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
+    """The variables of a jaxpr that lead where a question asks, with no matmul between.
 
     Args:
+      question: What is asked.
       jaxpr: The jaxpr.
       outs: Which of its results do so outside.
     """
-    return self._into(_FACTORS, jaxpr, outs)[0] if outs or self._factorizes(jaxpr) else frozenset()
+    asked = (outs and not question.of) or self._holds(question, jaxpr)
+    return self._into(question, jaxpr, outs)[0] if asked else frozenset()
 
-  def factored_by_bodies(self, eqn: JaxprEqn, found: frozenset[Var]) -> frozenset[int]:
-    """Which results of an equation's bodies lead into a factorization, in them or outside.
+  def leading_from_bodies(
+    self, question: Question, eqn: JaxprEqn, found: frozenset[Var]
+  ) -> frozenset[int]:
+    """Which results of an equation's bodies lead where a question asks, in them or outside.
 
     Args:
+      question: What is asked.
       eqn: The equation.
       found: The variables that do outside.
     """
     results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-    if not results and not self._bodies_factorize(eqn):
-      return results
-    return self._through_bodies(_FACTORS, eqn, results)[1]
+    held = any(self._holds(question, body.jaxpr) for body in bodies_of(eqn))
+    if not held:
+      return frozenset() if question.of else results
+    return self._through_bodies(question, eqn, results)[1]
 
-  def _factorizes(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, factors matrices."""
-    key = id(jaxpr)
-    if key not in self._factoring:
+  def _holds(self, question: Question, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, holds what a question is about."""
+    return not self._primitives(jaxpr).isdisjoint(question.of or question.ends)
+
+  def _primitives(self, jaxpr: AnyJaxpr) -> set[str]:
+    """The names of the primitives in a jaxpr, its bodies among it."""
+    found = self._names.get(id(jaxpr))
+    if found is None:
       eqns = versions.open_jaxpr(jaxpr).eqns
-      holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
-      own = not _FACTORS.isdisjoint([eqn.primitive.name for eqn in eqns])
-      self._factoring[key] = own or any(map(self._bodies_factorize, holding))
-    return self._factoring[key]
+      self._names[id(jaxpr)] = found = {eqn.primitive.name for eqn in eqns}
+      holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
+      for body in (body for eqn in holding for body in bodies_of(eqn)):
+        found |= self._primitives(body.jaxpr)
+    return found
 
-  def _bodies_factorize(self, eqn: JaxprEqn) -> bool:
-    return any(self._factorizes(body.jaxpr) for body in bodies_of(eqn))
+  def solved(self, jaxpr: AnyJaxpr) -> tuple[frozenset[Var], frozenset[int]]:
+    """What factorizations and linear systems give in a jaxpr, moved too; which results, by index.
+
+    Args:
+      jaxpr: The jaxpr.
+    """
+    key = id(jaxpr)
+    if key not in self._solved:
+      inner, found = versions.open_jaxpr(jaxpr), set[Var]()
+      asked = self._holds(FACTORED, jaxpr)
+      for eqn in inner.eqns if asked else ():
+        name = eqn.primitive.name
+        if name in _JITTED:
+          (body,) = bodies_of(eqn)
+          found.update(eqn.outvars[n] for n in self.solved(body.jaxpr)[1])
+        elif name in FACTORED.ends or (
+          name in _STAYS_SOLVED and not found.isdisjoint(variables_of(eqn.invars))
+        ):
+          found.update(eqn.outvars)
+      self._solved[key] = frozenset(found), jaxprs.places_of(inner.outvars, found)
+    return self._solved[key]
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Var], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
@@ -175,37 +235,38 @@ class Needs:
     return self._heads[key]
 
   def _into(
-    self, ends: frozenset[str], jaxpr: AnyJaxpr, outs: frozenset[int]
+    self, question: Question, jaxpr: AnyJaxpr, outs: frozenset[int]
   ) -> tuple[frozenset[Var], frozenset[int]]:
-    """What leads into some primitives: variables, and operands by index."""
-    key = ends, id(jaxpr), outs
+    """What leads where a question asks: variables, and operands by index."""
+    key = question, id(jaxpr), outs
     if key not in self._ends:
       inner = versions.open_jaxpr(jaxpr)
       found = {v for n, v in enumerate(inner.outvars) if n in outs and not isinstance(v, Literal)}
       for eqn in reversed(inner.eqns):
-        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-        if bodies_of(eqn):
-          read = [eqn.invars[n] for n in self._through_bodies(ends, eqn, results)[0]]
-        else:
-          name = eqn.primitive.name
-          leads = name in ends or (results and self._table.get(name) in _PASSED)
-          read = eqn.invars if leads else []
-        found |= variables_of(read)
+        name = eqn.primitive.name
+        if name in HAVE_BODIES:
+          results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+          read = self._through_bodies(_of(question, eqn), eqn, results)[0]
+          found |= variables_of(eqn.invars[n] for n in read)
+        elif name in question.ends:
+          found |= variables_of(eqn.invars) if _of(question, eqn).ends else set()
+        elif not found.isdisjoint(eqn.outvars) and self._table.get(name) in _PASSED:
+          found |= variables_of(eqn.invars)
       operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
       self._ends[key] = frozenset(found), operands
     return self._ends[key]
 
   def _through_bodies(
-    self, ends: frozenset[str], eqn: JaxprEqn, results: frozenset[int]
+    self, question: Question, eqn: JaxprEqn, results: frozenset[int]
   ) -> tuple[frozenset[int], frozenset[int]]:
-    """Which operands of an equation lead into some primitives, in its bodies or behind it.
+    """Which operands of an equation lead where a question asks, in its bodies or behind it.
 
     And which results do, those among them that a loop hands on to such an operand.
     """
     while True:
       needed, grown = set[int](), set(results)
       for body in bodies_of(eqn):
-        _, operands = self._into(ends, body.jaxpr, frozenset() if body.is_test else results)
+        _, operands = self._into(question, body.jaxpr, frozenset() if body.is_test else results)
         needed |= {body.operands[n] for n in operands}
         grown |= {n for n, own in enumerate(body.carry) if body.operands[own] in needed}
       if grown == results:
@@ -213,8 +274,10 @@ class Needs:
       results = frozenset(grown)
 
 
-_FACTORS = having(Trait.FACTORS)
-_LOGARITHMS = having(Trait.LOGARITHM)
+def _of(question: Question, eqn: JaxprEqn) -> Question:
+  """What is asked at an equation: nothing leads to the backward pass that should not."""
+  is_apart = question.is_forward and scopes.is_backward(eqn.source_info.name_stack)
+  return _NOWHERE if is_apart else question
 
 
 def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
@@ -234,7 +297,7 @@ def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
   return found
 
 
-_TOTALS = _LOGARITHMS | {"reduce_sum", "sqrt", "rsqrt"}
+_TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _SCALES = frozenset({"mul", "div"})
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}
 

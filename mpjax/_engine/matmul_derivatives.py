@@ -22,7 +22,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
-from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed
+from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed, unfolded
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal
 
 Dims = tuple[int, ...]
@@ -38,8 +38,9 @@ class Contraction(NamedTuple):
     wide: Which operand is wide, 0 or 1.
     contracted: The contracted dimensions of the first and of the second operand.
     batch: Their batch dimensions.
-    dtype: The format: of the other operand, of the wide one where it is multiplied, of the result.
+    dtype: The format: of the other operand, and of the wide one where it is multiplied.
     precision: The precision of `lax.dot_general`.
+    result: The dtype of the result: the format, or float32.
   """
 
   wide: int
@@ -47,25 +48,32 @@ class Contraction(NamedTuple):
   batch: tuple[Dims, ...]
   dtype: np.dtype
   precision: Any
+  result: np.dtype
 
   @classmethod
   def of(cls, params: Mapping[str, Any], wide: int, dtype: np.dtype) -> Contraction:
     """The contraction that the parameters of a `lax.dot_general` describe."""
     contracted, batch = (tuple(map(_dims, pair)) for pair in params["dimension_numbers"])
-    return cls(wide, contracted, batch, dtype, params["precision"])
+    result = params.get("preferred_element_type") or dtype
+    return cls(wide, contracted, batch, dtype, params["precision"], result)
 
   def run(self, wide: jax.Array, other: jax.Array) -> jax.Array:
     """The matmul: the wide operand is rounded."""
     narrow = to_dtype(wide, self.dtype)
     left, right = (narrow, other) if self.wide == 0 else (other, narrow)
     dims: Any = (self.contracted, self.batch)
-    return lax.dot_general(
-      left,
-      right,
-      dims,
+    matmul: Matmul = functools.partial(
+      lax.dot_general,
+      dimension_numbers=dims,
       precision=self.precision,
-      preferred_element_type=self.dtype,
+      preferred_element_type=self.result,
     )
+    return (matmul if self.result == self.dtype else unfolded(matmul))(left, right)
+
+  @property
+  def rounded(self) -> Contraction:
+    """The same with a result in its format."""
+    return self._replace(result=self.dtype)
 
   def transpose(self, cotangent: jax.Array, other: jax.Array, aval: Any) -> jax.Array:
     """The float32 cotangent of the wide operand."""
@@ -142,6 +150,16 @@ class Convolution(NamedTuple):
   wide: int
   dtype: np.dtype
   mapped: tuple[tuple[bool, bool], ...] = ()
+
+  @property
+  def rounded(self) -> Convolution:
+    """The same with a result in its format, as it is."""
+    return self
+
+  @property
+  def result(self) -> np.dtype:
+    """The dtype of the result: the format."""
+    return self.dtype
 
   def run(self, wide: jax.Array, other: jax.Array) -> jax.Array:
     """The convolution: the wide operand is rounded."""
@@ -225,7 +243,14 @@ def with_wide_cotangent(contraction: Product) -> Matmul:
   difference has the rounding error of the large cotangent.
   """
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
-  return with_derivative(contraction.run, along_wide, contraction.run)
+  if contraction.result == contraction.dtype:
+    return with_derivative(contraction.run, along_wide, contraction.run)
+
+  def along_other(wide: jax.Array, other: jax.Array) -> jax.Array:
+    """Its cotangent is multiplied in 16 bits."""
+    return to_dtype(contraction.rounded.run(wide, other), contraction.result)
+
+  return with_derivative(contraction.run, along_wide, along_other)
 
 
 _tangent_p = Primitive("mpjax_wide_tangent")
@@ -253,9 +278,10 @@ def _transpose(
 ) -> Any:
   if isinstance(cotangent, ad.Zero):
     return None, None
+  cotangent = to_dtype(cotangent, contraction.dtype)
   if ad.is_undefined_primal(wide):
     return contraction.transpose(cotangent, other, wide.aval), None
-  along = jax.linear_transpose(functools.partial(contraction.run, wide), other.aval)
+  along = jax.linear_transpose(functools.partial(contraction.rounded.run, wide), other.aval)
   return None, *along(cotangent)
 
 

@@ -10,7 +10,8 @@ twice is needed as exactly at both places: the second may be what a derivative m
 The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
 number. Where the highest number that a value may be (`ranges`) is about the number that it is
 subtracted from, it is needed exactly; so is the gate g of ``v - g * v``, and so are two sigmoids of
-which one is subtracted from the other: both lie near the end that they share.
+which one is subtracted from the other: both lie near the end that they share. What is divided by
+a sigmoid is, too: in float16 that is zero from an argument of -17 on.
 
 A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
 that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
@@ -59,8 +60,8 @@ In bfloat16 a gate near one is off by up to 1/512, in each turn in the same dire
 by a sixty-fourth, as much as other values in 16 bits are.
 """
 
-_MEET = frozenset({"add", "sub", "mul", "dot_general"})
-"""In what a gate may meet another value near which it lies, or which recurs."""
+_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"})
+"""In what a gate may meet another value near which it lies, which recurs, or which it divides."""
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
@@ -240,7 +241,7 @@ class NearOne:
   ) -> tuple[set[Var], set[Var]]:
     """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
 
-    And the products of decays with what they made.
+    And the products of decays with what they made, and quotients by a gate.
     """
     found, forgetting = set(), set()
     readers = functools.cache(functools.partial(_readers, inner))
@@ -248,6 +249,9 @@ class NearOne:
     same = functools.cache(functools.partial(_same, inner))
     for eqn in inner.eqns if forward.roles else ():
       name = operation(eqn) if eqn.primitive.name in _MEET else ""
+      if name == "div" and _divides_up(forward.of(eqn.invars[1])):
+        found |= variables_of(eqn.invars[1:])
+        forgetting.update(eqn.outvars)
       if name not in ("add", "sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
@@ -264,6 +268,11 @@ class NearOne:
       if name == "sub":
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
+
+
+def _divides_up(role: Role) -> bool:
+  """Whether a value is a sigmoid that may be near zero, as a probability is that one divides by."""
+  return bool(role.gates) and role.range.low == 0 and role.range.high < math.inf
 
 
 def _is_near(role: Role, other: Role, name: str) -> bool:

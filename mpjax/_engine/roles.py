@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
-from mpjax._engine.jaxprs import operation, places_of, sources, variables_of
+from mpjax._engine.jaxprs import kind, operation, places_of, sources, variables_of
 from mpjax._engine.kinds import keeps_its_distance
 from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -89,9 +90,8 @@ class Forward(NamedTuple):
     """The role of an operand."""
     if not isinstance(atom, Literal):
       return self.roles.get(atom, NONE)
-    aval: Any = atom.aval  # that of a float0 or of a key is no number
-    is_real = np.issubdtype(aval.dtype, np.floating) or np.issubdtype(aval.dtype, np.integer)
-    if not is_real or np.isnan(value := float(atom.val)):
+    # That of a float0 or of a key is no number.
+    if kind(atom) not in "fiu" or math.isnan(value := float(atom.val)):
       return NONE
     number = Role(range=Range(value, value))
     if value == 1 or not 0.5 < value < 2:
@@ -174,8 +174,9 @@ class RoleFinder:
     bodies = bodies_of(eqn)
     for body in bodies:
       if body.carry and not body.is_test:
-        slices = body.operands[body.carry.stop :]  # of other numbers in every turn
-        held = [NONE if n in slices and r.is_own else r for n, r in enumerate(held)]
+        slices = body.operands[body.carry.stop :]  # of other numbers in every turn, if not of one
+        changes = [n in slices and r.is_own and not r.range.is_number for n, r in enumerate(held)]
+        held = [NONE if other else r for r, other in zip(held, changes, strict=True)]
         held = self._carried(eqn, body, held)
     entering = tuple(tuple(body.take(held)) for body in bodies)
     turns, made = _joined(read).turns, []

@@ -20,6 +20,7 @@ from mpjax._engine.constants import Numbers
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
+from mpjax._engine.made_of import vectors_of
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
@@ -161,6 +162,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
   ),
   Sharpening(
+    "weighted sum",
+    {"dot_general"},
+    lambda s: s.rule is Rule.LOWER and s.has_float32 and _is_weighted_sum(s),
+    Rule.FULL,
+    "terms times numbers of which some cancel: an error estimate, an expectation",
+  ),
+  Sharpening(
     "power iteration",
     {Rule.LOWER},
     lambda s: s.has_float32 and s.result in s.around.iterated,
@@ -203,9 +211,16 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
   ),
   Sharpening(
-    "factored matrix",
+    "amplified",
     {Rule.LOWER},
-    lambda s: s.has_float32 and s.result in s.around.factored,
+    lambda s: (_is_amplified(s) and any(map(_is_data, s.forms))) or _reads_solution(s),
+    Rule.FULL,
+    "a linear system multiplies what rounds by its condition, and a variance is a small difference",
+  ),
+  Sharpening(
+    "amplified, of narrow values",
+    {Rule.LOWER},
+    lambda s: _is_amplified(s),
     Rule.WIDE,
     "a Gram matrix that rounds has negative eigenvalues, however much its diagonal is damped",
   ),
@@ -215,6 +230,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.has_float32 and s.name in MATMULS and any(map(_is_integer, s.eqn.invars)),
     Rule.WIDE,
     "the scale of integers stands behind the matmul: its sums leave the range of float16",
+  ),
+  Sharpening(
+    "few outputs",
+    {"dot_general"},
+    lambda s: s.rule is Rule.LOWER and s.has_float32 and _is_head(s),
+    Rule.WIDE,
+    "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
   ),
   Sharpening(
     "small step",
@@ -298,6 +320,25 @@ def _is_narrow(forms: Forms) -> bool:
   return form is not None and form.kind is Kind.NARROW
 
 
+def _is_data(form: Form | None) -> bool:
+  """Whether a value is float32, and no parameter."""
+  return form is not None and form.kind is Kind.DATA
+
+
+def _is_amplified(sight: Sight) -> bool:
+  """Whether what rounds in a matmul is many times as much where its result is used."""
+  found = sight.around.amplified
+  return bool(found) and sight.has_float32 and sight.result in found
+
+
+def _reads_solution(sight: Sight) -> bool:
+  """Whether a matmul of float32 reads what a linear system gives: ``inv(a) @ b``, ``v @ fit``."""
+  found = sight.around.solved
+  return (
+    bool(found) and _is_float32(sight.forms) and bool(jaxprs.places_of(sight.eqn.invars, found))
+  )
+
+
 def _is_integer(atom: Atom) -> bool:
   dtype = jaxprs.dtype(atom)
   return dtype is not None and jnp.issubdtype(dtype, jnp.integer)
@@ -321,13 +362,43 @@ def is_square(eqn: JaxprEqn) -> bool:
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
-def _hands_on(sight: Sight) -> bool:
-  """Whether a long loop's next turn has what it carries from a matmul; no parameter in training."""
-  found, pure = sight.around.recurrence, sight.around.sums.pure
-  if sight.result not in found.linear or sight.result not in found.leads:
+def _is_weighted_sum(sight: Sight) -> bool:
+  """Whether a matmul multiplies a vector of constants, and no parameter.
+
+  A short one, as the coefficients of a Runge-Kutta method; or one of any length of which an
+  expectation is taken: what a head is of its features.
+  """
+  constant = sight.around.constant
+  if not constant or PARAM in sight.forms or not _has_vector(sight.eqn, constant):
     return False
-  read = (a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear)
-  return all(atom not in pure for atom in read)
+  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
+  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
+  return terms <= SHORT or _is_head(sight)
+
+
+SHORT = 16
+"""As many terms as a weighted sum may have that another matmul multiplies."""
+
+
+def _has_vector(eqn: JaxprEqn, constant: Collection[Var]) -> bool:
+  """Whether a vector that a matmul multiplies is constant."""
+  return bool(jaxprs.places_of(vectors_of(eqn), constant))
+
+
+def _hands_on(sight: Sight) -> bool:
+  """Whether a long loop's next turn has what it carries from a matmul; no parameter in training.
+
+  Of nothing but data, already where a matmul reads what the loop carries, and where all of its
+  operands are that: no layer made them, and they are no parameters alone.
+  """
+  found, pure = sight.around.recurrence, sight.around.sums.pure
+  if not found.linear:
+    return False
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
+  is_free = bool(read) and all(atom not in pure for atom in read)
+  if all(map(_is_data, sight.forms)):
+    return is_free or len(read) > 1
+  return found.is_long and is_free and sight.result in found.leads
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
@@ -336,6 +407,17 @@ def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
   known = [n for a in eqn.invars[not is_product :] for n in numbers.of(a) or () if np.isfinite(n)]
   return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
 
+
+def _is_head(sight: Sight) -> bool:
+  """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
+  if sight.result in sight.around.multiplied:
+    return False
+  read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
+  return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
+
+
+FEW = 8
+"""Predictions of which there are this many times fewer than features cost nothing in float32."""
 
 MUCH = 2**12
 """A number by which nothing from 16 on is multiplied that is to stay in the range of float16."""
@@ -381,18 +463,20 @@ def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
   return False
 
 
-def looks_up_rows(eqn: JaxprEqn, forms: Forms) -> bool:
-  """Whether a gather takes many rows of a parameter: an embedding.
+def looks_up_rows(sight: Sight) -> bool:
+  """Whether a gather takes many rows of a parameter, which a matmul reads by and by: an embedding.
 
   They are cast after the lookup, so that the gradient of a row that is taken often sums up in
   float32; but they are cast, for a sum of embeddings is as large as any activation. One row, or
-  single numbers, are still a parameter.
+  single numbers, are still a parameter; so are the corners of a mesh, whose differences are its
+  edges, and whatever else no matmul reads.
   """
-  if eqn.primitive.name != "gather" or forms[0] is None or forms[0].kind is not Kind.PARAM:
+  eqn, (form, *_) = sight.eqn, sight.forms
+  if sight.name != "gather" or form is None or form.kind is not Kind.PARAM:
     return False
   indices: Any = eqn.invars[1].aval
-  rows = jaxprs.size_of(indices.shape[:-1])
-  return rows > 1 and jaxprs.size_of(eqn.params["slice_sizes"]) > 1
+  is_many = jaxprs.size_of(indices.shape[:-1]) > 1 and jaxprs.size_of(eqn.params["slice_sizes"]) > 1
+  return is_many and sight.result in sight.around.multiplied
 
 
 def foreign_format(eqn: JaxprEqn, forms: Forms) -> np.dtype | None:

@@ -238,6 +238,20 @@ def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
   if name not in before or name not in after:
     return False
   old, new = before[name], after[name]
+  if old is new:
+    return True
+  # A transform inside, as nnx.jit, makes the containers of nodes anew.
+  leaves, tree = jax.tree.flatten(old, is_leaf=is_node)
+  others, other_tree = jax.tree.flatten(new, is_leaf=is_node)
+  return tree == other_tree and all(map(_alike, leaves, others))
+
+
+def _alike(old: Any, new: Any) -> bool:
+  """Whether an attribute, or an item of one, is what it was, but for arrays, which are returned."""
+  if isinstance(old, jax.Array):
+    return isinstance(new, jax.Array)
+  if is_node(old):
+    return plain_class(type(old)) is plain_class(type(new))
   return old is new or (isinstance(old, bool | int | float | str) and old == new)
 
 

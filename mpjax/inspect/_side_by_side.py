@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -176,12 +176,15 @@ class Lockstep:
         [t.stats for t in taken]
       )
 
-    last = len(bodies) - 1
-    first, second = (jnp.clip(i.astype(jnp.int32), 0, last) for i in index)
     branches = [functools.partial(together, k) for k in range(len(bodies))]
     with jaxprs.located(eqn):
-      chosen = jnp.where(first == second, first, jnp.full_like(first, len(bodies)))
-      outs, stats = lax.switch(chosen, [*branches, apart], rest)
+      if platforms := eqn.params.get("branches_platforms"):
+        outs, stats = _on_platform(platforms, branches, rest)
+      else:
+        last = len(bodies) - 1
+        first, second = (jnp.clip(i.astype(jnp.int32), 0, last) for i in index)
+        chosen = jnp.where(first == second, first, jnp.full_like(first, len(bodies)))
+        outs, stats = lax.switch(chosen, [*branches, apart], rest)
     return outs, [
       c for t, own in zip(taken, stats, strict=True) for c in _crossings(t.borders, own)
     ]
@@ -253,6 +256,16 @@ _ENTERED = {
 }
 
 
+def _on_platform(
+  platforms: Sequence[Sequence[str] | None], branches: Sequence[Callable[..., Any]], rest: Any
+) -> Any:
+  """The branch for the platform that runs it: the kernels of others compile nowhere else."""
+  pairs = [*zip(platforms, branches, strict=True)]
+  own = {name: branch for names, branch in pairs for name in names or ()}
+  default = next((branch for names, branch in pairs if names is None), None)
+  return lax.platform_dependent(rest, default=default, **own)
+
+
 def _crossings(borders: Sequence[Border], stats: Sequence[Stats]) -> list[Crossing]:
   return [Crossing(*entry) for entry in zip(borders, stats, strict=True)]
 
@@ -261,8 +274,8 @@ def _strong(pairs: Sequence[Pair]) -> list[Pair]:
   """Values without weak types, so that those of all branches and iterations are of one type."""
 
   def strong(x: Any) -> Any:
-    known = jnp.issubdtype(x.dtype, jax.dtypes.extended)
-    return x if known else lax.convert_element_type(x, x.dtype)
+    dtype = jax.typeof(x).dtype  # that of a literal False, too
+    return x if jnp.issubdtype(dtype, jax.dtypes.extended) else lax.convert_element_type(x, dtype)
 
   return [Pair(*map(strong, pair)) for pair in pairs]
 

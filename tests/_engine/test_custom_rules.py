@@ -152,3 +152,54 @@ def test_a_compiled_function_and_a_sparse_product_run_as_traced_and_are_reported
     np.testing.assert_allclose(cast(*operands), fn(*operands), rtol=0.05, atol=0.05)
     report = mpjax.inspect.explain(fn, policy, *operands)
     assert name in {found.op for found in report.unknown}
+
+
+# The rule of a user's own batching ---------------------------------------------------------------
+
+
+@jax.custom_batching.custom_vmap
+def shares(w, x):
+  return w @ w, jnp.tanh(x @ w)
+
+
+@shares.def_vmap
+def shares_rule(size, batched, w, x):
+  del size
+  return (w @ w, jnp.tanh(x @ w)), (False, batched[1])
+
+
+@every_policy
+def test_what_a_batching_rule_shares_is_shared(policy):
+  w, xs = jnp.eye(3) / 2, jnp.ones((5, 3))
+  run = jax.vmap(mpjax.autocast(shares, policy), (None, 0), (None, 0))
+  shared, each = run(w, xs)
+  np.testing.assert_allclose(shared, w @ w)
+  np.testing.assert_allclose(each, jnp.tanh(xs @ w), rtol=0.01)
+
+
+@every_policy
+def test_tangents_alone_are_batched(policy):
+  w, x = jnp.eye(3) / 2, jnp.arange(3.0)
+  own = lambda w, x: shares(w, x)[1]
+  found = jax.jacfwd(mpjax.autocast(own, policy), 1)(w, x)
+  np.testing.assert_allclose(found, jax.jacfwd(jax.jit(own), 1)(w, x), rtol=0.02, atol=1e-3)
+  inside = mpjax.autocast(lambda w, x: jax.jacfwd(own, 1)(w, x), policy)(w, x)
+  np.testing.assert_allclose(inside, found, rtol=0.02, atol=1e-3)
+
+
+# Mutable references -------------------------------------------------------------------------------
+
+
+@every_policy
+@pytest.mark.parametrize("start", [0.0, [0.0, 0.0, 0.0]], ids=["scalar", "array"])
+def test_a_reference_from_outside_is_written(start, policy):
+  w, x, ref = jnp.eye(3), jnp.ones((2, 3)), jax.new_ref(jnp.asarray(start))
+
+  def given(w, x, ref):
+    ref[...] = ref[...] + 1.0
+    return jnp.sum(x @ w)
+
+  mpjax.autocast(given, policy)(w, x, ref)
+  jax.grad(mpjax.autocast(given, policy))(w, x, ref)
+  mpjax.autocast(lambda w, x: given(w, x, ref), policy)(w, x)
+  np.testing.assert_array_equal(ref[...], 3.0)

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.experimental.ode import odeint
 
 import mpjax
 from _backends import ROUNDING, rounded
@@ -696,7 +697,8 @@ PRODUCTS = {
 
 @in_turns(("fn", "policy"), PRODUCTS, POLICIES)
 def test_a_product_with_an_ordinary_scale_is_no_small_step(fn, policy):
-  found = equations(jax.make_jaxpr(mpjax.autocast(lambda w, x: fn(w, x @ w), policy))(W, DATA))
+  layers = mpjax.autocast(lambda w, x: fn(w, x @ w) @ w, policy)
+  found = equations(jax.make_jaxpr(layers)(W, DATA))
   assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "add"} == {2}
 
 
@@ -761,6 +763,9 @@ COUNTS = {
   "a_table_of_numpy": lambda ids: chosen(ids) @ CODES,
   "an_index": lambda ids: (
     jnp.stack([ids, ids % 40], 1).astype(jnp.float32) @ jnp.array([40.0, 1.0])
+  ),
+  "of_rounded_codes": lambda ids: (
+    jnp.floor(jnp.stack([ids / 7, jnp.sin(ids) * 9], 1)) @ jnp.array([17.0, 1.0])
   ),
   "jitted": jax.jit(lambda ids: jax.jit(chosen)(ids) @ jnp.arange(2401.0)),
   "remat": jax.checkpoint(lambda ids: chosen(ids) @ jnp.arange(2401.0)),
@@ -1095,6 +1100,15 @@ def test_a_learned_decay_and_a_number_forget_as_in_float32_however_short_the_loo
 
 
 @both
+def test_a_number_that_a_scan_reads_as_an_array_is_one(policy):
+  def forgotten(w, x):
+    return lax.scan(lambda h, d: (d * h, None), x @ w, jnp.full(100, 0.998))[0]
+
+  found, want = in_both_formats(forgotten, policy, W, DATA)
+  np.testing.assert_allclose(found, want, rtol=0.01)
+
+
+@both
 def test_a_number_near_one_times_a_matmul_of_what_a_loop_hands_on_is_not_rounded(policy):
   def values(q, x):
     return lax.scan(lambda h, u: (0.99 * (h @ q) + u, None), jnp.zeros(4), x)[0]
@@ -1190,6 +1204,52 @@ def test_matmuls_of_networks_in_long_loops_stay_narrow(fn, policy):
   assert found and all(a.aval.dtype.itemsize == 2 for eqn in found for a in eqn.invars)
 
 
+def filtered(w, x):
+  """A Kalman filter: its gain depends on what it carries, as what that multiplies."""
+  f, h = jnp.array([[1.0, 0.1], [0.0, 1.0]]), jnp.array([[1.0, 0.0]])
+
+  def turn(c, z):
+    m, p = f @ c[0], f @ c[1] @ f.T + 1e-3 * jnp.eye(2)
+    gain = p @ h.T @ jnp.linalg.inv(h @ p @ h.T + 0.1)
+    return (m + gain @ (z - h @ m), p - gain @ (h @ p)), None
+
+  return lax.scan(turn, (jnp.array([900.0, 0.0]), jnp.eye(2)), x)[0][0]
+
+
+def quasi_newton(w, x):
+  """BFGS on a quadratic: its matrix changes by outer products."""
+  gradient = lambda y: jnp.sum(jnp.stack([jnp.full(4, 9.0), jnp.arange(1.0, 5)]), 0) * (y - 3)
+
+  def turn(c):
+    y, b, n = c
+    step = -0.5 * jnp.linalg.solve(b, gradient(y))
+    d, bs = gradient(y + step) - gradient(y), b @ step
+    rank_two = jnp.outer(d, d) / jnp.sum(d * step) - jnp.outer(bs, bs) / jnp.sum(step * bs)
+    return y + step, b + jnp.where(jnp.sum(d * step) > 1e-9, rank_two, 0.0), n + 1
+
+  more = lambda c: (jnp.abs(gradient(c[0])).max() > 1e-2) & (c[2] < 60)
+  y, _, n = lax.while_loop(more, turn, (x[0, 0] + jnp.arange(4.0), 20 * jnp.eye(4), 0))
+  return jnp.append(y, n)
+
+
+@both
+@cases(filtered=filtered, quasi_newton=quasi_newton)
+def test_matmuls_of_nothing_but_data_in_loops_are_float32(fn, policy):
+  z = 1000 + jnp.arange(60.0).reshape(60, 1) / 10
+  found, want = in_both_formats(fn, policy, W, z)
+  np.testing.assert_allclose(found, want, rtol=1e-3)
+
+
+@both
+def test_a_layer_that_a_loop_trains_stays_narrow(policy):
+  def trained(w, x):
+    step = lambda n, w: w - 0.1 * jax.grad(loss)(w, lax.dynamic_slice_in_dim(x, n % 4, 4))
+    return lax.fori_loop(0, 64, step, w)
+
+  found = matmuls(mpjax.autocast(trained, policy), W, DATA)
+  assert {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
+
+
 @both
 def test_what_no_turn_hands_on_is_blended_in_16_bits(policy):
   """A weighed residual, an RWKV's shift of tokens, a layer's own scales in a scan of layers."""
@@ -1255,6 +1315,19 @@ def test_the_root_of_a_gate_near_zero_has_a_slope(policy):
   run = lambda p, x: [jax.grad(mpjax.autocast(loss, policy))(p, x), jax.grad(loss)(p, x)]
   found, want = rounded(run)(GATES, KEYS)
   np.testing.assert_allclose(found["w"], want["w"], rtol=0.05)
+
+
+@both
+@cases(
+  inverse=lambda h, x: x / sigmoid(h),
+  odds=lambda h, x: (1 - sigmoid(h)) / sigmoid(h),
+  squared=lambda h, x: x / sigmoid(h) ** 2,
+)
+def test_what_is_divided_by_a_gate_near_zero_is_finite(fn, policy):
+  """A sigmoid of -20 is 0 in float16."""
+  program = lambda p, x: fn(x[:64] @ p["w"] - 20, x[:64])
+  found, want = in_both_formats(program, policy, GATES, KEYS)
+  np.testing.assert_allclose(found, want, rtol=0.2, atol=0.01 * float(np.abs(want).max()))
 
 
 half_tanh = lambda h: 0.5 * (1 + jnp.tanh(h / 2))
@@ -1407,6 +1480,38 @@ def test_an_inner_product_is_a_sum_of_products(fn, policy):
   np.testing.assert_allclose(found, want, rtol=0.01)
 
 
+COEFFICIENTS = jnp.array([35 / 384, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])
+SUMS = {
+  "stages": lambda k, x: jnp.tensordot(
+    COEFFICIENTS - COEFFICIENTS[::-1], jnp.stack([x + 9] * 5), 1
+  ),
+  "einsum": lambda k, x: jnp.einsum(
+    "s,sij->ij", COEFFICIENTS - COEFFICIENTS[::-1], 9 + x[None] * k
+  ),
+  "jitted": lambda k, x: jax.jit(jnp.dot)(
+    jnp.array([1.0, -1.0]), jnp.stack([x[0] + 9, x[0] + 9.01])
+  ),
+  "expectation": lambda k, x: (
+    jax.nn.softmax(jnp.ones((4, 512)) * x[:, :1]) @ jnp.linspace(0, 2e5, 512)
+  ),
+}
+
+
+@in_turns(("fn", "policy"), SUMS, POLICIES)
+def test_a_weighted_sum_is_no_matmul(fn, policy):
+  found, want = in_both_formats(fn, policy, jnp.ones((5, 1, 1)), jnp.eye(4))
+  np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-5)
+
+
+def test_an_adaptive_solver_takes_the_steps_of_float32():
+  predator = lambda y, t, p: jnp.stack(
+    [p[0] * y[0] - p[1] * y[0] * y[1], p[1] * y[0] * y[1] - y[1]]
+  )
+  solve = lambda p, y: odeint(predator, y, jnp.linspace(0.0, 4, 3), p, rtol=1e-5, atol=1e-5)[-1]
+  found, want = in_both_formats(solve, "mixed_bfloat16", jnp.array([1.1, 0.4]), jnp.full(2, 2.0))
+  np.testing.assert_allclose(found, want, rtol=1e-4)
+
+
 @both
 def test_a_head_of_one_output_is_no_inner_product(policy):
   fn = lambda w, x: (x @ w[:, 0], x[:1] @ w[:, :1], jnp.einsum("td,sd->ts", x, x))
@@ -1466,6 +1571,64 @@ def test_what_is_factored_behind_another_matmul_stays_in_16_bits(policy):
   assert [e.outvars[0].aval.dtype.itemsize for e in (first, second)] == [2, 4]
 
 
+TIMES = jnp.linspace(0, 3, 64)
+normal = lambda v, y: (v.T @ v + 1e-6 * jnp.eye(4), v.T @ y)
+SYSTEMS = {
+  "solve": lambda v, y: jnp.linalg.solve(*normal(v, y)),
+  "inverse": lambda v, y: (lambda a, b: jnp.linalg.inv(a) @ b)(*normal(v, y)),
+  "cholesky": lambda v, y: (
+    lambda a, b: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), b)
+  )(*normal(v, y)),
+  "conjugate_gradients": lambda v, y: jax.scipy.sparse.linalg.cg(*normal(v, y), maxiter=40)[0],
+}
+
+
+@in_turns(("fn", "policy"), SYSTEMS, POLICIES)
+def test_a_linear_system_of_data_is_solved_as_in_float32(fn, policy):
+  """What rounds in a Gram matrix is multiplied by its condition: 30% off in bfloat16."""
+  fit = lambda w, t: jnp.sum(jnp.vander(t, 4) * fn(jnp.vander(t, 4), jnp.sin(t)), -1)
+  found, want = in_both_formats(fit, policy, W, TIMES)
+  np.testing.assert_allclose(found, want, atol=0.01)
+
+
+blur = lambda x: jnp.convolve(x, jnp.full(5, 0.2), "valid")
+weigh = lambda p, x: jnp.einsum("ts,sd->td", p, x)
+MOMENTS = {
+  "convolution": lambda p, x: blur(x[:, 0] ** 2) - blur(x[:, 0]) ** 2,
+  "written_first": lambda p, x: -(jnp.square(blur(x[:, 0])) - blur(x[:, 0] * x[:, 0])),
+  "covariance": lambda p, x: blur(x[:, 0] * x[:, 1]) - blur(x[:, 0]) * blur(x[:, 1]),
+  "weighted": lambda p, x: p @ x**2 - (p @ x) ** 2,
+  "deviation": lambda p, x: jnp.sqrt(jnp.maximum(weigh(p, x * x) - weigh(p, x) ** 2, 1e-8)),
+  "jitted": lambda p, x: jax.jit(weigh)(p, x * x) - jax.jit(weigh)(p, x) ** 2,
+  "scaled": lambda p, x: 8 / 7 * (p @ x**2 / 2 - (p @ x / 2) * (p @ x)),
+  "gram": lambda p, x: x.T @ x / len(x) - jnp.outer(x.mean(0), x.mean(0)),
+}
+
+
+@in_turns(("fn", "policy"), MOMENTS, POLICIES)
+def test_a_variance_by_matmuls_is_as_exact_as_in_float32(fn, policy):
+  """The moments are about 25, and what is left of them a hundredth."""
+  x = 5 + 0.1 * jnp.sin(jnp.arange(64.0)).reshape(16, 4)
+  p = jax.nn.softmax(jnp.cos(jnp.arange(256.0)).reshape(16, 16))
+  found, want = in_both_formats(lambda p, x: fn(jnp.abs(p), x), policy, p, x)
+  np.testing.assert_allclose(found, want, rtol=0.03, atol=0.02 * float(jnp.abs(want).max()))
+
+
+@both
+def test_what_is_narrow_already_has_a_variance_of_16_bit_products(policy):
+  fn = lambda w, x: (lambda h: weigh(h, h * h) - weigh(h, h) ** 2)(x @ w)
+  _, second, first = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((4, 4)))
+  assert {v.aval.dtype.itemsize for v in first.invars} == {2}
+  assert first.outvars[0].aval.dtype == second.outvars[0].aval.dtype == jnp.float32
+
+
+@both
+def test_a_gated_difference_of_matmuls_stays_in_16_bits(policy):
+  fn = lambda w, x: (x @ w) - (x @ w[::-1]) * jnp.tanh(x @ w)
+  found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
+  assert {v.aval.dtype.itemsize for e in found for v in (*e.invars, *e.outvars)} == {2}
+
+
 # Constants ----------------------------------------------------------------------------------------
 
 INTEGERS = {
@@ -1501,6 +1664,40 @@ def test_integers_that_are_data_stay_data(policy):
   assert float(mpjax.autocast(fn, policy)(W, jnp.array(4097))) == 4097.0
   counted = lambda w: jnp.arange(5000)[4097] * 1.0
   assert float(mpjax.autocast(counted, policy)(W)) == 4097.0
+
+
+# Rows that are looked up --------------------------------------------------------------------------
+
+CORNERS = {"v": 10 + jnp.arange(24.0).reshape(8, 3) / 20}
+PAIRS = jnp.array([[0, 1], [1, 2], [5, 7]])
+ROWS_OF = {
+  "edges": lambda p, i: jnp.linalg.norm(p["v"][i[:, 0]] - p["v"][i[:, 1]], axis=-1),
+  "taken": lambda p, i: jnp.diff(jnp.take(p["v"], i, axis=0), axis=1),
+  "jitted": lambda p, i: jnp.diff(jax.jit(lambda v, i: v[i])(p["v"], i), axis=1),
+  "mapped": lambda p, i: lax.map(lambda i: p["v"][i][0] - p["v"][i][1], i),
+  "returned": lambda p, i: p["v"][i],
+}
+
+
+@in_turns(("fn", "policy"), ROWS_OF, POLICIES)
+def test_rows_that_no_matmul_multiplies_are_parameters(fn, policy):
+  """10.05 is 10.0625 in bfloat16: of the edges of a mesh nothing is left."""
+  found, want = in_both_formats(fn, policy, CORNERS, PAIRS)
+  np.testing.assert_allclose(found, want, rtol=1e-6)
+
+
+@both
+@cases(
+  layer=lambda p, i: jnp.tanh(p["v"][i]) @ p["v"].T,
+  jitted=lambda p, i: jax.jit(lambda v, i: v[i])(p["v"], i) @ p["v"].T,
+  in_a_layer=lambda p, i: jax.checkpoint(lambda h: jnp.tanh(h) @ p["v"].T)(p["v"][i]),
+  in_scan=lambda p, i: lax.scan(lambda c, i: (c, p["v"][i]), 0, i)[1] @ p["v"].T,
+)
+def test_rows_of_an_embedding_are_narrow(fn, policy):
+  found = list(equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(CORNERS, PAIRS)))
+  after = found[[e.primitive.name for e in found].index("gather") + 1]
+  assert after.primitive.name == "convert_element_type"
+  assert after.outvars[0].aval.dtype.itemsize == 2
 
 
 # Products into totals -----------------------------------------------------------------------------
@@ -1554,6 +1751,58 @@ MUCH = {
 def test_an_output_in_its_own_unit_stays_in_range(fn, policy):
   found, want = in_both_formats(lambda w, x: fn(x @ w), policy, W, DATA)
   np.testing.assert_allclose(found, want, rtol=0.01)
+
+
+FEATURES = 2 + jnp.sin(jnp.arange(128.0)).reshape(4, 32)
+HEAD = {
+  "v": jnp.eye(32),
+  "w": jnp.full((32, 2), 0.125),
+  "b": jnp.full(2, 60000.0),
+  "c": jnp.full((2,), 40000.0),
+}
+HEADS = {
+  "bias": lambda p, x: x @ p["w"] + p["b"],
+  "scale": lambda p, x: (x @ p["w"]) * p["c"],
+  "one_output": lambda p, x: jnp.einsum("td,d->t", x, p["w"][:, 0]) + p["b"][0],
+  "hidden": lambda p, x: jnp.tanh(x @ jnp.eye(32)) @ p["w"] + p["b"],
+  "jitted": lambda p, x: jax.jit(jnp.dot)(x, p["w"]) + p["b"],
+  "in_scan": lambda p, x: lax.scan(lambda c, x: (c, x @ p["w"] + p["b"]), 0.0, x)[1],
+  "mapped": lambda p, x: jax.vmap(lambda x: x @ p["w"] + p["b"])(x),
+}
+
+
+@in_turns(("fn", "policy"), HEADS, POLICIES)
+def test_what_a_head_predicts_is_read_in_its_own_unit(fn, policy):
+  """60,008 is 60,160 in bfloat16."""
+  found, want = in_both_formats(fn, policy, HEAD, FEATURES)
+  np.testing.assert_allclose(found, want, rtol=0.004, atol=0.1 if fn is not HEADS["scale"] else 0)
+  error = lambda p, x: jnp.mean((fn(p, x) / 60000 - 1) ** 2)
+  (found, want) = in_both_formats(jax.value_and_grad(error), policy, HEAD, FEATURES)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-6), found, want)
+
+
+@both
+def test_a_head_multiplies_in_16_bits_and_its_weights_have_gradients_that_do_not_round(policy):
+  def error(p, x):
+    return jnp.mean((jnp.tanh(x @ p["v"]) @ p["w"] + p["b"] / 60000) ** 2)
+
+  for fn in (jax.grad(mpjax.autocast(error, policy)), mpjax.autocast(jax.grad(error), policy)):
+    first, head, *backward = matmuls(fn, HEAD, FEATURES)
+    products = [first, head, *backward]
+    assert {v.aval.dtype.itemsize for e in products for v in e.invars} == {2}
+    assert [e.outvars[0].aval.dtype.itemsize for e in (first, head)] == [2, 4]
+    assert 4 in {e.outvars[0].aval.dtype.itemsize for e in backward}
+
+
+@both
+@cases(
+  of_a_vocabulary=lambda w, x: x @ w,
+  of_a_low_rank=lambda w, x: (x @ w[:, :2]) @ w[:2],
+  of_a_router=lambda w, x: jax.nn.softmax(x @ w[:, :2]) @ w[:2],
+)
+def test_other_matmuls_return_16_bits(fn, policy):
+  first, *_ = matmuls(mpjax.autocast(fn, policy), jnp.eye(32), FEATURES)
+  assert first.outvars[0].aval.dtype.itemsize == 2
 
 
 @both
@@ -1685,9 +1934,10 @@ def test_a_state_leaves_the_cell_that_takes_small_steps_as_float32(way, policy):
 LEFT = {
   "gate": (sigmoid, lambda g: 1 - g, 1.6),
   "gate_in_pieces": (lambda h: sigmoid(h)[:, ::-1], lambda g: 1 - g[:, :2], 1.6),
+  "decay": (lambda h: jnp.exp(-jnp.exp(-h)), lambda a: 1 - a, 1.6),
   "own_unit": (lambda h: h * 30000, lambda h: h / 30000, 3.0),
   "written_out_sum": (
-    lambda h: functools.reduce(lambda y, n: y + jnp.tanh(h * n / 999), range(400), h),
+    lambda h: functools.reduce(lambda y, n: y + jnp.tanh(h * n / 249), range(100), h),
     lambda y: y - jnp.mean(y),
     0.25,
   ),

@@ -185,6 +185,27 @@ def test_sown_intermediates_arrive(x):
   np.testing.assert_allclose(sown, out, atol=0.01)
 
 
+@pytest.mark.parametrize("around", [lambda f: f, nnx.jit], ids=["plain", "jitted"])
+def test_what_a_jitted_call_sows_and_perturbs_arrives(x, around):
+  class Sower(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(6, 3, rngs=rngs)
+      self.scales = nnx.data((nnx.Param(jnp.ones(3)), nnx.Param(jnp.ones(3))))
+
+    @around
+    def __call__(self, x):
+      x = self.perturb("moved", self.layer(x)) * self.scales[0][None]
+      self.sow(nnx.Intermediate, "hidden", x)
+      return x
+
+  mixed = mpjax.apply_policy(Sower(nnx.Rngs(0)), BF16)
+  out, intermediates = nnx.capture(mixed, nnx.Intermediate)(x)
+  (sown,) = intermediates["hidden"].get_value()
+  np.testing.assert_allclose(sown, out, atol=0.01)
+  _, moved = nnx.capture(mixed, nnx.Perturbation)(x)
+  assert moved["moved"].shape == (4, 3)
+
+
 # Policies ----------------------------------------------------------------------------------------
 
 

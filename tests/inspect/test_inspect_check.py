@@ -421,3 +421,28 @@ def test_a_gradient_that_overflows_as_a_whole_does_not_agree():
   report = check(loss, "mixed_float16", jnp.full((8, 8), 0.1), x)
   assert not report.agrees and report.gradients[0].gradient.overflow == 64
   assert "gradient of" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda w, x: jax.lax.while_loop(
+      lambda c: ~c[0], lambda c: (jnp.sum(c[1]) > 1e3, c[1] @ w), (False, x)
+    )[1],
+    lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda: (x @ w, True), lambda: (x, False))[0],
+  ],
+  ids=["while", "cond"],
+)
+def test_a_flag_may_begin_as_a_literal(fn):
+  assert check(fn, "mixed_bfloat16", 2 * jnp.eye(4), jnp.ones((2, 4)), gradients=False).agrees
+
+
+def test_the_kernel_of_another_platform_is_not_compiled():
+  def elsewhere(h):
+    return jax.ffi.ffi_call("of_another_platform", jax.ShapeDtypeStruct(h.shape, h.dtype))(h)
+
+  def fn(w, x):
+    return jax.lax.platform_dependent(x @ w, cpu=jnp.sin, tpu=elsewhere)
+
+  report = check(fn, "mixed_bfloat16", jnp.eye(4), jnp.ones((2, 4)), gradients=False)
+  assert report.agrees

@@ -317,7 +317,8 @@ def with_a_kernel(w, x):
 
 def with_a_solve(w, x):
   solve = lambda matvec, b: jnp.linalg.solve(w, b)
-  return lax.custom_linear_solve(lambda v: w @ v, (x @ w)[0], solve, symmetric=True)
+  b = (jnp.tanh(x @ w) @ w)[0]
+  return lax.custom_linear_solve(lambda v: w @ v, b, solve, symmetric=True)
 
 
 @pytest.mark.parametrize(("fn", "op"), [(with_a_kernel, "pallas_call"), (with_a_solve, "linear")])

@@ -1,0 +1,166 @@
+"""What values of a jaxpr are made of, where all of it tells: whole numbers, constants.
+
+Counts, positions and indices are whole. A matmul of such numbers counts: one-hot rows times ones,
+``tril(ones) @ mask``, ``coordinates @ strides``. 16 bits hold none of these beyond 256 (bfloat16)
+or 2048 (float16), so that the matmul is float32, as `cumsum` is. What is rounded is whole, too.
+
+What depends on no argument is constant. A matmul with a vector of constants is a sum of terms with
+weights, of which some may cancel: those of a Runge-Kutta method's error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
+from mpjax._engine.constants import is_here
+from mpjax._engine.jaxprs import kind
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
+
+Indices = frozenset[int]
+
+_KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
+  *("add", "sub", "mul", "neg", "abs", "max", "min", "square", "add_any"),
+  *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
+}
+_MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})
+_MOST = 2**16
+
+
+class MadeOf:
+  """Finds the values of jaxprs that are made of something alone; what is known of one is kept.
+
+  Args:
+    is_value: Whether a constant of a trace is such a value.
+    is_typed: Whether the type of a variable tells that it is one.
+    makes: Which primitives make one, whatever their operands are.
+    keeps: Which make one of operands that all are such values; all primitives where None.
+  """
+
+  def __init__(
+    self,
+    is_value: Callable[[Any], bool],
+    is_typed: Callable[[Atom], bool],
+    makes: Collection[str] = (),
+    keeps: Collection[str] | None = None,
+  ) -> None:
+    self._is_value, self._is_typed = is_value, is_typed
+    self._makes, self._keeps = makes, keeps
+    self._known: dict[Any, frozenset[Var]] = {}
+
+  def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
+    """The variables of a jaxpr that hold such values, without those whose type tells it.
+
+    Args:
+      jaxpr: The jaxpr, closed or open.
+      operands: Which of its operands hold such values.
+    """
+    key = id(jaxpr), operands
+    if key not in self._known:
+      inner = versions.open_jaxpr(jaxpr)
+      found = {inner.invars[n] for n in operands}
+      values = zip(inner.constvars, versions.constants(jaxpr), strict=False)
+      found |= {var for var, value in values if self._is_value(value)}
+      for eqn in inner.eqns:
+        found.update(self._made(eqn, found))
+      self._known[key] = frozenset(found)
+    return self._known[key]
+
+  def entering(self, eqn: JaxprEqn, body: Body, found: Any) -> Indices:
+    """Which operands of an equation's body are so in every turn, given what is outside."""
+    own = [self.holds(atom, found) for atom in body.take(eqn.invars)]
+
+    def turn(carry: Sequence[bool]) -> Sequence[bool]:
+      own[body.carry.start : body.carry.stop] = carry
+      results = self._results(body.jaxpr, _places(own))
+      return list(carry) if body.is_test else results
+
+    settled(own[body.carry.start : body.carry.stop], turn, all)
+    return _places(own)
+
+  def holds(self, atom: Atom, found: Any) -> bool:
+    """Whether a variable or a literal holds such values, given which variables do."""
+    if isinstance(atom, Literal):
+      return self._is_value(atom.val)
+    return atom in found or self._is_typed(atom)
+
+  def _results(self, jaxpr: AnyJaxpr, operands: Indices) -> list[bool]:
+    found = self.variables(jaxpr, operands)
+    return [self.holds(atom, found) for atom in versions.open_jaxpr(jaxpr).outvars]
+
+  def _made(self, eqn: JaxprEqn, found: Any) -> Sequence[Var]:
+    """The results of an equation that are such values."""
+    name = eqn.primitive.name
+    if name in HAVE_BODIES:
+      bodies = [body for body in bodies_of(eqn) if not body.is_test]
+      columns = [self._results(b.jaxpr, self.entering(eqn, b, found)) for b in bodies]
+      made = zip(eqn.outvars, zip(*columns, strict=True), strict=True)
+      return [var for var, column in made if all(column)]
+    made = name in self._makes or (
+      (self._keeps is None or name in self._keeps)
+      and all(self.holds(atom, found) for atom in eqn.invars)
+    )
+    return eqn.outvars if made else ()
+
+
+def whole_numbers() -> MadeOf:
+  """What finds floats that are whole; integers and booleans are by their type."""
+  return MadeOf(_are_whole, lambda atom: kind(atom) in "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
+
+
+def constants() -> MadeOf:
+  """What finds the values that depend on no argument."""
+  return MadeOf(lambda value: True, lambda atom: False)
+
+
+class Vectors:
+  """Finds the jaxprs that hold a matmul with a vector; what is known of one is kept."""
+
+  def __init__(self) -> None:
+    self._known: dict[int, bool] = {}
+
+  def are_in(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, holds such a matmul."""
+    key = id(jaxpr)
+    if key not in self._known:
+      eqns = versions.open_jaxpr(jaxpr).eqns
+      holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
+      self._known[key] = any(
+        vectors_of(e) for e in eqns if e.primitive.name == "dot_general"
+      ) or any(self.are_in(body.jaxpr) for eqn in holding for body in bodies_of(eqn))
+    return self._known[key]
+
+
+def vectors_of(eqn: JaxprEqn) -> list[Atom]:
+  """The operands of a matmul that have no dimension of their own, with which it is a sum."""
+  operands = zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True)
+  return [
+    atom
+    for atom, contracted, batch in operands
+    if len(jaxprs.shape(atom)) == len(contracted) + len(batch)
+  ]
+
+
+def _are_whole(value: Any) -> bool:
+  """Whether a constant holds nothing but whole numbers; large arrays are not looked at."""
+  if not is_here(value):
+    return False
+  dtype = getattr(value, "dtype", np.dtype(type(value)))
+  if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf":
+    return False
+  if dtype.kind != "f":
+    return True
+  if np.size(value) > _MOST:
+    return False
+  numbers = np.asarray(jax.device_get(value), np.float64)
+  return bool((np.isfinite(numbers) & (numbers == np.round(numbers))).all())
+
+
+def _places(own: Sequence[bool]) -> Indices:
+  return frozenset(n for n, known in enumerate(own) if known)

@@ -22,7 +22,7 @@ from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
 from mpjax._engine.lookahead import FACTORED, MOVES, MULTIPLIED, Needs, Sums, totaled
-from mpjax._engine.made_of import Vectors, constants, whole_numbers
+from mpjax._engine.made_of import WeightedSums, constants, whole_numbers
 from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
@@ -54,7 +54,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     whole: Which operands are whole numbers, see `made_of`.
-    constant: Which depend on no argument, if a matmul inside multiplies a vector.
+    constant: Which depend on no argument, if there may be weighted sums inside.
   """
 
   exact: Exact | None = None
@@ -95,7 +95,7 @@ class Analyses:
     self.adapting = Adapting(formats)
     self.needs = Needs(table)
     self.whole_numbers = whole_numbers()
-    self.constants, self.vectors = constants(), Vectors()
+    self.constants, self.weighted_sums = constants(), WeightedSums()
     self.near_one = NearOne(table, formats)
     self.in_float8 = in_float8
 
@@ -123,7 +123,7 @@ class Knowledge:
     is_test: Whether the jaxpr tells a loop to go on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
-    constant: The variables that depend on no argument, if a matmul multiplies a vector.
+    constant: The variables that depend on no argument, if there may be weighted sums.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
@@ -164,7 +164,7 @@ class Knowledge:
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
     self.constant: Collection[Var] = ()
-    if analyses.vectors.are_in(jaxpr):
+    if analyses.weighted_sums.are_in(jaxpr):
       self.constant = analyses.constants.variables(jaxpr, known.constant)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
@@ -269,7 +269,7 @@ class Knowledge:
     )
 
   def _constant_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    if not self._analyses.vectors.are_in(body.jaxpr):
+    if not self._analyses.weighted_sums.are_in(body.jaxpr):
       return frozenset()
     return self._analyses.constants.entering(eqn, body, self.constant)
 

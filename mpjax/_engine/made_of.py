@@ -5,7 +5,8 @@ Counts, positions and indices are whole. A matmul of such numbers counts: one-ho
 or 2048 (float16), so that the matmul is float32, as `cumsum` is. What is rounded is whole, too.
 
 What depends on no argument is constant. A matmul with a vector of constants is a sum of terms with
-weights, of which some may cancel: those of a Runge-Kutta method's error.
+weights, of which some may cancel: those of a Runge-Kutta method's error. So is a convolution with a
+small kernel of them: a difference of neighbors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MadeOf:
 
   Args:
     is_value: Whether a constant of a trace is such a value.
-    is_typed: Whether the type of a variable tells that it is one.
+    kinds: The kinds of numbers that are such values by their type.
     makes: Which primitives make one, whatever their operands are.
     keeps: Which make one of operands that all are such values; all primitives where None.
   """
@@ -46,11 +47,11 @@ class MadeOf:
   def __init__(
     self,
     is_value: Callable[[Any], bool],
-    is_typed: Callable[[Atom], bool],
+    kinds: str = "",
     makes: Collection[str] = (),
     keeps: Collection[str] | None = None,
   ) -> None:
-    self._is_value, self._is_typed = is_value, is_typed
+    self._is_value, self._kinds = is_value, kinds
     self._makes, self._keeps = makes, keeps
     self._known: dict[Any, frozenset[Var]] = {}
 
@@ -88,7 +89,7 @@ class MadeOf:
     """Whether a variable or a literal holds such values, given which variables do."""
     if isinstance(atom, Literal):
       return self._is_value(atom.val)
-    return atom in found or self._is_typed(atom)
+    return atom in found or (self._kinds != "" and kind(atom) in self._kinds)
 
   def _results(self, jaxpr: AnyJaxpr, operands: Indices) -> list[bool]:
     found = self.variables(jaxpr, operands)
@@ -111,34 +112,46 @@ class MadeOf:
 
 def whole_numbers() -> MadeOf:
   """What finds floats that are whole; integers and booleans are by their type."""
-  return MadeOf(_are_whole, lambda atom: kind(atom) in "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
+  return MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
 
 
 def constants() -> MadeOf:
   """What finds the values that depend on no argument."""
-  return MadeOf(lambda value: True, lambda atom: False)
+  return MadeOf(lambda value: True)
 
 
-class Vectors:
-  """Finds the jaxprs that hold a matmul with a vector; what is known of one is kept."""
+class WeightedSums:
+  """Finds the jaxprs that hold what may be a weighted sum; what is known of one is kept."""
 
   def __init__(self) -> None:
     self._known: dict[int, bool] = {}
 
   def are_in(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, holds such a matmul."""
+    """Whether a jaxpr, or a body in it, holds a matmul or convolution with such weights."""
     key = id(jaxpr)
     if key not in self._known:
       eqns = versions.open_jaxpr(jaxpr).eqns
       holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
-      self._known[key] = any(
-        vectors_of(e) for e in eqns if e.primitive.name == "dot_general"
-      ) or any(self.are_in(body.jaxpr) for eqn in holding for body in bodies_of(eqn))
+      bodies = (body for eqn in holding for body in bodies_of(eqn))
+      own = any(weights_of(eqn) for eqn in eqns if eqn.primitive.name in WEIGHTED)
+      self._known[key] = own or any(self.are_in(body.jaxpr) for body in bodies)
     return self._known[key]
 
 
-def vectors_of(eqn: JaxprEqn) -> list[Atom]:
-  """The operands of a matmul that have no dimension of their own, with which it is a sum."""
+WEIGHTED = frozenset({"dot_general", "conv_general_dilated"})
+"""What a weighted sum may be."""
+
+_KERNEL = 64
+"""Numbers of a kernel that is a stencil, and no layer."""
+
+
+def weights_of(eqn: JaxprEqn) -> list[Atom]:
+  """The operands of a matmul or convolution that may be weights: vectors, and small kernels.
+
+  A vector has no dimension of its own in what a matmul makes of it.
+  """
+  if eqn.primitive.name == "conv_general_dilated":
+    return [atom for atom in eqn.invars[1:] if jaxprs.size(atom) <= _KERNEL]
   operands = zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True)
   return [
     atom

@@ -20,7 +20,7 @@ from mpjax._engine.constants import Numbers
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
-from mpjax._engine.made_of import vectors_of
+from mpjax._engine.made_of import WEIGHTED, weights_of
 from mpjax._engine.plan import Forms
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
@@ -163,7 +163,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "weighted sum",
-    {"dot_general"},
+    WEIGHTED,
     lambda s: s.rule is Rule.LOWER and s.has_float32 and _is_weighted_sum(s),
     Rule.FULL,
     "terms times numbers of which some cancel: an error estimate, an expectation",
@@ -363,26 +363,23 @@ def is_square(eqn: JaxprEqn) -> bool:
 
 
 def _is_weighted_sum(sight: Sight) -> bool:
-  """Whether a matmul multiplies a vector of constants, and no parameter.
+  """Whether a matmul or convolution weighs terms with constants, and with no parameter.
 
-  A short one, as the coefficients of a Runge-Kutta method; or one of any length of which an
-  expectation is taken: what a head is of its features.
+  A few of them, as the coefficients of a Runge-Kutta method, float32 ones, as a stencil; or any
+  number of which an expectation is taken: what a head is of its features.
   """
-  constant = sight.around.constant
-  if not constant or PARAM in sight.forms or not _has_vector(sight.eqn, constant):
+  eqn, constant = sight.eqn, sight.around.constant
+  if not constant or PARAM in sight.forms or not jaxprs.places_of(weights_of(eqn), constant):
     return False
-  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
-  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
+  if sight.name != "dot_general":
+    return _is_float32(sight.forms)
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  terms = jaxprs.size_of([jaxprs.shape(eqn.invars[0])[dim] for dim in contracted])
   return terms <= SHORT or _is_head(sight)
 
 
 SHORT = 16
 """As many terms as a weighted sum may have that another matmul multiplies."""
-
-
-def _has_vector(eqn: JaxprEqn, constant: Collection[Var]) -> bool:
-  """Whether a vector that a matmul multiplies is constant."""
-  return bool(jaxprs.places_of(vectors_of(eqn), constant))
 
 
 def _hands_on(sight: Sight) -> bool:

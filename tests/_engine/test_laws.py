@@ -17,7 +17,7 @@ from jax.experimental.ode import odeint
 
 import mpjax
 from _backends import ROUNDING, rounded
-from _jaxprs import equations
+from _jaxprs import equations, wide_contractions
 from _turns import in_turns
 from mpjax.inspect import explain
 
@@ -1481,6 +1481,13 @@ def test_an_inner_product_is_a_sum_of_products(fn, policy):
 
 
 COEFFICIENTS = jnp.array([35 / 384, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def matmuls_of_float32(fn, *args):
+  return [e for e in matmuls(fn, *args) if e.invars[0].aval.dtype == jnp.float32]
+
+
 SUMS = {
   "stages": lambda k, x: jnp.tensordot(
     COEFFICIENTS - COEFFICIENTS[::-1], jnp.stack([x + 9] * 5), 1
@@ -1491,6 +1498,7 @@ SUMS = {
   "jitted": lambda k, x: jax.jit(jnp.dot)(
     jnp.array([1.0, -1.0]), jnp.stack([x[0] + 9, x[0] + 9.01])
   ),
+  "stencil": lambda k, x: jnp.convolve(1 + x.ravel() / 999, jnp.array([1.0, -2, 1]), "valid"),
   "expectation": lambda k, x: (
     jax.nn.softmax(jnp.ones((4, 512)) * x[:, :1]) @ jnp.linspace(0, 2e5, 512)
   ),
@@ -1501,6 +1509,19 @@ SUMS = {
 def test_a_weighted_sum_is_no_matmul(fn, policy):
   found, want = in_both_formats(fn, policy, jnp.ones((5, 1, 1)), jnp.eye(4))
   np.testing.assert_allclose(found, want, rtol=2e-3, atol=1e-5)
+
+
+@both
+def test_a_frozen_network_and_a_short_layer_are_no_weighted_sums(policy):
+  frozen = {"conv": jnp.ones((3, 3, 3, 8)), "head": jnp.ones((8, 4))}
+
+  def perceptual(w, x):
+    h = lax.conv_general_dilated(x, frozen["conv"], (1, 1), "SAME", dimension_numbers=NHWC)
+    return jnp.tanh(h) @ frozen["head"] @ w
+
+  traced = jax.make_jaxpr(mpjax.autocast(perceptual, policy))(W, jnp.ones((1, 4, 4, 3)))
+  assert not wide_contractions(traced.jaxpr, policy.removeprefix("mixed_"))
+  assert not matmuls_of_float32(mpjax.autocast(lambda w, x: x[0] @ w, policy), W, DATA)
 
 
 def test_an_adaptive_solver_takes_the_steps_of_float32():

@@ -1,14 +1,15 @@
 """Matmuls of 16-bit factors that return the float32 that they sum in, on every backend.
 
 XLA's CPU backend multiplies 16-bit factors into float32 as the matmul stands, but takes a
-transposition beside it, of a factor or of the result, into the matmul; for some of those it has no
-kernel and raises ``Unsupported element type for DotThunk``. So `fixed_p` stands between them. It
-is the identity, and on CPUs a barrier.
+transposition beside it, of a factor or of the result, into the matmul; for some of those, and for
+some that a program writes so, it has no kernel and raises ``Unsupported element type for
+DotThunk``. So factors are brought into one order first, and `fixed_p` stands between them. It is
+the identity, and on CPUs a barrier.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,45 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mpjax._core.dtypes import FLOAT32
+
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+Dims = tuple[int, ...]
+
+
+def in_order(contracted: Sequence[Dims], batch: Sequence[Dims], precision: Any) -> Matmul:
+  """A ``dot_general`` of 16-bit factors with a float32 result, in the order that CPUs have it in.
+
+  The dimensions that are summed stand last in the left factor, and behind those of the batch in
+  the right one.
+
+  Args:
+    contracted: The dimensions that are summed, of each factor.
+    batch: Those of the batch.
+    precision: The precision of `lax.dot_general`.
+  """
+  along = range(len(batch[0]))
+  behind = range(len(along), len(along) + len(contracted[1]))
+
+  def run(left: jax.Array, right: jax.Array) -> jax.Array:
+    free = [
+      [dim for dim in range(x.ndim) if dim not in (*c, *b)]
+      for x, c, b in zip((left, right), contracted, batch, strict=True)
+    ]
+    left = fixed(lax.transpose(left, (*batch[0], *free[0], *contracted[0])))
+    right = fixed(lax.transpose(right, (*batch[1], *contracted[1], *free[1])))
+    dims: Any = ((range(left.ndim - len(behind), left.ndim), behind), (along, along))
+    return fixed(
+      lax.dot_general(left, right, dims, precision=precision, preferred_element_type=FLOAT32)
+    )
+
+  return run
+
+
 def unfolded(matmul: Matmul) -> Matmul:
-  """A matmul of 16-bit factors with a float32 result, as one that a CPU can run anywhere."""
+  """A matmul of 16-bit factors with a float32 result, beside which a CPU moves nothing into it."""
 
   def run(left: jax.Array, right: jax.Array) -> jax.Array:
     return fixed(matmul(fixed(left), fixed(right)))

@@ -27,7 +27,7 @@ from mpjax._engine.attached_derivatives import with_derivative
 from mpjax._engine.bodies import mapped
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float8 import in_float8
-from mpjax._engine.float32_products import but_on_gpus, unfolded
+from mpjax._engine.float32_products import but_on_gpus, in_order, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.matmul_derivatives import (
   Contraction,
@@ -273,8 +273,12 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
   def moved(*pair: Any) -> Any:
     return to_dtype(jaxprs.run_with(step.eqn, [*pair, *rest], narrow)[0], FLOAT32)
 
-  is_conv = step.eqn.primitive.name == "conv_general_dilated"
-  run = but_on_gpus(matmul, moved) if is_conv else unfolded(matmul)
+  name = step.eqn.primitive.name
+  if name == "dot_general":
+    contracted, batch = step.params["dimension_numbers"]
+    run = in_order(contracted, batch, step.params["precision"])
+  else:
+    run = but_on_gpus(matmul, moved) if name == "conv_general_dilated" else unfolded(matmul)
   return [with_derivative(run, moved, moved)(*factors)]
 
 
@@ -290,6 +294,17 @@ def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -
     start = len(along) + (free[0] if n == 0 else 0)
     shaped.append(lax.expand_dims(x, range(start, start + free[1 - n])))
   return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
+
+
+def _weigh(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A matmul with a vector, as the sum of products that it is."""
+  del interpreter
+  contracted, _ = step.params["dimension_numbers"]
+  n = 0 if operands[0].ndim == 1 else 1
+  (along,) = contracted[1 - n]
+  terms, weights = operands[1 - n], operands[n]
+  others = [dim for dim in range(terms.ndim) if dim != along]
+  return [jnp.sum(terms * lax.expand_dims(weights, others), along)]
 
 
 def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
@@ -345,6 +360,7 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.FOLLOW: _follow,
   Rule.WIDE: _wide,
   Rule.MULTIPLY: _multiply,
+  Rule.WEIGH: _weigh,
   Rule.TRACED: _traced,
   Rule.CALL: _call,
   Rule.SCAN: _scan,

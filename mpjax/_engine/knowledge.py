@@ -21,7 +21,16 @@ from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
-from mpjax._engine.lookahead import FACTORED, MOVES, MULTIPLIED, Needs, Sums, totaled
+from mpjax._engine.lookahead import (
+  FACTORED,
+  MOVES,
+  MULTIPLIED,
+  Needs,
+  Question,
+  Sums,
+  asked_at,
+  totaled,
+)
 from mpjax._engine.made_of import WeightedSums, constants, whole_numbers
 from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
@@ -48,13 +57,14 @@ class Known(NamedTuple):
     heads: Which operands are multiplied into one, in it or outside.
     factored: Which results lead into the factorization of a matrix.
     moments: Which results are moments of which one is subtracted from another, see `moments`.
+    multiplying: What asks for that.
     multiplied: Which results lead into a matmul, if rows are looked up inside or multiplied.
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     whole: Which operands are whole numbers, see `made_of`.
-    constant: Which depend on no argument, if there may be weighted sums inside.
+    constant: Which depend on no float of an argument, if there may be weighted sums inside.
   """
 
   exact: Exact | None = None
@@ -68,6 +78,7 @@ class Known(NamedTuple):
   heads: tuple[int, ...] = ()
   factored: frozenset[int] = frozenset()
   moments: tuple[int, ...] = ()
+  multiplying: Question = MULTIPLIED
   multiplied: frozenset[int] = frozenset()
   carry: range = range(0)
   steady: tuple[int, ...] = ()
@@ -114,16 +125,17 @@ class Knowledge:
     exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
     iterated: The results of the matmuls of power iterations.
-    amplified: The variables that lead into the factorization of a matrix or a linear system, and
-      moments of which one is subtracted from another: what rounds is many times as much there.
-    solved: What factorizations and linear systems give.
+    factored: The variables that lead into the factorization of a matrix or a linear system.
+    moments: Moments of which one is subtracted from another.
+    solved: What linear systems give.
     multiplied: The variables that lead into a matmul.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
     whole: The variables that hold whole numbers.
-    constant: The variables that depend on no argument, if there may be weighted sums.
+    constant: The variables that depend on no float of an argument, if there may be weighted
+      sums.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
@@ -152,11 +164,11 @@ class Knowledge:
     )
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    self._factored = needs.leading(FACTORED, jaxpr, known.factored)
-    self._moments = moments(inner, makers, known.moments)
-    self.amplified = self._factored | self._moments
+    self.factored = needs.leading(FACTORED, jaxpr, known.factored)
+    self.moments = moments(inner, makers, known.moments, needs.holds_sum)
     self.solved, _ = needs.solved(jaxpr)
-    self.multiplied = needs.leading(MULTIPLIED, jaxpr, known.multiplied)
+    self._multiplying = known.multiplying
+    self.multiplied = needs.leading(known.multiplying, jaxpr, known.multiplied)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
     self.is_test = known.is_test
@@ -248,6 +260,7 @@ class Knowledge:
   ) -> Known:
     atoms, needs = body.take(eqn.invars), self._analyses.needs
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
+    multiplying = asked_at(self._multiplying, eqn)
     return Known(
       exact=exact,
       summed=places(eqn.outvars, self.sums.leading),
@@ -258,9 +271,10 @@ class Knowledge:
       own=own,
       logarithms=places(eqn.outvars, self.logarithms),
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
-      factored=needs.leading_from_bodies(FACTORED, eqn, self._factored),
-      moments=places(eqn.outvars, self._moments),
-      multiplied=needs.leading_from_bodies(MULTIPLIED, eqn, self.multiplied),
+      factored=needs.leading_from_bodies(FACTORED, eqn, self.factored),
+      moments=places(eqn.outvars, self.moments),
+      multiplying=multiplying,
+      multiplied=needs.leading_from_bodies(multiplying, eqn, self.multiplied),
       steady=places(atoms, self.view.steady),
       recurrence=entering(eqn, body, self.recurrence),
       is_test=self.is_test,

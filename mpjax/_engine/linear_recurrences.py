@@ -4,7 +4,8 @@
 operand in one turn is there in every later one, and adds up to more than is added. No activation
 forgets it, as in a recurrent network, and no weights of its own, as in a layer of a stack. So such
 a matmul is float32; and so is one of two values that the loop carries, neither of which a layer
-made, as ``h @ s`` of a quasi-Newton method.
+made, as ``h @ s`` of a quasi-Newton method. A gradient leads to what is trained, which does not
+depend on it so.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
+from mpjax._core.scopes import is_backward
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import places_of, variables_of
@@ -34,18 +36,13 @@ class Recurrence(NamedTuple, Generic[T]):
   Attributes:
     reads: What depends on what the loop carries.
     linear: What depends on it linearly, on some way.
-    leads: What linear operations lead from to what the next turn is given.
-    is_long: Whether the loop turns so often that what is narrow is float32, too.
+    leads: What linear operations, and matmuls with whatever it carries, as a gain, lead from to
+      what the next turn is given.
   """
 
   reads: Collection[T] = ()
   linear: Collection[T] = ()
   leads: Collection[T] = ()
-  is_long: bool = False
-
-
-FEW_TURNS = 32
-"""In a loop of more turns a matmul of nothing but data is float32, as that of a Kalman filter."""
 
 
 def of_loop(carry: range, turns: int | None) -> Recurrence[int]:
@@ -55,10 +52,9 @@ def of_loop(carry: range, turns: int | None) -> Recurrence[int]:
     carry: The operands that it carries.
     turns: How often it turns, if that is known.
   """
-  if turns is not None and turns <= FEW_TURNS:
+  if turns is not None and turns <= TERMS:
     return Recurrence()
-  is_long = turns is None or turns > TERMS
-  return Recurrence((*carry,), (*carry,), (*range(len(carry)),), is_long)
+  return Recurrence((*carry,), (*carry,), (*range(len(carry)),))
 
 
 def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -70,12 +66,12 @@ def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   """
   if not known.linear or not known.leads:
     return Recurrence()
-  inner, (reads, linear, *_) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
+  inner, (reads, linear, _) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
   leads = variables_of(inner.outvars[n] for n in known.leads)
   for eqn in reversed(inner.eqns):
-    if not leads.isdisjoint(eqn.outvars):
+    if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
       leads |= variables_of(_leading_operands(eqn, Recurrence(reads, linear, leads)))
-  return Recurrence(reads, linear, leads, known.is_long)
+  return Recurrence(reads, linear, leads)
 
 
 def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -96,7 +92,6 @@ def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[i
     tuple(sorted(places_of(atoms, around.reads))),
     tuple(sorted(places_of(atoms, around.linear))),
     tuple(sorted(places_of(eqn.outvars, around.leads))),
-    around.is_long,
   )
 
 
@@ -116,7 +111,8 @@ def _leading_operands(eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
     inside = recurrence(body.jaxpr, entering(eqn, body, around))
     invars = versions.open_jaxpr(body.jaxpr).invars
     return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
-  return eqn.invars if _is_linear(eqn, around.reads) else ()
+  is_free = eqn.primitive.name in MATMULS or _is_linear(eqn, around.reads)
+  return eqn.invars if is_free else ()
 
 
 def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:

@@ -21,7 +21,10 @@ from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 Indices = tuple[int, ...]
 
 _JITTED = having(Trait.JIT)
+_REMATS = having(Trait.REMAT)
+_SUMS = MATMULS | {"reduce_sum"}
 MOVES = having(Trait.MOVES)
+_SOLVES = frozenset({"custom_linear_solve", "triangular_solve", "tridiagonal_solve"})
 _STAYS_SOLVED = MOVES | {"convert_element_type", "neg", "slice", "gather", "select_n"}
 
 # What a gradient passes on its way to where it is added up.
@@ -35,11 +38,14 @@ class Question(NamedTuple):
     ends: To which primitives.
     of: Of what primitives' results it is asked; of all where there are none.
     is_forward: Whether those of a backward pass are no ends.
+    is_again: Whether it is asked in the body of a checkpoint's backward pass, where only those are
+      ends that belong to what is computed again.
   """
 
   ends: frozenset[str]
   of: frozenset[str] = frozenset()
   is_forward: bool = False
+  is_again: bool = False
 
 
 LOGARITHMS = Question(having(Trait.LOGARITHM))
@@ -176,6 +182,13 @@ class Needs:
     """Whether a jaxpr, or a body in it, holds what a question is about."""
     return not self._primitives(jaxpr).isdisjoint(question.of or question.ends)
 
+  def holds_sum(self, eqn: JaxprEqn) -> bool:
+    """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
+    if eqn.primitive.name not in _JITTED:
+      return jaxprs.operation(eqn) in _SUMS
+    (body,) = bodies_of(eqn)
+    return not self._primitives(body.jaxpr).isdisjoint(_SUMS)
+
   def _primitives(self, jaxpr: AnyJaxpr) -> set[str]:
     """The names of the primitives in a jaxpr, its bodies among it."""
     found = self._names.get(id(jaxpr))
@@ -188,7 +201,7 @@ class Needs:
     return found
 
   def solved(self, jaxpr: AnyJaxpr) -> tuple[frozenset[Var], frozenset[int]]:
-    """What factorizations and linear systems give in a jaxpr, moved too; which results, by index.
+    """What linear systems give in a jaxpr, moved too, and which results of it, by index.
 
     Args:
       jaxpr: The jaxpr.
@@ -196,13 +209,13 @@ class Needs:
     key = id(jaxpr)
     if key not in self._solved:
       inner, found = versions.open_jaxpr(jaxpr), set[Var]()
-      asked = self._holds(FACTORED, jaxpr)
+      asked = not self._primitives(jaxpr).isdisjoint(_SOLVES)
       for eqn in inner.eqns if asked else ():
         name = eqn.primitive.name
         if name in _JITTED:
           (body,) = bodies_of(eqn)
           found.update(eqn.outvars[n] for n in self.solved(body.jaxpr)[1])
-        elif name in FACTORED.ends or (
+        elif name in _SOLVES or (
           name in _STAYS_SOLVED and not found.isdisjoint(variables_of(eqn.invars))
         ):
           found.update(eqn.outvars)
@@ -246,10 +259,11 @@ class Needs:
         name = eqn.primitive.name
         if name in HAVE_BODIES:
           results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
-          read = self._through_bodies(_of(question, eqn), eqn, results)[0]
+          read = self._through_bodies(asked_at(question, eqn), eqn, results)[0]
           found |= variables_of(eqn.invars[n] for n in read)
         elif name in question.ends:
-          found |= variables_of(eqn.invars) if _of(question, eqn).ends else set()
+          is_end = asked_at(question, eqn).ends and not jaxprs.is_inner(eqn)
+          found |= variables_of(eqn.invars) if is_end else set()
         elif not found.isdisjoint(eqn.outvars) and self._table.get(name) in _PASSED:
           found |= variables_of(eqn.invars)
       operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
@@ -274,10 +288,20 @@ class Needs:
       results = frozenset(grown)
 
 
-def _of(question: Question, eqn: JaxprEqn) -> Question:
-  """What is asked at an equation: nothing leads to the backward pass that should not."""
-  is_apart = question.is_forward and scopes.is_backward(eqn.source_info.name_stack)
-  return _NOWHERE if is_apart else question
+def asked_at(question: Question, eqn: JaxprEqn) -> Question:
+  """What is asked at an equation, and in its bodies: nothing in a backward pass, where it says so.
+
+  But for what a checkpoint computes again there, whose scopes tell.
+  """
+  if not question.is_forward:
+    return question
+  stack = eqn.source_info.name_stack
+  if question.is_again:
+    is_asked = scopes.is_forward_again(stack)
+    return question._replace(is_again=False) if is_asked else _NOWHERE
+  if not scopes.is_backward(stack):
+    return question
+  return question._replace(is_again=True) if eqn.primitive.name in _REMATS else _NOWHERE
 
 
 def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:

@@ -4,9 +4,9 @@ Counts, positions and indices are whole. A matmul of such numbers counts: one-ho
 ``tril(ones) @ mask``, ``coordinates @ strides``. 16 bits hold none of these beyond 256 (bfloat16)
 or 2048 (float16), so that the matmul is float32, as `cumsum` is. What is rounded is whole, too.
 
-What depends on no argument is constant. A matmul with a vector of constants is a sum of terms with
-weights, of which some may cancel: those of a Runge-Kutta method's error. So is a convolution with a
-small kernel of them: a difference of neighbors.
+What depends on no float of an argument is constant. A matmul with a vector of constants is a sum
+of terms with weights, of which some may cancel: those of a Runge-Kutta method's error. So is a
+convolution with a small kernel of them: a difference of neighbors.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def whole_numbers() -> MadeOf:
 
 
 def constants() -> MadeOf:
-  """What finds the values that depend on no argument."""
-  return MadeOf(lambda value: True)
+  """What finds the floats that depend on no float of an argument: an index may pick among them."""
+  return MadeOf(lambda value: True, "biu")
 
 
 class WeightedSums:
@@ -133,13 +133,12 @@ class WeightedSums:
       eqns = versions.open_jaxpr(jaxpr).eqns
       holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
       bodies = (body for eqn in holding for body in bodies_of(eqn))
-      own = any(weights_of(eqn) for eqn in eqns if eqn.primitive.name in WEIGHTED)
+      own = any(weights_of(eqn) for eqn in eqns if eqn.primitive.name in _WEIGHTED)
       self._known[key] = own or any(self.are_in(body.jaxpr) for body in bodies)
     return self._known[key]
 
 
-WEIGHTED = frozenset({"dot_general", "conv_general_dilated"})
-"""What a weighted sum may be."""
+_WEIGHTED = frozenset({"dot_general", "conv_general_dilated"})
 
 _KERNEL = 64
 """Numbers of a kernel that is a stencil, and no layer."""
@@ -148,16 +147,13 @@ _KERNEL = 64
 def weights_of(eqn: JaxprEqn) -> list[Atom]:
   """The operands of a matmul or convolution that may be weights: vectors, and small kernels.
 
-  A vector has no dimension of its own in what a matmul makes of it.
+  A vector has one dimension, along which the other operand is summed.
   """
   if eqn.primitive.name == "conv_general_dilated":
     return [atom for atom in eqn.invars[1:] if jaxprs.size(atom) <= _KERNEL]
-  operands = zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True)
-  return [
-    atom
-    for atom, contracted, batch in operands
-    if len(jaxprs.shape(atom)) == len(contracted) + len(batch)
-  ]
+  contracted, _ = eqn.params["dimension_numbers"]
+  pairs = zip(eqn.invars, contracted, strict=True)
+  return [atom for atom, dims in pairs if len(dims) == 1 and len(jaxprs.shape(atom)) == 1]
 
 
 def _are_whole(value: Any) -> bool:

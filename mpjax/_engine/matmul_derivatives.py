@@ -22,11 +22,8 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
-from mpjax._engine.float32_products import Matmul, but_on_gpus, fixed, unfolded
+from mpjax._engine.float32_products import Dims, Matmul, but_on_gpus, fixed, in_order
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal
-
-Dims = tuple[int, ...]
-
 
 # A float32 cotangent -----------------------------------------------------------------------------
 
@@ -61,14 +58,12 @@ class Contraction(NamedTuple):
     """The matmul: the wide operand is rounded."""
     narrow = to_dtype(wide, self.dtype)
     left, right = (narrow, other) if self.wide == 0 else (other, narrow)
+    if self.result != self.dtype:
+      return in_order(self.contracted, self.batch, self.precision)(left, right)
     dims: Any = (self.contracted, self.batch)
-    matmul: Matmul = functools.partial(
-      lax.dot_general,
-      dimension_numbers=dims,
-      precision=self.precision,
-      preferred_element_type=self.result,
+    return lax.dot_general(
+      left, right, dims, precision=self.precision, preferred_element_type=self.dtype
     )
-    return (matmul if self.result == self.dtype else unfolded(matmul))(left, right)
 
   @property
   def rounded(self) -> Contraction:

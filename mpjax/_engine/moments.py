@@ -8,53 +8,108 @@ narrow already only what they return is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from mpjax._core.primitives import MATMULS, Trait, having
+from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.jaxprs import operation, variables_of
+from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 _MOVED = having(Trait.MOVES) | {
   *("convert_element_type", "broadcast_in_dim", "neg", "slice", "dynamic_slice")
 }
 _SCALED = frozenset({"mul", "div"})
-_SUMS = MATMULS | {"reduce_sum"}
 
 
-def moments(inner: Jaxpr, makers: Mapping[Any, JaxprEqn], outs: Collection[int]) -> frozenset[Var]:
+def moments(
+  inner: Jaxpr,
+  makers: Mapping[Any, JaxprEqn],
+  outs: Collection[int],
+  is_sum: Callable[[JaxprEqn], bool],
+) -> frozenset[Var]:
   """The variables of a jaxpr that are moments of which one is subtracted from another.
 
   Args:
     inner: The jaxpr, open.
     makers: Its equations, by what they make.
     outs: Which of its results are such moments outside.
+    is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
+  same = functools.cache(functools.partial(same_values, inner))
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
-      found |= _of_difference(second, product, makers)
+      found |= _of_difference(second, product, makers, is_sum, same)
   return frozenset(var for start in found for var in _chain(start, makers))
 
 
-def _of_difference(second: Atom, product: Atom, makers: Mapping[Any, JaxprEqn]) -> set[Var]:
+def _of_difference(
+  second: Atom,
+  product: Atom,
+  makers: Mapping[Any, JaxprEqn],
+  is_sum: Callable[[JaxprEqn], bool],
+  same: Callable[[], Mapping[Any, int]],
+) -> set[Var]:
   """The moments of a second one less a product of two first ones; none if it is none."""
   factors = _factors(_source(product, makers), makers)
   sums = [_source(atom, makers) for atom in (second, *factors)] if factors else []
   made = [None if isinstance(atom, Literal) else makers.get(atom) for atom in sums]
-  if not made or not all(eqn is not None and _adds_up(eqn) for eqn in made):
+  known = [eqn for eqn in made if eqn is not None and is_sum(eqn)]
+  if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
     return set()
-  of_second, *of_first = [_summed(eqn, makers) for eqn in made if eqn is not None]
-  related = all(not of_second.isdisjoint(own) for own in of_first)
-  multiplied = any(eqn is not None and eqn.primitive.name != "reduce_sum" for eqn in made)
-  return variables_of(sums) if related and multiplied else set()
+  return variables_of(sums) if _are_moments(*known, makers=makers, same=same) else set()
 
 
-def _adds_up(eqn: JaxprEqn) -> bool:
-  """Whether an equation is a sum, a matmul, or a function that may hold one."""
-  return eqn.primitive.name in HAVE_BODIES or operation(eqn) in _SUMS
+def _are_moments(
+  second: JaxprEqn,
+  *firsts: JaxprEqn,
+  makers: Mapping[Any, JaxprEqn],
+  same: Callable[[], Mapping[Any, int]],
+) -> bool:
+  """Whether sums are one of products, ``a * b``, and the same of the factors, of a and of b.
+
+  With the same weights beside them; or a matmul of a and b, and their sums.
+  """
+  read, *of_firsts = [[_source(atom, makers) for atom in eqn.invars] for eqn in (second, *firsts)]
+  for n, atom in enumerate(read):
+    factors = [_source(factor, makers) for factor in _factors(atom, makers)]
+    weights = [other for m, other in enumerate(read) if m != n]
+    if factors and _match(factors, of_firsts, weights, same):
+      return True
+  sums = all(len(own) == 1 for own in of_firsts)
+  return sums and len(read) == 2 and _match(read, of_firsts, [], same)
+
+
+def _match(
+  factors: Sequence[Any],
+  of_firsts: Sequence[Sequence[Any]],
+  weights: Sequence[Any],
+  same: Callable[[], Mapping[Any, int]],
+) -> bool:
+  """Whether each of two sums is of one of two factors, and has all the weights."""
+  return any(
+    all(
+      _is_in(factor, own) and all(_is_in(x, own, same) for x in weights)
+      for factor, own in zip(pair, of_firsts, strict=True)
+    )
+    for pair in (factors, factors[::-1])
+  )
+
+
+def _is_in(
+  value: Any, own: Sequence[Any], same: Callable[[], Mapping[Any, int]] | None = None
+) -> bool:
+  """Whether a value is among the operands of a sum, or what is computed of the same things is."""
+  if isinstance(value, Literal):
+    return any(isinstance(x, Literal) and x.val == value.val for x in own)
+  if any(x is value for x in own):
+    return True
+  number = None if same is None else same().get(value)
+  others = (x for x in own if not isinstance(x, Literal))
+  return number is not None and same is not None and any(same().get(x) == number for x in others)
 
 
 def _factors(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
@@ -66,14 +121,6 @@ def _factors(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   if name == "square" or (name == "integer_pow" and made.params["y"] == 2):
     return [made.invars[0]] * 2
   return list(made.invars) if name == "mul" else []
-
-
-def _summed(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> set[Any]:
-  """What a sum is taken of, and what that is a product of."""
-  read = [_source(atom, makers) for atom in eqn.invars]
-  return variables_of(read) | variables_of(
-    _source(factor, makers) for atom in read for factor in _factors(atom, makers)
-  )
 
 
 def _source(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> Any:

@@ -37,7 +37,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import operation, places_of, variables_of
 from mpjax._engine.ranges import ONE
-from mpjax._engine.recomputed import recomputed
+from mpjax._engine.recomputed import recomputed, same_values
 from mpjax._engine.roles import (
   GATES,
   HAND_ON,
@@ -246,7 +246,7 @@ class NearOne:
     found, forgetting = set(), set()
     readers = functools.cache(functools.partial(_readers, inner))
     products = functools.cache(functools.partial(_products, inner))
-    same = functools.cache(functools.partial(_same, inner))
+    same = functools.cache(functools.partial(same_values, inner))
     for eqn in inner.eqns if forward.roles else ():
       name = operation(eqn) if eqn.primitive.name in _MEET else ""
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
@@ -330,11 +330,6 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
 def _products(inner: Any) -> dict[Any, JaxprEqn]:
   likely = (eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general"))
   return {eqn.outvars[0]: eqn for eqn in likely if operation(eqn) == "mul"}
-
-
-def _same(inner: Any) -> dict[Any, int]:
-  """A number for each value that several variables hold, by these."""
-  return {var: n for n, holding in enumerate(recomputed(inner)) for var in holding}
 
 
 def _part_left(

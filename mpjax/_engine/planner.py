@@ -17,7 +17,7 @@ from jax.extend import source_info_util
 from mpjax._core import scopes
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
+from mpjax._core.primitives import MATMULS, NO_MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
@@ -192,7 +192,7 @@ class _Walk:
     vias, forms = self.look_up(eqn.invars, path)
     won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
     policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
-    sight = self.sight(eqn, forms, policy.compute_dtype)
+    sight = self.sight(eqn, forms, policy.compute_dtype, place)
     rule, lasts = self.rule(sight)
     if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, decisions.named(sight, policy)
@@ -231,7 +231,7 @@ class _Walk:
 
   def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
-    if eqn.primitive.name not in MATMULS or rule is Rule.MULTIPLY:
+    if eqn.primitive.name not in MATMULS or rule in NO_MATMULS:
       return None
     backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
     is_head = backward and parameter is not None and self.around.is_head(eqn.invars[parameter])
@@ -239,10 +239,10 @@ class _Walk:
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
-  def sight(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype) -> Sight:
+  def sight(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Sight:
     name = eqn.primitive.name
     rule = self.planner.table.get(name, Rule.FOREIGN)
-    return Sight(eqn, name, rule, forms, compute, self.around)
+    return Sight(eqn, name, rule, forms, compute, self.around, place)
 
   def rule(self, sight: Sight) -> tuple[Rule, bool]:
     """The table's rule, sharpened by what only the equation shows; whether its results last."""

@@ -41,6 +41,11 @@ def recomputed(jaxpr: AnyJaxpr) -> list[set[Var]]:
   return [same for same in holding.values() if len(same) > 1]
 
 
+def same_values(jaxpr: AnyJaxpr) -> dict[Var, int]:
+  """A number for each value that several variables of a jaxpr hold, by these."""
+  return {var: n for n, holding in enumerate(recomputed(jaxpr)) for var in holding}
+
+
 class _Values:
   """Numbers of values, equal for equal ones."""
 

@@ -33,6 +33,7 @@ _SIMPLE = frozenset(
     Rule.ALWAYS,
     Rule.FOLLOW,
     Rule.MULTIPLY,
+    Rule.WEIGH,
     Rule.NAMED,
     Rule.EACH,
     Rule.CONVERT,

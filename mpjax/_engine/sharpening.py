@@ -20,8 +20,8 @@ from mpjax._engine.constants import Numbers
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
-from mpjax._engine.made_of import WEIGHTED, weights_of
-from mpjax._engine.plan import Forms
+from mpjax._engine.made_of import weights_of
+from mpjax._engine.plan import Forms, Place
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
 from mpjax._engine.small_steps import is_small_step
@@ -38,6 +38,7 @@ class Sight(NamedTuple):
     forms: How its operands are held.
     compute: The compute dtype that governs it.
     around: What is known of the jaxpr that it stands in.
+    place: Where it stands.
   """
 
   eqn: JaxprEqn
@@ -46,6 +47,7 @@ class Sight(NamedTuple):
   forms: Forms
   compute: np.dtype
   around: Knowledge
+  place: Place
 
   @property
   def result(self) -> Any:
@@ -163,10 +165,17 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "weighted sum",
-    WEIGHTED,
+    {"dot_general"},
     lambda s: s.rule is Rule.LOWER and s.has_float32 and _is_weighted_sum(s),
-    Rule.FULL,
+    Rule.WEIGH,
     "terms times numbers of which some cancel: an error estimate, an expectation",
+  ),
+  Sharpening(
+    "stencil",
+    {"conv_general_dilated"},
+    lambda s: s.rule is Rule.LOWER and s.has_float32 and _has_constant_weights(s),
+    Rule.FULL,
+    "differences of neighbors are small beside these",
   ),
   Sharpening(
     "power iteration",
@@ -213,7 +222,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "amplified",
     {Rule.LOWER},
-    lambda s: (_is_amplified(s) and any(map(_is_data, s.forms))) or _reads_solution(s),
+    lambda s: (_is_amplified(s) and _is_of_data(s)) or _reads_solution(s),
     Rule.FULL,
     "a linear system multiplies what rounds by its condition, and a variance is a small difference",
   ),
@@ -327,16 +336,29 @@ def _is_data(form: Form | None) -> bool:
 
 def _is_amplified(sight: Sight) -> bool:
   """Whether what rounds in a matmul is many times as much where its result is used."""
-  found = sight.around.amplified
-  return bool(found) and sight.has_float32 and sight.result in found
+  factored, moments = sight.around.factored, sight.around.moments
+  if not (factored or moments) or not sight.has_float32:
+    return False
+  return sight.result in factored or sight.result in moments
+
+
+def _is_of_data(sight: Sight) -> bool:
+  """Whether it is so of a float32 operand; a layer before a linear system is a layer."""
+  is_layer = PARAM in sight.forms and sight.result not in sight.around.moments
+  return not is_layer and any(map(_is_data, sight.forms))
 
 
 def _reads_solution(sight: Sight) -> bool:
-  """Whether a matmul of float32 reads what a linear system gives: ``inv(a) @ b``, ``v @ fit``."""
-  found = sight.around.solved
-  return (
-    bool(found) and _is_float32(sight.forms) and bool(jaxprs.places_of(sight.eqn.invars, found))
-  )
+  """Whether what a linear system gives is multiplied once: ``inv(a) @ b``, ``v @ fit``."""
+  found, around = sight.around.solved, sight.around
+  is_last = bool(found) and sight.result not in around.multiplied
+  is_last = is_last and sight.has_float32 and not _any_is_narrow(sight.forms)
+  return is_last and bool(jaxprs.places_of(sight.eqn.invars, found))
+
+
+def _any_is_narrow(forms: Forms) -> bool:
+  """Whether a layer made one of some operands."""
+  return any(form is not None and form.kind is Kind.NARROW for form in forms)
 
 
 def _is_integer(atom: Atom) -> bool:
@@ -363,19 +385,23 @@ def is_square(eqn: JaxprEqn) -> bool:
 
 
 def _is_weighted_sum(sight: Sight) -> bool:
-  """Whether a matmul or convolution weighs terms with constants, and with no parameter.
+  """Whether a matmul weighs terms with constants: a few, as a Runge-Kutta method does.
 
-  A few of them, as the coefficients of a Runge-Kutta method, float32 ones, as a stencil; or any
-  number of which an expectation is taken: what a head is of its features.
+  Or any number of which an expectation is taken: what a head is of its features.
   """
-  eqn, constant = sight.eqn, sight.around.constant
-  if not constant or PARAM in sight.forms or not jaxprs.places_of(weights_of(eqn), constant):
+  if not _has_constant_weights(sight):
     return False
-  if sight.name != "dot_general":
-    return _is_float32(sight.forms)
-  (contracted, _), _ = eqn.params["dimension_numbers"]
-  terms = jaxprs.size_of([jaxprs.shape(eqn.invars[0])[dim] for dim in contracted])
+  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
+  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
   return terms <= SHORT or _is_head(sight)
+
+
+def _has_constant_weights(sight: Sight) -> bool:
+  """Whether a vector or small kernel that is multiplied depends on no argument."""
+  constant = sight.around.constant
+  if not constant or PARAM in sight.forms or _any_is_narrow(sight.forms):
+    return False
+  return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
 
 
 SHORT = 16
@@ -385,17 +411,15 @@ SHORT = 16
 def _hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no parameter in training.
 
-  Of nothing but data, already where a matmul reads what the loop carries, and where all of its
-  operands are that: no layer made them, and they are no parameters alone.
+  Or whether that multiplies two values that the loop carries, and no layer made.
   """
   found, pure = sight.around.recurrence, sight.around.sums.pure
-  if not found.linear:
+  if not found.linear or sight.place.has_cotangents:
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
-  is_free = bool(read) and all(atom not in pure for atom in read)
-  if all(map(_is_data, sight.forms)):
-    return is_free or len(read) > 1
-  return found.is_long and is_free and sight.result in found.leads
+  if len(read) > 1:
+    return all(map(_is_data, sight.forms))
+  return bool(read) and sight.result in found.leads and read[0] not in pure
 
 
 def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
@@ -407,7 +431,7 @@ def multiplies_by_much(eqn: JaxprEqn, numbers: Numbers) -> bool:
 
 def _is_head(sight: Sight) -> bool:
   """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
-  if sight.result in sight.around.multiplied:
+  if sight.result in sight.around.multiplied or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)

@@ -1235,9 +1235,22 @@ def quasi_newton(w, x):
 @both
 @cases(filtered=filtered, quasi_newton=quasi_newton)
 def test_matmuls_of_nothing_but_data_in_loops_are_float32(fn, policy):
-  z = 1000 + jnp.arange(60.0).reshape(60, 1) / 10
+  z = 1000 + jnp.arange(200.0).reshape(200, 1) / 10
   found, want = in_both_formats(fn, policy, W, z)
   np.testing.assert_allclose(found, want, rtol=1e-3)
+
+
+@both
+def test_so_it_does_where_its_parameters_are_made_inside(policy):
+  def trained(seed, x):
+    def step(w, n):
+      target = lambda w: jnp.mean((jnp.tanh(x @ w[0]) @ w[1] - x) ** 2)
+      return jax.tree.map(lambda a, g: a - 0.1 * g, w, jax.grad(target)(w)), n
+
+    return lax.scan(step, (seed * jnp.eye(4), seed * jnp.eye(4)), jnp.arange(200))[0]
+
+  found = matmuls(mpjax.autocast(trained, policy), 0.5, DATA)
+  assert len(found) > 4 and {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
 
 
 @both
@@ -1596,7 +1609,7 @@ TIMES = jnp.linspace(0, 3, 64)
 normal = lambda v, y: (v.T @ v + 1e-6 * jnp.eye(4), v.T @ y)
 SYSTEMS = {
   "solve": lambda v, y: jnp.linalg.solve(*normal(v, y)),
-  "inverse": lambda v, y: (lambda a, b: jnp.linalg.inv(a) @ b)(*normal(v, y)),
+  "inverse": lambda v, y: jnp.linalg.inv(normal(v, y)[0]) @ jnp.sum(v * y[:, None], 0),
   "cholesky": lambda v, y: (
     lambda a, b: jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), b)
   )(*normal(v, y)),
@@ -1644,8 +1657,12 @@ def test_what_is_narrow_already_has_a_variance_of_16_bit_products(policy):
 
 
 @both
-def test_a_gated_difference_of_matmuls_stays_in_16_bits(policy):
-  fn = lambda w, x: (x @ w) - (x @ w[::-1]) * jnp.tanh(x @ w)
+@cases(
+  gated=lambda w, x: (x @ w) - (x @ w[::-1]) * jnp.tanh(x @ w),
+  jitted=lambda w, x: (x @ w) - jax.nn.silu(x) * (x @ w[::-1]),
+  quadratic=lambda w, x: (x @ w) - (x @ w[::-1]) * (x @ (w + 1)),
+)
+def test_a_difference_of_layers_stays_in_16_bits(fn, policy):
   found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
   assert {v.aval.dtype.itemsize for e in found for v in (*e.invars, *e.outvars)} == {2}
 
@@ -1813,6 +1830,38 @@ def test_a_head_multiplies_in_16_bits_and_its_weights_have_gradients_that_do_not
     assert {v.aval.dtype.itemsize for e in products for v in e.invars} == {2}
     assert [e.outvars[0].aval.dtype.itemsize for e in (first, head)] == [2, 4]
     assert 4 in {e.outvars[0].aval.dtype.itemsize for e in backward}
+
+
+@both
+@cases(
+  squares=lambda r: jnp.sum(r * r),
+  inner=lambda r: jnp.einsum("bi,bi->", r, r),
+)
+def test_a_head_is_one_whatever_its_loss_is_and_where_it_is_computed_again(fn, policy):
+  def error(p, x):
+    return fn((x @ p["w"] + p["b"]) / 60000 - 1)
+
+  for around in (lambda f: f, jax.checkpoint):
+    for run in (
+      jax.value_and_grad(mpjax.autocast(around(error), policy)),
+      mpjax.autocast(jax.value_and_grad(around(error)), policy),
+    ):
+      found, want = run(HEAD, FEATURES), jax.value_and_grad(error)(HEAD, FEATURES)
+      close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=1e-6)
+      jax.tree.map(close, found, want)
+
+
+@both
+@pytest.mark.parametrize("spec", ["btd,dk->btk", "btd,dk->bkt", "bdt,dk->tbk", "btd,dk->tkb"])
+def test_heads_run_in_any_order_of_their_dimensions(spec, policy):
+  x = jnp.ones((2, 32, 4) if spec.startswith("bdt") else (2, 4, 32))
+  fn = mpjax.autocast(lambda w, x: jnp.sum(jnp.einsum(spec, x, w) ** 2), policy)
+  value, grads = jax.jit(jax.value_and_grad(fn, (0, 1)))(HEAD["w"], x)
+  np.testing.assert_allclose(value, 2 * 4 * 2 * 16.0, rtol=0.01)
+  np.testing.assert_allclose(
+    jax.vmap(fn, (None, 0))(HEAD["w"], x[:, None])[0], value / 2, rtol=0.01
+  )
+  assert jnp.all(jnp.isfinite(grads[0])) and jnp.all(jnp.isfinite(grads[1]))
 
 
 @both

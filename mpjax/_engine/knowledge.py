@@ -57,8 +57,8 @@ class Known(NamedTuple):
     heads: Which operands are multiplied into one, in it or outside.
     factored: Which results lead into the factorization of a matrix.
     moments: Which results are moments of which one is subtracted from another, see `moments`.
-    multiplying: What asks for that.
     multiplied: Which results lead into a matmul, if rows are looked up inside or multiplied.
+    multiplying: What asks for that there.
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
@@ -78,8 +78,8 @@ class Known(NamedTuple):
   heads: tuple[int, ...] = ()
   factored: frozenset[int] = frozenset()
   moments: tuple[int, ...] = ()
-  multiplying: Question = MULTIPLIED
   multiplied: frozenset[int] = frozenset()
+  multiplying: Question = MULTIPLIED
   carry: range = range(0)
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
@@ -273,8 +273,8 @@ class Knowledge:
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
       factored=needs.leading_from_bodies(FACTORED, eqn, self.factored),
       moments=places(eqn.outvars, self.moments),
-      multiplying=multiplying,
       multiplied=needs.leading_from_bodies(multiplying, eqn, self.multiplied),
+      multiplying=multiplying,
       steady=places(atoms, self.view.steady),
       recurrence=entering(eqn, body, self.recurrence),
       is_test=self.is_test,

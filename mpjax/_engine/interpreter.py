@@ -274,7 +274,7 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
     return to_dtype(jaxprs.run_with(step.eqn, [*pair, *rest], narrow)[0], FLOAT32)
 
   name = step.eqn.primitive.name
-  if name == "dot_general":
+  if name == "dot_general" and not jaxprs.is_sharded_explicitly(step.eqn.outvars[0].aval):
     contracted, batch = step.params["dimension_numbers"]
     run = in_order(contracted, batch, step.params["precision"])
   else:

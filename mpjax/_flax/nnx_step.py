@@ -39,6 +39,7 @@ class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(model, optimizer, *batch)``.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> import optax
     >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     >>> optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
@@ -183,6 +184,7 @@ def make_train_step(
       changes the shape or dtype of a Variable.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> import mpjax
     >>> import optax
     >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))

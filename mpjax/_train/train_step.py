@@ -35,6 +35,7 @@ class TrainStep:
   """A compiled train step, as `make_train_step` returns it: ``step(state, batch)``.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> tx = optax.sgd(0.1)
     >>> step = make_train_step(lambda params, x: jnp.mean(x * params), tx, donate=False)
     >>> state, x = TrainState.create(jnp.ones(2), tx), jnp.ones(2)
@@ -213,6 +214,7 @@ def make_train_step(
       something else than above.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> loss_fn = lambda params, batch: jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
     >>> tx = optax.sgd(0.1)
     >>> step = make_train_step(loss_fn, tx, policy="mixed_bfloat16")

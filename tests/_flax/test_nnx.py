@@ -169,24 +169,8 @@ def test_tied_variables_stay_tied(x):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=0.03), *grads)
 
 
-def test_sown_intermediates_arrive(x):
-  class Sower(nnx.Module):
-    def __init__(self, rngs):
-      self.layer = nnx.Linear(6, 3, rngs=rngs)
-
-    def __call__(self, x):
-      x = self.layer(x)
-      self.sow(nnx.Intermediate, "hidden", x)
-      return x
-
-  mixed = mpjax.apply_policy(Sower(nnx.Rngs(0)), BF16)
-  out, intermediates = nnx.capture(mixed, nnx.Intermediate)(x)
-  (sown,) = intermediates["hidden"].get_value()
-  np.testing.assert_allclose(sown, out, atol=0.01)
-
-
 @pytest.mark.parametrize("around", [lambda f: f, nnx.jit], ids=["plain", "jitted"])
-def test_what_a_jitted_call_sows_and_perturbs_arrives(x, around):
+def test_what_a_call_sows_and_perturbs_arrives(x, around):
   class Sower(nnx.Module):
     def __init__(self, rngs):
       self.layer = nnx.Linear(6, 3, rngs=rngs)

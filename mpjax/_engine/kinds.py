@@ -5,7 +5,6 @@ The meanings are a chain of four, `Kind`; what each primitive does to them is in
 """
 
 import enum
-import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -75,7 +74,6 @@ def fits(value: float, dtype: np.dtype) -> bool:
   return float(info.smallest_normal) <= magnitude < float(info.max) * (1 + float(info.eps))
 
 
-@functools.cache
 def keeps_its_distance(value: float, dtype: np.dtype) -> bool:
   """Whether a number is as far from one in a format as it was, as well as the format can say it.
 

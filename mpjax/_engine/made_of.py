@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mpjax._core.primitives import Trait, having
@@ -167,7 +166,7 @@ def _are_whole(value: Any) -> bool:
     return True
   if np.size(value) > _MOST:
     return False
-  numbers = np.asarray(jax.device_get(value), np.float64)
+  numbers = np.asarray(value, np.float64)
   return bool((np.isfinite(numbers) & (numbers == np.round(numbers))).all())
 
 

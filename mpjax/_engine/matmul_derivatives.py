@@ -126,7 +126,7 @@ def _shifted(dims: Dims, by: int) -> Dims:
 
 def _turned(x: jax.Array, labels: Sequence[str], order: Sequence[str]) -> jax.Array:
   """An array whose dimensions have names, in another order."""
-  return jnp.transpose(x, [labels.index(label) for label in order])
+  return lax.transpose(x, [labels.index(label) for label in order])
 
 
 class Convolution(NamedTuple):
@@ -258,6 +258,7 @@ def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Arr
 
 
 @_tangent_p.def_abstract_eval
+@functools.lru_cache(maxsize=1024)
 def _abstract_eval(wide: jax.Array, other: jax.Array, *, contraction: Product) -> Any:
   (aval,) = jax.make_jaxpr(contraction.run)(wide, other).out_avals
   return aval

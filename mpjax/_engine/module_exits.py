@@ -49,7 +49,8 @@ class Borders:
       lasts: Which of its results are float32 behind their module, too; so is what moves them or
         is added to them.
     """
-    self.lasting.update(lasts)
+    if lasts:
+      self.lasting.update(lasts)
     if self.lasting and eqn.primitive.name in _GO_ON:
       read = jaxprs.variables_of(eqn.invars)
       self.lasting.update(() if self.lasting.isdisjoint(read) else eqn.outvars)

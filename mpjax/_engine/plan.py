@@ -29,6 +29,10 @@ class Read(NamedTuple):
   """The dtype that the equation wants."""
 
 
+AS_HELD = Read()
+"""No cast, as of most operands."""
+
+
 class Place(NamedTuple):
   """Where equations stand.
 
@@ -51,6 +55,8 @@ class Place(NamedTuple):
 
   def within(self, outer: Place) -> Place:
     """The place of an equation of a body that stands in another place."""
+    if outer == ROOT:
+      return self
     return Place(
       outer.path + self.path,
       outer.backward or self.backward,

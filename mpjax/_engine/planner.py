@@ -28,6 +28,7 @@ from mpjax._engine.loop_carries import accumulator, carried, long_sums
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import (
+  AS_HELD,
   PLAIN,
   ROOT,
   Float8,
@@ -69,7 +70,7 @@ class Planner:
     self.analyses = Analyses(self.table, policies.narrow_dtypes(), in_float8)
     self.adapting = self.analyses.adapting
     self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
-    self._rules: dict[tuple[Path, str | None], int | None] = {}
+    self._rules: dict[tuple[Path, str | None], tuple[int | None, Policy]] = {}
     self._plans: dict[Any, Plan] = {}
     self._names: dict[int, tuple[Any, Place]] = {}  # by identity: many equations share a stack
 
@@ -120,12 +121,16 @@ class Planner:
       jaxpr, in_forms, place, out_forms, Known(self.analyses.near_one.exact(jaxpr, outs))
     )
 
-  def rule_at(self, path: Path, op: str | None = None) -> int | None:
-    """The index of the rule that governs a path, or an operation there; None for the default."""
+  def governs(self, path: Path, op: str | None = None) -> tuple[int | None, Policy]:
+    """The rule that governs a path, or an operation there: its index, None for the default.
+
+    And its policy.
+    """
     key = path, op
     if key not in self._rules:
       relative = path[self._scoping.root :]
-      self._rules[key] = self.policies.rule_at(relative, op)
+      rule = self.policies.rule_at(relative, op)
+      self._rules[key] = rule, self.policies.policy_of(rule)
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
 
@@ -190,11 +195,12 @@ class _Walk:
     inner = self.planner.place_of(eqn, self.place.path)
     path, place = inner.path, inner.within(self.place)
     vias, forms = self.look_up(eqn.invars, path)
-    won = None if place.has_policy else self.planner.rule_at(place.path, eqn.primitive.name)
-    policy = FLOAT32_POLICY if place.has_policy else self.planner.policies.policy_of(won)
+    won, policy = None, FLOAT32_POLICY
+    if not place.has_policy:
+      won, policy = self.planner.governs(place.path, eqn.primitive.name)
     sight = self.sight(eqn, forms, policy.compute_dtype, place)
     rule, lasts = self.rule(sight)
-    if self.planner.policies.is_for_op(won) and rule in NAMEABLE:
+    if won is not None and self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, decisions.named(sight, policy)
     elif rule in _WAYS:
       decision = _WAYS[rule](self, eqn, forms, place)
@@ -268,8 +274,7 @@ class _Walk:
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""
-    rule = self.planner.rule_at(self.place.path + path)
-    return rule, self.planner.policies.policy_of(rule)
+    return self.planner.governs(self.place.path + path)
 
   # Deciding an equation that has bodies -------------------------------------------------------
 
@@ -340,11 +345,11 @@ _SHARES_READS = having(Trait.JIT)
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:
   """Which results of an equation are, in one of its bodies, float32 behind their module."""
-  found = {n for b in bodies if len(b.out_forms) == len(eqn.outvars) for n in b.lasting}
-  return [eqn.outvars[n] for n in found]
+  same = [body for body in bodies if len(body.out_forms) == len(eqn.outvars)]
+  return [eqn.outvars[n] for n in {n for body in same for n in body.lasting}]
 
 
 def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:
   if form is None or wanted is None or wanted == form.dtype:
-    return Read(via)
+    return AS_HELD if via is None else Read(via)
   return Read(via, wanted)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +84,7 @@ class Forward(NamedTuple):
 
   roles: Mapping[Var, Role]
   inside: Mapping[int, tuple[Roles, ...]]
-  dtypes: Collection[np.dtype]
+  dtypes: frozenset[np.dtype]
 
   def of(self, atom: Atom) -> Role:
     """The role of an operand."""
@@ -93,12 +93,18 @@ class Forward(NamedTuple):
     # That of a float0 or of a key is no number.
     if kind(atom) not in "fiu" or math.isnan(value := float(atom.val)):
       return NONE
-    number = Role(range=Range(value, value))
-    if value == 1 or not 0.5 < value < 2:
-      return number
-    if all(keeps_its_distance(value, dtype) for dtype in self.dtypes):
-      return number
-    return number._replace(products=frozenset((value,)), is_own=True)
+    return _of_number(value, self.dtypes)
+
+
+@functools.cache
+def _of_number(value: float, dtypes: frozenset[np.dtype]) -> Role:
+  """The role of a number, which has a name if 16 bits bring it nearer to one."""
+  number = Role(range=Range(value, value))
+  if value == 1 or not 0.5 < value < 2:
+    return number
+  if all(keeps_its_distance(value, dtype) for dtype in dtypes):
+    return number
+  return number._replace(products=frozenset((value,)), is_own=True)
 
 
 class RoleFinder:
@@ -108,7 +114,7 @@ class RoleFinder:
     dtypes: The 16-bit formats.
   """
 
-  def __init__(self, dtypes: Collection[np.dtype]) -> None:
+  def __init__(self, dtypes: frozenset[np.dtype]) -> None:
     self._dtypes = dtypes
     self._subtracted: dict[Any, tuple[set[Var], Indices]] = {}
     self._forwards: dict[Any, Forward] = {}

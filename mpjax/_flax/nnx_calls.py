@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax.extend import source_info_util
@@ -184,12 +185,23 @@ def module_paths(model: nnx.Module) -> list[Path]:
 
 def is_node(x: Any) -> bool:
   """Whether a call may update this in place: models, Rngs, other ``nnx.Pytree``s, Variables."""
-  return isinstance(x, nnx.Pytree | nnx.Variable)
+  return type(x) not in _PLAIN and isinstance(x, nnx.Pytree | nnx.Variable)
+
+
+_PLAIN = frozenset({dict, list, tuple, type(None), bool, int, float, str, np.ndarray})
+"""What is asked most, and what Flax takes ten calls to answer for."""
 
 
 def has_nodes(tree: PyTree) -> bool:
   """Whether there are NNX graph nodes in a pytree, such as the arguments of a call."""
-  return any(map(is_node, jax.tree.leaves(tree, is_leaf=is_node)))
+  found: list[bool] = []
+
+  def is_leaf(x: Any) -> bool:
+    found.append(is_node(x))
+    return found[-1]
+
+  jax.tree.leaves(tree, is_leaf=is_leaf)
+  return any(found)
 
 
 def _leaves(var: Any) -> list[int]:

@@ -13,12 +13,12 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.primitives import Rule
-from mpjax._engine import constants, jaxprs, sharpening
+from mpjax._engine import constants, jaxprs
 from mpjax._engine.kernels import kernel_of
 from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind, join, narrow
 from mpjax._engine.module_exits import held_as
 from mpjax._engine.plan import Forms, Plan
-from mpjax._engine.sharpening import Sight
+from mpjax._engine.sight import Sight, foreign_format, looks_up_rows
 
 NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 """The rules of operations that a rule of a `PolicyMap` may name."""
@@ -56,7 +56,7 @@ def named(sight: Sight, policy: Policy) -> Decision:
 
 def _lower(sight: Sight) -> Decision:
   """In 16 bits: those of the policy, or those that the author gave one of the operands."""
-  compute = sharpening.foreign_format(sight.eqn, sight.forms) or sight.compute
+  compute = foreign_format(sight) or sight.compute
   decision = _uniform(sight, narrow(compute))
   if not sight.has_float32:
     return decision
@@ -83,7 +83,7 @@ def _follow(sight: Sight) -> Decision:
   if sight.eqn.outvars[0] in sight.around.sums.updates:
     form = DATA
   decision = _uniform(sight, form)
-  if sharpening.looks_up_rows(sight) and sight.compute != FLOAT32:
+  if looks_up_rows(sight) and sight.compute != FLOAT32:
     return decision._replace(outs=(narrow(sight.compute),))
   return decision
 

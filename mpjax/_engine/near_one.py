@@ -104,7 +104,7 @@ class NearOne:
     dtypes: The 16-bit formats.
   """
 
-  def __init__(self, table: Mapping[str, Rule], dtypes: Collection[np.dtype]) -> None:
+  def __init__(self, table: Mapping[str, Rule], dtypes: frozenset[np.dtype]) -> None:
     self._table, self._roles = table, RoleFinder(dtypes)
     self._leads: dict[Any, tuple[set[Var], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}

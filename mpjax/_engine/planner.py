@@ -42,7 +42,7 @@ from mpjax._engine.plan import (
   narrowed,
   widened,
 )
-from mpjax._engine.sharpening import Sight
+from mpjax._engine.sight import Sight
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 

@@ -43,7 +43,7 @@ UNKNOWN = {
 
 def range_of(fn, x):
   jaxpr = jax.make_jaxpr(fn)(x)
-  forward = RoleFinder([np.dtype(jnp.bfloat16)]).forward(jaxpr, (NONE,))
+  forward = RoleFinder(frozenset({np.dtype(jnp.bfloat16)})).forward(jaxpr, (NONE,))
   return forward.of(versions.open_jaxpr(jaxpr).outvars[0]).range
 
 

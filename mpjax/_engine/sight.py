@@ -1,0 +1,249 @@
+"""What is seen of an equation when its rule is chosen, and what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.dtypes import BFLOAT16, FLOAT16
+from mpjax._core.primitives import Rule
+from mpjax._engine import jaxprs
+from mpjax._engine.kinds import PARAM, Form, Kind, join
+from mpjax._engine.knowledge import Knowledge
+from mpjax._engine.made_of import weights_of
+from mpjax._engine.plan import Forms, Place
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
+
+
+class Sight(NamedTuple):
+  """What is seen of an equation when its rule is chosen.
+
+  Attributes:
+    eqn: The equation.
+    name: The name of its primitive.
+    rule: The rule of that.
+    forms: How its operands are held.
+    compute: The compute dtype that governs it.
+    around: What is known of the jaxpr that it stands in.
+    place: Where it stands.
+  """
+
+  eqn: JaxprEqn
+  name: str
+  rule: Rule
+  forms: Forms
+  compute: np.dtype
+  around: Knowledge
+  place: Place
+
+  @property
+  def result(self) -> Any:
+    """The first result."""
+    return self.eqn.outvars[0]
+
+  @property
+  def has_float32(self) -> bool:
+    """Whether an operand is float32 in the trace."""
+    return any(self.forms)
+
+  @property
+  def is_narrow(self) -> bool:
+    """Whether its operands are held in 16 bits together."""
+    form = join(self.forms)
+    return form is not None and form.kind is Kind.NARROW
+
+  @property
+  def has_narrow(self) -> bool:
+    """Whether a layer made one of its operands."""
+    return any(form is not None and form.kind is Kind.NARROW for form in self.forms)
+
+  @property
+  def are_float16(self) -> Sequence[bool]:
+    """Which of its operands came out of a matmul and are held in float16."""
+    return [f is not None and f.kind is Kind.NARROW and f.dtype == FLOAT16 for f in self.forms]
+
+
+def is_amplified(sight: Sight) -> bool:
+  """Whether what rounds in a matmul is many times as much where its result is used."""
+  return sight.result in sight.around.factored or sight.result in sight.around.moments
+
+
+def is_of_data(sight: Sight) -> bool:
+  """Whether it is so of a float32 operand; a layer before a linear system is a layer."""
+  is_layer = PARAM in sight.forms and sight.result not in sight.around.moments
+  return not is_layer and any(map(_is_data, sight.forms))
+
+
+def reads_solution(sight: Sight) -> bool:
+  """Whether what a linear system gives is multiplied once: ``inv(a) @ b``, ``v @ fit``."""
+  found, around = sight.around.solved, sight.around
+  is_last = bool(found) and sight.result not in around.multiplied and not sight.has_narrow
+  return is_last and bool(jaxprs.places_of(sight.eqn.invars, found))
+
+
+def _is_data(form: Form | None) -> bool:
+  return form is not None and form.kind is Kind.DATA
+
+
+def has_integer(sight: Sight) -> bool:
+  """Whether an operand is an integer."""
+  dtypes = map(jaxprs.dtype, sight.eqn.invars)
+  return any(dtype is not None and jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes)
+
+
+def held_together(sight: Sight) -> np.dtype | None:
+  """The dtype that an equation's operands have together where they follow each other."""
+  form = join(sight.forms)
+  return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
+
+
+def is_square(sight: Sight) -> bool:
+  """X * x and x ** 2 are squares, however they were written."""
+  eqn = sight.eqn
+  if eqn.primitive.name == "integer_pow":
+    return eqn.params["y"] == 2
+  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def is_weighted_sum(sight: Sight) -> bool:
+  """Whether a matmul weighs terms with constants: a few, as a Runge-Kutta method does.
+
+  Or any number of which an expectation is taken: what a head is of its features.
+  """
+  if sight.name != "dot_general" or not has_constant_weights(sight):
+    return False
+  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
+  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
+  return terms <= SHORT or is_head(sight)
+
+
+def has_constant_weights(sight: Sight) -> bool:
+  """Whether a vector or small kernel that is multiplied depends on no argument."""
+  constant = sight.around.constant
+  if not constant or PARAM in sight.forms or sight.has_narrow:
+    return False
+  return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
+
+
+SHORT = 16
+"""As many terms as a weighted sum may have that another matmul multiplies."""
+
+
+def hands_on(sight: Sight) -> bool:
+  """Whether a long loop's next turn has what it carries from a matmul; no parameter in training.
+
+  Or whether that multiplies two values that the loop carries, and no layer made.
+  """
+  found, pure = sight.around.recurrence, sight.around.sums.pure
+  if not found.linear or sight.place.has_cotangents:
+    return False
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
+  if len(read) > 1:
+    return all(map(_is_data, sight.forms))
+  return bool(read) and sight.result in found.leads and read[0] not in pure
+
+
+def multiplies_by_much(sight: Sight) -> bool:
+  """Whether an operand of a product, or what a quotient divides by, is a number like 5000."""
+  eqn, numbers = sight.eqn, sight.around.numbers
+  is_product = eqn.primitive.name == "mul"
+  known = [n for a in eqn.invars[not is_product :] for n in numbers.of(a) or () if np.isfinite(n)]
+  return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
+
+
+def is_head(sight: Sight) -> bool:
+  """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
+  if sight.result in sight.around.multiplied or sight.place.has_cotangents:
+    return False
+  read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
+  return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
+
+
+FEW = 8
+"""Predictions of which there are this many times fewer than features cost nothing in float32."""
+
+MUCH = 2**12
+"""A number by which nothing from 16 on is multiplied that is to stay in the range of float16."""
+
+
+def picks_numbers(sight: Sight) -> bool:
+  """Whether a gather takes single narrow numbers: the logits of the labels, in most losses.
+
+  Read in float32, their cotangents meet those of the logsumexp before they round.
+  """
+  picks, form = set(sight.eqn.params["slice_sizes"]) <= {1}, sight.forms[0]
+  return picks and form is not None and form.kind is Kind.NARROW
+
+
+def fills_with_another(sight: Sight) -> bool:
+  """Whether a gather gives a number for an index out of bounds that no format holds as it is."""
+  fill = sight.eqn.params["fill_value"]
+  is_number = fill is not None and jaxprs.is_float32(sight.result) and fill == fill
+  return is_number and not sight.around.adapting.holds(fill)
+
+
+def merges(sight: Sight) -> bool:
+  """Whether a whole matrix of parameters is added to what matmuls made of parameters alone.
+
+  Not a vector of them, which is a bias, nor one that is spread over a batch: queries that are
+  learned are the first stream of a decoder.
+  """
+  eqn, around = sight.eqn, sight.around
+  pairs = zip(eqn.invars, sight.forms, strict=True)
+  matrices = [atom for atom, form in pairs if form == PARAM and len(jaxprs.shape(atom)) > 1]
+  return (
+    all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
+    and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))
+    and not any(_was_spread(atom, around.view.makers) for atom in matrices)
+  )
+
+
+def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
+  """Whether a value is larger than what it was moved or cast from."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) and len(made.invars) == 1:
+    (before,) = made.invars
+    if jaxprs.size(before) < jaxprs.size(atom):
+      return True
+    atom = before
+  return False
+
+
+def looks_up_rows(sight: Sight) -> bool:
+  """Whether a gather takes many rows of a parameter, which a matmul reads by and by: an embedding.
+
+  They are cast after the lookup, so that the gradient of a row that is taken often sums up in
+  float32; but they are cast, for a sum of embeddings is as large as any activation. One row, or
+  single numbers, are still a parameter; so are the corners of a mesh, whose differences are its
+  edges, and whatever else no matmul reads.
+  """
+  eqn, (form, *_) = sight.eqn, sight.forms
+  if sight.name != "gather" or form is None or form.kind is not Kind.PARAM:
+    return False
+  indices: Any = eqn.invars[1].aval
+  is_many = jaxprs.size_of(indices.shape[:-1]) > 1 and jaxprs.size_of(eqn.params["slice_sizes"]) > 1
+  return is_many and sight.result in sight.around.multiplied
+
+
+def foreign_format(sight: Sight) -> np.dtype | None:
+  """The 16-bit format that its author gave one operand of a matmul whose other is float32."""
+  eqn, forms = sight.eqn, sight.forms
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  formats = {atom.aval.dtype for atom, form in operands if form is None}
+  return formats.pop() if any(forms) and len(formats) == 1 and formats <= _NARROW else None
+
+
+def has_foreign_float(sight: Sight) -> bool:
+  """Whether a matmul mixes float32 with another float than 16 bits, or makes a float64 of it."""
+  eqn, forms = sight.eqn, sight.forms
+  result: Any = sight.result.aval
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  dtypes = {a.aval.dtype for a, f in operands if f is None}
+  if any(forms) and result.dtype == np.float64:
+    return True
+  return any(jnp.issubdtype(d, np.inexact) for d in dtypes - _NARROW)
+
+
+_NARROW = {BFLOAT16, FLOAT16}

@@ -150,6 +150,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "every weight is divided by the norm that it finds",
   ),
   Sharpening(
+    "quantized layer",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.whole and sight.is_of_parameters(s),
+    Rule.WIDE,
+    "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
+  ),
+  Sharpening(
     "whole numbers",
     {Rule.LOWER},
     lambda s: s.result in s.around.whole,

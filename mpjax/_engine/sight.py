@@ -77,6 +77,11 @@ def is_of_data(sight: Sight) -> bool:
   return not is_layer and any(map(_is_data, sight.forms))
 
 
+def is_of_parameters(sight: Sight) -> bool:
+  """Whether an operand is made of parameters alone."""
+  return bool(jaxprs.places_of(sight.eqn.invars, sight.around.sums.pure))
+
+
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system gives is multiplied once: ``inv(a) @ b``, ``v @ fit``."""
   found, around = sight.around.solved, sight.around

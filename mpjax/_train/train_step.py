@@ -50,6 +50,7 @@ class TrainStep:
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
     self._returned = Returned()
+    self._batch_shares = False
 
   def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
@@ -78,7 +79,7 @@ class TrainStep:
       explain_if_deleted(error, leaf_paths(given), _DELETED)
       if "donate" not in str(error) or not self._returned.is_it(given):
         raise
-      self._returned.forget()  # it was changed in place, and now holds an array twice
+      self._returned.forget()  # it was changed in place, or the batch holds an array of it
       return self(given, batch)
     self._returned.note(state, state.step)
     if self._limit is not None:
@@ -87,13 +88,11 @@ class TrainStep:
 
   def _enter(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Placement]:
     """A state whose arrays can be donated, if they are to be, and where they are."""
-    others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
-    is_own = self._returned.is_it(state)
-    if is_own and (not others or not self._donate):
+    if self._returned.is_it(state) and not (self._donate and self._batch_shares):
       return state, Placement()
     leaves, structure = jax.tree.flatten(state)
-    if is_own and {*map(id, others)}.isdisjoint(map(id, leaves)):
-      return state, Placement()
+    others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
+    self._batch_shares = not {*map(id, others)}.isdisjoint(map(id, leaves))
     if self._donate and (shared := shared_buffers(leaves, others)):
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)

@@ -794,6 +794,40 @@ def test_a_matmul_of_whole_numbers_with_others_is_narrow():
   assert explain(fn, "mixed_bfloat16", W, DATA).narrow_share == 1
 
 
+@jax.custom_vjp
+def _binarized(x):
+  return jnp.sign(x)
+
+
+_binarized.defvjp(lambda x: (jnp.sign(x), x), lambda x, g: (g * (jnp.abs(x) <= 1),))
+
+
+@jax.custom_jvp
+def _rounded(x):
+  return jnp.round(x)
+
+
+_rounded.defjvp(lambda primals, tangents: (jnp.round(primals[0]), tangents[0]))
+
+QUANTIZED = {
+  "sign": (_binarized, 1.0),
+  "where": (lambda x: jnp.where(x >= 0, 1.0, -1.0), 1.0),
+  "round": (_rounded, 9.0),
+  "clipped": (lambda x: jnp.clip(_rounded(x), -127, 127), 40.0),
+  "floor": (lambda x: jnp.floor(x + 0.5), 9.0),
+}
+
+
+@in_turns(("case", "policy"), QUANTIZED, POLICIES)
+def test_a_layer_whose_weights_are_rounded_is_narrow_and_exact(case, policy):
+  quantize, scale = case
+  weights = jax.random.normal(jax.random.key(3), (64, 64))
+  x = 3 * jax.random.normal(jax.random.key(4), (32, 64))
+  fn = lambda w, x: quantize(x * scale) @ quantize(w * scale)
+  assert explain(fn, policy, weights, x).narrow_share == 1
+  np.testing.assert_array_equal(mpjax.autocast(fn, policy)(weights, x), fn(weights, x))
+
+
 # Products without a contraction -------------------------------------------------------------------
 
 FREQUENCIES = np.asarray(1 / 1e4 ** (np.arange(0, 4, 2) / 4), np.float32)

@@ -278,6 +278,19 @@ def test_arrays_that_the_optimizer_shares_with_the_parameters_can_be_donated():
   assert int(state.step) == 1
 
 
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_batch_may_hold_arrays_of_the_state_that_is_donated(first):
+  tx = optax.sgd(0.1)
+  loss = lambda params, batch: jnp.sum((params["w"] - batch["x"]) ** 2)
+  step = make_train_step(loss, tx)
+  state = TrainState.create({"w": jnp.ones(4)}, tx)
+  for n in range(4):
+    x = state.params["w"] if n >= first else jnp.zeros(4)
+    state, metrics = step(state, {"x": x})
+    assert float(metrics.loss) == 0 if n >= first else float(metrics.loss) > 0
+  assert not state.params["w"].is_deleted()
+
+
 # Model state, keys, auxiliary output --------------------------------------------------------------
 
 

@@ -25,8 +25,9 @@ class Rule(enum.Enum):
   FULL = "operands to float32; the result is data"
   ALWAYS = "as FULL, whatever a rule for operations says: it has no 16-bit kernel"
   FOLLOW = "the join of the operands"
-  MULTIPLY = "as FOLLOW: a matmul that contracts nothing multiplies"
-  WEIGH = "as FULL: a matmul that adds up a few weighted terms multiplies and adds"
+  MULTIPLY = (
+    "as FOLLOW: a matmul that contracts nothing, or weighs a few terms, multiplies and adds"
+  )
   NAMED = "as the rule of the policy map says that names the operation"
   EACH = "every result is held as the operand in its place"
   CONVERT = "a change of dtype"
@@ -45,10 +46,6 @@ class Rule(enum.Enum):
   LOSS_SCALE = "as ALWAYS: the border of a region with a loss scale of its own, which governs there"
   TRACED = "exactly as traced, in float32"
   FOREIGN = "as TRACED, and it may multiply: reports count its matmuls as float32"
-
-
-NO_MATMULS = frozenset({Rule.MULTIPLY, Rule.WEIGH})
-"""The rules of equations that are matmuls by their primitive alone."""
 
 
 class Trait(enum.Flag):

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import jet
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
+
+from mpjax._engine.new_primitive import new_primitive
 
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -68,22 +69,6 @@ def _zero(x: jax.Array) -> ad.Zero:
   return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-attached_p = Primitive("mpjax_attached")
-"""The first of three operands, with a derivative by the other two."""
-
-
-@attached_p.def_impl
-def _impl(result: jax.Array, first: jax.Array, second: jax.Array, *, along: Any) -> jax.Array:
-  del first, second, along
-  return result
-
-
-@attached_p.def_abstract_eval
-def _abstract_eval(result: jax.Array, first: jax.Array, second: jax.Array, *, along: Any) -> Any:
-  del first, second, along
-  return result
-
-
 def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   out = attached_p.bind(*primals, along=along)
   moved = bilinear(*along, primals[1:], tangents[1:])
@@ -104,24 +89,16 @@ def _batch(args: Any, dims: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   return attached_p.bind(*moved, along=mapped), 0
 
 
-ad.primitive_jvps[attached_p] = _jvp
-ad.primitive_transposes[attached_p] = _transpose
-batching.primitive_batchers[attached_p] = _batch
-mlir.register_lowering(attached_p, mlir.lower_fun(_impl, multiple_results=False))
+attached_p = new_primitive(
+  "mpjax_attached",
+  lambda result, first, second, along: result,
+  shape=lambda result, first, second, along: result,
+  jvp=_jvp,
+  transpose=_transpose,
+  batch=_batch,
+)
+"""The first of three operands, with a derivative by the other two."""
 jet.jet_rules[attached_p] = lambda primals, series, **_: (primals[0], series[0])
-
-_constant_p = Primitive("mpjax_constant")
-"""The identity, without a derivative."""
-
-
-@_constant_p.def_impl
-def _constant_impl(x: jax.Array) -> jax.Array:
-  return x
-
-
-@_constant_p.def_abstract_eval
-def _constant_abstract_eval(aval: Any) -> Any:
-  return aval
 
 
 def _constant_jvp(primals: Any, tangents: Any) -> Any:
@@ -130,8 +107,12 @@ def _constant_jvp(primals: Any, tangents: Any) -> Any:
   return out, _zero(out)
 
 
-ad.primitive_jvps[_constant_p] = _constant_jvp
-ad.primitive_transposes[_constant_p] = lambda cotangent, x: [cotangent]
-batching.defvectorized(_constant_p)
-mlir.register_lowering(_constant_p, mlir.lower_fun(_constant_impl, multiple_results=False))
+_constant_p = new_primitive(
+  "mpjax_constant",
+  lambda x: x,
+  shape=lambda x: x,
+  jvp=_constant_jvp,
+  transpose=lambda cotangent, x: [cotangent],
+)
+"""The identity, without a derivative."""
 jet.jet_rules[_constant_p] = lambda primals, series: (primals[0], series[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -38,12 +38,13 @@ def autocast(
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
       values of arrays; arguments that are no arrays (numbers, strings, flags) are static. A
       derivative rule inside must not close over values that ``fn`` computes: JAX then refuses
-      ``grad(jit(fn))`` and ``grad(autocast(fn))`` alike, and ``autocast(grad(fn))`` works. For
-      NNX models among the arguments see `mpjax.nnx.autocast`.
+      ``grad(jit(fn))`` and ``grad(autocast(fn))`` alike, and ``autocast(grad(fn))`` works.
+      NNX models and other graph nodes may be among the arguments: what the call changes in their
+      Variables arrives.
     policy: A `Policy`, a `PolicyMap`, or a spec string.
     argnums: Which positional arguments hold the parameters. Their float leaves adapt to what
       they meet and are cast at every use; floats in other arguments are data, which stays
-      float32 until a matmul takes it.
+      float32 until a matmul takes it. The ``nnx.Param`` of all models are parameters.
     loss_scale: A power of two by which cotangents are larger inside of ``fn``, for trainers that
       own their gradients: float16 keeps what it would lose. A cotangent is multiplied where it
       enters at a float result and divided, in float32, where it leaves at an argument or a traced
@@ -132,20 +133,22 @@ def names_of(fn: Callable[..., Any], numbers: Sequence[int]) -> set[str]:
   return {names[n] for n in numbers if -len(names) <= n < len(names)}
 
 
-def positions(numbers: Collection[int], count: int) -> set[int]:
+def which(argnums: int | Sequence[int], count: int) -> list[bool]:
   """Which of so many arguments ``argnums`` names, where negative ones count from the last."""
-  return {n % count for n in numbers if -count <= n < count}
+  numbers = (argnums,) if isinstance(argnums, int) else argnums
+  inside = {n % count for n in numbers if -count <= n < count}
+  return [n in inside for n in range(count)]
 
 
 def parameter_flags(
   numbers: Sequence[int], names: set[str], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[list[bool], dict[str, bool]]:
   """For each argument whether it holds parameters."""
-  inside = positions(numbers, len(args))
-  if len(inside) < len(set(numbers)) and not names:
+  flags = which(numbers, len(args))
+  if sum(flags) < len(set(numbers)) and not names:
     raise ValueError(
       f"argnums={tuple(numbers)} must name arguments that hold the parameters; the call has "
       f"{len(args)} positional argument{'s' * (len(args) != 1)}. Pass the parameters by "
       "position, or set argnums; argnums=() if there are none."
     )
-  return [n in inside for n in range(len(args))], {key: key in names for key in kwargs}
+  return flags, {key: key in names for key in kwargs}

@@ -158,7 +158,6 @@ _WAYS: dict[Rule, Callable[[Sight], Decision]] = {
   Rule.LOSS_SCALE: _full,
   Rule.FOLLOW: _follow,
   Rule.MULTIPLY: _follow,
-  Rule.WEIGH: _full,
   Rule.EACH: _each,
   Rule.CONVERT: _convert,
   Rule.CUSTOM_LIN: _custom_lin,

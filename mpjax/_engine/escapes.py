@@ -6,7 +6,7 @@ JAX. The traced ``h`` in it means nothing once the call has ended.
 
 from __future__ import annotations
 
-import functools
+import gc
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -85,29 +85,8 @@ def _within(value: Any) -> Iterator[Any]:
       queue.extend(_parts(found))
 
 
-def _parts(value: Any) -> Iterator[Any]:
-  """What an object holds: entries, attributes, and what a function closed over or was bound to."""
-  if isinstance(value, dict):
-    yield from value.values()
-  elif isinstance(value, list | tuple | set | frozenset):
-    yield from value
-  elif isinstance(value, types.CellType):
-    yield from (value.cell_contents,) if _is_filled(value) else ()
-  elif isinstance(value, types.MethodType):
-    yield from (value.__self__, value.__func__)
-  elif isinstance(value, functools.partial):
-    yield from (value.func, value.args, value.keywords)
-  elif isinstance(value, types.FunctionType):
-    yield from (value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__)
-  else:
-    yield getattr(value, "__dict__", None)
-    names = (name for cls in type(value).__mro__ for name in _slots(cls))
-    yield from (getattr(value, name, None) for name in names)
-
-
-def _slots(cls: type[Any]) -> list[str]:
-  return [k for k, v in vars(cls).items() if isinstance(v, types.MemberDescriptorType)]
-
-
-def _is_filled(cell: types.CellType) -> bool:
-  return cell != types.CellType()
+def _parts(value: Any) -> Sequence[Any]:
+  """What an object holds; of a function not the module that it stands in."""
+  if isinstance(value, types.FunctionType):
+    return value.__closure__, value.__defaults__, value.__kwdefaults__, value.__dict__
+  return gc.get_referents(value)

@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import mlir
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.new_primitive import new_primitive
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -84,23 +84,11 @@ def fixed(x: jax.Array) -> jax.Array:
   return fixed_p.bind(x)
 
 
-fixed_p = Primitive("mpjax_fixed")
+fixed_p = new_primitive(
+  "mpjax_fixed", lambda x: x, shape=lambda x: x, transpose=lambda cotangent, x: [fixed(cotangent)]
+)
 """The identity, which nothing is moved across on a CPU."""
 
-
-@fixed_p.def_impl
-def _impl(x: jax.Array) -> jax.Array:
-  return x
-
-
-@fixed_p.def_abstract_eval
-def _abstract_eval(aval: Any) -> Any:
-  return aval
-
-
-ad.deflinear2(fixed_p, lambda cotangent, x: [fixed(cotangent)])
-batching.defvectorized(fixed_p)
-mlir.register_lowering(fixed_p, mlir.lower_fun(_impl, multiple_results=False))
 mlir.register_lowering(
   fixed_p, mlir.lower_fun(lax.optimization_barrier, multiple_results=False), platform="cpu"
 )

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine.attached_derivatives import constant, with_derivative
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.float32_products import Matmul, fixed
 from mpjax._engine.matmul_derivatives import Contraction
+from mpjax._engine.new_primitive import new_primitive
 
 FORWARD = np.dtype(jnp.float8_e4m3fn)
 """Three bits of mantissa: what a model computes has known ranges."""
@@ -213,26 +213,11 @@ def in_float8(contraction: Contraction, backward: bool = False) -> Matmul:
   return run if contraction.wide == 0 else lambda wide, other: run(other, wide)
 
 
-_tangent_p = Primitive("mpjax_float8_tangent")
-"""`Product.round_and_run`, linear in its operand.
-
-The stored operand comes as float8 values, their scale, and as the array that they were rounded
-from: through that goes its derivative, and nothing reads it in the product itself.
-"""
-
-
-@_tangent_p.def_impl
 def _impl(
   operand: jax.Array, values: jax.Array, scale: jax.Array, origin: jax.Array, *, product: Product
 ) -> jax.Array:
   del origin
   return product.round_and_run(operand, Scaled(values, scale))
-
-
-@_tangent_p.def_abstract_eval
-def _abstract_eval(*avals: Any, product: Product) -> Any:
-  (aval,) = jax.make_jaxpr(functools.partial(_impl, product=product))(*avals).out_avals
-  return aval
 
 
 def _jvp(primals: Any, tangents: Any, *, product: Product) -> Any:
@@ -268,7 +253,11 @@ def _batch(args: Any, dims: Any, *, product: Product) -> Any:
   return _tangent_p.bind(*ahead, product=product.batched(operand, stored)), 0
 
 
-ad.primitive_jvps[_tangent_p] = _jvp
-ad.primitive_transposes[_tangent_p] = _transpose
-batching.primitive_batchers[_tangent_p] = _batch
-mlir.register_lowering(_tangent_p, mlir.lower_fun(_impl, multiple_results=False))
+_tangent_p = new_primitive(
+  "mpjax_float8_tangent", _impl, jvp=_jvp, transpose=_transpose, batch=_batch
+)
+"""`Product.round_and_run`, linear in its operand.
+
+The stored operand comes as float8 values, their scale, and as the array that they were rounded
+from: through that goes its derivative, and nothing reads it in the product itself.
+"""

@@ -284,7 +284,8 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
 
 def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
-  del interpreter
+  if not jaxprs.contracts_nothing(step.eqn):
+    return _weigh(interpreter, step, operands)
   contracted, batch = step.params["dimension_numbers"]
   shaped = []
   free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contracted, batch, strict=True)]
@@ -360,7 +361,6 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.FOLLOW: _follow,
   Rule.WIDE: _wide,
   Rule.MULTIPLY: _multiply,
-  Rule.WEIGH: _weigh,
   Rule.TRACED: _traced,
   Rule.CALL: _call,
   Rule.SCAN: _scan,

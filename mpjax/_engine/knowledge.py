@@ -31,7 +31,7 @@ from mpjax._engine.lookahead import (
   asked_at,
   totaled,
 )
-from mpjax._engine.made_of import WeightedSums, constants, whole_numbers
+from mpjax._engine.made_of import constants, solutions, whole_numbers
 from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
@@ -64,6 +64,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     whole: Which operands are whole numbers, see `made_of`.
+    solved: Which are what a linear system gives.
     constant: Which depend on no float of an argument, if there may be weighted sums inside.
   """
 
@@ -85,6 +86,7 @@ class Known(NamedTuple):
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
   whole: frozenset[int] = frozenset()
+  solved: frozenset[int] = frozenset()
   constant: frozenset[int] = frozenset()
 
 
@@ -106,7 +108,7 @@ class Analyses:
     self.adapting = Adapting(formats)
     self.needs = Needs(table)
     self.whole_numbers = whole_numbers()
-    self.constants, self.weighted_sums = constants(), WeightedSums()
+    self.constants, self.solutions = constants(), solutions()
     self.near_one = NearOne(table, formats)
     self.in_float8 = in_float8
 
@@ -166,7 +168,9 @@ class Knowledge:
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     self.factored = needs.leading(FACTORED, jaxpr, known.factored)
     self.moments = moments(inner, makers, known.moments, needs.holds_sum)
-    self.solved, _ = needs.solved(jaxpr)
+    self.solved: Collection[Var] = ()
+    if known.solved or needs.may_solve(jaxpr):
+      self.solved = analyses.solutions.variables(jaxpr, known.solved)
     self._multiplying = known.multiplying
     self.multiplied = needs.leading(known.multiplying, jaxpr, known.multiplied)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
@@ -176,7 +180,7 @@ class Knowledge:
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
     self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
     self.constant: Collection[Var] = ()
-    if analyses.weighted_sums.are_in(jaxpr):
+    if needs.may_weigh(jaxpr):
       self.constant = analyses.constants.variables(jaxpr, known.constant)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
@@ -239,7 +243,7 @@ class Knowledge:
       kin=(),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      recurrence=Recurrence() if is_stack else of_loop(body.carry, repetitions(eqn)),
+      recurrence=Recurrence() if is_stack else of_loop(body, repetitions(eqn)),
       steady=tuple(
         n
         for n, (atom, form) in consts
@@ -279,11 +283,17 @@ class Knowledge:
       recurrence=entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
+      solved=self._solved_in(eqn, body),
       constant=self._constant_in(eqn, body),
     )
 
+  def _solved_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
+    if not self.solved:
+      return frozenset()
+    return self._analyses.solutions.entering(eqn, body, self.solved)
+
   def _constant_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    if not self._analyses.weighted_sums.are_in(body.jaxpr):
+    if not self._analyses.needs.may_weigh(body.jaxpr):
       return frozenset()
     return self._analyses.constants.entering(eqn, body, self.constant)
 

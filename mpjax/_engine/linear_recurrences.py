@@ -5,12 +5,15 @@ operand in one turn is there in every later one, and adds up to more than is add
 forgets it, as in a recurrent network, and no weights of its own, as in a layer of a stack. So such
 a matmul is float32; and so is one of two values that the loop carries, neither of which a layer
 made, as ``h @ s`` of a quasi-Newton method. A gradient leads to what is trained, which does not
-depend on it so.
+depend on it so. Nor does what goes round by way of an activation: ``v = 0.9 * v + r @ w`` with
+``r = tanh(v)``, however much of it the loop carries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+import operator
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
@@ -19,7 +22,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import places_of, variables_of
 from mpjax._engine.loop_carries import TERMS
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
 
@@ -45,16 +48,29 @@ class Recurrence(NamedTuple, Generic[T]):
   leads: Collection[T] = ()
 
 
-def of_loop(carry: range, turns: int | None) -> Recurrence[int]:
+def of_loop(body: Body, turns: int | None) -> Recurrence[int]:
   """What is known of the operands and results of a loop's body.
 
   Args:
-    carry: The operands that it carries.
+    body: The body.
     turns: How often it turns, if that is known.
   """
-  if turns is not None and turns <= TERMS:
+  if not body.carry or (turns is not None and turns <= TERMS):
     return Recurrence()
-  return Recurrence((*carry,), (*carry,), (*range(len(carry)),))
+  start = body.carry.start
+  masks = _linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
+  made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
+  after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
+  again = _that_return(after)
+  return Recurrence((*body.carry,), tuple(start + n for n in again), again)
+
+
+def _that_return(made: Sequence[int]) -> tuple[int, ...]:
+  """Which of some values come back to themselves, given a bit for each that one is made of."""
+  found = list(made)
+  for n in range(len(found)):  # Warshall 1962, "A theorem on Boolean matrices"
+    found = [bits | found[n] if bits >> n & 1 else bits for bits in found]
+  return tuple(n for n, bits in enumerate(found) if bits >> n & 1)
 
 
 def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -77,12 +93,48 @@ def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
 def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   """What in a jaxpr depends on what the loop carries, whatever it leads to."""
   inner = versions.open_jaxpr(jaxpr)
-  reads, linear = ({inner.invars[n] for n in part} for part in known[:2])
+  reads = {inner.invars[n] for n in known.reads}
   for eqn in inner.eqns:
     if not reads.isdisjoint(variables_of(eqn.invars)):
-      linear.update(eqn.outvars[n] for n in _linear_results(eqn, Recurrence(reads, linear)))
       reads.update(eqn.outvars)
-  return Recurrence(reads, linear)
+  return Recurrence(reads, _linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys())
+
+
+def _linear(
+  jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]
+) -> dict[Var, int]:
+  """What in a jaxpr depends linearly on some of its operands, on some way.
+
+  Args:
+    jaxpr: The jaxpr.
+    carried: Which operands depend on what a loop carries.
+    masks: The bits of such operands, by index.
+
+  Returns:
+    The variables, with the bits of all such operands.
+  """
+  inner = versions.open_jaxpr(jaxpr)
+  reads = {inner.invars[n] for n in carried}
+  found = {inner.invars[n]: bits for n, bits in masks.items()}
+  for eqn in inner.eqns:
+    if reads.isdisjoint(variables_of(eqn.invars)):
+      continue
+    if _is_call(eqn):
+      (body,) = bodies_of(eqn)
+      atoms = body.take(eqn.invars)
+      inside = _linear(body.jaxpr, places_of(atoms, reads), _bits_of(atoms, found))
+      made = _bits_of(versions.open_jaxpr(body.jaxpr).outvars, inside)
+    else:
+      own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads) else {}
+      made = {0: functools.reduce(operator.or_, own.values())} if own else {}
+    found |= {eqn.outvars[n]: bits for n, bits in made.items()}
+    reads.update(eqn.outvars)
+  return found
+
+
+def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
+  """The bits of those of some operands or results that have any, by index."""
+  return {n: found[v] for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found}
 
 
 def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
@@ -93,15 +145,6 @@ def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[i
     tuple(sorted(places_of(atoms, around.linear))),
     tuple(sorted(places_of(eqn.outvars, around.leads))),
   )
-
-
-def _linear_results(eqn: JaxprEqn, around: Recurrence[Any]) -> Collection[int]:
-  """Which results of an equation depend linearly on what the loop carries."""
-  if _is_call(eqn):
-    (body,) = bodies_of(eqn)
-    inside = _read(body.jaxpr, entering(eqn, body, around))
-    return places_of(versions.open_jaxpr(body.jaxpr).outvars, inside.linear)
-  return (0,) if _is_linear(eqn, around.reads) and places_of(eqn.invars, around.linear) else ()
 
 
 def _leading_operands(eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:

@@ -16,16 +16,19 @@ from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import variables_of
+from mpjax._engine.made_of import SOLVES, weights_of
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
+
+_WEIGHTED = "weighted sum"
+"""Stands beside the names of primitives for matmuls with what may be weights."""
+_MAY_WEIGH = frozenset({"dot_general", "conv_general_dilated"})
 
 _JITTED = having(Trait.JIT)
 _REMATS = having(Trait.REMAT)
 _SUMS = MATMULS | {"reduce_sum"}
 MOVES = having(Trait.MOVES)
-_SOLVES = frozenset({"custom_linear_solve", "triangular_solve", "tridiagonal_solve"})
-_STAYS_SOLVED = MOVES | {"convert_element_type", "neg", "slice", "gather", "select_n"}
 
 # What a gradient passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
@@ -72,7 +75,6 @@ class Needs:
     self._table = table
     self._ends: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
     self._names: dict[int, set[str]] = {}
-    self._solved: dict[int, tuple[frozenset[Var], frozenset[int]]] = {}
     self._heads: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
 
   def summed(
@@ -135,7 +137,7 @@ class Needs:
       leads = [found[var] for var in eqn.outvars if var in found]
       read = eqn.invars if leads and self._table.get(eqn.primitive.name) in _PASSED else []
       if leads and through_calls and eqn.primitive.name in _JITTED:
-        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+        results = jaxprs.places_of(eqn.outvars, found)
         read = [eqn.invars[n] for n in self._through_bodies(_NOWHERE, eqn, results)[0]]
       for atom in read:
         if not isinstance(atom, Literal):
@@ -172,7 +174,7 @@ class Needs:
       eqn: The equation.
       found: The variables that do outside.
     """
-    results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+    results = jaxprs.places_of(eqn.outvars, found)
     held = any(self._holds(question, body.jaxpr) for body in bodies_of(eqn))
     if not held:
       return frozenset() if question.of else results
@@ -181,6 +183,14 @@ class Needs:
   def _holds(self, question: Question, jaxpr: AnyJaxpr) -> bool:
     """Whether a jaxpr, or a body in it, holds what a question is about."""
     return not self._primitives(jaxpr).isdisjoint(question.of or question.ends)
+
+  def may_solve(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, solves a linear system."""
+    return not self._primitives(jaxpr).isdisjoint(SOLVES)
+
+  def may_weigh(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, holds a matmul or convolution with what may be weights."""
+    return _WEIGHTED in self._primitives(jaxpr)
 
   def holds_sum(self, eqn: JaxprEqn) -> bool:
     """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
@@ -195,32 +205,12 @@ class Needs:
     if found is None:
       eqns = versions.open_jaxpr(jaxpr).eqns
       self._names[id(jaxpr)] = found = {eqn.primitive.name for eqn in eqns}
+      weighing = (eqn for eqn in eqns if eqn.primitive.name in _MAY_WEIGH)
+      found |= {_WEIGHTED} if any(map(weights_of, weighing)) else set()
       holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
       for body in (body for eqn in holding for body in bodies_of(eqn)):
         found |= self._primitives(body.jaxpr)
     return found
-
-  def solved(self, jaxpr: AnyJaxpr) -> tuple[frozenset[Var], frozenset[int]]:
-    """What linear systems give in a jaxpr, moved too, and which results of it, by index.
-
-    Args:
-      jaxpr: The jaxpr.
-    """
-    key = id(jaxpr)
-    if key not in self._solved:
-      inner, found = versions.open_jaxpr(jaxpr), set[Var]()
-      asked = not self._primitives(jaxpr).isdisjoint(_SOLVES)
-      for eqn in inner.eqns if asked else ():
-        name = eqn.primitive.name
-        if name in _JITTED:
-          (body,) = bodies_of(eqn)
-          found.update(eqn.outvars[n] for n in self.solved(body.jaxpr)[1])
-        elif name in _SOLVES or (
-          name in _STAYS_SOLVED and not found.isdisjoint(variables_of(eqn.invars))
-        ):
-          found.update(eqn.outvars)
-      self._solved[key] = frozenset(found), jaxprs.places_of(inner.outvars, found)
-    return self._solved[key]
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Var], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
@@ -237,13 +227,13 @@ class Needs:
       inner, into = versions.open_jaxpr(jaxpr), self.logarithms(jaxpr, outs)
       source, found = jaxprs.sources(inner, MOVES), set[Var]()
       for eqn in inner.eqns:
-        results = frozenset(n for n, var in enumerate(eqn.outvars) if var in into)
+        results = jaxprs.places_of(eqn.outvars, into)
         read = eqn.invars if results and eqn.primitive.name in MATMULS else []
         for body in bodies_of(eqn):
           _, operands = self.heads(body.jaxpr, frozenset() if body.is_test else results)
           read = [*read, *(eqn.invars[body.operands[n]] for n in operands)]
         found |= variables_of(map(source, read))
-      operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
+      operands = jaxprs.places_of(inner.invars, found)
       self._heads[key] = frozenset(found), operands
     return self._heads[key]
 
@@ -254,11 +244,11 @@ class Needs:
     key = question, id(jaxpr), outs
     if key not in self._ends:
       inner = versions.open_jaxpr(jaxpr)
-      found = {v for n, v in enumerate(inner.outvars) if n in outs and not isinstance(v, Literal)}
+      found = variables_of(inner.outvars[n] for n in outs)
       for eqn in reversed(inner.eqns):
         name = eqn.primitive.name
         if name in HAVE_BODIES:
-          results = frozenset(n for n, var in enumerate(eqn.outvars) if var in found)
+          results = jaxprs.places_of(eqn.outvars, found)
           read = self._through_bodies(asked_at(question, eqn), eqn, results)[0]
           found |= variables_of(eqn.invars[n] for n in read)
         elif name in question.ends:
@@ -266,7 +256,7 @@ class Needs:
           found |= variables_of(eqn.invars) if is_end else set()
         elif not found.isdisjoint(eqn.outvars) and self._table.get(name) in _PASSED:
           found |= variables_of(eqn.invars)
-      operands = frozenset(n for n, var in enumerate(inner.invars) if var in found)
+      operands = jaxprs.places_of(inner.invars, found)
       self._ends[key] = frozenset(found), operands
     return self._ends[key]
 

@@ -11,7 +11,7 @@ convolution with a small kernel of them: a difference of neighbors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class MadeOf:
     kinds: The kinds of numbers that are such values by their type.
     makes: Which primitives make one, whatever their operands are.
     keeps: Which make one of operands that all are such values; all primitives where None.
+    of: ``all``, or ``any`` where one operand is enough.
   """
 
   def __init__(
@@ -49,9 +50,10 @@ class MadeOf:
     kinds: str = "",
     makes: Collection[str] = (),
     keeps: Collection[str] | None = None,
+    of: Callable[[Iterable[bool]], bool] = all,
   ) -> None:
     self._is_value, self._kinds = is_value, kinds
-    self._makes, self._keeps = makes, keeps
+    self._makes, self._keeps, self._of = makes, keeps, of
     self._known: dict[Any, frozenset[Var]] = {}
 
   def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
@@ -81,7 +83,7 @@ class MadeOf:
       results = self._results(body.jaxpr, _places(own))
       return list(carry) if body.is_test else results
 
-    settled(own[body.carry.start : body.carry.stop], turn, all)
+    settled(own[body.carry.start : body.carry.stop], turn, self._of)
     return _places(own)
 
   def holds(self, atom: Atom, found: Any) -> bool:
@@ -101,10 +103,10 @@ class MadeOf:
       bodies = [body for body in bodies_of(eqn) if not body.is_test]
       columns = [self._results(b.jaxpr, self.entering(eqn, b, found)) for b in bodies]
       made = zip(eqn.outvars, zip(*columns, strict=True), strict=True)
-      return [var for var, column in made if all(column)]
+      return [var for var, column in made if self._of(column)]
     made = name in self._makes or (
       (self._keeps is None or name in self._keeps)
-      and all(self.holds(atom, found) for atom in eqn.invars)
+      and self._of(self.holds(atom, found) for atom in eqn.invars)
     )
     return eqn.outvars if made else ()
 
@@ -114,30 +116,21 @@ def whole_numbers() -> MadeOf:
   return MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
 
 
+SOLVES = frozenset({"custom_linear_solve", "triangular_solve", "tridiagonal_solve"})
+_STAYS_SOLVED = having(Trait.MOVES) | {
+  *("convert_element_type", "neg", "slice", "gather", "select_n")
+}
+
+
+def solutions() -> MadeOf:
+  """What finds what linear systems give, moved too."""
+  return MadeOf(lambda value: False, makes=SOLVES, keeps=_STAYS_SOLVED, of=any)
+
+
 def constants() -> MadeOf:
   """What finds the floats that depend on no float of an argument: an index may pick among them."""
   return MadeOf(lambda value: True, "biu")
 
-
-class WeightedSums:
-  """Finds the jaxprs that hold what may be a weighted sum; what is known of one is kept."""
-
-  def __init__(self) -> None:
-    self._known: dict[int, bool] = {}
-
-  def are_in(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, holds a matmul or convolution with such weights."""
-    key = id(jaxpr)
-    if key not in self._known:
-      eqns = versions.open_jaxpr(jaxpr).eqns
-      holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
-      bodies = (body for eqn in holding for body in bodies_of(eqn))
-      own = any(weights_of(eqn) for eqn in eqns if eqn.primitive.name in _WEIGHTED)
-      self._known[key] = own or any(self.are_in(body.jaxpr) for body in bodies)
-    return self._known[key]
-
-
-_WEIGHTED = frozenset({"dot_general", "conv_general_dilated"})
 
 _KERNEL = 64
 """Numbers of a kernel that is a stencil, and no layer."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
@@ -23,6 +23,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.attached_derivatives import bilinear, with_derivative
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.float32_products import Dims, Matmul, but_on_gpus, fixed, in_order
+from mpjax._engine.new_primitive import new_primitive
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal
 
 # A float32 cotangent -----------------------------------------------------------------------------
@@ -248,20 +249,8 @@ def with_wide_cotangent(contraction: Product) -> Matmul:
   return with_derivative(contraction.run, along_wide, along_other)
 
 
-_tangent_p = Primitive("mpjax_wide_tangent")
-"""`Contraction.run` as a linear function of its wide operand."""
-
-
-@_tangent_p.def_impl
 def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Array:
   return contraction.run(wide, other)
-
-
-@_tangent_p.def_abstract_eval
-@functools.lru_cache(maxsize=1024)
-def _abstract_eval(wide: jax.Array, other: jax.Array, *, contraction: Product) -> Any:
-  (aval,) = jax.make_jaxpr(contraction.run)(wide, other).out_avals
-  return aval
 
 
 def _jvp(primals: Any, tangents: Any, *, contraction: Product) -> Any:
@@ -295,7 +284,7 @@ def _batch(args: Any, dims: Any, *, contraction: Product) -> Any:
   return out, batch + (free_of_left if mapped == [1] else 0)
 
 
-ad.primitive_jvps[_tangent_p] = _jvp
-ad.primitive_transposes[_tangent_p] = _transpose
-batching.primitive_batchers[_tangent_p] = _batch
-mlir.register_lowering(_tangent_p, mlir.lower_fun(_impl, multiple_results=False))
+_tangent_p = new_primitive(
+  "mpjax_wide_tangent", _impl, jvp=_jvp, transpose=_transpose, batch=_batch
+)
+"""`Contraction.run` as a linear function of its wide operand."""

@@ -105,11 +105,8 @@ def _is_in(
   """Whether a value is among the operands of a sum, or what is computed of the same things is."""
   if isinstance(value, Literal):
     return any(isinstance(x, Literal) and x.val == value.val for x in own)
-  if any(x is value for x in own):
-    return True
-  number = None if same is None else same().get(value)
-  others = (x for x in own if not isinstance(x, Literal))
-  return number is not None and same is not None and any(same().get(x) == number for x in others)
+  others = [x for x in own if not isinstance(x, Literal)]
+  return value in others or (same is not None and same()[value] in map(same().get, others))
 
 
 def _factors(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:

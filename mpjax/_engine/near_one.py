@@ -37,7 +37,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import operation, places_of, variables_of
 from mpjax._engine.ranges import ONE
-from mpjax._engine.recomputed import recomputed, same_values
+from mpjax._engine.recomputed import same_values
 from mpjax._engine.roles import (
   GATES,
   HAND_ON,
@@ -294,8 +294,9 @@ def _is_near(role: Role, other: Role, name: str) -> bool:
 
 def _computed_again(inner: Jaxpr, found: set[Var]) -> set[Var]:
   """The variables that hold a value which is needed exactly, and are not known to."""
-  same = (holding for holding in recomputed(inner) if not found.isdisjoint(holding))
-  return set[Var]().union(*same) - found
+  values = same_values(inner)
+  needed = {values[var] for var in found}
+  return {var for var, value in values.items() if value in needed} - found
 
 
 def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) -> list[Indices]:
@@ -348,7 +349,7 @@ def _part_left(
     for factor, gate in zip(factors, factors[::-1], strict=True):
       if isinstance(factor, Literal) or not forward.of(gate).range.comes_near(ONE):
         continue
-      if factor is whole or same().get(factor, factor) == same().get(whole, whole):
+      if same()[factor] == same()[whole]:
         return variables_of([gate])
   return set()
 

@@ -17,7 +17,7 @@ from jax.extend import source_info_util
 from mpjax._core import scopes
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import MATMULS, NO_MATMULS, Rule, Trait, having
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
@@ -237,7 +237,7 @@ class _Walk:
 
   def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
-    if eqn.primitive.name not in MATMULS or rule in NO_MATMULS:
+    if eqn.primitive.name not in MATMULS or rule is Rule.MULTIPLY:
       return None
     backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
     is_head = backward and parameter is not None and self.around.is_head(eqn.invars[parameter])
@@ -257,7 +257,7 @@ class _Walk:
         self.planner.unknown[sight.name] += 1
       return Rule.TRACED, False
     found = sharpening.sharpening_of(sight)
-    return (sight.rule, False) if found is None else (found.rule or sight.rule, found.lasts)
+    return (sight.rule, False) if found is None else (found.rule, found.lasts)
 
   # Reading a value where it is used ---------------------------------------------------------
 

@@ -17,8 +17,8 @@ from mpjax._engine.bodies import bodies_of, repetitions
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
-def recomputed(jaxpr: AnyJaxpr) -> list[set[Var]]:
-  """The sets of a jaxpr's variables that hold one value.
+def same_values(jaxpr: AnyJaxpr) -> dict[Var, int]:
+  """A number for each variable of a jaxpr: one number for those that hold one value.
 
   Two equations compute one value from the same operands if their primitives and parameters are
   the same. A call computes what its body does, whatever its derivative is.
@@ -29,21 +29,12 @@ def recomputed(jaxpr: AnyJaxpr) -> list[set[Var]]:
   Example:
     >>> import jax
     >>> twice = lambda x: jax.numpy.sin(x) * jax.jit(jax.numpy.sin)(x)
-    >>> [len(same) for same in recomputed(jax.make_jaxpr(twice)(1.0))]
-    [2]
+    >>> [*same_values(jax.make_jaxpr(twice)(1.0)).values()]
+    [0, 1, 1, 3]
   """
   values = _Values()
   operands = [next(values.fresh) for _ in versions.open_jaxpr(jaxpr).invars]
-  numbers = values.of_variables(jaxpr, operands)
-  holding: dict[int, set[Var]] = {}
-  for var, number in numbers.items():
-    holding.setdefault(number, set()).add(var)
-  return [same for same in holding.values() if len(same) > 1]
-
-
-def same_values(jaxpr: AnyJaxpr) -> dict[Var, int]:
-  """A number for each value that several variables of a jaxpr hold, by these."""
-  return {var: n for n, holding in enumerate(recomputed(jaxpr)) for var in holding}
+  return values.of_variables(jaxpr, operands)
 
 
 class _Values:

@@ -33,7 +33,6 @@ _SIMPLE = frozenset(
     Rule.ALWAYS,
     Rule.FOLLOW,
     Rule.MULTIPLY,
-    Rule.WEIGH,
     Rule.NAMED,
     Rule.EACH,
     Rule.CONVERT,

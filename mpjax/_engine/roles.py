@@ -20,7 +20,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import kind, operation, places_of, sources, variables_of
 from mpjax._engine.kinds import keeps_its_distance
-from mpjax._engine.ranges import ANYWHERE, ONE, Range, hull, range_after, widened
+from mpjax._engine.ranges import ANYWHERE, Range, hull, range_after, widened
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = frozenset[int]
@@ -62,11 +62,6 @@ class Role(NamedTuple):
   turns: float = 0
   is_own: bool = False
   range: Range = ANYWHERE
-
-  @property
-  def is_one(self) -> bool:
-    """Whether it is 1 everywhere."""
-    return self.range == ONE
 
   @property
   def is_known(self) -> bool:

@@ -19,12 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from mpjax._core.arguments import power_of_two
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine.environment import to_dtype
+from mpjax._engine.new_primitive import new_primitive
 
 UNSCALED = 1.0
 """The scale of a region that has none."""
@@ -70,22 +69,12 @@ def within(params: dict[str, Any], scale: float) -> dict[str, Any]:
   return params | {"backward": params["backward"] * around}
 
 
-border_p = Primitive("mpjax_loss_scale")
-"""Multiplies by ``forward`` and transposes to ``backward``, in float32 or what is wider."""
-
-
-@border_p.def_impl
 def _impl(x: jax.Array, *, forward: float, backward: float, inward: bool) -> jax.Array:
   del backward, inward
   if forward == 1:
     return x
   wide = _wide(x)
   return to_dtype(wide * jnp.asarray(forward, wide.dtype), x.dtype)
-
-
-@border_p.def_abstract_eval
-def _abstract_eval(aval: Any, **_: Any) -> Any:
-  return aval
 
 
 def _transpose(
@@ -100,6 +89,5 @@ def _wide(x: jax.Array) -> jax.Array:
   return to_dtype(x, FLOAT32) if x.dtype.itemsize < FLOAT32.itemsize else x
 
 
-ad.deflinear2(border_p, _transpose)
-batching.defvectorized(border_p)
-mlir.register_lowering(border_p, mlir.lower_fun(_impl, multiple_results=False))
+border_p = new_primitive("mpjax_loss_scale", _impl, shape=lambda x, **_: x, transpose=_transpose)
+"""Multiplies by ``forward`` and transposes to ``backward``, in float32 or what is wider."""

@@ -27,7 +27,7 @@ class Sharpening(NamedTuple):
     name: What they are.
     of: Among which they are: names of primitives, or rules that primitives have.
     fits: Whether one of these is such an equation.
-    rule: The rule; None for that of the primitive, which nothing sharpens further.
+    rule: The rule.
     reason: Why.
     lasts: Whether what such an equation makes is float32 behind the module that it stands in, too:
       it was computed for what others do with it.
@@ -36,7 +36,7 @@ class Sharpening(NamedTuple):
   name: str
   of: Collection[str | Rule]
   fits: Callable[[Sight], bool]
-  rule: Rule | None
+  rule: Rule
   reason: str
   lasts: bool = False
 
@@ -70,7 +70,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     Rule.ALWAYS,
     "the function was traced in float32",
   ),
-  Sharpening("no 16-bit kernel", {Rule.ALWAYS}, lambda s: True, None, "as the table says"),
   Sharpening(
     "float32 policy",
     {Rule.LOWER, Rule.RANGE, Rule.FOLLOW},
@@ -118,7 +117,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "matmul without float32",
     {Rule.LOWER},
     lambda s: not s.has_float32,
-    None,
+    Rule.LOWER,
     "there is nothing to cast",
   ),
   Sharpening(
@@ -132,7 +131,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "weighted sum",
     {Rule.LOWER},
     sight.is_weighted_sum,
-    Rule.WEIGH,
+    Rule.MULTIPLY,
     "terms times numbers of which some cancel: an error estimate, an expectation",
   ),
   Sharpening(

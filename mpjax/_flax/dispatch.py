@@ -12,8 +12,10 @@ from flax import nnx
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
-from mpjax._flax import linen_modules, nnx_calls, nnx_models
-from mpjax._flax.nnx_calls import is_node, refuses_what_is_no_function
+from mpjax._engine.autocast import which
+from mpjax._engine.scaled_cotangents import read_loss_scale
+from mpjax._flax import linen_modules, nnx_models
+from mpjax._flax.nnx_calls import has_nodes, is_node, refuses_what_is_no_function, run
 from mpjax._flax.policed import mark
 from mpjax._scaling import scaled_gradients
 
@@ -37,18 +39,21 @@ def autocast(
   argnums: int | Sequence[int] = 0,
   loss_scale: float | None = None,
 ) -> Callable[P, R]:
-  """The autocast of functions of pytrees, and for calls with NNX models that of `mpjax.nnx`."""
-  plain = autocast_of_pytrees(fn, policy, argnums=argnums, loss_scale=loss_scale)
-  mark(plain, as_policy_map(policy))
-  if as_policy_map(policy).is_float32():
-    return plain
-  of_models = nnx_calls.autocast(fn, policy, argnums=argnums, loss_scale=loss_scale)
+  """The autocast of functions of pytrees; a call with NNX models is one of their states."""
+  of_pytrees = autocast_of_pytrees(fn, policy, argnums=argnums, loss_scale=loss_scale)
+  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
+  mark(of_pytrees, policies)
+  if policies.is_float32():
+    return of_pytrees
 
   @functools.wraps(fn)
   def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
-    return (of_models if nnx_calls.has_nodes((args, kwargs)) else plain)(*args, **kwargs)
+    if not has_nodes((args, kwargs)):
+      return of_pytrees(*args, **kwargs)
+    flags = which(argnums, len(args))
+    return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)
 
-  mark(under_policy, as_policy_map(policy))
+  mark(under_policy, policies)
   return under_policy
 
 

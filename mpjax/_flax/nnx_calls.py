@@ -15,15 +15,14 @@ from jax.extend import source_info_util
 from mpjax._core.arguments import shown
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
-from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
+from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_as_written
 from mpjax._core.tree_paths import PyTree
-from mpjax._engine.autocast import in_a_region, positions
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
 from mpjax._engine.plan import Scoping
-from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
-from mpjax._flax.policed import mark, plain_class
+from mpjax._engine.scaled_cotangents import UNSCALED
+from mpjax._flax.policed import plain_class
 
 _PATH = "mpjax_path"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,53 +59,6 @@ def refuses_what_is_no_function(transform: F) -> F:
     return transform(*args, **kwargs)
 
   return cast(F, checked)
-
-
-@refuses_what_is_no_function
-def autocast(
-  fn: Callable[P, R],
-  policy: PolicyLike,
-  *,
-  argnums: int | Sequence[int] = 0,
-  loss_scale: float | None = None,
-) -> Callable[P, R]:
-  """`mpjax.autocast` for functions that take NNX models: a whole loss, say.
-
-  Updates that the function makes to Variables of its arguments arrive. The ``nnx.Param`` of all
-  models are parameters, and so are the arrays of the arguments that ``argnums`` names.
-
-  Args:
-    fn: A function of NNX models, other graph nodes (``nnx.Rngs``) and pytrees.
-    policy: A `Policy`, a `PolicyMap` with paths from the first model, or a spec string.
-    argnums: Which positional arguments hold parameters if they are pytrees of arrays.
-    loss_scale: A power of two by which cotangents are larger inside: see `mpjax.autocast`.
-
-  Returns:
-    A function with the signature of ``fn`` whose float32 results have the output dtype.
-
-  Example:
-    >>> import jax.numpy as jnp
-    >>> loss = lambda model, x: jnp.mean(model(x))
-    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-    >>> grads = nnx.grad(autocast(loss, "mixed_bfloat16"))(model, jnp.ones((4, 2)))
-    >>> grads["kernel"][...].dtype.name
-    'float32'
-  """
-  policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
-  if policies.is_float32():
-    region = in_a_region(fn)
-    mark(region, policies)
-    return region
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-
-  @functools.wraps(fn)
-  def under_policy(*args: P.args, **kwargs: P.kwargs) -> R:
-    inside = positions(numbers, len(args))
-    flags = [n in inside for n in range(len(args))]
-    return run(fn, policies, args, kwargs, flags, strict=True, loss_scale=scale)
-
-  mark(under_policy, policies)
-  return under_policy
 
 
 def run(

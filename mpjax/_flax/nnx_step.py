@@ -9,7 +9,8 @@ from flax import nnx
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import PyTree
-from mpjax._flax.nnx_calls import autocast, check_structure, fill, has_nodes, is_node, structure
+from mpjax._flax.dispatch import autocast
+from mpjax._flax.nnx_calls import check_structure, fill, has_nodes, is_node, structure
 from mpjax._flax.nnx_step_variables import (
   arrays_of,
   check_opt_state,

@@ -16,6 +16,7 @@ from jax import export
 
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
+from mpjax._engine.autocast import which
 from mpjax._flax.dispatch import autocast
 from mpjax._flax.nnx_calls import is_node
 from mpjax.inspect._compiled_text import Card, estimated_cycles, float8_calls, moved, roofline
@@ -210,8 +211,7 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
 
 def _held(program: _Program, args: Sequence[Any], argnums: int | Sequence[int]) -> dict[str, Any]:
   """How many parameters there are, and the bytes of each that a step takes and hands back."""
-  chosen = (argnums,) if isinstance(argnums, int) else argnums
-  places = {n % len(args) for n in chosen if -len(args) <= n < len(args)}
+  places = {n for n, is_held in enumerate(which(argnums, len(args))) if is_held}
   count = sum(leaf.size for n in places for leaf in _floats(_parameters(args[n])))
   if not count:
     return {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import MATMULS, NO_MATMULS
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
 from mpjax._engine.float8 import FORWARD
@@ -26,7 +26,7 @@ def is_float(aval: Any) -> bool:
 
 def is_matmul(step: Step) -> bool:
   """Whether a step is a matmul or convolution: not one that only multiplies, or weighs terms."""
-  return step.eqn.primitive.name in MATMULS and step.rule not in NO_MATMULS
+  return step.eqn.primitive.name in MATMULS and step.rule is not Rule.MULTIPLY
 
 
 def has_floats(eqn: JaxprEqn) -> bool:

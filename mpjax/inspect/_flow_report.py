@@ -13,7 +13,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32, short_name
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import MATMULS, NO_MATMULS
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine.float8 import FORWARD
 from mpjax.inspect._flow_rows import (
@@ -315,7 +315,7 @@ def _is_narrow(dtype: str) -> bool:
 
 
 def _is_matmul(op: OpFlow) -> bool:
-  return op.op in MATMULS and op.rule not in {rule.name.lower() for rule in NO_MATMULS}
+  return op.op in MATMULS and op.rule != Rule.MULTIPLY.name.lower()
 
 
 def _is_of_floats(op: OpFlow) -> bool:

@@ -72,7 +72,7 @@ class Subject(NamedTuple):
         merged = [own.get(n, x) for n, x in enumerate(leaves)]
         args, kwargs = jax.tree.unflatten(tree, merged)
         out = self.fn(*args, **kwargs)
-        results = jax.tree.leaves(out[0] if self.scoping.absolute else out)
+        results = jax.tree.leaves(self.results(out))
         sums = [x if x.ndim == 0 else x.sum() for x in results if is_real(x)]
         if not sums:
           raise ValueError(
@@ -84,6 +84,50 @@ class Subject(NamedTuple):
       return jax.grad(total)([leaves[n] for n in places])
 
     return self._replace(name=f"gradient of {self.name}", fn=gradients)
+
+  @property
+  def has_models(self) -> bool:
+    """Whether NNX models are among the arguments."""
+    return self.scoping.absolute
+
+  @property
+  def params(self) -> Any:
+    """The arguments that hold the parameters; one alone as it is."""
+    chosen = tuple(self.args[n] for n in self._wrt)
+    return chosen[0] if len(chosen) == 1 else chosen
+
+  @property
+  def _wrt(self) -> tuple[int, ...]:
+    return tuple(n for n, flag in enumerate(self.flags[0]) if flag is True)
+
+  def under(self, policies: PolicyMap) -> Callable[..., Any]:
+    """The function of its positional arguments under a policy map; its results are float32."""
+
+    def run(*args: Any) -> Any:
+      if policies.is_float32():
+        return self.results(self.fn(*args))
+      return self.results(self._replace(args=args).decide(policies).run().cast(FLOAT32))
+
+    return run
+
+  def results(self, out: Any) -> Any:
+    """What the user's function returned: a call with models returns their states besides."""
+    return out[0] if self.has_models else out
+
+  def value_and_grad(self, policies: PolicyMap, scale: float = 1.0) -> Callable[..., Any]:
+    """The loss and the gradients of the parameters, through the loss times a scale."""
+    run = self.under(policies)
+
+    def scaled(*args: Any) -> tuple[Any, Any]:
+      loss = run(*args)
+      return (loss if scale == 1 else loss * scale), loss
+
+    def both(*args: Any) -> tuple[Any, Any]:
+      wrt = self._wrt[0] if len(self._wrt) == 1 else self._wrt
+      grads, loss = jax.grad(scaled, wrt, has_aux=True)(*args)
+      return loss, grads if scale == 1 else jax.tree.map(lambda g: g / scale, grads)
+
+    return both
 
   def decide(self, policies: PolicyMap | None = None, *, strict: bool = True) -> Decided:
     """Trace and plan it, under its own policies or others."""

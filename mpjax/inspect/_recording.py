@@ -19,8 +19,8 @@ from mpjax._engine.environment import brought_here
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.versions import Literal, Var
-from mpjax.inspect._differentiated import Objective
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
+from mpjax.inspect._inspected import subject_of
 from mpjax.inspect._policies_by_module import spelled
 from mpjax.inspect._policies_inside import refuse_regions
 
@@ -94,13 +94,14 @@ def record(
 
   @functools.wraps(fn)
   def recorded(*args: Any) -> tuple[Any, Values]:
-    decided = Objective(fn, args, argnums).decide(policies)
+    subject = subject_of(fn, policies, args, {}, argnums)
+    decided = subject.decide()
     refuse_regions(decided.plan, "record", "what it records")
     operands = decided.call.operands
     flags = [False] * len(operands)
     flat, tallies = jax.jit(lambda xs: _run(decided.plan, xs, flags))(operands)
     out = decided.call.result(flat, (None,) * len(flat))
-    return jax.tree.unflatten(out.tree, out.leaves), _values(tallies)
+    return subject.results(jax.tree.unflatten(out.tree, out.leaves)), _values(tallies)
 
   return recorded
 

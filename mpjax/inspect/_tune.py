@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,8 @@ from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import leaf_paths
-from mpjax.inspect._differentiated import Objective
 from mpjax.inspect._explain import explain
+from mpjax.inspect._inspected import subject_of
 from mpjax.inspect._policies_by_module import (
   WIDE,
   Assignment,
@@ -97,9 +98,14 @@ def tune(
     )
   if not tolerance > 0:
     raise ValueError(f"tolerance must be above 0. Got {tolerance!r}. Try 0.05.")
-  objective = Objective(loss_fn, args, argnums, has_aux=has_aux)
-  lab = _Lab(loss_fn, args, argnums, objective, tolerance, loss_scale)
+  loss = _without_aux(loss_fn) if has_aux else loss_fn
+  lab = _Lab(loss, args, argnums, tolerance, loss_scale)
   return _search(lab, Names({str(p): as_policy(p) for p in low}))
+
+
+def _without_aux(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+  """A loss function with auxiliary output without it."""
+  return functools.wraps(loss_fn)(lambda *args: loss_fn(*args)[0])
 
 
 _Alone = tuple[list[Path], Sensitivity]
@@ -110,25 +116,25 @@ class _Lab:
 
   def __init__(
     self,
-    loss_fn: Callable[..., Any],
+    loss: Callable[..., Any],
     args: Sequence[Any],
     argnums: int | Sequence[int],
-    objective: Objective,
     tolerance: float,
     loss_scale: float,
   ) -> None:
-    self.loss_fn, self.args, self.argnums = loss_fn, args, argnums
-    self.objective, self.tolerance, self.scale = objective, tolerance, loss_scale
+    self.loss, self.args, self.argnums = loss, args, argnums
+    self.subject = subject_of(loss, WIDE, args, {}, argnums)
+    self.tolerance, self.scale = tolerance, loss_scale
     self.compilations = 0
-    flow = explain(loss_fn, WIDE, *args, argnums=argnums)
+    flow = explain(loss, WIDE, *args, argnums=argnums)
     self.flops = float(flow.flops)
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
-    self.leaves = [path for path, _ in leaf_paths(objective.params)]
+    self.leaves = [path for path, _ in leaf_paths(self.subject.params)]
     wide = PolicyMap({}, WIDE)
-    plan = objective.decide(wide).plan
+    plan = self.subject.decide(wide).plan
     refuse_regions(plan, "tune", "its reference")
     AuthorsOwn.of(plan).refuse("tune")
-    self.exact, moved = self._run(objective.value_and_grad(wide))
+    self.exact, moved = self._run(self.subject.value_and_grad(wide))
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(self.exact)):
       raise ValueError(
         "Loss and gradients must be finite in float32, or nothing can be compared with them. Got "
@@ -139,18 +145,18 @@ class _Lab:
   def _run(self, fn: Callable[..., Any]) -> tuple[Any, float | None]:
     """Loss and gradients, and the bytes that XLA says it takes to compute them."""
     self.compilations += 1
-    lowered = jax.jit(fn).lower(*self.objective.operands)
-    return lowered.compile()(*self.objective.operands), costs_of(lowered).get("bytes accessed")
+    lowered = jax.jit(fn).lower(*self.subject.args)
+    return lowered.compile()(*self.subject.args), costs_of(lowered).get("bytes accessed")
 
   def measure(self, policies: PolicyMap, tried: str) -> Trial:
     """The errors and the cost of a policy map."""
-    found, moved = self._run(self.objective.value_and_grad(policies, self.scale))
+    found, moved = self._run(self.subject.value_and_grad(policies, self.scale))
     loss_error, gradient_errors = jax.device_get(_errors(found, self.exact))
     gradient_errors = np.nan_to_num(gradient_errors, nan=math.inf)
     loss_error = float(np.nan_to_num(loss_error, nan=math.inf))
     worst = int(np.argmax(gradient_errors)) if gradient_errors.size else -1
     gradient_error = float(gradient_errors[worst]) if worst >= 0 else 0.0
-    flow = explain(self.loss_fn, policies, *self.args, argnums=self.argnums)
+    flow = explain(self.loss, policies, *self.args, argnums=self.argnums)
     return Trial(
       tried=tried,
       loss_error=loss_error,
@@ -311,7 +317,7 @@ def _with_frontier(trials: Sequence[Trial]) -> tuple[Trial, ...]:
 
 def _note(lab: _Lab) -> str:
   heads = {unit[0] for unit in lab.units if unit}
-  if len(heads) != 1 or lab.objective.has_models:
+  if len(heads) != 1 or lab.subject.has_models:
     return ""
   (head,) = heads
   return (

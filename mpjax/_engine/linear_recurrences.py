@@ -100,9 +100,7 @@ def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   return Recurrence(reads, _linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys())
 
 
-def _linear(
-  jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]
-) -> dict[Var, int]:
+def _linear(jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]) -> dict[Var, int]:
   """What in a jaxpr depends linearly on some of its operands, on some way.
 
   Args:

@@ -6,12 +6,13 @@ or 2048 (float16), so that the matmul is float32, as `cumsum` is. What is rounde
 
 What depends on no float of an argument is constant. A matmul with a vector of constants is a sum
 of terms with weights, of which some may cancel: those of a Runge-Kutta method's error. So is a
-convolution with a small kernel of them: a difference of neighbors.
+convolution with a small kernel of them: a difference of neighbors. A matrix that the program makes
+of nothing but numbers is no layer either: it interpolates, differentiates or transforms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class MadeOf:
     makes: Which primitives make one, whatever their operands are.
     keeps: Which make one of operands that all are such values; all primitives where None.
     of: ``all``, or ``any`` where one operand is enough.
+    joins: Where one is enough, which make one of operands that all are such values.
   """
 
   def __init__(
@@ -51,9 +53,10 @@ class MadeOf:
     makes: Collection[str] = (),
     keeps: Collection[str] | None = None,
     of: Callable[[Iterable[bool]], bool] = all,
+    joins: Collection[str] = (),
   ) -> None:
     self._is_value, self._kinds = is_value, kinds
-    self._makes, self._keeps, self._of = makes, keeps, of
+    self._makes, self._keeps, self._of, self._joins = makes, keeps, of, joins
     self._known: dict[Any, frozenset[Var]] = {}
 
   def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
@@ -104,9 +107,10 @@ class MadeOf:
       columns = [self._results(b.jaxpr, self.entering(eqn, b, found)) for b in bodies]
       made = zip(eqn.outvars, zip(*columns, strict=True), strict=True)
       return [var for var, column in made if self._of(column)]
+    keeps = self._keeps is None or name in self._keeps
+    of = all if name in self._joins else self._of
     made = name in self._makes or (
-      (self._keeps is None or name in self._keeps)
-      and self._of(self.holds(atom, found) for atom in eqn.invars)
+      (keeps or name in self._joins) and of(self.holds(atom, found) for atom in eqn.invars)
     )
     return eqn.outvars if made else ()
 
@@ -116,15 +120,15 @@ def whole_numbers() -> MadeOf:
   return MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
 
 
-SOLVES = frozenset({"custom_linear_solve", "triangular_solve", "tridiagonal_solve"})
+SOLVES = having(Trait.FACTORS) | {"householder_product", "ormqr"}
 _STAYS_SOLVED = having(Trait.MOVES) | {
-  *("convert_element_type", "neg", "slice", "gather", "select_n")
+  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div")
 }
 
 
 def solutions() -> MadeOf:
-  """What finds what linear systems give, moved too."""
-  return MadeOf(lambda value: False, makes=SOLVES, keeps=_STAYS_SOLVED, of=any)
+  """What finds what linear systems and decompositions give, moved and scaled too."""
+  return MadeOf(lambda value: False, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
 
 
 def constants() -> MadeOf:
@@ -146,6 +150,26 @@ def weights_of(eqn: JaxprEqn) -> list[Atom]:
   contracted, _ = eqn.params["dimension_numbers"]
   pairs = zip(eqn.invars, contracted, strict=True)
   return [atom for atom, dims in pairs if len(dims) == 1 and len(jaxprs.shape(atom)) == 1]
+
+
+def is_computed(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value is made of nothing but numbers of the program itself, none of them random.
+
+  Args:
+    atom: A variable or literal of a jaxpr.
+    makers: The equations of that, by what they make.
+  """
+  queue, seen = [atom], set[Var]()
+  while queue:
+    before = queue.pop()
+    if isinstance(before, Literal) or before in seen:
+      continue
+    seen.add(before)
+    made = makers.get(before)
+    if made is None or made.primitive.name.startswith("random_"):
+      return False
+    queue += made.invars
+  return True
 
 
 def _are_whole(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
 ``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``, ``h.T @ h / n - outer(m, m)``:
 what is left is small beside both, smaller than what 16 bits round of either, and a variance comes
-out negative. Where the sums are matmuls or convolutions, these are float32; of operands that are
-narrow already only what they return is.
+out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. Where the sums are
+matmuls or convolutions, these are float32; of operands that are narrow already only what they
+return is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _MOVED = having(Trait.MOVES) | {
   *("convert_element_type", "broadcast_in_dim", "neg", "slice", "dynamic_slice")
 }
 _SCALED = frozenset({"mul", "div"})
+_ADDS = frozenset({"add", "sub", "add_any"})
 
 
 def moments(
@@ -43,7 +45,40 @@ def moments(
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
       found |= _of_difference(second, product, makers, is_sum, same)
+  found |= _of_distances(inner, makers)
   return frozenset(var for start in found for var in _chain(start, makers))
+
+
+def _of_distances(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> set[Var]:
+  """The matmuls of values to which, or from which, sums of squares of these are added."""
+
+  def squared(eqn: JaxprEqn) -> list[Any]:
+    factors = _factors(_source(eqn.invars[0], makers), makers)
+    first, *_ = sources = [_source(factor, makers) for factor in factors] or [None]
+    return sources[:1] if len(sources) == 2 and first is sources[1] else []
+
+  sums = {e.outvars[0]: squared(e) for e in inner.eqns if e.primitive.name == "reduce_sum"}
+  squares = {value for values in sums.values() for value in values}
+  products = {
+    eqn.outvars[0]: own
+    for eqn in (inner.eqns if squares else ())
+    if eqn.primitive.name == "dot_general"
+    and (own := squares.intersection(variables_of(_source(a, makers) for a in eqn.invars)))
+  }
+  terms: dict[Any, set[Any]] = {}
+  for eqn in inner.eqns if products else ():
+    if eqn.primitive.name in _ADDS:
+      read = [_source(atom, makers) for atom in eqn.invars]
+      terms[eqn.outvars[0]] = set[Any]().union(
+        *(terms.get(atom, {atom}) for atom in read if not isinstance(atom, Literal))
+      )
+  met = [own for own in terms.values() if not own.isdisjoint(products)]
+  return {
+    product
+    for own in met
+    for product in own & products.keys()
+    if any(not products[product].isdisjoint(sums.get(term, ())) for term in own)
+  }
 
 
 def _of_difference(

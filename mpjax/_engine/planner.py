@@ -195,10 +195,12 @@ class _Walk:
     inner = self.planner.place_of(eqn, self.place.path)
     path, place = inner.path, inner.within(self.place)
     vias, forms = self.look_up(eqn.invars, path)
+    name = eqn.primitive.name
     won, policy = None, FLOAT32_POLICY
     if not place.has_policy:
-      won, policy = self.planner.governs(place.path, eqn.primitive.name)
-    sight = self.sight(eqn, forms, policy.compute_dtype, place)
+      won, policy = self.planner.governs(place.path, name)
+    table_rule = self.planner.table.get(name, Rule.FOREIGN)
+    sight = Sight(eqn, name, table_rule, forms, policy.compute_dtype, self.around, place)
     rule, lasts = self.rule(sight)
     if won is not None and self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, decisions.named(sight, policy)
@@ -244,11 +246,6 @@ class _Walk:
     if reason := why_not_float8(eqn, rule, forms, parameter, self.around.logarithms, is_head):
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
-
-  def sight(self, eqn: JaxprEqn, forms: Forms, compute: np.dtype, place: Place) -> Sight:
-    name = eqn.primitive.name
-    rule = self.planner.table.get(name, Rule.FOREIGN)
-    return Sight(eqn, name, rule, forms, compute, self.around, place)
 
   def rule(self, sight: Sight) -> tuple[Rule, bool]:
     """The table's rule, sharpened by what only the equation shows; whether its results last."""

@@ -142,6 +142,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "differences of neighbors are small beside these",
   ),
   Sharpening(
+    "fixed transform",
+    {Rule.LOWER},
+    sight.is_fixed_transform,
+    Rule.FULL,
+    "it interpolates or differentiates data, as what is no matmul would: labels survive",
+  ),
+  Sharpening(
     "power iteration",
     {Rule.LOWER},
     lambda s: s.result in s.around.iterated,

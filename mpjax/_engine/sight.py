@@ -13,7 +13,7 @@ from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
-from mpjax._engine.made_of import weights_of
+from mpjax._engine.made_of import is_computed, weights_of
 from mpjax._engine.plan import Forms, Place
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
@@ -83,10 +83,18 @@ def is_of_parameters(sight: Sight) -> bool:
 
 
 def reads_solution(sight: Sight) -> bool:
-  """Whether what a linear system gives is multiplied once: ``inv(a) @ b``, ``v @ fit``."""
+  """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
+
+  As ``inv(a) @ b``, ``(u * s) @ v``. Of parameters only the last time: a layer may multiply what
+  is made of its own.
+  """
   found, around = sight.around.solved, sight.around
-  is_last = bool(found) and sight.result not in around.multiplied and not sight.has_narrow
-  return is_last and bool(jaxprs.places_of(sight.eqn.invars, found))
+  if not found or sight.has_narrow:
+    return False
+  read = {a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found}
+  return not read <= around.sums.pure.keys() or (
+    bool(read) and sight.result not in around.multiplied
+  )
 
 
 def _is_data(form: Form | None) -> bool:
@@ -126,11 +134,29 @@ def is_weighted_sum(sight: Sight) -> bool:
 
 
 def has_constant_weights(sight: Sight) -> bool:
-  """Whether a vector or small kernel that is multiplied depends on no argument."""
-  constant = sight.around.constant
-  if not constant or PARAM in sight.forms or sight.has_narrow:
+  """Whether a vector or small kernel that is multiplied depends on no argument.
+
+  What a kernel is applied to may be a parameter, an image that is sought.
+  """
+  constant, is_kernel = sight.around.constant, sight.name == "conv_general_dilated"
+  if not constant or sight.has_narrow or (PARAM in sight.forms and not is_kernel):
     return False
   return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
+
+
+def is_fixed_transform(sight: Sight) -> bool:
+  """Whether a matrix that the program computes of nothing is multiplied with data, or a vector."""
+  if sight.name != "dot_general" or sight.has_narrow:
+    return False
+  origins, makers = sight.around.sums.origins, sight.around.view.makers
+  pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
+  return any(
+    len(jaxprs.shape(matrix)) > 1
+    and not isinstance(other, Literal)
+    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not origins.get(other, 0)))
+    and is_computed(matrix, makers)
+    for (matrix, _), (other, form) in (pairs, pairs[::-1])
+  )
 
 
 SHORT = 16
@@ -221,15 +247,23 @@ def looks_up_rows(sight: Sight) -> bool:
 
   They are cast after the lookup, so that the gradient of a row that is taken often sums up in
   float32; but they are cast, for a sum of embeddings is as large as any activation. One row, or
-  single numbers, are still a parameter; so are the corners of a mesh, whose differences are its
-  edges, and whatever else no matmul reads.
+  rows of few numbers, are still a parameter: the positions of atoms and the corners of a mesh,
+  whose differences are small beside them. So is whatever else no matmul reads.
   """
   eqn, (form, *_) = sight.eqn, sight.forms
   if sight.name != "gather" or form is None or form.kind is not Kind.PARAM:
     return False
   indices: Any = eqn.invars[1].aval
-  is_many = jaxprs.size_of(indices.shape[:-1]) > 1 and jaxprs.size_of(eqn.params["slice_sizes"]) > 1
-  return is_many and sight.result in sight.around.multiplied
+  row = jaxprs.size_of(eqn.params["slice_sizes"])
+  return (
+    jaxprs.size_of(indices.shape[:-1]) > 1
+    and row > POINT
+    and sight.result in sight.around.multiplied
+  )
+
+
+POINT = 4
+"""As many numbers as a point, a box or a rotation has."""
 
 
 def foreign_format(sight: Sight) -> np.dtype | None:

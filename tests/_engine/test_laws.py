@@ -1222,6 +1222,17 @@ NOT_LINEAR = {
     lambda h: jnp.sum(h) < 1e3, lambda h: jax.nn.standardize(h @ w + h), x[:2]
   ),
   "short": lambda w, x: lax.fori_loop(0, 16, lambda _, h: h @ w, x),
+  "activation_that_is_carried": lambda w, x: lax.scan(
+    lambda c, u: ((v := 0.9 * c[0] + 0.1 * (c[1] @ w + u), jnp.tanh(v)), None), (x[0], x[0]), x
+  )[0],
+  "spikes": lambda w, x: lax.scan(
+    lambda c, u: (
+      (v := 0.9 * c[0] * (1 - c[1]) + c[1] @ w + u, jax.jit(lambda v: (v > 1) * 1.0)(v)),
+      None,
+    ),
+    (x[0], x[0]),
+    x,
+  )[0],
   "layers": lambda w, x: lax.scan(
     lambda h, own: (h + h @ own, None), x, jnp.broadcast_to(w, (200, 4, 4))
   )[0],
@@ -1659,6 +1670,39 @@ def test_a_linear_system_of_data_is_solved_as_in_float32(fn, policy):
   np.testing.assert_allclose(found, want, atol=0.01)
 
 
+LOW_RANK = jnp.outer(jnp.arange(1.0, 9), jnp.arange(3.0, 9)) + 0.01 * jnp.cos(
+  jnp.arange(48.0)
+).reshape(8, 6)
+logarithm = lambda s: (lambda w, v: (v * jnp.log(w)) @ v.T)(*jnp.linalg.eigh(s))
+DECOMPOSED = {
+  "eigh": lambda m: logarithm(m.T @ m + jnp.eye(6)) - logarithm(m.T @ m + 1.01 * jnp.eye(6)),
+  "svd": lambda m: m - (lambda u, s, v: (u[:, :1] * s[:1]) @ v[:1])(*jnp.linalg.svd(m)),
+  "qr": lambda m: m - (lambda q: q @ (q.T @ m))(jnp.linalg.qr(m[:, :1])[0]),
+  "procrustes": lambda m: m @ (lambda u, _, v: u @ v)(*jnp.linalg.svd(m.T @ m)) - m,
+  "jitted": lambda m: m - jax.jit(lambda q, m: q @ (q.T @ m))(jnp.linalg.qr(m[:, :1])[0], m),
+  "mapped": lambda m: (
+    m - jnp.sum(lax.map(lambda q: jnp.outer(q, q @ m), jnp.linalg.qr(m[:, :1])[0].T), 0)
+  ),
+}
+
+
+@in_turns(("fn", "policy"), DECOMPOSED, POLICIES)
+def test_what_a_decomposition_gives_is_multiplied_in_float32(fn, policy):
+  found, want = in_both_formats(lambda w, m: fn(m), policy, W, LOW_RANK)
+  np.testing.assert_allclose(found, want, atol=2e-4 * float(jnp.abs(want).max() + 1e-2))
+
+
+@both
+def test_orthogonal_layers_stay_narrow(policy):
+  def fn(w, x):
+    for _ in range(3):
+      x = jax.nn.relu(x @ jnp.linalg.qr(w)[0])
+    return x @ w
+
+  found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
+  assert found and {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
+
+
 blur = lambda x: jnp.convolve(x, jnp.full(5, 0.2), "valid")
 weigh = lambda p, x: jnp.einsum("ts,sd->td", p, x)
 MOMENTS = {
@@ -1682,6 +1726,35 @@ def test_a_variance_by_matmuls_is_as_exact_as_in_float32(fn, policy):
   np.testing.assert_allclose(found, want, rtol=0.03, atol=0.02 * float(jnp.abs(want).max()))
 
 
+lengths = lambda x: jnp.sum(x**2, -1)
+DISTANCES = {
+  "written_first": lambda x, y: lengths(x)[:, None] + lengths(y) - 2 * x @ y.T,
+  "in_between": lambda x, y: lengths(x)[:, None] - 2 * (x @ y.T) + lengths(y),
+  "written_last": lambda x, y: (
+    -2 * jnp.einsum("nd,md->nm", x, y) + lengths(x)[:, None] + lengths(y)
+  ),
+  "scaled_before": lambda x, y: lengths(x)[:, None] + lengths(y) + jnp.dot(-2 * x, y.T),
+  "transposed": lambda x, y: (jnp.sum(y * y, 1)[:, None] + jnp.sum(x * x, 1) - 2 * y @ x.T).T,
+  "kernel": lambda x, y: jnp.exp(-(lengths(x)[:, None] + lengths(y) - 2 * x @ y.T)),
+  "jitted": jax.jit(lambda x, y: lengths(x)[:, None] + lengths(y) - 2 * x @ y.T),
+}
+
+
+@in_turns(("fn", "policy"), DISTANCES, POLICIES)
+def test_squares_of_distances_by_a_matmul_are_as_exact_as_in_float32(fn, policy):
+  x = 5 + 0.1 * jnp.sin(jnp.arange(64.0)).reshape(16, 4)
+  found, want = in_both_formats(lambda w, x: fn(x, x[::3]), policy, W, x)
+  np.testing.assert_allclose(found, want, atol=1e-4)
+
+
+@both
+def test_distances_of_what_is_narrow_already_have_16_bit_products(policy):
+  fn = lambda w, x: DISTANCES["written_first"](x @ w, w)
+  _, product = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((4, 4)))
+  assert {v.aval.dtype.itemsize for v in product.invars} == {2}
+  assert product.outvars[0].aval.dtype == jnp.float32
+
+
 @both
 def test_what_is_narrow_already_has_a_variance_of_16_bit_products(policy):
   fn = lambda w, x: (lambda h: weigh(h, h * h) - weigh(h, h) ** 2)(x @ w)
@@ -1699,6 +1772,45 @@ def test_what_is_narrow_already_has_a_variance_of_16_bit_products(policy):
 def test_a_difference_of_layers_stays_in_16_bits(fn, policy):
   found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
   assert {v.aval.dtype.itemsize for e in found for v in (*e.invars, *e.outvars)} == {2}
+
+
+# Transforms that the program computes -------------------------------------------------------------
+
+second = lambda n: (jnp.eye(n, k=1) - 2 * jnp.eye(n) + jnp.eye(n, k=-1)) * n**2
+cosines = lambda n: jnp.cos(jnp.pi / n * (jnp.arange(n)[:, None] + 0.5) * jnp.arange(n))
+rows_of = lambda x: jnp.stack([x, x[::-1]])
+FIXED = {
+  "resized": lambda p, x: jax.image.resize(rows_of(x), (2, 16), "bilinear"),
+  "resized_cubic": lambda p, x: jax.image.resize(rows_of(x), (4, 32), "bicubic"),
+  "differentiated": lambda p, x: rows_of(x) @ second(len(x)),
+  "of_a_vector": lambda p, x: second(len(x)) @ x,
+  "of_a_parameter": lambda p, x: second(len(p)) @ p,
+  "cosine_transform": lambda p, x: (rows_of(x) @ cosines(len(x)))[:, 1:],
+  "jitted": lambda p, x: jax.jit(lambda x: rows_of(x) @ second(len(x)))(x),
+  "mapped": lambda p, x: lax.map(lambda x: second(len(x)) @ x, rows_of(x)),
+  "image_that_is_sought": lambda p, x: jnp.convolve(p, jnp.array([1.0, -2.0, 1.0]), "valid") * 1e3,
+}
+
+
+@in_turns(("fn", "policy"), FIXED, POLICIES)
+def test_a_transform_that_the_program_computes_is_as_exact_as_in_float32(fn, policy):
+  x = 1000 + jnp.arange(32.0) ** 2 / 100
+  found, want = in_both_formats(fn, policy, x, x)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@both
+@cases(
+  grid=lambda w, x: jax.nn.relu(jnp.stack([jnp.linspace(0, 1, 8)] * 4, 1) @ w) @ w,
+  made_inside=lambda w, x: (
+    x @ jax.random.normal(jax.random.key(0), (4, 4)) @ jax.random.normal(jax.random.key(1), (4, 4))
+  ),
+  of_a_stream=lambda w, x: jnp.tril(jnp.ones((16, 16))) @ jax.nn.relu(x @ w),
+  captured=lambda w, x: jax.nn.relu(x @ KEYS[:4]) @ KEYS[:4],
+)
+def test_layers_of_what_is_computed_or_captured_stay_narrow(fn, policy):
+  found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((16, 4)))
+  assert found and {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
 
 
 # Constants ----------------------------------------------------------------------------------------
@@ -1759,6 +1871,16 @@ def test_rows_that_no_matmul_multiplies_are_parameters(fn, policy):
 
 
 @both
+def test_positions_that_a_network_reads_the_distances_of_are_parameters(policy):
+  def energy(points, pairs):
+    squares = jnp.sum((points["v"][pairs[:, 0]] - points["v"][pairs[:, 1]]) ** 2, -1)
+    return jnp.tanh(jnp.exp(-9 * squares)[:, None] * jnp.arange(1.0, 65)) @ jnp.ones((64, 64))
+
+  found, want = in_both_formats(energy, policy, CORNERS, PAIRS)
+  np.testing.assert_allclose(found, want, rtol=5e-3)
+
+
+@both
 @cases(
   layer=lambda p, i: jnp.tanh(p["v"][i]) @ p["v"].T,
   jitted=lambda p, i: jax.jit(lambda v, i: v[i])(p["v"], i) @ p["v"].T,
@@ -1766,7 +1888,8 @@ def test_rows_that_no_matmul_multiplies_are_parameters(fn, policy):
   in_scan=lambda p, i: lax.scan(lambda c, i: (c, p["v"][i]), 0, i)[1] @ p["v"].T,
 )
 def test_rows_of_an_embedding_are_narrow(fn, policy):
-  found = list(equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(CORNERS, PAIRS)))
+  table = {"v": jnp.ones((8, 6))}
+  found = list(equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(table, PAIRS)))
   after = found[[e.primitive.name for e in found].index("gather") + 1]
   assert after.primitive.name == "convert_element_type"
   assert after.outvars[0].aval.dtype.itemsize == 2

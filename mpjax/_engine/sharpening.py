@@ -198,6 +198,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
   ),
   Sharpening(
+    "product of neighbors",
+    {Rule.LOWER},
+    sight.multiplies_neighbors,
+    Rule.FULL,
+    "an associative scan of matrices is a linear recurrence, too",
+  ),
+  Sharpening(
     "amplified",
     {Rule.LOWER},
     lambda s: (sight.is_amplified(s) and sight.is_of_data(s)) or sight.reads_solution(s),

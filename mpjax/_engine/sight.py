@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
@@ -175,6 +175,27 @@ def hands_on(sight: Sight) -> bool:
   if len(read) > 1:
     return all(map(_is_data, sight.forms))
   return bool(read) and sight.result in found.leads and read[0] not in pure
+
+
+def multiplies_neighbors(sight: Sight) -> bool:
+  """Whether a matmul multiplies every other entry of a value, as an associative scan writes it."""
+  forms, makers = sight.forms, sight.around.view.makers
+  is_layer = PARAM in forms and set(forms) != {PARAM}
+  return not is_layer and not sight.has_narrow and any(_skips(a, makers) for a in sight.eqn.invars)
+
+
+def _skips(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
+  """Whether a value was moved from every other entry of another."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+    if made.primitive.name == "slice" and 2 in (made.params["strides"] or ()):
+      return True
+    if made.primitive.name not in _MOVED:
+      return False
+    atom = made.invars[0]
+  return False
+
+
+_MOVED = having(Trait.MOVES) | {"slice", "broadcast_in_dim", "convert_element_type"}
 
 
 def multiplies_by_much(sight: Sight) -> bool:

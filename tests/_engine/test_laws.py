@@ -1211,6 +1211,28 @@ def test_a_long_linear_recurrence_is_as_exact_as_in_float32(fn, policy):
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.01 * np.abs(want).max())
 
 
+TURNS = jnp.broadcast_to(jnp.eye(4), (512, 4, 4)) + 0.01 * jax.random.normal(
+  jax.random.key(2), (512, 4, 4)
+)
+STATES = lambda u, v: (v[0] @ u[0], (v[0] @ u[1][..., None])[..., 0] + v[1])
+ASSOCIATIVE = {
+  "products": lambda p, a: lax.associative_scan(lambda u, v: v @ u, a)[-1],
+  "einsum": lambda p, a: lax.associative_scan(lambda u, v: jnp.einsum("tij,tjk->tik", v, u), a)[-1],
+  "reverse": lambda p, a: lax.associative_scan(jnp.matmul, a, reverse=True)[0],
+  "states": lambda p, a: lax.associative_scan(STATES, (a, a[..., 0]))[1][-1],
+  "of_a_parameter": lambda p, a: lax.associative_scan(jnp.matmul, jnp.broadcast_to(p, a.shape))[-1],
+  "in_a_function": lambda p, a: jax.vmap(lambda a: lax.associative_scan(jnp.matmul, a)[-1])(
+    a[None]
+  ),
+}
+
+
+@in_turns(("fn", "policy"), ASSOCIATIVE, POLICIES)
+def test_a_linear_recurrence_by_an_associative_scan_is_as_exact_as_in_float32(fn, policy):
+  found, want = in_both_formats(fn, policy, TURNS[0], TURNS)
+  np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
+
+
 NOT_LINEAR = {
   "recurrent_network": lambda w, x: lax.scan(
     lambda h, u: (jnp.tanh(h @ w + u), None), jnp.zeros(4), x

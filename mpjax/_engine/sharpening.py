@@ -142,13 +142,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "differences of neighbors are small beside these",
   ),
   Sharpening(
-    "fixed transform",
-    {Rule.LOWER},
-    sight.is_fixed_transform,
-    Rule.FULL,
-    "it interpolates or differentiates data, as what is no matmul would: labels survive",
-  ),
-  Sharpening(
     "power iteration",
     {Rule.LOWER},
     lambda s: s.result in s.around.iterated,
@@ -175,6 +168,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: jaxprs.contracts_nothing(s.eqn) and not s.is_narrow,
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
+    "fixed transform",
+    {Rule.LOWER},
+    sight.is_fixed_transform,
+    Rule.FULL,
+    "it interpolates or differentiates data, as what is no matmul would: labels survive",
   ),
   Sharpening(
     "what is added up",

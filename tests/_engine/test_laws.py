@@ -790,7 +790,7 @@ def test_a_matmul_of_whole_numbers_counts(fn, policy):
 
 
 def test_a_matmul_of_whole_numbers_with_others_is_narrow():
-  fn = lambda w, x: (jax.nn.one_hot(jnp.arange(4), 4) @ w, jnp.tril(jnp.ones((8, 8))) @ x)
+  fn = lambda w, x: (jax.nn.one_hot(jnp.arange(4), 4) @ w, jnp.tril(jnp.ones((8, 8))) @ (x @ w))
   assert explain(fn, "mixed_bfloat16", W, DATA).narrow_share == 1
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mpjax._core.dtypes import describe
+from mpjax._core.dtypes import describe, is_of
 from mpjax._core.tree_paths import leaf_paths
 
 __all__ = ["restore"]
@@ -88,8 +87,7 @@ def _check(written: dict[str, str], like: Any, where: str) -> None:
 
 def _as_saved(leaf: Any) -> Any:
   """Orbax saves a key as its integers."""
-  dtype = getattr(leaf, "dtype", None)
-  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+  if is_of(leaf, jax.dtypes.prng_key):
     return jax.eval_shape(jax.random.key_data, leaf)
   return leaf
 

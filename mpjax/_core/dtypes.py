@@ -24,6 +24,17 @@ _BY_NAME = {name: dtype for dtype, names in _ALIASES.items() for name in names}
 _LEGAL = "; ".join(" = ".join(names) for names in _ALIASES.values())
 
 
+def is_of(x: Any, kind: Any) -> bool:
+  """Whether an array or its type has a dtype of a kind, such as ``jnp.floating``.
+
+  Example:
+    >>> is_of(jnp.ones(2), jnp.inexact), is_of("two", jnp.inexact)
+    (True, False)
+  """
+  dtype = getattr(x, "dtype", None)
+  return dtype is not None and bool(jnp.issubdtype(dtype, kind))
+
+
 def parse_dtype(value: Any) -> np.dtype:
   """Reads a float format given by name, as a NumPy dtype, or as a scalar type.
 

@@ -11,9 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from mpjax._core.dtypes import BFLOAT16
+from mpjax._core.dtypes import BFLOAT16, is_of
 from mpjax._core.primitives import KEEPS_NUMBERS, Rule, Trait, having
-from mpjax._engine import jaxprs
 from mpjax._engine.jaxprs import contracts_nothing, is_float32, is_inner
 from mpjax._engine.kinds import PARAM, Form
 from mpjax._engine.plan import Forms
@@ -60,9 +59,9 @@ class CastParameters:
     self._cast.update(eqn.outvars[n] for n in called)
     if eqn.primitive.name not in _CASTS:
       return
-    operands: list[Any] = [a for a in eqn.invars if _is_float(a)]
+    operands: list[Any] = [a for a in eqn.invars if is_of(a.aval, jnp.inexact)]
     if operands and all(self._is_parameter(atom, forms) for atom in operands):
-      self._cast.update(v for v in eqn.outvars if _is_float(v) and not is_float32(v))
+      self._cast.update(v for v in eqn.outvars if is_of(v.aval, jnp.inexact) and not is_float32(v))
 
   def among(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
     """Which of some operands are cast parameters, by index."""
@@ -79,11 +78,6 @@ class CastParameters:
 
 
 _CASTS = KEEPS_NUMBERS - {"gather"}
-
-
-def _is_float(atom: Atom) -> bool:
-  dtype = jaxprs.dtype(atom)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def why_not_float8(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._core.dtypes import BFLOAT16, FLOAT16
+from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import PARAM, Form, Kind, join
@@ -103,8 +103,7 @@ def _is_data(form: Form | None) -> bool:
 
 def has_integer(sight: Sight) -> bool:
   """Whether an operand is an integer."""
-  dtypes = map(jaxprs.dtype, sight.eqn.invars)
-  return any(dtype is not None and jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes)
+  return any(is_of(atom.aval, jnp.integer) for atom in sight.eqn.invars)
 
 
 def held_together(sight: Sight) -> np.dtype | None:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from mpjax._core.arguments import power_of_two
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._flax.nnx_calls import is_node
 from mpjax._scaling.scaling_state import misplaced_scaler
@@ -189,7 +189,7 @@ def _pairs(args: list[Any], out: Any) -> Iterator[tuple[str, Any, Any]]:
 def _signature(tree: PyTree) -> tuple[Any, list[Any]]:
   leaves, structure = jax.tree.flatten(tree)
   # A step count may start as a Python integer, as in Flax's TrainState.
-  return structure, [(np.shape(x), x.dtype if _is_float(x) else None) for x in leaves]
+  return structure, [(np.shape(x), x.dtype if is_of(x, jnp.inexact) else None) for x in leaves]
 
 
 # What is in a state -------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def _floats(tree: PyTree, name: str) -> dict[str, np.ndarray]:
   """The numbers of a tree by path, without a scaler's own."""
   pure = jax.tree.map(lambda x: x.inner_state if _is_scaler(x) else x, tree, is_leaf=_is_scaler)
   named = {f"{name}/{path}".strip("/"): leaf for path, leaf in leaf_paths(pure)}
-  return {path: np.array(leaf) for path, leaf in named.items() if _is_float(leaf)}
+  return {path: np.array(leaf) for path, leaf in named.items() if is_of(leaf, jnp.inexact)}
 
 
 def _floats_of_nodes(nodes: list[Any]) -> dict[str, np.ndarray]:
@@ -238,13 +238,8 @@ def _floats_of_nodes(nodes: list[Any]) -> dict[str, np.ndarray]:
   return {
     "/".join(map(str, path)): np.array(leaf)
     for path, leaf in flat
-    if _is_float(leaf) and tuple(path) not in own
+    if is_of(leaf, jnp.inexact) and tuple(path) not in own
   }
-
-
-def _is_float(leaf: Any) -> bool:
-  dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 # Comparing ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import jax.core
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._core.dtypes import FLOAT32, parse_dtype
+from mpjax._core.dtypes import FLOAT32, is_of, parse_dtype
 from mpjax._core.scopes import NARROW_SUMS
 from mpjax._core.tree_paths import PyTree
 
@@ -56,7 +56,7 @@ def reduce_gradients(grads: PyTree, axis_name: AxisName, dtype: Any = FLOAT32) -
   count = lax.psum(1, axes)
 
   def mean(leaf: Any) -> Any:
-    if leaf is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if not is_of(leaf, jnp.inexact):
       return leaf
     if leaf.dtype.itemsize > FLOAT32.itemsize:
       return lax.psum(leaf / jnp.asarray(count, leaf.dtype), axes)

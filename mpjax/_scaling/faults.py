@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from mpjax._core.arguments import positive_integer
+from mpjax._core.dtypes import is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 
 FAULTS = ("nan", "inf", "-inf", "huge", "subnormal")
@@ -271,10 +272,7 @@ def _targets(tree: PyTree, pattern: str) -> list[int]:
 
 
 def _is_float(leaf: Any) -> bool:
-  if isinstance(leaf, float):
-    return True
-  dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and leaf.size > 0
+  return isinstance(leaf, float) or (is_of(leaf, jnp.floating) and leaf.size > 0)
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax._core.arguments import shown
-from mpjax._core.dtypes import describe
+from mpjax._core.dtypes import describe, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 
 T = TypeVar("T")
@@ -136,10 +136,7 @@ def stays_finite(new: Any, old: Any) -> jax.Array | None:
 
 
 def _can_be_infinite(leaf: Any) -> bool:
-  if isinstance(leaf, float | complex):
-    return True
-  dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+  return isinstance(leaf, float | complex) or is_of(leaf, jnp.inexact)
 
 
 def _is_finite(leaf: Any) -> jax.Array:

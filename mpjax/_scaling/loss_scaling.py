@@ -16,7 +16,7 @@ from jax import lax
 
 from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.device_gradients import AxisName
 from mpjax._scaling.finiteness import all_squarable, select
@@ -268,10 +268,9 @@ def unscaled(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
 
   def unscale(leaf: Any) -> Any:
     leaf = jnp.asarray(leaf) if isinstance(leaf, float | complex) else leaf
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
+    if not is_of(leaf, jnp.inexact):
       return leaf
-    wide = leaf if dtype.itemsize >= FLOAT32.itemsize else leaf.astype(FLOAT32)
+    wide = leaf if leaf.dtype.itemsize >= FLOAT32.itemsize else leaf.astype(FLOAT32)
     return wide * inverse.astype(wide.dtype)
 
   return jax.tree.map(unscale, updates)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.dtypes import FLOAT32, describe, is_of
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.faults import FaultState
@@ -166,7 +166,7 @@ def keep_if_skipped(applied: jax.Array, new_opt_state: PyTree, old_opt_state: Py
 
 def is_key(leaf: Any) -> bool:
   """Whether a leaf is an array of typed random keys."""
-  return jnp.issubdtype(getattr(leaf, "dtype", FLOAT32), jax.dtypes.prng_key)
+  return is_of(leaf, jax.dtypes.prng_key)
 
 
 def require_scaling(scaling: LossScalingState | None, limit: int | None) -> None:

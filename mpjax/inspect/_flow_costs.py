@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
@@ -21,7 +21,7 @@ from mpjax._engine.versions import Jaxpr, JaxprEqn
 
 def is_float(aval: Any) -> bool:
   """Whether an abstract value holds floats."""
-  return jnp.issubdtype(getattr(aval, "dtype", np.int32), jnp.inexact)
+  return is_of(aval, jnp.inexact)
 
 
 def is_matmul(step: Step) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import core, lax
 from jax.sharding import PartitionSpec, auto_axes, use_abstract_mesh
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import leaf_paths
 from mpjax._engine.jaxprs import is_sharded_explicitly
 from mpjax.inspect._report import Table
@@ -155,7 +155,7 @@ def histogram(tree: Any) -> Histogram:
     >>> counted.names, counted.bins()[0, [ZERO, INF, NAN]].tolist(), float(counted.largest[0])
     (('w',), [1, 1, 0], 1.0)
   """
-  leaves = [(path, leaf) for path, leaf in leaf_paths(tree) if _is_float(leaf)]
+  leaves = [(path, leaf) for path, leaf in leaf_paths(tree) if is_of(leaf, jnp.floating)]
   for path, leaf in leaves:
     if leaf.size >= 2**32:
       raise ValueError(
@@ -224,11 +224,6 @@ def add_counts(a: jax.Array, b: jax.Array) -> jax.Array:
   low = a[1] + b[1]
   carry = (low < a[1]).astype(jnp.uint32)
   return jnp.stack([a[0] + b[0] + carry, low])
-
-
-def _is_float(leaf: Any) -> bool:
-  dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _bin_of(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
@@ -327,4 +327,4 @@ def concrete(subject: Subject) -> None:
 
 def is_real(x: Any) -> bool:
   """Whether an array or aval holds floats of any format."""
-  return jax.numpy.issubdtype(getattr(x, "dtype", np.int32), np.floating)
+  return is_of(x, np.floating)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
-from mpjax._core.dtypes import describe
+from mpjax._core.dtypes import describe, is_of
 from mpjax._core.primitives import RULES, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
@@ -346,8 +346,7 @@ class _Values:
 
 
 def _can_be_bad(x: Any) -> bool:
-  dtype = getattr(x, "dtype", None)
-  return isinstance(x, float) or (dtype is not None and jnp.issubdtype(dtype, jnp.inexact))
+  return isinstance(x, float) or is_of(x, jnp.inexact)
 
 
 def state_of(x: Any) -> State:

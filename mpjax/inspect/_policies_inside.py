@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
+from mpjax._core.dtypes import is_of
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
 from mpjax._engine import jaxprs, versions
@@ -54,8 +55,7 @@ def _regions(jaxpr: AnyJaxpr, line: Line) -> Iterator[tuple[Path, Line]]:
 
 def _is_narrow(eqn: JaxprEqn) -> bool:
   avals: list[Any] = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
-  dtypes = [getattr(aval, "dtype", None) for aval in avals]
-  return any(d is not None and d.itemsize == 2 and jnp.issubdtype(d, jnp.floating) for d in dtypes)
+  return any(is_of(aval, jnp.floating) and aval.dtype.itemsize == 2 for aval in avals)
 
 
 def as_written(call: Call) -> Any:
@@ -111,9 +111,7 @@ def _matmuls(plan: Plan, line: Line) -> Iterator[tuple[bool, Path, Line]]:
   for step in plan.steps:
     here = line_of(step.eqn, line)
     factors: list[Any] = [atom.aval for atom in step.eqn.invars[:2]]
-    if step.eqn.primitive.name in MATMULS and all(
-      jnp.issubdtype(aval.dtype, jnp.floating) for aval in factors
-    ):
+    if step.eqn.primitive.name in MATMULS and all(is_of(aval, jnp.floating) for aval in factors):
       yield all(aval.dtype.itemsize == 2 for aval in factors), step.place.path, here
     for body in step.bodies:
       yield from _matmuls(body, here)

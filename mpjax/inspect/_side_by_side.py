@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path
 from mpjax._engine import jaxprs, versions
@@ -319,7 +319,7 @@ def _borders(plan: Plan, base: Path, line: Line) -> dict[Any, Border]:
       int(np.prod(var.aval.shape, dtype=int)),
     )
     for var in {**leaves, **enters}
-    if jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.floating)
+    if is_of(var.aval, jnp.floating)
   }
 
 

@@ -322,10 +322,14 @@ def _is_within(eqn: JaxprEqn, bounded: Set[Any]) -> bool:
 
 
 def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
-  """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does."""
-  if eqn.primitive.name in ("add", "sub"):
+  """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does.
+
+  Or divides an exponential, as a softmax does by the sum of all.
+  """
+  name = eqn.primitive.name
+  if name in ("add", "sub"):
     return ONE in [forward.of(atom).range for atom in eqn.invars]
-  return eqn.primitive.name in GATES
+  return name in GATES or (name == "div" and bool(forward.of(eqn.invars[0]).gates))
 
 
 def _products(inner: Any) -> dict[Any, JaxprEqn]:

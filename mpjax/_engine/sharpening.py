@@ -80,7 +80,10 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "near one or into a logarithm",
     frozenset(Rule),
-    lambda s: not s.around.exact.isdisjoint(s.eqn.outvars) and (s.name in GATES or s.is_narrow),
+    lambda s: (
+      not s.around.exact.isdisjoint(s.eqn.outvars)
+      and (s.name in GATES or s.name == "div" or s.is_narrow)
+    ),
     Rule.FULL,
     "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
     lasts=True,

@@ -2184,6 +2184,7 @@ LEFT = {
   "gate": (sigmoid, lambda g: 1 - g, 1.6),
   "gate_in_pieces": (lambda h: sigmoid(h)[:, ::-1], lambda g: 1 - g[:, :2], 1.6),
   "decay": (lambda h: jnp.exp(-jnp.exp(-h)), lambda a: 1 - a, 1.6),
+  "probabilities": (lambda h: jax.nn.softmax(h * jnp.arange(4.0)[None]), jnp.log, 1.6),
   "own_unit": (lambda h: h * 30000, lambda h: h / 30000, 3.0),
   "written_out_sum": (
     lambda h: functools.reduce(lambda y, n: y + jnp.tanh(h * n / 249), range(100), h),

@@ -12,7 +12,7 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import BFLOAT16, FLOAT32, is_castable
 from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._scaling.master_weights import MasterWeightsState
-from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.rounding import (
   first_key,
   rounded_stochastically,
@@ -88,7 +88,7 @@ def bfloat16_states(
 
   def init(params: optax.Params) -> BFloat16StatesState:
     held = _as_test(which) if which else _of_parameters(params)
-    state = _narrowed(inner.init(cast_floating(params, FLOAT32)), held, ())
+    state = _narrowed(initial_state(inner, params), held, ())
     return BFloat16StatesState(jnp.copy(start), jnp.zeros((), jnp.int32), state)
 
   def update(

@@ -15,12 +15,11 @@ import optax
 from jax import lax
 
 from mpjax._core.arguments import positive_integer, power_of_two
-from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.device_gradients import AxisName
 from mpjax._scaling.finiteness import all_squarable, select
-from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.states import LossScalingState, find_states
 
@@ -179,7 +178,7 @@ def _loss_scaling(
       total_skips=jnp.zeros((), jnp.int32),
       hysteresis=jnp.zeros((), jnp.int32),
       last_finite=jnp.ones((), jnp.bool_),
-      inner_state=jax.tree.map(_strong, inner.init(cast_floating(params, FLOAT32))),
+      inner_state=jax.tree.map(_strong, initial_state(inner, params)),
     )
 
   def update(

@@ -15,7 +15,7 @@ from jax import lax
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, is_castable
 from mpjax._core.tree_paths import PyTree
-from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.rounding import way_to
 
 
@@ -70,7 +70,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
   def init(params: optax.Params) -> MasterWeightsState:
     # Two copies: no array of the state is another's or the parameter's, so all can be donated.
     masters = jax.tree.map(_master, params)
-    return MasterWeightsState(masters, inner.init(cast_floating(params, FLOAT32)))
+    return MasterWeightsState(masters, initial_state(inner, params))
 
   def update(
     updates: optax.Updates,

@@ -4,9 +4,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from mpjax._core.tree_paths import PyTree
+from mpjax._core.casting import cast_floating
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.tree_paths import PyTree, leaf_paths
+from mpjax._scaling.states import find_states
 
 OFFERED = ("value", "grad", "value_fn", "grad_fn", "obj_fn")
 """The extra arguments that the train steps pass to every optimizer, for those that use them."""
@@ -37,6 +42,27 @@ def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
     return inner.update(updates, state, params, **those_taken(inner, extra_args))
 
   return optax.GradientTransformationExtraArgs(inner.init, update_with_what_it_takes)
+
+
+def initial_state(tx: optax.GradientTransformation, params: PyTree) -> Any:
+  """The state of an optimizer before its first update, for parameters held in float32.
+
+  ``optax.monitor`` starts without what it measures and has it from the first update on. Here that
+  is zeros from the start, so that a skipped step can keep what there was.
+
+  Args:
+    tx: The optimizer.
+    params: The parameters, whatever they are held in.
+  """
+  wide = cast_floating(params, FLOAT32)
+  state = tx.init(wide)
+  if not find_states(state, optax.MonitorState):
+    return state
+  extra = those_taken(tx, {"value": jnp.zeros((), FLOAT32), "grad": wide})
+  updated = jax.eval_shape(lambda state: tx.update(wide, state, wide, **extra)[1], state)
+  own = dict(leaf_paths(state))
+  filled = [own.get(path, jnp.zeros(x.shape, x.dtype)) for path, x in leaf_paths(updated)]
+  return jax.tree.structure(updated).unflatten(filled)
 
 
 def those_taken(tx: optax.GradientTransformation, extra: Mapping[str, Any]) -> dict[str, Any]:

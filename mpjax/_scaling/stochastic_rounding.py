@@ -11,7 +11,7 @@ from jax import tree_util
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import PyTree, path_str
-from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.rounding import (
   StochasticRoundingState,
   first_key,
@@ -75,7 +75,7 @@ def stochastic_rounding(
   inner, start = as_transformation(inner), first_key(seed)
 
   def init(params: optax.Params) -> StochasticRoundingState:
-    inner_state = inner.init(cast_floating(params, FLOAT32))
+    inner_state = initial_state(inner, params)
     # A copy: whoever donates one state must not delete the next one's key.
     return StochasticRoundingState(jnp.copy(start), jnp.zeros((), jnp.int32), inner_state)
 

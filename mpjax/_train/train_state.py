@@ -1,5 +1,6 @@
 """What training with a Linen model or a pure function changes, as one pytree."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -7,10 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import PyTree, leaf_paths
-from mpjax._scaling.optimizers import as_transformation
+from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._train.shardings import place_beside
 from mpjax._train.step_parts import is_key
@@ -84,7 +83,7 @@ class TrainState:
         "A state is created from parameters and an optimizer, in this order. Got the optimizer "
         "first. Write TrainState.create(params, tx)."
       )
-    opt_state = as_transformation(tx).init(cast_floating(params, FLOAT32))
+    opt_state = initial_state(as_transformation(tx), params)
     find_scaling_state(opt_state)
     state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
     return place_beside(jax.tree.map(_owned, state), params)
@@ -122,7 +121,7 @@ def check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None
   Raises:
     ValueError: If the optimizer's own state would have other leaves.
   """
-  own = jax.eval_shape(lambda params: tx.init(cast_floating(params, FLOAT32)), state.params)
+  own = jax.eval_shape(functools.partial(initial_state, tx), state.params)
   wanted, got = ([path for path, _ in leaf_paths(tree)] for tree in (own, state.opt_state))
   if wanted != got:
     differing = sorted(set(wanted) ^ set(got)) or ["their order"]

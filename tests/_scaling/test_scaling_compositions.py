@@ -359,3 +359,31 @@ def test_nnx_gradients_may_be_taken_through_value_and_grad():
   true = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
   close(jax.tree.map(lambda g: g / 8, nnx.as_pure(grads)), nnx.as_pure(true))
   assert loss.dtype == jnp.float32
+
+
+# What an optimizer measures -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, mpjax.master_weights], ids=["alone", "masters"])
+def test_what_optax_monitors_is_zero_until_a_step_is_applied(wrap):
+  """Its state has what it measures only from the first update on."""
+  measured = {"norm": optax.tree.norm, "mean": optax.measure_with_ema(optax.tree.norm, 0.5)}
+  tx = mpjax.dynamic_loss_scaling(
+    wrap(optax.chain(optax.monitor(measured), optax.sgd(0.1))), init_scale=4.0
+  )
+  params = {"w": jnp.full(4, 2.0)}
+  state, norms = tx.init(params), []
+  update = jax.jit(tx.update)
+  for grad in (jnp.inf, 8.0, jnp.nan):
+    _, state = update({"w": jnp.full(4, grad)}, state, params)
+    norms.append(float(optax.tree.get(state, "norm")))
+  assert norms == [0.0, 8.0, 8.0]  # the scale is 2 after the first
+
+
+def test_a_step_takes_an_optimizer_that_monitors():
+  tx = optax.chain(optax.monitor({"norm": optax.tree.norm}), optax.sgd(0.1))
+  step = mpjax.make_train_step(lambda params, x: jnp.sum(params["w"] * x), tx)
+  state = mpjax.TrainState.create({"w": jnp.ones(4)}, tx)
+  for _ in range(3):
+    state, _ = step(state, jnp.ones(4))
+  assert float(optax.tree.get(state.opt_state, "norm")) == 2.0

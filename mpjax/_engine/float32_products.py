@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.experimental import jet
 from jax.interpreters import mlir
 
 from mpjax._core.dtypes import FLOAT32
@@ -88,6 +89,7 @@ fixed_p = new_primitive(
   "mpjax_fixed", lambda x: x, shape=lambda x: x, transpose=lambda cotangent, x: [fixed(cotangent)]
 )
 """The identity, which nothing is moved across on a CPU."""
+jet.jet_rules[fixed_p] = lambda primals, series: (primals[0], series[0])
 
 mlir.register_lowering(
   fixed_p, mlir.lower_fun(lax.optimization_barrier, multiple_results=False), platform="cpu"

@@ -19,7 +19,7 @@ from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
-from mpjax._engine.kinds import PARAM
+from mpjax._engine.kinds import PARAM, Kind
 from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
 from mpjax._engine.lookahead import (
   FACTORED,
@@ -31,7 +31,7 @@ from mpjax._engine.lookahead import (
   asked_at,
   totaled,
 )
-from mpjax._engine.made_of import constants, solutions, whole_numbers
+from mpjax._engine.made_of import constants, is_computed, solutions, whole_numbers
 from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
@@ -50,6 +50,8 @@ class Known(NamedTuple):
     given_back: Which results are a state among the parameters that the function returns.
     parameters: Which operands are parameters, or began as such before a loop.
     kin: For each operand from which of these it was computed; empty if from none.
+    of_parameters: Which operands were computed from a parameter, or are one.
+    computed: Which are matrices that the program makes of numbers alone, if there are matmuls.
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
@@ -64,7 +66,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     whole: Which operands are whole numbers, see `made_of`.
-    solved: Which are what a linear system gives.
+    solved: Which are what a linear system or a decomposition gives.
     constant: Which depend on no float of an argument, if there may be weighted sums inside.
   """
 
@@ -73,6 +75,8 @@ class Known(NamedTuple):
   given_back: tuple[int, ...] = ()
   parameters: tuple[int, ...] = ()
   kin: tuple[int, ...] = ()
+  of_parameters: frozenset[int] = frozenset()
+  computed: frozenset[int] = frozenset()
   numbers: tuple[NumberSet, ...] = ()
   own: Own[int] = Own()
   logarithms: tuple[int, ...] = ()
@@ -129,7 +133,7 @@ class Knowledge:
     iterated: The results of the matmuls of power iterations.
     factored: The variables that lead into the factorization of a matrix or a linear system.
     moments: Moments of which one is subtracted from another.
-    solved: What linear systems give.
+    solved: What linear systems and decompositions give.
     multiplied: The variables that lead into a matmul.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
@@ -138,6 +142,7 @@ class Knowledge:
     whole: The variables that hold whole numbers.
     constant: The variables that depend on no float of an argument, if there may be weighted
       sums.
+    computed: Operands that the program makes of numbers alone.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
@@ -162,7 +167,13 @@ class Knowledge:
       exact = analyses.near_one.exact(jaxpr, parameters=parameters)
     self.exact, self._exact_inside = exact.values, dict(exact.inside)
     self.sums: Sums = needs.summed(
-      inner, known.parameters, known.kin, known.summed, known.given_back, is_backward
+      inner,
+      known.parameters,
+      known.kin,
+      known.of_parameters,
+      known.summed,
+      known.given_back,
+      is_backward,
     )
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
@@ -182,6 +193,7 @@ class Knowledge:
     self.constant: Collection[Var] = ()
     if needs.may_weigh(jaxpr):
       self.constant = analyses.constants.variables(jaxpr, known.constant)
+    self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
     self.numbers = Numbers(analyses.adapting)
@@ -241,6 +253,7 @@ class Knowledge:
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
       kin=(),
+      of_parameters=known.of_parameters.union(body.carry if known.of_parameters else ()),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
       recurrence=Recurrence() if is_stack else of_loop(body, repetitions(eqn)),
@@ -265,12 +278,15 @@ class Knowledge:
     atoms, needs = body.take(eqn.invars), self._analyses.needs
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     multiplying = asked_at(self._multiplying, eqn)
+    of_parameters = self.sums.of_parameters(atoms)
     return Known(
       exact=exact,
       summed=places(eqn.outvars, self.sums.leading),
       given_back=places(eqn.outvars, self.sums.given_back),
       parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
       kin=self.sums.kin(atoms),
+      of_parameters=of_parameters,
+      computed=self._computed_in(body, atoms, forms, of_parameters),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=places(eqn.outvars, self.logarithms),
@@ -286,6 +302,23 @@ class Knowledge:
       solved=self._solved_in(eqn, body),
       constant=self._constant_in(eqn, body),
     )
+
+  def _computed_in(
+    self, body: Body, atoms: Sequence[Atom], forms: Forms, of_parameters: frozenset[int]
+  ) -> frozenset[int]:
+    found = [
+      n
+      for n, form in enumerate(forms)
+      if form is not None
+      and form.kind in (Kind.CONSTANT, Kind.DATA)
+      and n not in of_parameters
+      and n not in body.carry
+    ]
+    matrices = [n for n in found if len(jaxprs.shape(atoms[n])) > 1]
+    if not matrices or not self._analyses.needs.may_multiply(body.jaxpr):
+      return frozenset()
+    makers = self.view.makers
+    return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
 
   def _solved_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
     if not self.solved:

@@ -82,6 +82,7 @@ class Needs:
     inner: Jaxpr,
     parameters: Indices,
     kin: Sequence[int],
+    of_parameters: Collection[int],
     outs: Indices,
     given_back: Indices,
     is_backward: Callable[[JaxprEqn], bool],
@@ -93,11 +94,14 @@ class Needs:
       parameters: Which of its operands are parameters.
       kin: For each operand from which parameters it was computed: a bit for each of them; none
         where nothing is known.
+      of_parameters: Which operands were computed from a parameter at all.
       outs: Which of its results are gradients if they come out of a backward pass.
       given_back: Which of its results are a state among the parameters that is returned.
       is_backward: Whether an equation came from transposing.
     """
     origins = dict(zip(inner.invars, kin or [0] * len(inner.invars), strict=True))
+    for n in of_parameters:
+      origins[inner.invars[n]] |= _OUTSIDE
     pure: dict[Any, int] = {}
     for n in parameters:
       pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
@@ -184,8 +188,12 @@ class Needs:
     """Whether a jaxpr, or a body in it, holds what a question is about."""
     return not self._primitives(jaxpr).isdisjoint(question.of or question.ends)
 
+  def may_multiply(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether a jaxpr, or a body in it, holds a matmul."""
+    return not self._primitives(jaxpr).isdisjoint(MATMULS)
+
   def may_solve(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, solves a linear system."""
+    """Whether a jaxpr, or a body in it, solves a linear system or decomposes a matrix."""
     return not self._primitives(jaxpr).isdisjoint(SOLVES)
 
   def may_weigh(self, jaxpr: AnyJaxpr) -> bool:
@@ -321,7 +329,8 @@ class Sums(NamedTuple):
 
   Attributes:
     pure: What is made of parameters alone, each with a bit for each of these.
-    origins: From which parameters each variable was computed; `_BORN` if in a backward pass.
+    origins: From which parameters each variable was computed, 0 if from none; `_BORN` if in a
+      backward pass, `_OUTSIDE` if from one that is no operand.
     updates: The results of adding to a parameter what was computed from it, or of adding anything
       to one that is given back.
     leading: The variables that are added up by and by, with whether in an update.
@@ -342,23 +351,33 @@ class Sums(NamedTuple):
       return False
     return self.leading[result] or bool(self.origins[result] & _BORN)
 
+  def of_parameters(self, atoms: Sequence[Atom]) -> frozenset[int]:
+    """Which operands of a body were computed from a parameter, or are one."""
+    return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
+
+  def origins_of(self, atoms: Sequence[Atom]) -> list[int]:
+    """From which parameters some operands were computed."""
+    return [0 if isinstance(a, Literal) else self.origins.get(a, 0) for a in atoms]
+
   def kin(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
     """For each operand of a body from which of its parameters it was computed; none if from none.
 
     A parameter is one by its place among the operands.
     """
-    known = [0 if isinstance(a, Literal) else self.origins.get(a, 0) for a in atoms]
+    known = self.origins_of(atoms)
     own = [0 if isinstance(a, Literal) else self.pure.get(a, 0) for a in atoms]
-    related = tuple(
-      (origin & _BORN) | sum(1 << n for n, bits in enumerate(own) if bits & origin)
-      for origin in known
-    )
-    mixed = (kin for kin, bits in zip(related, own, strict=True) if not bits)
-    return related if any(mixed) else ()
+    bits_of = [(n, bits) for n, bits in enumerate(own) if bits]
+    related = [
+      (origin & _BORN) | sum([1 << n for n, bits in bits_of if bits & origin]) for origin in known
+    ]
+    mixed = [kin for kin, bits in zip(related, own, strict=True) if kin and not bits]
+    return tuple(related) if mixed else ()
 
 
 _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
+_OUTSIDE = 1 << 4097
+"""The bit of what was computed from a parameter that is no operand of the jaxpr."""
 
 
 def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Var, int], invars: Sequence[Any]) -> bool:

@@ -12,7 +12,7 @@ of nothing but numbers is no layer either: it interpolates, differentiates or tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ class MadeOf:
     makes: Which primitives make one, whatever their operands are.
     keeps: Which make one of operands that all are such values; all primitives where None.
     of: ``all``, or ``any`` where one operand is enough.
-    joins: Where one is enough, which make one of operands that all are such values.
+    joins: Where one is enough, which make one of operands that all are such values, as a matmul of
+      two orthogonal matrices does.
   """
 
   def __init__(
@@ -122,7 +123,8 @@ def whole_numbers() -> MadeOf:
 
 SOLVES = having(Trait.FACTORS) | {"householder_product", "ormqr"}
 _STAYS_SOLVED = having(Trait.MOVES) | {
-  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div")
+  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div"),
+  *("add", "sub"),
 }
 
 
@@ -152,24 +154,43 @@ def weights_of(eqn: JaxprEqn) -> list[Atom]:
   return [atom for atom, dims in pairs if len(dims) == 1 and len(jaxprs.shape(atom)) == 1]
 
 
-def is_computed(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+def is_computed(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], known: Collection[Var] = frozenset()
+) -> bool:
   """Whether a value is made of nothing but numbers of the program itself, none of them random.
 
   Args:
     atom: A variable or literal of a jaxpr.
     makers: The equations of that, by what they make.
+    known: Operands of it that are so made.
   """
-  queue, seen = [atom], set[Var]()
+  found = _made(atom, makers, known)
+  return not any(eqn is None or eqn.primitive.name.startswith(_FROM_OUTSIDE) for eqn in found)
+
+
+_FROM_OUTSIDE = "random_", "rng_", "pure_callback", "io_callback"
+
+
+def depends_on_more_than_numbers(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value is made of an operand of its jaxpr, or of what that captured."""
+  return None in _made(atom, makers)
+
+
+def _made(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], known: Collection[Var] = frozenset()
+) -> Iterator[JaxprEqn | None]:
+  """What makes a value, and what it is made of, by and by; None for what no equation makes.
+
+  Without what is known already.
+  """
+  queue, seen = [atom], set[Var](known)
   while queue:
     before = queue.pop()
-    if isinstance(before, Literal) or before in seen:
-      continue
-    seen.add(before)
-    made = makers.get(before)
-    if made is None or made.primitive.name.startswith("random_"):
-      return False
-    queue += made.invars
-  return True
+    if not isinstance(before, Literal) and before not in seen:
+      seen.add(before)
+      made = makers.get(before)
+      yield made
+      queue += made.invars if made is not None else ()
 
 
 def _are_whole(value: Any) -> bool:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from mpjax._core.primitives import Trait, having
-from mpjax._engine import jaxprs
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import operation, variables_of
 from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -24,6 +25,7 @@ _MOVED = having(Trait.MOVES) | {
 }
 _SCALED = frozenset({"mul", "div"})
 _ADDS = frozenset({"add", "sub", "add_any"})
+_SQUARES = ("mul", "square", "integer_pow")
 
 
 def moments(
@@ -50,35 +52,78 @@ def moments(
 
 
 def _of_distances(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> set[Var]:
-  """The matmuls of values to which, or from which, sums of squares of these are added."""
+  """The matmuls of values to which, or from which, sums of squares of these are added.
 
-  def squared(eqn: JaxprEqn) -> list[Any]:
-    factors = _factors(_source(eqn.invars[0], makers), makers)
-    first, *_ = sources = [_source(factor, makers) for factor in factors] or [None]
-    return sources[:1] if len(sources) == 2 and first is sources[1] else []
-
-  sums = {e.outvars[0]: squared(e) for e in inner.eqns if e.primitive.name == "reduce_sum"}
-  squares = {value for values in sums.values() for value in values}
+  Or the diagonal of the matmul itself, which holds such sums. All have a product twice.
+  """
+  scaled = [eqn for eqn in inner.eqns if eqn.primitive.name == "mul"]
+  if not any(isinstance(a, Literal) and abs(a.val) == 2 for eqn in scaled for a in eqn.invars):
+    return set()
+  dots = [eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"]
+  lengths, _ = _lengths(inner, makers) if dots else ({}, {})
+  of = set(lengths.values())
   products = {
     eqn.outvars[0]: own
-    for eqn in (inner.eqns if squares else ())
-    if eqn.primitive.name == "dot_general"
-    and (own := squares.intersection(variables_of(_source(a, makers) for a in eqn.invars)))
+    for eqn in (dots if of else ())
+    if (own := of & {*variables_of(_source(atom, makers) for atom in eqn.invars), *eqn.outvars})
   }
   terms: dict[Any, set[Any]] = {}
   for eqn in inner.eqns if products else ():
     if eqn.primitive.name in _ADDS:
-      read = [_source(atom, makers) for atom in eqn.invars]
-      terms[eqn.outvars[0]] = set[Any]().union(
-        *(terms.get(atom, {atom}) for atom in read if not isinstance(atom, Literal))
-      )
-  met = [own for own in terms.values() if not own.isdisjoint(products)]
+      read = variables_of(_source(atom, makers) for atom in eqn.invars)
+      terms[eqn.outvars[0]] = set[Any]().union(*(terms.get(atom, {atom}) for atom in read))
   return {
     product
-    for own in met
+    for own in terms.values()
     for product in own & products.keys()
-    if any(not products[product].isdisjoint(sums.get(term, ())) for term in own)
+    if any(lengths.get(term) in products[product] for term in own)
   }
+
+
+def _lengths(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+  """What holds sums of squares of a value, by that value, and what holds their roots.
+
+  Or entries of a value, as a diagonal does.
+  """
+  found: dict[Any, Any] = {}
+  roots: dict[Any, Any] = {}
+  for eqn in inner.eqns:
+    name, result = eqn.primitive.name, eqn.outvars[0] if eqn.outvars else None
+    if name == "gather":
+      found[result] = _source(eqn.invars[0], makers)
+    elif name == "reduce_sum":
+      found[result] = _of_square(_source(eqn.invars[0], makers), makers)
+    elif name == "dot_general" and jaxprs.is_inner(eqn):
+      found[result] = _same(eqn.invars, makers)
+    elif name == "sqrt" and found:
+      roots[result] = found.get(_source(eqn.invars[0], makers))
+    elif name in _SQUARES and roots:
+      found[result] = roots.get(_of_square(result, makers))
+    elif name in HAVE_BODIES and not (body := bodies_of(eqn)[-1]).carry:
+      own, read = versions.open_jaxpr(body.jaxpr), body.take(eqn.invars)
+      inside = _lengths(own, {var: made for made in own.eqns for var in made.outvars})
+      for outside, of in zip((found, roots), inside, strict=True):
+        for n in jaxprs.places_of(own.outvars, of.keys()):
+          value = of[own.outvars[n]]
+          if value in own.invars:
+            outside[eqn.outvars[n]] = _source(read[own.invars.index(value)], makers)
+  return _without_none(found), _without_none(roots)
+
+
+def _without_none(values: Mapping[Any, Any]) -> dict[Any, Any]:
+  return {key: value for key, value in values.items() if value is not None}
+
+
+def _of_square(atom: Any, makers: Mapping[Any, JaxprEqn]) -> Any:
+  """The value that an operand is the square of; None if it is none."""
+  return _same(_factors(atom, makers), makers)
+
+
+def _same(factors: Sequence[Any], makers: Mapping[Any, JaxprEqn]) -> Any:
+  """What two factors were both moved from, or are multiples of; None if they are no such two."""
+  values = [_source(factor, makers) for factor in factors]
+  is_one = len(values) == 2 and values[0] is values[1] and not isinstance(values[0], Literal)
+  return values[0] if is_one else None
 
 
 def _of_difference(

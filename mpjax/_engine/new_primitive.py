@@ -10,17 +10,17 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-Rule = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 def new_primitive(
   name: str,
-  run: Rule,
+  run: Function,
   *,
-  shape: Rule | None = None,
-  jvp: Rule | None = None,
-  transpose: Rule,
-  batch: Rule | None = None,
+  shape: Function | None = None,
+  jvp: Function | None = None,
+  transpose: Function,
+  batch: Function | None = None,
 ) -> Primitive:
   """A primitive with one result.
 

@@ -201,11 +201,11 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
   ),
   Sharpening(
-    "product of neighbors",
+    "product of neighbors, or power",
     {Rule.LOWER},
-    sight.multiplies_neighbors,
+    lambda s: sight.multiplies_neighbors(s) or sight.is_power(s),
     Rule.FULL,
-    "an associative scan of matrices is a linear recurrence, too",
+    "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),
   Sharpening(
     "amplified",

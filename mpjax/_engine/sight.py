@@ -13,7 +13,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
-from mpjax._engine.made_of import is_computed, weights_of
+from mpjax._engine.made_of import depends_on_more_than_numbers, is_computed, weights_of
 from mpjax._engine.plan import Forms, Place
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
@@ -73,28 +73,31 @@ def is_amplified(sight: Sight) -> bool:
 
 def is_of_data(sight: Sight) -> bool:
   """Whether it is so of a float32 operand; a layer before a linear system is a layer."""
-  is_layer = PARAM in sight.forms and sight.result not in sight.around.moments
-  return not is_layer and any(map(_is_data, sight.forms))
+  if sight.result in sight.around.moments:  # that of a layer is as exact as this
+    origins = sight.around.sums.origins_of(sight.eqn.invars)
+    return any(_is_data(f) and not of for f, of in zip(sight.forms, origins, strict=True))
+  return PARAM not in sight.forms and any(map(_is_data, sight.forms))
 
 
 def is_of_parameters(sight: Sight) -> bool:
-  """Whether an operand is made of parameters alone."""
-  return bool(jaxprs.places_of(sight.eqn.invars, sight.around.sums.pure))
+  """Whether an operand is made of a parameter."""
+  return bool(sight.around.sums.of_parameters(sight.eqn.invars))
 
 
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
 
-  As ``inv(a) @ b``, ``(u * s) @ v``. Of parameters only the last time: a layer may multiply what
-  is made of its own.
+  As ``inv(a) @ b``, ``(u * s) @ v``. Of parameters, or of random numbers that are to be some, only
+  the last time: a layer may multiply what is made of its own.
   """
   found, around = sight.around.solved, sight.around
   if not found or sight.has_narrow:
     return False
-  read = {a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found}
-  return not read <= around.sums.pure.keys() or (
-    bool(read) and sight.result not in around.multiplied
-  )
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
+  of_data = [a for a in read if not around.sums.origins.get(a, 0)]
+  if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
+    return True
+  return bool(read) and sight.result not in around.multiplied
 
 
 def _is_data(form: Form | None) -> bool:
@@ -144,7 +147,7 @@ def has_constant_weights(sight: Sight) -> bool:
 
 
 def is_fixed_transform(sight: Sight) -> bool:
-  """Whether a matrix that the program computes of nothing is multiplied with data, or a vector."""
+  """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
   if sight.name != "dot_general" or sight.has_narrow:
     return False
   origins, makers = sight.around.sums.origins, sight.around.view.makers
@@ -153,7 +156,7 @@ def is_fixed_transform(sight: Sight) -> bool:
     len(jaxprs.shape(matrix)) > 1
     and not isinstance(other, Literal)
     and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not origins.get(other, 0)))
-    and is_computed(matrix, makers)
+    and is_computed(matrix, makers, sight.around.computed)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )
 
@@ -176,19 +179,65 @@ def hands_on(sight: Sight) -> bool:
   return bool(read) and sight.result in found.leads and read[0] not in pure
 
 
+def _makers_of(eqn: JaxprEqn, makers: Mapping[Var, JaxprEqn]) -> list[JaxprEqn | None]:
+  return [None if isinstance(a, Literal) else makers.get(a) for a in eqn.invars]
+
+
+def is_power(sight: Sight) -> bool:
+  """Whether a matmul multiplies a matrix with itself, or two powers of one."""
+  is_layer = PARAM in sight.forms or sight.has_narrow
+  if sight.name != "dot_general" or is_layer or not _is_product(sight.eqn):
+    return False
+  bases = {_base(atom, sight.around.view.makers) for atom in sight.eqn.invars}
+  return len(bases) == 1 and None not in bases
+
+
+def _base(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> Var | None:
+  """The matrix that a value is a power of, the first among them."""
+  if isinstance(atom, Literal):
+    return None
+  made = makers.get(atom)
+  if made is None or made.primitive.name != "dot_general" or not _is_product(made):
+    return atom
+  bases = {_base(operand, makers) for operand in made.invars}
+  return bases.pop() if len(bases) == 1 else atom
+
+
+def _is_product(eqn: JaxprEqn) -> bool:
+  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
+  contracted, batch = eqn.params["dimension_numbers"]
+  first, second = (jaxprs.shape(atom) for atom in eqn.invars)
+  rank = len(first)
+  own = ((rank - 1,), (rank - 2,)), (tuple(range(rank - 2)),) * 2
+  return (
+    first == second
+    and tuple(map(tuple, contracted)) == own[0]
+    and (tuple(map(tuple, batch)) == own[1])
+  )
+
+
 def multiplies_neighbors(sight: Sight) -> bool:
-  """Whether a matmul multiplies every other entry of a value, as an associative scan writes it."""
-  forms, makers = sight.forms, sight.around.view.makers
-  is_layer = PARAM in forms and set(forms) != {PARAM}
-  return not is_layer and not sight.has_narrow and any(_skips(a, makers) for a in sight.eqn.invars)
+  """Whether a matmul multiplies every other entry of values, as an associative scan writes it."""
+  makers = sight.around.view.makers
+  if sight.name != "dot_general" or sight.has_narrow:
+    return False
+  return all(_skips(atom, makers) for atom in sight.eqn.invars)
 
 
 def _skips(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
-  """Whether a value was moved from every other entry of another."""
+  """Whether a value was moved from every other entry of another, from a product of such or two.
+
+  An associative scan lays the entries of two between each other: it pads both, and adds them.
+  """
   while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    if made.primitive.name == "slice" and 2 in (made.params["strides"] or ()):
+    name, before = made.primitive.name, _makers_of(made, makers)
+    if name == "slice" and 2 in (made.params["strides"] or ()):
       return True
-    if made.primitive.name not in _MOVED:
+    if name == "add":
+      return all(eqn is not None and eqn.primitive.name == "pad" for eqn in before)
+    if name == "dot_general":
+      return all(_skips(operand, makers) for operand in made.invars)
+    if name not in _MOVED:
       return False
     atom = made.invars[0]
   return False

@@ -92,7 +92,7 @@ class TrainStep:
       return state, Placement()
     leaves, structure = jax.tree.flatten(state)
     others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
-    self._batch_shares = not {*map(id, others)}.isdisjoint(map(id, leaves))
+    self._batch_shares |= not {*map(id, others)}.isdisjoint(map(id, leaves))
     if self._donate and (shared := shared_buffers(leaves, others)):
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)

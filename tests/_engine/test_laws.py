@@ -1221,6 +1221,8 @@ ASSOCIATIVE = {
   "reverse": lambda p, a: lax.associative_scan(jnp.matmul, a, reverse=True)[0],
   "states": lambda p, a: lax.associative_scan(STATES, (a, a[..., 0]))[1][-1],
   "of_a_parameter": lambda p, a: lax.associative_scan(jnp.matmul, jnp.broadcast_to(p, a.shape))[-1],
+  "power": lambda p, a: jnp.linalg.matrix_power(a[0], 500),
+  "squared_again": lambda p, a: lax.fori_loop(0, 9, lambda _, c: c @ c, a[0]),
   "in_a_function": lambda p, a: jax.vmap(lambda a: lax.associative_scan(jnp.matmul, a)[-1])(
     a[None]
   ),
@@ -1692,6 +1694,7 @@ def test_a_linear_system_of_data_is_solved_as_in_float32(fn, policy):
   np.testing.assert_allclose(found, want, atol=0.01)
 
 
+orthogonal = lambda w: jnp.linalg.qr(w)[0]
 LOW_RANK = jnp.outer(jnp.arange(1.0, 9), jnp.arange(3.0, 9)) + 0.01 * jnp.cos(
   jnp.arange(48.0)
 ).reshape(8, 6)
@@ -1700,6 +1703,10 @@ DECOMPOSED = {
   "eigh": lambda m: logarithm(m.T @ m + jnp.eye(6)) - logarithm(m.T @ m + 1.01 * jnp.eye(6)),
   "svd": lambda m: m - (lambda u, s, v: (u[:, :1] * s[:1]) @ v[:1])(*jnp.linalg.svd(m)),
   "qr": lambda m: m - (lambda q: q @ (q.T @ m))(jnp.linalg.qr(m[:, :1])[0]),
+  "lu": lambda m: m[:6] - (lambda p, low, up: p @ low @ up)(*jax.scipy.linalg.lu(m[:6])),
+  "reflected": lambda m: (lambda q: (jnp.eye(8) - 2 * q @ q.T) @ (m - 2 * q @ (q.T @ m)) - m)(
+    jnp.linalg.qr(m[:, :1])[0]
+  ),
   "procrustes": lambda m: m @ (lambda u, _, v: u @ v)(*jnp.linalg.svd(m.T @ m)) - m,
   "jitted": lambda m: m - jax.jit(lambda q, m: q @ (q.T @ m))(jnp.linalg.qr(m[:, :1])[0], m),
   "mapped": lambda m: (
@@ -1714,15 +1721,24 @@ def test_what_a_decomposition_gives_is_multiplied_in_float32(fn, policy):
   np.testing.assert_allclose(found, want, atol=2e-4 * float(jnp.abs(want).max() + 1e-2))
 
 
-@both
-def test_orthogonal_layers_stay_narrow(policy):
-  def fn(w, x):
-    for _ in range(3):
-      x = jax.nn.relu(x @ jnp.linalg.qr(w)[0])
-    return x @ w
+def _rnn(w, x):
+  return lax.scan(lambda h, u: (jnp.tanh(h @ w + u), None), x[0], x)[0]
 
-  found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
-  assert found and {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
+
+@both
+@cases(
+  layers=lambda w, x: functools.reduce(lambda x, q: jax.nn.relu(x @ q), [orthogonal(w)] * 3, x) @ w,
+  recurrent=lambda w, x: _rnn(orthogonal(w), x[:, None]) @ w,
+  spectral=lambda w, x: _rnn(w / jnp.linalg.svd(w, compute_uv=False)[0], x[:, None]) @ w,
+  cayley=lambda w, x: jax.nn.relu(x @ (jnp.eye(4) + jnp.linalg.inv(jnp.eye(4) + w))) @ w,
+  made_inside=lambda w, x: (
+    jax.nn.relu(x @ jax.nn.initializers.orthogonal()(jax.random.key(0), (4, 4))) @ w
+  ),
+)
+def test_layers_with_orthogonal_or_normalized_weights_stay_narrow(fn, policy):
+  ops = explain(fn, policy, jnp.eye(4), jnp.ones((2, 4))).ops
+  found = [op for op in ops if op.op == "dot_general" and op.rule != "traced"]  # of an inverse
+  assert sum(op.count for op in found) >= 2 and {op.rule for op in found} == {"lower"}
 
 
 blur = lambda x: jnp.convolve(x, jnp.full(5, 0.2), "valid")
@@ -1759,6 +1775,14 @@ DISTANCES = {
   "transposed": lambda x, y: (jnp.sum(y * y, 1)[:, None] + jnp.sum(x * x, 1) - 2 * y @ x.T).T,
   "kernel": lambda x, y: jnp.exp(-(lengths(x)[:, None] + lengths(y) - 2 * x @ y.T)),
   "jitted": jax.jit(lambda x, y: lengths(x)[:, None] + lengths(y) - 2 * x @ y.T),
+  "lengths_by_einsum": lambda x, y: (lambda of: of(x)[:, None] + of(y) - 2 * x @ y.T)(
+    lambda x: jnp.einsum("nd,nd->n", x, x)
+  ),
+  "lengths_by_norm": lambda x, y: (
+    jnp.linalg.norm(x, axis=1)[:, None] ** 2 + jnp.linalg.norm(y, axis=1) ** 2 - 2 * x @ y.T
+  ),
+  "jitted_lengths": lambda x, y: jax.jit(lengths)(x)[:, None] + jax.jit(lengths)(y) - 2 * x @ y.T,
+  "diagonal": lambda x, y: (lambda g: jnp.diag(g)[:, None] + jnp.diag(g)[None] - 2 * g)(x @ x.T),
 }
 
 
@@ -1810,6 +1834,11 @@ FIXED = {
   "cosine_transform": lambda p, x: (rows_of(x) @ cosines(len(x)))[:, 1:],
   "jitted": lambda p, x: jax.jit(lambda x: rows_of(x) @ second(len(x)))(x),
   "mapped": lambda p, x: lax.map(lambda x: second(len(x)) @ x, rows_of(x)),
+  "made_before_a_jit": lambda p, x: (lambda d: jax.jit(lambda x: rows_of(x) @ d)(x))(second(32)),
+  "made_before_a_map": lambda p, x: (lambda d: lax.map(lambda x: d @ x, rows_of(x)))(second(32)),
+  "made_before_a_scan": lambda p, x: (
+    lambda d: lax.scan(lambda u, _: (u + 1e-5 * (u @ d), None), rows_of(x), None, length=20)[0]
+  )(second(32)),
   "image_that_is_sought": lambda p, x: jnp.convolve(p, jnp.array([1.0, -2.0, 1.0]), "valid") * 1e3,
 }
 
@@ -1829,6 +1858,14 @@ def test_a_transform_that_the_program_computes_is_as_exact_as_in_float32(fn, pol
   ),
   of_a_stream=lambda w, x: jnp.tril(jnp.ones((16, 16))) @ jax.nn.relu(x @ w),
   captured=lambda w, x: jax.nn.relu(x @ KEYS[:4]) @ KEYS[:4],
+  resized=lambda w, x: jax.image.resize(jax.nn.standardize(x @ w), (32, 4), "linear") @ w,
+  mixed=lambda w, x: lax.scan(
+    lambda h, w: (h + cosines(16) @ jax.nn.standardize(h) @ w, None), x @ w, jnp.stack([w, w])
+  )[0],
+  mixed_in_a_jit=lambda w, x: jax.jit(lambda h: cosines(16) @ h)(jax.nn.standardize(x @ w)) @ w,
+  strided=lambda w, x: jax.nn.standardize(x @ w)[::2] @ (w / jnp.linalg.norm(w)),
+  of_a_teacher=lambda w, x: jax.nn.relu(x[::2] @ KEYS[:4]) @ w,
+  binary=lambda w, x: jnp.sign(x @ w) @ jnp.sign(x @ w).T,
 )
 def test_layers_of_what_is_computed_or_captured_stay_narrow(fn, policy):
   found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((16, 4)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
+from mpjax._engine.jaxprs import kind, places_of
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
@@ -18,26 +19,28 @@ one sign, and make a hundredth of the sum.
 """
 
 
-def long_sums(body: Body, turns: int | None) -> list[bool]:
-  """Which values a loop carries that it adds more than `TERMS` terms to.
+def accumulators(body: Body, forms: Sequence[Form | None], turns: int | None) -> list[Form | None]:
+  """How the values that a loop carries are held, by how they start.
+
+  One that starts from a constant is an accumulator or the state of a recurrent cell: it is
+  float32, as is a 16-bit one that more than `TERMS` are added to. But not one that is only written
+  to, as a cache is: that is as narrow as what is written.
 
   Args:
     body: The loop's body.
+    forms: How what it carries is held before the loop.
     turns: How often it runs, None if it does not say.
   """
   terms = accumulates(body.jaxpr, body.carry)
-  return [bool(term) and (turns is None or turns * term > TERMS) for term in terms]
+  return [_accumulator(f, n, turns) for f, n in zip(forms, terms, strict=True)]
 
 
-def accumulator(form: Form | None, is_long: bool) -> Form | None:
-  """How a carry is held that starts in a form.
-
-  One that starts from a constant is an accumulator or the state of a recurrent cell: it is
-  float32, as is a 16-bit one that more than `TERMS` are added to.
-  """
+def _accumulator(form: Form | None, terms: float | None, turns: int | None) -> Form | None:
   if form is None or form.kind is Kind.PARAM:
     return form
-  return DATA if form.kind is Kind.CONSTANT or is_long else form
+  if form.kind is Kind.CONSTANT:
+    return form if terms == 0 else DATA
+  return DATA if terms and (turns is None or turns * terms > TERMS) else form
 
 
 def carried(held: Form | None, out: Form | None) -> Form | None:
@@ -45,11 +48,11 @@ def carried(held: Form | None, out: Form | None) -> Form | None:
   return out if held != PARAM or out == PARAM else DATA
 
 
-def accumulates(jaxpr: AnyJaxpr, carry: range) -> tuple[float, ...]:
+def accumulates(jaxpr: AnyJaxpr, carry: range) -> tuple[float | None, ...]:
   """How many terms a turn of a loop may add to each value that it carries; 0 if it adds none.
 
-  A value is added to if elementwise arithmetic leads to it from what is carried; loops inside
-  count as often as they run.
+  A value is added to if elementwise arithmetic leads to it from floats that are carried; loops
+  inside count as often as they run. None for one that is made anew in every turn.
 
   Args:
     jaxpr: The body.
@@ -66,20 +69,20 @@ def _terms(eqn: JaxprEqn, before: float, terms: Mapping[Var, float]) -> list[flo
     return [max(before, float(adds))] * len(eqn.outvars)
   counts = []
   for body in bodies:
-    taken = body.take(eqn.invars)
-    reading = [n for n, a in enumerate(taken) if not isinstance(a, Literal) and a in terms]
-    counts.append(_through(body.jaxpr, reading, len(eqn.outvars)))
+    reading = places_of(body.take(eqn.invars), terms)
+    counts.append([n or 0.0 for n in _through(body.jaxpr, reading, len(eqn.outvars))])
   turns = repetitions(eqn)
   turns = float("inf") if turns is None else max(1, turns)
   return [max(before, turns * max(column)) for column in zip(*counts, strict=True)]
 
 
-def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[float]:
+def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[float | None]:
   """How many terms a jaxpr adds to those operands that are carried, in each of its results."""
   inner = versions.open_jaxpr(jaxpr)
-  terms: dict[Var, float] = {inner.invars[n]: 0.0 for n in reading}
+  floats = (inner.invars[n] for n in reading if kind(inner.invars[n]) not in "biu")
+  terms: dict[Var, float] = dict.fromkeys(floats, 0.0)
   for eqn in inner.eqns:
     known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
     if known and eqn.primitive.name not in MATMULS:
       terms |= dict(zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True))
-  return [0.0 if isinstance(a, Literal) else terms.get(a, 0.0) for a in inner.outvars[:results]]
+  return [None if isinstance(a, Literal) else terms.get(a) for a in inner.outvars[:results]]

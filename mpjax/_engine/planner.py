@@ -24,7 +24,7 @@ from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, sett
 from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.kinds import Form, Kind, join
 from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known, places
-from mpjax._engine.loop_carries import accumulator, carried, long_sums
+from mpjax._engine.loop_carries import accumulators, carried
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import (
@@ -288,7 +288,7 @@ class _Walk:
 
   def loop(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     *tests, body = bodies_of(eqn)
-    count, turns = len(body.carry), repetitions(eqn)
+    count = len(body.carry)
     taken = body.split(forms)
     known = self.around.of_loop(eqn, tuple(body.take(forms)))
     given = self.cast.among(body.take(eqn.invars))
@@ -304,9 +304,7 @@ class _Walk:
       outs = plan(held).out_forms
       return [carried(*pair) for pair in zip(held, outs[:count], strict=True)]
 
-    long = long_sums(body, turns)
-    start = [accumulator(f, is_long) for f, is_long in zip(taken.carry, long, strict=True)]
-    held = tuple(settled(start, turn, join))
+    held = tuple(settled(accumulators(body, taken.carry, repetitions(eqn)), turn, join))
     slices = narrowed(plan(held), range(body.carry.stop, len(body.operands)))
     stacked = plan(held).out_forms[count:]
     bodies = [plan(held, (*held, *stacked))]

@@ -750,6 +750,54 @@ def _bisect(h):
   return lax.while_loop(wide, body, (h - 4, h + 4, 0))[2]
 
 
+# What a loop writes -------------------------------------------------------------------------------
+
+
+def _scanned(turn, start, x):
+  return lax.scan(lambda c, n: (turn(c, n, x[n]), None), start, jnp.arange(len(x)))[0]
+
+
+def _until_full(turn, start, x):
+  body = lambda c: (turn(c[0], c[1], x[c[1]]), c[1] + 1)
+  return lax.while_loop(lambda c: c[1] < len(x), body, (start, 0))[0]
+
+
+WRITES = {
+  "slice": lambda c, n, h: lax.dynamic_update_slice(c, h[None], (n, 0)),
+  "set": lambda c, n, h: c.at[n].set(h),
+  "choice": lambda c, n, h: jnp.where(jnp.arange(16)[:, None] == n, h[None], c),
+  "rolled": lambda c, n, h: jnp.roll(c, -1, 0).at[-1].set(h),
+}
+
+
+@pytest.mark.parametrize("loop", [_scanned, _until_full], ids=["scan", "while"])
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_buffer_is_as_narrow_as_what_a_loop_writes(write, loop):
+  def fn(w, x):
+    return loop(lambda c, n, x: write(c, n, x @ w), jnp.zeros((16, 4)), x) @ w
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, "mixed_float16"))(W, DATA[:4]))
+  (made,) = (e for e in found if e.primitive.name in ("scan", "while"))
+  (buffer,) = (v.aval for v in made.outvars if v.aval.shape == (16, 4))
+  assert buffer.dtype == jnp.float16
+
+
+@both
+@cases(
+  losses=lambda c, n, h: c.at[n].set(jnp.square(h)),
+  sums=lambda c, n, h: c.at[n].add(h),
+  masked=lambda c, n, h: jnp.where(h > 0, c + h, c),
+)
+def test_a_buffer_of_float32_values_or_sums_is_float32(fn, policy):
+  found, want = in_both_formats(
+    lambda w, x: _scanned(lambda c, n, x: fn(c, n, x @ w), jnp.full((16, 4), 0.0), x),
+    policy,
+    jnp.eye(4),
+    1 + jnp.arange(1024.0).reshape(256, 4) % 3,
+  )
+  np.testing.assert_array_equal(found, want)
+
+
 # Whole numbers ------------------------------------------------------------------------------------
 
 IDS = jnp.arange(2400) * 7 % 2401

@@ -196,11 +196,7 @@ class Knowledge:
     self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
-    self.numbers = Numbers(analyses.adapting)
-    for var, numbers in zip(inner.invars, known.numbers, strict=False):
-      self.numbers.define(var, numbers)
-    for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
-      self.numbers.define(var, numbers_of(value))
+    self.numbers = _numbers(analyses.adapting, jaxpr, known)
     self.view = View(
       makers,
       self.numbers.number,
@@ -217,6 +213,12 @@ class Knowledge:
     """Whether a value is multiplied into a logarithm, however it was moved before."""
     source = self._source(atom) if self._heads else None
     return not isinstance(source, Literal) and source in self._heads
+
+  @functools.cached_property
+  def squared(self) -> frozenset[Var]:
+    """The matrices that are multiplied with themselves."""
+    dots = (eqn for eqn in self._inner.eqns if eqn.primitive.name == "dot_general")
+    return frozenset(jaxprs.variables_of(e.invars[0] for e in dots if e.invars[0] is e.invars[1]))
 
   @functools.cached_property
   def _source(self) -> Callable[[Any], Any]:
@@ -329,6 +331,16 @@ class Knowledge:
     if not self._analyses.needs.may_weigh(body.jaxpr):
       return frozenset()
     return self._analyses.constants.entering(eqn, body, self.constant)
+
+
+def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:
+  """The numbers that are known of a jaxpr's operands and constants."""
+  inner, found = versions.open_jaxpr(jaxpr), Numbers(adapting)
+  for var, numbers in zip(inner.invars, known.numbers, strict=False):
+    found.define(var, numbers)
+  for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
+    found.define(var, numbers_of(value))
+  return found
 
 
 def places(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import operation, variables_of
 from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -90,24 +90,40 @@ def _lengths(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> tuple[dict[Any, An
   for eqn in inner.eqns:
     name, result = eqn.primitive.name, eqn.outvars[0] if eqn.outvars else None
     if name == "gather":
-      found[result] = _source(eqn.invars[0], makers)
+      found[result] = _variable(eqn.invars[0], makers)
     elif name == "reduce_sum":
       found[result] = _of_square(_source(eqn.invars[0], makers), makers)
     elif name == "dot_general" and jaxprs.is_inner(eqn):
       found[result] = _same(eqn.invars, makers)
     elif name == "sqrt" and found:
-      roots[result] = found.get(_source(eqn.invars[0], makers))
+      roots[result] = found.get(_variable(eqn.invars[0], makers))
     elif name in _SQUARES and roots:
       found[result] = roots.get(_of_square(result, makers))
-    elif name in HAVE_BODIES and not (body := bodies_of(eqn)[-1]).carry:
-      own, read = versions.open_jaxpr(body.jaxpr), body.take(eqn.invars)
-      inside = _lengths(own, {var: made for made in own.eqns for var in made.outvars})
-      for outside, of in zip((found, roots), inside, strict=True):
-        for n in jaxprs.places_of(own.outvars, of.keys()):
-          value = of[own.outvars[n]]
-          if value in own.invars:
-            outside[eqn.outvars[n]] = _source(read[own.invars.index(value)], makers)
+    elif name in HAVE_BODIES:
+      for body in bodies_of(eqn)[-1:]:  # of a choice the one that runs everywhere else
+        inside = () if body.carry else _lengths_inside(eqn, body, makers)
+        for outside, of in zip((found, roots), inside, strict=False):
+          outside |= of
   return _without_none(found), _without_none(roots)
+
+
+def _lengths_inside(
+  eqn: JaxprEqn, body: Body, makers: Mapping[Any, JaxprEqn]
+) -> list[dict[Any, Any]]:
+  """What the results of a body hold of its operands, by the results of its equation."""
+  own, read = versions.open_jaxpr(body.jaxpr), body.take(eqn.invars)
+  values = {var: _variable(atom, makers) for var, atom in zip(own.invars, read, strict=True)}
+  inside = _lengths(own, {var: made for made in own.eqns for var in made.outvars})
+  return [
+    {eqn.outvars[n]: values.get(of[own.outvars[n]]) for n in jaxprs.places_of(own.outvars, of)}
+    for of in inside
+  ]
+
+
+def _variable(atom: Any, makers: Mapping[Any, JaxprEqn]) -> Any:
+  """What an operand was moved from, or is a multiple of; None if that is a number."""
+  source = _source(atom, makers)
+  return None if isinstance(source, Literal) else source
 
 
 def _without_none(values: Mapping[Any, Any]) -> dict[Any, Any]:

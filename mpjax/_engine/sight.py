@@ -184,12 +184,18 @@ def _makers_of(eqn: JaxprEqn, makers: Mapping[Var, JaxprEqn]) -> list[JaxprEqn |
 
 
 def is_power(sight: Sight) -> bool:
-  """Whether a matmul multiplies a matrix with itself, or two powers of one."""
+  """Whether a matmul multiplies two powers of a matrix, as squaring it again and again does.
+
+  Not that of ``a @ a`` alone, if no loop hands it on.
+  """
   is_layer = PARAM in sight.forms or sight.has_narrow
   if sight.name != "dot_general" or is_layer or not _is_product(sight.eqn):
     return False
-  bases = {_base(atom, sight.around.view.makers) for atom in sight.eqn.invars}
-  return len(bases) == 1 and None not in bases
+  first, second = sight.eqn.invars
+  base = _base(first, sight.around.view.makers)
+  if base is None or base is not _base(second, sight.around.view.makers):
+    return False
+  return base is not first or base in sight.around.carried or sight.result in sight.around.squared
 
 
 def _base(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> Var | None:

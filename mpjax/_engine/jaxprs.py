@@ -96,6 +96,14 @@ def is_inner(eqn: JaxprEqn) -> bool:
   )
 
 
+def is_square_product(eqn: JaxprEqn) -> bool:
+  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
+  (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])
+  rows, along = len(first) - 2, tuple(range(len(first) - 2))
+  wanted = [(rows + 1,), (rows,), along, along]
+  return first == shape(eqn.invars[1]) and [*map(tuple, (*contracted, *batch))] == wanted
+
+
 def operation(eqn: JaxprEqn) -> str:
   """What an equation does, as the name of a primitive: an outer product multiplies."""
   name = eqn.primitive.name

@@ -20,7 +20,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.kinds import PARAM, Kind
-from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, recurrence
+from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, powers, recurrence
 from mpjax._engine.lookahead import (
   FACTORED,
   MOVES,
@@ -143,6 +143,7 @@ class Knowledge:
     constant: The variables that depend on no float of an argument, if there may be weighted
       sums.
     computed: Operands that the program makes of numbers alone.
+    powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
@@ -215,10 +216,9 @@ class Knowledge:
     return not isinstance(source, Literal) and source in self._heads
 
   @functools.cached_property
-  def squared(self) -> frozenset[Var]:
-    """The matrices that are multiplied with themselves."""
-    dots = (eqn for eqn in self._inner.eqns if eqn.primitive.name == "dot_general")
-    return frozenset(jaxprs.variables_of(e.invars[0] for e in dots if e.invars[0] is e.invars[1]))
+  def powers(self) -> frozenset[Var]:
+    """Products of powers of a matrix, see `linear_recurrences`."""
+    return powers(self._inner, self.carried)
 
   @functools.cached_property
   def _source(self) -> Callable[[Any], Any]:

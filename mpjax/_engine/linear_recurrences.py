@@ -18,11 +18,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._core.scopes import is_backward
-from mpjax._engine import versions
+from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.jaxprs import places_of, variables_of
 from mpjax._engine.loop_carries import TERMS
-from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
 
@@ -162,6 +162,27 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   if name in _MULTIPLIES:
     return len(places) == 1
   return name in _ADDS or (name == "div" and 1 not in places)
+
+
+def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
+  """The products of powers of a square matrix, as squaring it again and again makes them.
+
+  Not that of ``a @ a`` alone, if no loop hands it on.
+
+  Args:
+    inner: A jaxpr.
+    carried: What a loop hands on to it.
+  """
+  bases: dict[Var, Atom] = {}
+  again = set[Var](carried)
+  for eqn in inner.eqns:
+    if eqn.primitive.name == "dot_general" and jaxprs.is_square_product(eqn):
+      first, second = [a if isinstance(a, Literal) else bases.get(a, a) for a in eqn.invars]
+      if first is second:
+        bases[eqn.outvars[0]] = first
+        read = variables_of(eqn.invars)
+        again |= {*eqn.outvars, *(read & bases.keys())} if read & (again | bases.keys()) else set()
+  return frozenset(bases.keys() & again)
 
 
 def _is_call(eqn: JaxprEqn) -> bool:

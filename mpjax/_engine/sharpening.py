@@ -203,7 +203,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "product of neighbors, or power",
     {Rule.LOWER},
-    lambda s: sight.multiplies_neighbors(s) or sight.is_power(s),
+    lambda s: sight.multiplies_neighbors(s) or (not s.has_layer and s.result in s.around.powers),
     Rule.FULL,
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),

@@ -61,6 +61,11 @@ class Sight(NamedTuple):
     return any(form is not None and form.kind is Kind.NARROW for form in self.forms)
 
   @property
+  def has_layer(self) -> bool:
+    """Whether a layer made one of its operands, or one is a parameter."""
+    return self.has_narrow or PARAM in self.forms
+
+  @property
   def are_float16(self) -> Sequence[bool]:
     """Which of its operands came out of a matmul and are held in float16."""
     return [f is not None and f.kind is Kind.NARROW and f.dtype == FLOAT16 for f in self.forms]
@@ -179,70 +184,29 @@ def hands_on(sight: Sight) -> bool:
   return bool(read) and sight.result in found.leads and read[0] not in pure
 
 
-def _makers_of(eqn: JaxprEqn, makers: Mapping[Var, JaxprEqn]) -> list[JaxprEqn | None]:
-  return [None if isinstance(a, Literal) else makers.get(a) for a in eqn.invars]
-
-
-def is_power(sight: Sight) -> bool:
-  """Whether a matmul multiplies two powers of a matrix, as squaring it again and again does.
-
-  Not that of ``a @ a`` alone, if no loop hands it on.
-  """
-  is_layer = PARAM in sight.forms or sight.has_narrow
-  if sight.name != "dot_general" or is_layer or not _is_product(sight.eqn):
-    return False
-  first, second = sight.eqn.invars
-  base = _base(first, sight.around.view.makers)
-  if base is None or base is not _base(second, sight.around.view.makers):
-    return False
-  return base is not first or base in sight.around.carried or sight.result in sight.around.squared
-
-
-def _base(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> Var | None:
-  """The matrix that a value is a power of, the first among them."""
-  if isinstance(atom, Literal):
-    return None
-  made = makers.get(atom)
-  if made is None or made.primitive.name != "dot_general" or not _is_product(made):
-    return atom
-  bases = {_base(operand, makers) for operand in made.invars}
-  return bases.pop() if len(bases) == 1 else atom
-
-
-def _is_product(eqn: JaxprEqn) -> bool:
-  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
-  contracted, batch = eqn.params["dimension_numbers"]
-  first, second = (jaxprs.shape(atom) for atom in eqn.invars)
-  rank = len(first)
-  own = ((rank - 1,), (rank - 2,)), (tuple(range(rank - 2)),) * 2
-  return (
-    first == second
-    and tuple(map(tuple, contracted)) == own[0]
-    and (tuple(map(tuple, batch)) == own[1])
-  )
-
-
 def multiplies_neighbors(sight: Sight) -> bool:
   """Whether a matmul multiplies every other entry of values, as an associative scan writes it."""
   makers = sight.around.view.makers
   if sight.name != "dot_general" or sight.has_narrow:
     return False
-  return all(_skips(atom, makers) for atom in sight.eqn.invars)
+  return all(_skips(atom, makers, may_be_product=True) for atom in sight.eqn.invars)
 
 
-def _skips(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
+def _skips(atom: Atom, makers: Mapping[Var, JaxprEqn], *, may_be_product: bool) -> bool:
   """Whether a value was moved from every other entry of another, from a product of such or two.
 
   An associative scan lays the entries of two between each other: it pads both, and adds them.
   """
   while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    name, before = made.primitive.name, _makers_of(made, makers)
+    name = made.primitive.name
     if name == "slice" and 2 in (made.params["strides"] or ()):
       return True
     if name == "add":
-      return all(eqn is not None and eqn.primitive.name == "pad" for eqn in before)
+      read = [None if isinstance(a, Literal) else makers.get(a) for a in made.invars]
+      return all(eqn is not None and eqn.primitive.name == "pad" for eqn in read)
     if name == "dot_general":
-      return all(_skips(operand, makers) for operand in made.invars)
+      pair = made.invars if may_be_product else ()
+      return bool(pair) and all(_skips(a, makers, may_be_product=False) for a in pair)
     if name not in _MOVED:
       return False
     atom = made.invars[0]

@@ -355,6 +355,11 @@ class Sums(NamedTuple):
     """Which operands of a body were computed from a parameter, or are one."""
     return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
 
+  def may_be_weights(self, var: Var) -> bool:
+    """Whether a value was computed from a parameter, and from no gradient."""
+    bits = self.origins.get(var, 0)
+    return bool(bits) and not bits & _BORN
+
   def origins_of(self, atoms: Sequence[Atom]) -> list[int]:
     """From which parameters some operands were computed."""
     return [0 if isinstance(a, Literal) else self.origins.get(a, 0) for a in atoms]

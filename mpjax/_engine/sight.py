@@ -92,14 +92,16 @@ def is_of_parameters(sight: Sight) -> bool:
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
 
-  As ``inv(a) @ b``, ``(u * s) @ v``. Of parameters, or of random numbers that are to be some, only
-  the last time: a layer may multiply what is made of its own.
+  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). Of parameters,
+  or of random numbers that are to be some, only the last time: a layer may multiply what is made
+  of its own.
   """
   found, around = sight.around.solved, sight.around
   if not found or sight.has_narrow:
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
-  of_data = [a for a in read if not around.sums.origins.get(a, 0)]
+  is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
+  of_data = [a for a in read if not is_layer(a)]
   if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
     return True
   return bool(read) and sight.result not in around.multiplied

@@ -1769,6 +1769,17 @@ def test_what_a_decomposition_gives_is_multiplied_in_float32(fn, policy):
   np.testing.assert_allclose(found, want, atol=2e-4 * float(jnp.abs(want).max() + 1e-2))
 
 
+@both
+def test_a_gradient_is_turned_into_the_basis_of_its_own_in_float32(policy):
+  def turned(w, x):
+    g = jax.grad(lambda w: jnp.sum(jnp.tanh(w) * x))(w)
+    q = jnp.linalg.eigh(g @ g.T + 1e-3 * jnp.eye(4))[1]
+    return x @ (q @ jnp.tanh(9 * (q.T @ g)))
+
+  ops = explain(turned, policy, W, DATA[:4]).ops
+  assert sum(op.count for op in ops if op.op == "dot_general" and op.rule == "full") >= 3
+
+
 def _rnn(w, x):
   return lax.scan(lambda h, u: (jnp.tanh(h @ w + u), None), x[0], x)[0]
 

@@ -165,6 +165,11 @@ def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
   return source
 
 
+def makers_of(inner: Jaxpr) -> dict[Var, JaxprEqn]:
+  """What makes each variable of a jaxpr that an equation makes."""
+  return {var: eqn for eqn in inner.eqns for var in eqn.outvars}
+
+
 def variables_of(atoms: Iterable[Atom]) -> set[Var]:
   """Those of some operands that are no literals."""
   return {atom for atom in atoms if not isinstance(atom, Literal)}

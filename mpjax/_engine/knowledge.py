@@ -161,7 +161,7 @@ class Knowledge:
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self._analyses, self._inner, needs = analyses, inner, analyses.needs
-    makers = {var: eqn for eqn in inner.eqns for var in eqn.outvars}
+    makers = jaxprs.makers_of(inner)
     exact = known.exact
     if exact is None:
       parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
@@ -308,15 +308,15 @@ class Knowledge:
   def _computed_in(
     self, body: Body, atoms: Sequence[Atom], forms: Forms, of_parameters: frozenset[int]
   ) -> frozenset[int]:
-    found = [
+    matrices = [
       n
       for n, form in enumerate(forms)
       if form is not None
       and form.kind in (Kind.CONSTANT, Kind.DATA)
       and n not in of_parameters
       and n not in body.carry
+      and len(jaxprs.shape(atoms[n])) > 1
     ]
-    matrices = [n for n in found if len(jaxprs.shape(atoms[n])) > 1]
     if not matrices or not self._analyses.needs.may_multiply(body.jaxpr):
       return frozenset()
     makers = self.view.makers

@@ -113,7 +113,7 @@ def _lengths_inside(
   """What the results of a body hold of its operands, by the results of its equation."""
   own, read = versions.open_jaxpr(body.jaxpr), body.take(eqn.invars)
   values = {var: _variable(atom, makers) for var, atom in zip(own.invars, read, strict=True)}
-  inside = _lengths(own, {var: made for made in own.eqns for var in made.outvars})
+  inside = _lengths(own, jaxprs.makers_of(own))
   return [
     {eqn.outvars[n]: values.get(of[own.outvars[n]]) for n in jaxprs.places_of(own.outvars, of)}
     for of in inside

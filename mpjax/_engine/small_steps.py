@@ -86,7 +86,7 @@ class View(NamedTuple):
     place, found = [*eqn.outvars].index(atom), []  # pyright: ignore[reportArgumentType]
     for body in bodies:
       inner = versions.open_jaxpr(body.jaxpr)
-      makers = {var: made for made in inner.eqns for var in made.outvars}
+      makers = jaxprs.makers_of(inner)
       pairs = zip(inner.invars, body.take(eqn.invars), strict=True)
       outside = {var: (operand, self) for var, operand in pairs}
       view = View(makers, _number_of, self.is_backward, outside)

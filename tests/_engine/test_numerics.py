@@ -235,18 +235,20 @@ def nnx_spectral(x, seed, policy="float32", dtype=None):
 
 
 @pytest.mark.quick(every=3)
-@in_turns(
-  ("run", "policy", "seed"), {"linen": linen_spectral, "nnx": nnx_spectral}, list(COMPUTE), [0, 1]
-)
-def test_a_power_iteration_is_float32_as_flaxs_is(run, seed, policy):
+@in_turns(("run", "policy"), {"linen": linen_spectral, "nnx": nnx_spectral}, list(COMPUTE))
+def test_a_power_iteration_is_float32_as_flaxs_is(run, policy):
   dtype = COMPUTE[policy]
-  draw = np.random.default_rng(seed).standard_normal((1, 16))  # one example is not a model's own
-  x = jnp.asarray(draw, dtype).astype(jnp.float32)
-  jaxpr, ours = run(x, seed, policy=policy)
-  (_, truth), (_, by_hand) = run(x, seed), run(x, seed, dtype=dtype)
+  ours_off, by_hand_off = [], []
+  for seed in range(8):  # a single layer and example says which rounding was lucky
+    draw = np.random.default_rng(seed).standard_normal((1, 16))  # not a model's own
+    x = jnp.asarray(draw, dtype).astype(jnp.float32)
+    jaxpr, ours = run(x, seed, policy=policy)
+    (_, truth), (_, by_hand) = run(x, seed), run(x, seed, dtype=dtype)
+    ours_off.append(error(ours, truth))
+    by_hand_off.append(error(by_hand, truth))
   assert len(wide_contractions(jaxpr, dtype.name)) == 4
   assert len(contractions(jaxpr)) == 5
-  assert error(ours, truth) <= 1.001 * error(by_hand, truth)
+  assert np.mean(ours_off) <= np.mean(by_hand_off)
 
 
 @pytest.mark.quick(every=2, start=1)

@@ -26,6 +26,7 @@ from mpjax._engine.knowledge import Known
 from mpjax._engine.plan import PLAIN, Plan, Scoping
 from mpjax._engine.planner import Planner
 from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of
+from mpjax._engine.sums import Summing
 
 
 class Decided(NamedTuple):
@@ -114,9 +115,11 @@ def decide(
   escapes.check(call.hidden, jaxpr)
   outs = versions.open_jaxpr(jaxpr).outvars
   of_call = Known(
-    summed=tuple(range(len(outs))),
-    given_back=call.given_back([*map(jaxprs.shape, outs)]),
-    parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
+    sums=Summing(
+      parameters=tuple(n for n, form in enumerate(call.forms) if form == PARAM),
+      gradients=tuple(range(len(outs))),
+      given_back=call.given_back([*map(jaxprs.shape, outs)]),
+    ),
     own=call.own,
   )
   program = Program(jaxpr, call.forms, of_call, policies, scoping)

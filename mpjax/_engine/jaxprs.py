@@ -175,9 +175,14 @@ def variables_of(atoms: Iterable[Atom]) -> set[Var]:
   return {atom for atom in atoms if not isinstance(atom, Literal)}
 
 
-def places_of(atoms: Iterable[Atom], found: Collection[Var]) -> frozenset[int]:
+def places_of(atoms: Iterable[Atom], found: Collection[Any]) -> frozenset[int]:
   """Where among operands variables are that are found."""
   return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
+
+
+def ordered_places(atoms: Iterable[Atom], found: Collection[Any]) -> tuple[int, ...]:
+  """The same, in order."""
+  return tuple(sorted(places_of(atoms, found)))
 
 
 def common_scopes(eqns: Sequence[JaxprEqn]) -> int:

@@ -19,25 +19,18 @@ from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
+from mpjax._engine.contents import Contents
 from mpjax._engine.kinds import PARAM, Kind
 from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, powers, recurrence
-from mpjax._engine.lookahead import (
-  FACTORED,
-  MOVES,
-  MULTIPLIED,
-  Needs,
-  Question,
-  Sums,
-  asked_at,
-  totaled,
-)
-from mpjax._engine.made_of import constants, is_computed, solutions, whole_numbers
+from mpjax._engine.lookahead import MOVES, Leading, Needs, totaled
+from mpjax._engine.made_of import Made, Makings, is_computed
 from mpjax._engine.moments import moments
 from mpjax._engine.near_one import Exact, NearOne
 from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import additions
 from mpjax._engine.small_steps import View
+from mpjax._engine.sums import Summing, sums_in
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -46,52 +39,37 @@ class Known(NamedTuple):
 
   Attributes:
     exact: What in it is needed exactly, see `near_one`; None where that is to be found.
-    summed: Which results are gradients, if they come out of a backward pass.
-    given_back: Which results are a state among the parameters that the function returns.
-    parameters: Which operands are parameters, or began as such before a loop.
-    kin: For each operand from which of these it was computed; empty if from none.
-    of_parameters: Which operands were computed from a parameter, or are one.
-    computed: Which are matrices that the program makes of numbers alone, if there are matmuls.
+    sums: What is known of sums, see `sums`.
+    made: Which operands are made of something alone, see `made_of`.
+    leading: Which results lead somewhere, see `lookahead`.
+    moments: Which results are moments of which one is subtracted from another, see `moments`.
+    computed: Which operands are matrices that the program makes of numbers alone, if there are
+      matmuls.
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
-    factored: Which results lead into the factorization of a matrix.
-    moments: Which results are moments of which one is subtracted from another, see `moments`.
-    multiplied: Which results lead into a matmul, if rows are looked up inside or multiplied.
-    multiplying: What asks for that there.
     carry: Which operands a loop hands on from turn to turn.
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
-    whole: Which operands are whole numbers, see `made_of`.
-    solved: Which are what a linear system or a decomposition gives.
-    constant: Which depend on no float of an argument, if there may be weighted sums inside.
   """
 
   exact: Exact | None = None
-  summed: tuple[int, ...] = ()
-  given_back: tuple[int, ...] = ()
-  parameters: tuple[int, ...] = ()
-  kin: tuple[int, ...] = ()
-  of_parameters: frozenset[int] = frozenset()
+  sums: Summing = Summing()
+  made: Made[int] = Made()
+  leading: Leading[int] = Leading()
+  moments: tuple[int, ...] = ()
   computed: frozenset[int] = frozenset()
   numbers: tuple[NumberSet, ...] = ()
   own: Own[int] = Own()
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
-  factored: frozenset[int] = frozenset()
-  moments: tuple[int, ...] = ()
-  multiplied: frozenset[int] = frozenset()
-  multiplying: Question = MULTIPLIED
   carry: range = range(0)
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
-  whole: frozenset[int] = frozenset()
-  solved: frozenset[int] = frozenset()
-  constant: frozenset[int] = frozenset()
 
 
 NOTHING = Known()
@@ -110,9 +88,8 @@ class Analyses:
     self, table: Mapping[str, Rule], formats: frozenset[np.dtype], in_float8: bool
   ) -> None:
     self.adapting = Adapting(formats)
-    self.needs = Needs(table)
-    self.whole_numbers = whole_numbers()
-    self.constants, self.solutions = constants(), solutions()
+    self.contents = Contents()
+    self.needs, self.makings = Needs(table, self.contents), Makings(self.contents)
     self.near_one = NearOne(table, formats)
     self.in_float8 = in_float8
 
@@ -130,18 +107,14 @@ class Knowledge:
   Attributes:
     exact: The variables that are needed exactly and may come near one.
     sums: What is added up.
+    made: What is made of something alone.
+    leading: What leads somewhere.
     iterated: The results of the matmuls of power iterations.
-    factored: The variables that lead into the factorization of a matrix or a linear system.
     moments: Moments of which one is subtracted from another.
-    solved: What linear systems and decompositions give.
-    multiplied: The variables that lead into a matmul.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
-    whole: The variables that hold whole numbers.
-    constant: The variables that depend on no float of an argument, if there may be weighted
-      sums.
     computed: Operands that the program makes of numbers alone.
     powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
@@ -167,33 +140,17 @@ class Knowledge:
       parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
       exact = analyses.near_one.exact(jaxpr, parameters=parameters)
     self.exact, self._exact_inside = exact.values, dict(exact.inside)
-    self.sums: Sums = needs.summed(
-      inner,
-      known.parameters,
-      known.kin,
-      known.of_parameters,
-      known.summed,
-      known.given_back,
-      is_backward,
-    )
+    self.sums = sums_in(inner, known.sums, is_backward, needs)
+    self.made = analyses.makings.variables(jaxpr, known.made)
+    self.leading = needs.leading(jaxpr, known.leading)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    self.factored = needs.leading(FACTORED, jaxpr, known.factored)
-    self.moments = moments(inner, makers, known.moments, needs.holds_sum)
-    self.solved: Collection[Var] = ()
-    if known.solved or needs.may_solve(jaxpr):
-      self.solved = analyses.solutions.variables(jaxpr, known.solved)
-    self._multiplying = known.multiplying
-    self.multiplied = needs.leading(known.multiplying, jaxpr, known.multiplied)
+    self.moments = moments(inner, makers, known.moments, analyses.contents.is_sum)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
     self.is_test = known.is_test
     in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
-    self.whole: Collection[Var] = analyses.whole_numbers.variables(jaxpr, known.whole)
-    self.constant: Collection[Var] = ()
-    if needs.may_weigh(jaxpr):
-      self.constant = analyses.constants.variables(jaxpr, known.constant)
     self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
@@ -254,8 +211,7 @@ class Knowledge:
     is_stack = PARAM in forms[body.carry.stop :]  # of layers: each turn has weights of its own
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
-      kin=(),
-      of_parameters=known.of_parameters.union(body.carry if known.of_parameters else ()),
+      sums=known.sums.every_turn(body.carry),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
       recurrence=Recurrence() if is_stack else of_loop(body, repetitions(eqn)),
@@ -268,8 +224,8 @@ class Knowledge:
 
   def of_test(self, eqn: JaxprEqn, test: Body) -> Known:
     """What is known in the test of a loop."""
-    whole = self._analyses.whole_numbers.entering(eqn, test, self.whole)
-    return Known(self._exact_of(eqn)[0], whole=whole, is_test=True)
+    made = self._analyses.makings.entering(eqn, test, self.made)
+    return Known(self._exact_of(eqn)[0], made=made, is_test=True)
 
   def _exact_of(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
     return self._exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
@@ -277,32 +233,23 @@ class Knowledge:
   def _entering(
     self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own[int], exact: Exact
   ) -> Known:
-    atoms, needs = body.take(eqn.invars), self._analyses.needs
+    atoms, analyses = body.take(eqn.invars), self._analyses
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
-    multiplying = asked_at(self._multiplying, eqn)
-    of_parameters = self.sums.of_parameters(atoms)
+    sums = self.sums.entering(eqn, body, forms)
     return Known(
       exact=exact,
-      summed=places(eqn.outvars, self.sums.leading),
-      given_back=places(eqn.outvars, self.sums.given_back),
-      parameters=tuple(n for n, form in enumerate(forms) if form == PARAM),
-      kin=self.sums.kin(atoms),
-      of_parameters=of_parameters,
-      computed=self._computed_in(body, atoms, forms, of_parameters),
+      sums=sums,
+      made=analyses.makings.entering(eqn, body, self.made),
+      leading=analyses.needs.entering(eqn, self.leading),
+      moments=jaxprs.ordered_places(eqn.outvars, self.moments),
+      computed=self._computed_in(body, atoms, forms, sums.of_parameters),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
-      logarithms=places(eqn.outvars, self.logarithms),
+      logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
-      factored=needs.leading_from_bodies(FACTORED, eqn, self.factored),
-      moments=places(eqn.outvars, self.moments),
-      multiplied=needs.leading_from_bodies(multiplying, eqn, self.multiplied),
-      multiplying=multiplying,
-      steady=places(atoms, self.view.steady),
+      steady=jaxprs.ordered_places(atoms, self.view.steady),
       recurrence=entering(eqn, body, self.recurrence),
       is_test=self.is_test,
-      whole=self._analyses.whole_numbers.entering(eqn, body, self.whole),
-      solved=self._solved_in(eqn, body),
-      constant=self._constant_in(eqn, body),
     )
 
   def _computed_in(
@@ -317,20 +264,10 @@ class Knowledge:
       and n not in body.carry
       and len(jaxprs.shape(atoms[n])) > 1
     ]
-    if not matrices or not self._analyses.needs.may_multiply(body.jaxpr):
+    if not matrices or not self._analyses.contents.matmuls(body.jaxpr):
       return frozenset()
     makers = self.view.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
-
-  def _solved_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    if not self.solved:
-      return frozenset()
-    return self._analyses.solutions.entering(eqn, body, self.solved)
-
-  def _constant_in(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    if not self._analyses.needs.may_weigh(body.jaxpr):
-      return frozenset()
-    return self._analyses.constants.entering(eqn, body, self.constant)
 
 
 def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:
@@ -341,8 +278,3 @@ def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:
   for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
     found.define(var, numbers_of(value))
   return found
-
-
-def places(atoms: Sequence[Any], found: Collection[Any]) -> tuple[int, ...]:
-  """Where among operands or results variables are that are found, in order."""
-  return tuple(sorted(jaxprs.places_of(atoms, found)))

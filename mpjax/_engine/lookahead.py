@@ -1,36 +1,28 @@
 """Where values of a jaxpr lead, found before any equation is decided.
 
-Which are added up, and by which matmuls; which are factored, or lead into a logarithm.
-
-``w - rate * (x.T @ error)``: the matmul returns the float32 that it adds up in, since its result is
-added to the parameter that it came from, or is the gradient of one.
+Read backwards: which are factored, lead into a matmul or into a logarithm, in bodies and through
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
 from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.contents import Contents
 from mpjax._engine.jaxprs import variables_of
-from mpjax._engine.made_of import SOLVES, weights_of
-from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Var
 
-Indices = tuple[int, ...]
+T = TypeVar("T")
 
-_WEIGHTED = "weighted sum"
-"""Stands beside the names of primitives for matmuls with what may be weights."""
-_MAY_WEIGH = frozenset({"dot_general", "conv_general_dilated"})
-
-_JITTED = having(Trait.JIT)
 _REMATS = having(Trait.REMAT)
-_SUMS = MATMULS | {"reduce_sum"}
 MOVES = having(Trait.MOVES)
 
-# What a gradient passes on its way to where it is added up.
+# What a value passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
 
 
@@ -64,89 +56,32 @@ MULTIPLIED = Question(_MULTIPLY, MATMULS | {"gather"}, is_forward=True)
 _NOWHERE = Question(frozenset())
 
 
+class Leading(NamedTuple, Generic[T]):
+  """What leads somewhere: results of a jaxpr that do so outside, by index, or variables.
+
+  Attributes:
+    factored: What leads into the factorization of a matrix or a linear system.
+    multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
+    multiplying: What asks for that there.
+  """
+
+  factored: frozenset[T] = frozenset()
+  multiplied: frozenset[T] = frozenset()
+  multiplying: Question = MULTIPLIED
+
+
 class Needs:
   """What is asked of the values of jaxprs; what is known of one is kept.
 
   Args:
     table: The rule of each primitive.
+    contents: Tells which primitives jaxprs hold.
   """
 
-  def __init__(self, table: Mapping[str, Rule]) -> None:
-    self._table = table
+  def __init__(self, table: Mapping[str, Rule], contents: Contents) -> None:
+    self._table, self._contents = table, contents
     self._ends: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
-    self._names: dict[int, set[str]] = {}
     self._heads: dict[Any, tuple[frozenset[Var], frozenset[int]]] = {}
-
-  def summed(
-    self,
-    inner: Jaxpr,
-    parameters: Indices,
-    kin: Sequence[int],
-    of_parameters: Collection[int],
-    outs: Indices,
-    given_back: Indices,
-    is_backward: Callable[[JaxprEqn], bool],
-  ) -> Sums:
-    """The updates of parameters in a jaxpr, and the matmuls whose results are added up.
-
-    Args:
-      inner: An open jaxpr.
-      parameters: Which of its operands are parameters.
-      kin: For each operand from which parameters it was computed: a bit for each of them; none
-        where nothing is known.
-      of_parameters: Which operands were computed from a parameter at all.
-      outs: Which of its results are gradients if they come out of a backward pass.
-      given_back: Which of its results are a state among the parameters that is returned.
-      is_backward: Whether an equation came from transposing.
-    """
-    origins = dict(zip(inner.invars, kin or [0] * len(inner.invars), strict=True))
-    for n in of_parameters:
-      origins[inner.invars[n]] |= _OUTSIDE
-    pure: dict[Any, int] = {}
-    for n in parameters:
-      pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
-    updates: dict[Any, Any] = {}
-    others: dict[Any, Any] = {}
-    stack, born = None, 0
-    for eqn in inner.eqns:
-      read = [a for a in eqn.invars if not isinstance(a, Literal)]
-      if eqn.source_info.name_stack is not stack:  # many that follow each other share one
-        stack, born = eqn.source_info.name_stack, _BORN if is_backward(eqn) else 0
-      origin = born
-      for atom in read:
-        origin |= origins.get(atom, 0)
-      for var in eqn.outvars:
-        origins[var] = origin
-      if read and pure.keys() >= {*read}:
-        pure |= dict.fromkeys(eqn.outvars, origin & ~_BORN)
-      elif eqn.primitive.name in ("add", "sub", "add_any") and len(read) == 2:
-        for target, change in (read, read[::-1]):
-          if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
-            related = origins.get(change, 0) & (pure[target] | _BORN)
-            whole = related and _is_whole(target, pure[target], inner.invars)
-            (updates if whole else others)[eqn.outvars[0]] = change
-    states = self._leading(inner, {}, given_back, through_calls=True) if given_back else {}
-    updates |= {var: change for var, change in others.items() if var in states}
-    leading = self._leading(inner, updates, outs)
-    return Sums(pure, origins, frozenset(updates), leading, states)
-
-  def _leading(
-    self, inner: Jaxpr, updates: Mapping[Any, Any], outs: Indices, *, through_calls: bool = False
-  ) -> dict[Any, bool]:
-    """The variables that are added up by and by, with whether in an update: else in a result."""
-    results = [inner.outvars[n] for n in outs if n < len(inner.outvars)]
-    found = {var: False for var in results if not isinstance(var, Literal)}
-    found |= dict.fromkeys(updates.values(), True)
-    for eqn in reversed(inner.eqns):
-      leads = [found[var] for var in eqn.outvars if var in found]
-      read = eqn.invars if leads and self._table.get(eqn.primitive.name) in _PASSED else []
-      if leads and through_calls and eqn.primitive.name in _JITTED:
-        results = jaxprs.places_of(eqn.outvars, found)
-        read = [eqn.invars[n] for n in self._through_bodies(_NOWHERE, eqn, results)[0]]
-      for atom in read:
-        if not isinstance(atom, Literal):
-          found[atom] = found.get(atom, False) or any(leads)
-    return found
 
   def logarithms(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
     """The variables of a jaxpr that lead into a logarithm, with no matmul between.
@@ -157,27 +92,49 @@ class Needs:
     """
     return self._into(LOGARITHMS, jaxpr, outs)[0]
 
-  def leading(self, question: Question, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
-    """The variables of a jaxpr that lead where a question asks, with no matmul between.
+  def leading(self, jaxpr: AnyJaxpr, outside: Leading[int]) -> Leading[Var]:
+    """The variables of a jaxpr that lead somewhere, with no matmul between.
 
     Args:
-      question: What is asked.
       jaxpr: The jaxpr.
-      outs: Which of its results do so outside.
+      outside: Which of its results do.
     """
-    asked = (outs and not question.of) or self._holds(question, jaxpr)
-    return self._into(question, jaxpr, outs)[0] if asked else frozenset()
+    multiplying = outside.multiplying
+    return Leading(
+      self._leading(FACTORED, jaxpr, outside.factored),
+      self._leading(multiplying, jaxpr, outside.multiplied),
+      multiplying,
+    )
 
-  def leading_from_bodies(
-    self, question: Question, eqn: JaxprEqn, found: frozenset[Var]
-  ) -> frozenset[int]:
-    """Which results of an equation's bodies lead where a question asks, in them or outside.
+  def entering(self, eqn: JaxprEqn, found: Leading[Var]) -> Leading[int]:
+    """Which results of an equation's bodies lead somewhere, in them or outside.
 
     Args:
-      question: What is asked.
       eqn: The equation.
       found: The variables that do outside.
     """
+    multiplying = asked_at(found.multiplying, eqn)
+    return Leading(
+      self._leading_from_bodies(FACTORED, eqn, found.factored),
+      self._leading_from_bodies(multiplying, eqn, found.multiplied),
+      multiplying,
+    )
+
+  def passes(self, name: str) -> bool:
+    """Whether a value leads on through a primitive to where it is added up."""
+    return self._table.get(name) in _PASSED
+
+  def before(self, eqn: JaxprEqn, results: frozenset[int]) -> frozenset[int]:
+    """Which operands of an equation with bodies lead to some of its results."""
+    return self._through_bodies(_NOWHERE, eqn, results)[0]
+
+  def _leading(self, question: Question, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
+    asked = (outs and not question.of) or self._holds(question, jaxpr)
+    return self._into(question, jaxpr, outs)[0] if asked else frozenset()
+
+  def _leading_from_bodies(
+    self, question: Question, eqn: JaxprEqn, found: frozenset[Var]
+  ) -> frozenset[int]:
     results = jaxprs.places_of(eqn.outvars, found)
     held = any(self._holds(question, body.jaxpr) for body in bodies_of(eqn))
     if not held:
@@ -186,39 +143,7 @@ class Needs:
 
   def _holds(self, question: Question, jaxpr: AnyJaxpr) -> bool:
     """Whether a jaxpr, or a body in it, holds what a question is about."""
-    return not self._primitives(jaxpr).isdisjoint(question.of or question.ends)
-
-  def may_multiply(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, holds a matmul."""
-    return not self._primitives(jaxpr).isdisjoint(MATMULS)
-
-  def may_solve(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, solves a linear system or decomposes a matrix."""
-    return not self._primitives(jaxpr).isdisjoint(SOLVES)
-
-  def may_weigh(self, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, holds a matmul or convolution with what may be weights."""
-    return _WEIGHTED in self._primitives(jaxpr)
-
-  def holds_sum(self, eqn: JaxprEqn) -> bool:
-    """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
-    if eqn.primitive.name not in _JITTED:
-      return jaxprs.operation(eqn) in _SUMS
-    (body,) = bodies_of(eqn)
-    return not self._primitives(body.jaxpr).isdisjoint(_SUMS)
-
-  def _primitives(self, jaxpr: AnyJaxpr) -> set[str]:
-    """The names of the primitives in a jaxpr, its bodies among it."""
-    found = self._names.get(id(jaxpr))
-    if found is None:
-      eqns = versions.open_jaxpr(jaxpr).eqns
-      self._names[id(jaxpr)] = found = {eqn.primitive.name for eqn in eqns}
-      weighing = (eqn for eqn in eqns if eqn.primitive.name in _MAY_WEIGH)
-      found |= {_WEIGHTED} if any(map(weights_of, weighing)) else set()
-      holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
-      for body in (body for eqn in holding for body in bodies_of(eqn)):
-        found |= self._primitives(body.jaxpr)
-    return found
+    return self._contents.any_of(question.of or question.ends, jaxpr)
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Var], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
@@ -322,80 +247,3 @@ def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _SCALES = frozenset({"mul", "div"})
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}
-
-
-class Sums(NamedTuple):
-  """What of a jaxpr is added up.
-
-  Attributes:
-    pure: What is made of parameters alone, each with a bit for each of these.
-    origins: From which parameters each variable was computed, 0 if from none; `_BORN` if in a
-      backward pass, `_OUTSIDE` if from one that is no operand.
-    updates: The results of adding to a parameter what was computed from it, or of adding anything
-      to one that is given back.
-    leading: The variables that are added up by and by, with whether in an update.
-    given_back: The variables that lead to a state among the parameters that is returned.
-  """
-
-  pure: Mapping[Var, int]
-  origins: Mapping[Var, int]
-  updates: frozenset[Var]
-  leading: Mapping[Any, bool]
-  given_back: Collection[Var]
-
-  def is_sum(self, eqn: JaxprEqn) -> bool:
-    """Whether a matmul makes what is added to a parameter, or is the gradient of one."""
-    (result,) = eqn.outvars
-    operands = [a for a in eqn.invars if not isinstance(a, Literal)]
-    if result not in self.leading or any(a in self.pure for a in operands):
-      return False
-    return self.leading[result] or bool(self.origins[result] & _BORN)
-
-  def of_parameters(self, atoms: Sequence[Atom]) -> frozenset[int]:
-    """Which operands of a body were computed from a parameter, or are one."""
-    return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
-
-  def may_be_weights(self, var: Var) -> bool:
-    """Whether a value was computed from a parameter, and from no gradient."""
-    bits = self.origins.get(var, 0)
-    return bool(bits) and not bits & _BORN
-
-  def origins_of(self, atoms: Sequence[Atom]) -> list[int]:
-    """From which parameters some operands were computed."""
-    return [0 if isinstance(a, Literal) else self.origins.get(a, 0) for a in atoms]
-
-  def kin(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
-    """For each operand of a body from which of its parameters it was computed; none if from none.
-
-    A parameter is one by its place among the operands.
-    """
-    known = self.origins_of(atoms)
-    own = [0 if isinstance(a, Literal) else self.pure.get(a, 0) for a in atoms]
-    bits_of = [(n, bits) for n, bits in enumerate(own) if bits]
-    related = [
-      (origin & _BORN) | sum([1 << n for n, bits in bits_of if bits & origin]) for origin in known
-    ]
-    mixed = [kin for kin, bits in zip(related, own, strict=True) if kin and not bits]
-    return tuple(related) if mixed else ()
-
-
-_BORN = 1 << 4096
-"""The bit of what was computed in a backward pass; the others are those of parameters."""
-_OUTSIDE = 1 << 4097
-"""The bit of what was computed from a parameter that is no operand of the jaxpr."""
-
-
-def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Var, int], invars: Sequence[Any]) -> bool:
-  """Whether an equation adds to a parameter, or to a part of one: no bias, spread over a batch."""
-  bits, size = pure.get(var, 0), jaxprs.size(eqn.outvars[0])
-  return bool(bits) and jaxprs.size(var) == size <= max(_sizes(bits, invars), default=0)
-
-
-def _is_whole(var: Var, bits: int, invars: Sequence[Any]) -> bool:
-  """Whether a value made of parameters is as large as one of them."""
-  return jaxprs.size(var) in _sizes(bits, invars)
-
-
-def _sizes(bits: int, invars: Sequence[Any]) -> set[int]:
-  """The sizes of the parameters that these bits stand for."""
-  return {jaxprs.size(v) for n, v in enumerate(invars) if bits >> n & 1}

@@ -13,17 +13,19 @@ of nothing but numbers is no layer either: it interpolates, differentiates or tr
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
 from mpjax._core.primitives import Trait, having
-from mpjax._engine import jaxprs, versions
+from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.constants import is_here
+from mpjax._engine.contents import SOLVES, Contents
 from mpjax._engine.jaxprs import kind
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
+T = TypeVar("T")
 Indices = frozenset[int]
 
 _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
@@ -31,6 +33,10 @@ _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
   *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
 }
 _MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})
+_STAYS_SOLVED = having(Trait.MOVES) | {
+  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div"),
+  *("add", "sub"),
+}
 _MOST = 2**16
 
 
@@ -60,7 +66,7 @@ class MadeOf:
     self._makes, self._keeps, self._of, self._joins = makes, keeps, of, joins
     self._known: dict[Any, frozenset[Var]] = {}
 
-  def variables(self, jaxpr: AnyJaxpr, operands: Indices) -> frozenset[Var]:
+  def variables(self, jaxpr: AnyJaxpr, operands: Collection[int]) -> frozenset[Var]:
     """The variables of a jaxpr that hold such values, without those whose type tells it.
 
     Args:
@@ -116,42 +122,52 @@ class MadeOf:
     return eqn.outvars if made else ()
 
 
-def whole_numbers() -> MadeOf:
-  """What finds floats that are whole; integers and booleans are by their type."""
-  return MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
+class Made(NamedTuple, Generic[T]):
+  """What is made of something alone: operands of a jaxpr by index, or its variables.
 
-
-SOLVES = having(Trait.FACTORS) | {"householder_product", "ormqr"}
-_STAYS_SOLVED = having(Trait.MOVES) | {
-  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div"),
-  *("add", "sub"),
-}
-
-
-def solutions() -> MadeOf:
-  """What finds what linear systems and decompositions give, moved and scaled too."""
-  return MadeOf(lambda value: False, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
-
-
-def constants() -> MadeOf:
-  """What finds the floats that depend on no float of an argument: an index may pick among them."""
-  return MadeOf(lambda value: True, "biu")
-
-
-_KERNEL = 64
-"""Numbers of a kernel that is a stencil, and no layer."""
-
-
-def weights_of(eqn: JaxprEqn) -> list[Atom]:
-  """The operands of a matmul or convolution that may be weights: vectors, and small kernels.
-
-  A vector has one dimension, along which the other operand is summed.
+  Attributes:
+    whole: Whole numbers, but for those whose type tells it.
+    solved: What linear systems and decompositions give, moved and scaled too.
+    constant: What depends on no float of an argument, if there may be weighted sums: an index may
+      pick among them.
   """
-  if eqn.primitive.name == "conv_general_dilated":
-    return [atom for atom in eqn.invars[1:] if jaxprs.size(atom) <= _KERNEL]
-  contracted, _ = eqn.params["dimension_numbers"]
-  pairs = zip(eqn.invars, contracted, strict=True)
-  return [atom for atom, dims in pairs if len(dims) == 1 and len(jaxprs.shape(atom)) == 1]
+
+  whole: Collection[T] = frozenset()
+  solved: Collection[T] = frozenset()
+  constant: Collection[T] = frozenset()
+
+
+class Makings:
+  """Finds all of that.
+
+  Args:
+    contents: Tells which primitives jaxprs hold: most need not be asked for all.
+  """
+
+  def __init__(self, contents: Contents) -> None:
+    self._contents = contents
+    self._whole = MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
+    self._solved = MadeOf(lambda value: False, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
+    self._constant = MadeOf(lambda value: True, "biu")
+
+  def variables(self, jaxpr: AnyJaxpr, known: Made[int]) -> Made[Var]:
+    """The variables of a jaxpr that are so made, given which operands are."""
+    solves = known.solved or self._contents.solutions(jaxpr)
+    weighs = self._contents.weights(jaxpr)
+    return Made(
+      self._whole.variables(jaxpr, known.whole),
+      self._solved.variables(jaxpr, known.solved) if solves else frozenset(),
+      self._constant.variables(jaxpr, known.constant) if weighs else frozenset(),
+    )
+
+  def entering(self, eqn: JaxprEqn, body: Body, found: Made[Var]) -> Made[int]:
+    """Which operands of an equation's body are so made, in every turn of a loop."""
+    weighs = self._contents.weights(body.jaxpr)
+    return Made(
+      self._whole.entering(eqn, body, found.whole),
+      self._solved.entering(eqn, body, found.solved) if found.solved else frozenset(),
+      self._constant.entering(eqn, body, found.constant) if weighs else frozenset(),
+    )
 
 
 def is_computed(

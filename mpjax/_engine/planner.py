@@ -23,7 +23,7 @@ from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.kinds import Form, Kind, join
-from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known, places
+from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known
 from mpjax._engine.loop_carries import accumulators, carried
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
@@ -185,7 +185,7 @@ class _Walk:
       reads,
       held,
       self.cast.among(inner.outvars),
-      places(inner.outvars, self.borders.lasting),
+      jaxprs.ordered_places(inner.outvars, self.borders.lasting),
     )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:

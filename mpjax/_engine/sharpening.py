@@ -154,14 +154,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "quantized layer",
     {Rule.LOWER},
-    lambda s: s.result in s.around.whole and sight.is_of_parameters(s),
+    lambda s: s.result in s.around.made.whole and sight.is_of_parameters(s),
     Rule.WIDE,
     "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
   ),
   Sharpening(
     "whole numbers",
     {Rule.LOWER},
-    lambda s: s.result in s.around.whole,
+    lambda s: s.result in s.around.made.whole,
     Rule.FULL,
     "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
   ),

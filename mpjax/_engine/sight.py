@@ -11,9 +11,10 @@ import numpy as np
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
+from mpjax._engine.contents import weights_of
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
-from mpjax._engine.made_of import depends_on_more_than_numbers, is_computed, weights_of
+from mpjax._engine.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.plan import Forms, Place
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
@@ -73,7 +74,7 @@ class Sight(NamedTuple):
 
 def is_amplified(sight: Sight) -> bool:
   """Whether what rounds in a matmul is many times as much where its result is used."""
-  return sight.result in sight.around.factored or sight.result in sight.around.moments
+  return sight.result in sight.around.leading.factored or sight.result in sight.around.moments
 
 
 def is_of_data(sight: Sight) -> bool:
@@ -96,7 +97,7 @@ def reads_solution(sight: Sight) -> bool:
   or of random numbers that are to be some, only the last time: a layer may multiply what is made
   of its own.
   """
-  found, around = sight.around.solved, sight.around
+  found, around = sight.around.made.solved, sight.around
   if not found or sight.has_narrow:
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
@@ -104,7 +105,7 @@ def reads_solution(sight: Sight) -> bool:
   of_data = [a for a in read if not is_layer(a)]
   if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
     return True
-  return bool(read) and sight.result not in around.multiplied
+  return bool(read) and sight.result not in around.leading.multiplied
 
 
 def _is_data(form: Form | None) -> bool:
@@ -147,7 +148,7 @@ def has_constant_weights(sight: Sight) -> bool:
 
   What a kernel is applied to may be a parameter, an image that is sought.
   """
-  constant, is_kernel = sight.around.constant, sight.name == "conv_general_dilated"
+  constant, is_kernel = sight.around.made.constant, sight.name == "conv_general_dilated"
   if not constant or sight.has_narrow or (PARAM in sight.forms and not is_kernel):
     return False
   return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
@@ -228,7 +229,7 @@ def multiplies_by_much(sight: Sight) -> bool:
 
 def is_head(sight: Sight) -> bool:
   """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
-  if sight.result in sight.around.multiplied or sight.place.has_cotangents:
+  if sight.result in sight.around.leading.multiplied or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
@@ -299,7 +300,7 @@ def looks_up_rows(sight: Sight) -> bool:
   return (
     jaxprs.size_of(indices.shape[:-1]) > 1
     and row > POINT
-    and sight.result in sight.around.multiplied
+    and sight.result in sight.around.leading.multiplied
   )
 
 

@@ -17,6 +17,8 @@ _SUMS = MATMULS | {"reduce_sum"}
 _MAY_WEIGH = frozenset({"dot_general", "conv_general_dilated"})
 _WEIGHTED = "weighted sum"
 """Stands beside the names of primitives for matmuls with what may be weights."""
+_SKIPS = "every other entry"
+"""And that for slices that skip."""
 _KERNEL = 64
 """Numbers of a kernel that is a stencil, and no layer."""
 
@@ -43,6 +45,10 @@ class Contents:
     """Whether it holds a matmul or convolution with what may be weights, see `weights_of`."""
     return self.any_of({_WEIGHTED}, jaxpr)
 
+  def skips(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether it takes every other entry of something."""
+    return self.any_of({_SKIPS}, jaxpr)
+
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
     if eqn.primitive.name not in _JITTED:
@@ -58,10 +64,17 @@ class Contents:
       self._names[id(jaxpr)] = found = {eqn.primitive.name for eqn in eqns}
       weighing = (eqn for eqn in eqns if eqn.primitive.name in _MAY_WEIGH)
       found |= {_WEIGHTED} if any(map(weights_of, weighing)) else set()
+      slices = eqns if "slice" in found else ()
+      found |= {_SKIPS} if any(map(skips_entries, slices)) else set()
       holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
       for body in (body for eqn in holding for body in bodies_of(eqn)):
         found |= self._primitives(body.jaxpr)
     return found
+
+
+def skips_entries(eqn: JaxprEqn) -> bool:
+  """Whether an equation takes every other entry of something."""
+  return eqn.primitive.name == "slice" and 2 in (eqn.params["strides"] or ())
 
 
 def weights_of(eqn: JaxprEqn) -> list[Atom]:

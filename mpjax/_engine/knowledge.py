@@ -17,7 +17,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions
+from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.contents import Contents
 from mpjax._engine.kinds import PARAM, Kind
@@ -214,7 +214,7 @@ class Knowledge:
       sums=known.sums.every_turn(body.carry),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      recurrence=Recurrence() if is_stack else of_loop(body, repetitions(eqn)),
+      recurrence=Recurrence() if is_stack else of_loop(eqn, body, self.recurrence),
       steady=tuple(
         n
         for n, (atom, form) in consts

@@ -3,15 +3,17 @@
 ``v = r + 0.99 * (p @ v)``, ``x = x + dt * (a @ x)``, conjugate gradients: what 16 bits round of the
 operand in one turn is there in every later one, and adds up to more than is added. No activation
 forgets it, as in a recurrent network, and no weights of its own, as in a layer of a stack. So such
-a matmul is float32; and so is one of two values that the loop carries, neither of which a layer
-made, as ``h @ s`` of a quasi-Newton method. A gradient leads to what is trained, which does not
-depend on it so. Nor does what goes round by way of an activation: ``v = 0.9 * v + r @ w`` with
-``r = tanh(v)``, however much of it the loop carries.
+a matmul is float32 in more than 128 turns, or in more than 16 where it multiplies nothing that a
+layer made, a Kalman filter; turns of the loops around that hand on the same count. So is one of two
+values that the loop carries, neither of which a layer made, as ``h @ s`` of a quasi-Newton method.
+A gradient leads to what is trained, which does not depend on it so. Nor does what goes round by way
+of an activation: ``v = 0.9 * v + r @ w`` with ``r = tanh(v)``, however much of it the loop carries.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -19,7 +21,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import Body, bodies_of
+from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import places_of, variables_of
 from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -30,7 +32,8 @@ _ADDS = having(Trait.MOVES) | {
   *("add", "sub", "add_any", "neg", "reduce_sum", "convert_element_type", "broadcast_in_dim"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
 }
-_MULTIPLIES = MATMULS | {"mul"}
+FEW = 16
+"""How many turns lose in 16 bits no more than other values do, where no layer is: a filter."""
 
 
 class Recurrence(NamedTuple, Generic[T]):
@@ -39,30 +42,45 @@ class Recurrence(NamedTuple, Generic[T]):
   Attributes:
     reads: What depends on what the loop carries.
     linear: What depends on it linearly, on some way.
-    leads: What linear operations, and matmuls with whatever it carries, as a gain, lead from to
-      what the next turn is given.
+    leads: What linear operations lead from to what the next turn is given.
+    turns: How often that is handed on.
   """
 
   reads: Collection[T] = ()
   linear: Collection[T] = ()
   leads: Collection[T] = ()
+  turns: float = 0
+
+  def is_long(self, *, has_layer: bool) -> bool:
+    """Whether what rounds of it adds up to more than other values lose in 16 bits."""
+    return self.turns > (TERMS if has_layer else FEW)
 
 
-def of_loop(body: Body, turns: int | None) -> Recurrence[int]:
+def of_loop(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
   """What is known of the operands and results of a loop's body.
 
   Args:
-    body: The body.
-    turns: How often it turns, if that is known.
+    eqn: The loop.
+    body: Its body.
+    around: What loops around it hand on, in the jaxpr that it stands in.
   """
-  if not body.carry or (turns is not None and turns <= TERMS):
-    return Recurrence()
-  start = body.carry.start
-  masks = _linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
-  made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
-  after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
-  again = _that_return(after)
-  return Recurrence((*body.carry,), tuple(start + n for n in again), again)
+  count = repetitions(eqn)
+  turns = math.inf if count is None else count
+  own = Recurrence[int]()
+  if body.carry and turns > FEW:
+    start = body.carry.start
+    masks = _linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
+    made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
+    after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
+    again = _that_return(after)
+    own = Recurrence((*body.carry,), tuple(start + n for n in again), again, turns)
+  if own.turns > TERMS or not around.leads:
+    return own
+  outer = entering(eqn, body, around)
+  if not outer.linear or not outer.leads:
+    return own
+  is_handed_on = not {*outer.linear}.isdisjoint(body.carry)
+  return outer._replace(turns=outer.turns * max(1, turns if is_handed_on else 1))
 
 
 def _that_return(made: Sequence[int]) -> tuple[int, ...]:
@@ -82,12 +100,12 @@ def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
   """
   if not known.linear or not known.leads:
     return Recurrence()
-  inner, (reads, linear, _) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
+  inner, (reads, linear, *_) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
   leads = variables_of(inner.outvars[n] for n in known.leads)
   for eqn in reversed(inner.eqns):
     if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
       leads |= variables_of(_leading_operands(eqn, Recurrence(reads, linear, leads)))
-  return Recurrence(reads, linear, leads)
+  return Recurrence(reads, linear, leads, known.turns)
 
 
 def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
@@ -117,11 +135,8 @@ def _linear(jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int])
   for eqn in inner.eqns:
     if reads.isdisjoint(variables_of(eqn.invars)):
       continue
-    if _is_call(eqn):
-      (body,) = bodies_of(eqn)
-      atoms = body.take(eqn.invars)
-      inside = _linear(body.jaxpr, places_of(atoms, reads), _bits_of(atoms, found))
-      made = _bits_of(versions.open_jaxpr(body.jaxpr).outvars, inside)
+    if _is_entered(eqn):
+      made = _linear_results(eqn, reads, found)
     else:
       own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads) else {}
       made = {0: functools.reduce(operator.or_, own.values())} if own else {}
@@ -130,38 +145,80 @@ def _linear(jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int])
   return found
 
 
+def _linear_results(
+  eqn: JaxprEqn, reads: Collection[Var], found: Mapping[Var, int]
+) -> dict[int, int]:
+  """Which results of a call or a loop depend linearly on what is carried, with their bits."""
+  body = bodies_of(eqn)[-1]
+  atoms, carry = body.take(eqn.invars), body.carry
+  bits, carried = _bits_of(atoms, found), places_of(atoms, reads)
+  carried |= frozenset(carry if not carried.isdisjoint(carry) else ())
+  while True:
+    inside = _linear(body.jaxpr, carried, bits)
+    made = _bits_of(versions.open_jaxpr(body.jaxpr).outvars, inside)
+    again = {carry[n]: made[n] | bits.get(carry[n], 0) for n in made if n < len(carry)}
+    if bits | again == bits:
+      return made
+    bits |= again
+
+
 def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
   """The bits of those of some operands or results that have any, by index."""
   return {n: found[v] for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found}
 
 
 def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
-  """What is known of the operands and results of a body that runs once."""
-  atoms = body.take(eqn.invars)
-  return Recurrence(
-    tuple(sorted(places_of(atoms, around.reads))),
-    tuple(sorted(places_of(atoms, around.linear))),
-    tuple(sorted(places_of(eqn.outvars, around.leads))),
+  """What is known of the operands and results of a body that loops around it hand on.
+
+  In every turn, if it is that of a loop itself.
+  """
+  if not around.leads:
+    return Recurrence()
+  atoms, (reads, linear, leads, turns) = body.take(eqn.invars), around
+  inside = Recurrence(
+    tuple(sorted(places_of(atoms, reads))),
+    tuple(sorted(places_of(atoms, linear))),
+    tuple(sorted(places_of(eqn.outvars, leads))),
+    turns,
   )
+  while body.carry:
+    found = recurrence(body.jaxpr, inside)
+    outs, invars = versions.open_jaxpr(body.jaxpr).outvars, versions.open_jaxpr(body.jaxpr).invars
+    count = len(body.carry)
+    again = inside._replace(
+      reads=tuple(sorted({*inside.reads, *(body.carry if inside.reads else ())})),
+      linear=_and(inside.linear, [body.carry[n] for n in places_of(outs[:count], found.linear)]),
+      leads=_and(inside.leads, [n for n in range(count) if invars[body.carry[n]] in found.leads]),
+    )
+    if again == inside:
+      break
+    inside = again
+  return inside
+
+
+def _and(known: Collection[int], more: Collection[int]) -> tuple[int, ...]:
+  return tuple(sorted({*known, *more}))
 
 
 def _leading_operands(eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
   """The operands of an equation from which linear operations lead to results that are handed on."""
-  if _is_call(eqn):
-    (body,) = bodies_of(eqn)
+  if _is_entered(eqn):
+    body = bodies_of(eqn)[-1]
     inside = recurrence(body.jaxpr, entering(eqn, body, around))
     invars = versions.open_jaxpr(body.jaxpr).invars
     return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
-  is_free = eqn.primitive.name in MATMULS or _is_linear(eqn, around.reads)
-  return eqn.invars if is_free else ()
+  return eqn.invars if _is_linear(eqn, around.reads) else ()
 
 
 def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
-  """Whether an equation is linear in those of its operands that depend on what a loop carries."""
+  """Whether an equation is linear in those of its operands that depend on what a loop carries.
+
+  A matmul is in each of two, as in a state that a gain of the same turn multiplies.
+  """
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
-  if name in _MULTIPLIES:
+  if name == "mul":
     return len(places) == 1
-  return name in _ADDS or (name == "div" and 1 not in places)
+  return name in _ADDS or name in MATMULS or (name == "div" and 1 not in places)
 
 
 def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
@@ -185,5 +242,9 @@ def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
   return frozenset(bases.keys() & again)
 
 
-def _is_call(eqn: JaxprEqn) -> bool:
-  return RULES.get(eqn.primitive.name) is Rule.CALL
+def _is_entered(eqn: JaxprEqn) -> bool:
+  """Whether what linear operations do in the bodies of an equation is looked at."""
+  return RULES.get(eqn.primitive.name) in _ENTERED
+
+
+_ENTERED = frozenset({Rule.CALL, Rule.SCAN, Rule.WHILE})

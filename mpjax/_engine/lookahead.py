@@ -35,12 +35,14 @@ class Question(NamedTuple):
     is_forward: Whether those of a backward pass are no ends.
     is_again: Whether it is asked in the body of a checkpoint's backward pass, where only those are
       ends that belong to what is computed again.
+    through_matmuls: Whether it is asked of what other matmuls multiply on the way, too.
   """
 
   ends: frozenset[str]
   of: frozenset[str] = frozenset()
   is_forward: bool = False
   is_again: bool = False
+  through_matmuls: bool = False
 
 
 LOGARITHMS = Question(having(Trait.LOGARITHM))
@@ -48,6 +50,8 @@ LOGARITHMS = Question(having(Trait.LOGARITHM))
 
 FACTORED = Question(having(Trait.FACTORS))
 """What leads into the factorization of a matrix."""
+
+_FACTORED_LATER = FACTORED._replace(through_matmuls=True)
 
 _MULTIPLY = MATMULS | {name for name, rule in RULES.items() if rule is Rule.MARKER}
 MULTIPLIED = Question(_MULTIPLY, MATMULS | {"gather"}, is_forward=True)
@@ -61,11 +65,13 @@ class Leading(NamedTuple, Generic[T]):
 
   Attributes:
     factored: What leads into the factorization of a matrix or a linear system.
+    factored_later: And what does so by way of other matmuls, as ``h @ p`` of ``h @ p @ h.T``.
     multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
     multiplying: What asks for that there.
   """
 
   factored: frozenset[T] = frozenset()
+  factored_later: frozenset[T] = frozenset()
   multiplied: frozenset[T] = frozenset()
   multiplying: Question = MULTIPLIED
 
@@ -102,6 +108,7 @@ class Needs:
     multiplying = outside.multiplying
     return Leading(
       self._leading(FACTORED, jaxpr, outside.factored),
+      self._leading(_FACTORED_LATER, jaxpr, outside.factored_later),
       self._leading(multiplying, jaxpr, outside.multiplied),
       multiplying,
     )
@@ -116,6 +123,7 @@ class Needs:
     multiplying = asked_at(found.multiplying, eqn)
     return Leading(
       self._leading_from_bodies(FACTORED, eqn, found.factored),
+      self._leading_from_bodies(_FACTORED_LATER, eqn, found.factored_later),
       self._leading_from_bodies(multiplying, eqn, found.multiplied),
       multiplying,
     )
@@ -187,7 +195,9 @@ class Needs:
         elif name in question.ends:
           is_end = asked_at(question, eqn).ends and not jaxprs.is_inner(eqn)
           found |= variables_of(eqn.invars) if is_end else set()
-        elif not found.isdisjoint(eqn.outvars) and self._table.get(name) in _PASSED:
+        elif not found.isdisjoint(eqn.outvars) and (
+          self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)
+        ):
           found |= variables_of(eqn.invars)
       operands = jaxprs.places_of(inner.invars, found)
       self._ends[key] = frozenset(found), operands

@@ -21,7 +21,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.constants import is_here
-from mpjax._engine.contents import SOLVES, Contents
+from mpjax._engine.contents import SOLVES, Contents, skips_entries
 from mpjax._engine.jaxprs import kind
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
@@ -37,6 +37,9 @@ _STAYS_SOLVED = having(Trait.MOVES) | {
   *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div"),
   *("add", "sub"),
 }
+_STAYS_SKIPPED = having(Trait.MOVES) | {
+  *("slice", "broadcast_in_dim", "convert_element_type", "pad", "concatenate")
+}
 _MOST = 2**16
 
 
@@ -51,6 +54,7 @@ class MadeOf:
     of: ``all``, or ``any`` where one operand is enough.
     joins: Where one is enough, which make one of operands that all are such values, as a matmul of
       two orthogonal matrices does.
+    when: In which equations of primitives that make one they do; in all where None.
   """
 
   def __init__(
@@ -61,9 +65,11 @@ class MadeOf:
     keeps: Collection[str] | None = None,
     of: Callable[[Iterable[bool]], bool] = all,
     joins: Collection[str] = (),
+    when: Callable[[JaxprEqn], bool] | None = None,
   ) -> None:
     self._is_value, self._kinds = is_value, kinds
     self._makes, self._keeps, self._of, self._joins = makes, keeps, of, joins
+    self._when = when
     self._known: dict[Any, frozenset[Var]] = {}
 
   def variables(self, jaxpr: AnyJaxpr, operands: Collection[int]) -> frozenset[Var]:
@@ -116,7 +122,7 @@ class MadeOf:
       return [var for var, column in made if self._of(column)]
     keeps = self._keeps is None or name in self._keeps
     of = all if name in self._joins else self._of
-    made = name in self._makes or (
+    made = (name in self._makes and (self._when is None or self._when(eqn))) or (
       (keeps or name in self._joins) and of(self.holds(atom, found) for atom in eqn.invars)
     )
     return eqn.outvars if made else ()
@@ -128,12 +134,15 @@ class Made(NamedTuple, Generic[T]):
   Attributes:
     whole: Whole numbers, but for those whose type tells it.
     solved: What linear systems and decompositions give, moved and scaled too.
+    skipped: Every other entry of something, and products of such, as associative scans write them:
+      these lay the entries of two between each other, padding both and adding them.
     constant: What depends on no float of an argument, if there may be weighted sums: an index may
       pick among them.
   """
 
   whole: Collection[T] = frozenset()
   solved: Collection[T] = frozenset()
+  skipped: Collection[T] = frozenset()
   constant: Collection[T] = frozenset()
 
 
@@ -147,16 +156,21 @@ class Makings:
   def __init__(self, contents: Contents) -> None:
     self._contents = contents
     self._whole = MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
-    self._solved = MadeOf(lambda value: False, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
+    self._solved = MadeOf(_none, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
+    self._skipped = MadeOf(
+      _none, "", {"slice"}, _STAYS_SKIPPED, any, {"dot_general", "add"}, skips_entries
+    )
     self._constant = MadeOf(lambda value: True, "biu")
 
   def variables(self, jaxpr: AnyJaxpr, known: Made[int]) -> Made[Var]:
     """The variables of a jaxpr that are so made, given which operands are."""
     solves = known.solved or self._contents.solutions(jaxpr)
+    skips = known.skipped or self._contents.skips(jaxpr)
     weighs = self._contents.weights(jaxpr)
     return Made(
       self._whole.variables(jaxpr, known.whole),
       self._solved.variables(jaxpr, known.solved) if solves else frozenset(),
+      self._skipped.variables(jaxpr, known.skipped) if skips else frozenset(),
       self._constant.variables(jaxpr, known.constant) if weighs else frozenset(),
     )
 
@@ -166,6 +180,7 @@ class Makings:
     return Made(
       self._whole.entering(eqn, body, found.whole),
       self._solved.entering(eqn, body, found.solved) if found.solved else frozenset(),
+      self._skipped.entering(eqn, body, found.skipped) if found.skipped else frozenset(),
       self._constant.entering(eqn, body, found.constant) if weighs else frozenset(),
     )
 
@@ -222,6 +237,10 @@ def _are_whole(value: Any) -> bool:
     return False
   numbers = np.asarray(value, np.float64)
   return bool((np.isfinite(numbers) & (numbers == np.round(numbers))).all())
+
+
+def _none(value: Any) -> bool:
+  return False
 
 
 def _places(own: Sequence[bool]) -> Indices:

@@ -20,6 +20,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import kind, operation, places_of, sources, variables_of
 from mpjax._engine.kinds import keeps_its_distance
+from mpjax._engine.loop_carries import accumulates
 from mpjax._engine.ranges import ANYWHERE, Range, hull, range_after, widened
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
@@ -196,18 +197,25 @@ class RoleFinder:
   def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
     """The roles of a loop's operands in every turn."""
     turns, places = repetitions(eqn), [body.operands[n] for n in body.carry]
-    operands = list(held)
+    operands, added = list(held), accumulates(body.jaxpr, body.carry)
+    # Nothing recurs of a token, nor of a cache but what else does that is written to it.
+    recurs = [
+      terms != 0 and kind(eqn.invars[place]) not in "biu"
+      for terms, place in zip(added, places, strict=True)
+    ]
 
-    def started(place: int) -> Role:
+    def started(place: int, recurs: bool) -> Role:
       times = float("inf") if turns is None else turns
-      return held[place]._replace(turns=times * max(1, held[place].turns))
+      role = held[place]
+      return role._replace(turns=times * max(1, role.turns)) if recurs else role
 
     def turn(carry: Sequence[Role]) -> list[Role]:
       """What a turn makes is, in the next one, what the last made."""
       for place, role in zip(places, carry, strict=True):
         operands[place] = role
       made = self._results(body.jaxpr, tuple(body.take(operands)))[: len(places)]
-      return [_renamed(role._replace(turns=0), last(n)) for n, role in enumerate(made)]
+      made = [r._replace(turns=0) if own else r for r, own in zip(made, recurs, strict=True)]
+      return [_renamed(role, last(n)) for n, role in enumerate(made)]
 
     def last(n: int) -> Callable[[Any], tuple[int]]:
       return lambda known: (known if isinstance(known, int) or _is_number(known) else -1 - n,)
@@ -215,7 +223,7 @@ class RoleFinder:
     def in_every_turn(pair: tuple[Role, Role]) -> Role:
       return _joined(pair)._replace(range=widened(*(role.range for role in pair)))
 
-    turn(settled([started(place) for place in places], turn, in_every_turn))
+    turn(settled([*map(started, places, recurs)], turn, in_every_turn))
     return operands
 
 

@@ -210,7 +210,11 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "amplified",
     {Rule.LOWER},
-    lambda s: (sight.is_amplified(s) and sight.is_of_data(s)) or sight.reads_solution(s),
+    lambda s: (
+      (sight.is_amplified(s) and sight.is_of_data(s))
+      or sight.is_amplified_later(s)
+      or sight.reads_solution(s)
+    ),
     Rule.FULL,
     "a linear system multiplies what rounds by its condition, and a variance is a small difference",
   ),

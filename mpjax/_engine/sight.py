@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs
 from mpjax._engine.contents import weights_of
 from mpjax._engine.kinds import PARAM, Form, Kind, join
@@ -75,6 +75,12 @@ class Sight(NamedTuple):
 def is_amplified(sight: Sight) -> bool:
   """Whether what rounds in a matmul is many times as much where its result is used."""
   return sight.result in sight.around.leading.factored or sight.result in sight.around.moments
+
+
+def is_amplified_later(sight: Sight) -> bool:
+  """Whether other matmuls multiply it before, and no parameter had part in what it multiplies."""
+  is_later = sight.result in sight.around.leading.factored_later
+  return is_later and not sight.has_narrow and not is_of_parameters(sight)
 
 
 def is_of_data(sight: Sight) -> bool:
@@ -174,49 +180,27 @@ SHORT = 16
 
 
 def hands_on(sight: Sight) -> bool:
-  """Whether a long loop's next turn has what it carries from a matmul; no parameter in training.
+  """Whether a long loop's next turn has what it carries from a matmul.
 
   Or whether that multiplies two values that the loop carries, and no layer made.
   """
-  found, pure = sight.around.recurrence, sight.around.sums.pure
+  found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
+    return False
+  if not found.is_long(has_layer=sight.has_narrow or is_of_parameters(sight)):
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   if len(read) > 1:
     return all(map(_is_data, sight.forms))
-  return bool(read) and sight.result in found.leads and read[0] not in pure
+  return bool(read) and sight.result in found.leads
 
 
 def multiplies_neighbors(sight: Sight) -> bool:
   """Whether a matmul multiplies every other entry of values, as an associative scan writes it."""
-  makers = sight.around.view.makers
-  if sight.name != "dot_general" or sight.has_narrow:
+  skipped = sight.around.made.skipped
+  if not skipped or sight.name != "dot_general" or sight.has_narrow:
     return False
-  return all(_skips(atom, makers, may_be_product=True) for atom in sight.eqn.invars)
-
-
-def _skips(atom: Atom, makers: Mapping[Var, JaxprEqn], *, may_be_product: bool) -> bool:
-  """Whether a value was moved from every other entry of another, from a product of such or two.
-
-  An associative scan lays the entries of two between each other: it pads both, and adds them.
-  """
-  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    name = made.primitive.name
-    if name == "slice" and 2 in (made.params["strides"] or ()):
-      return True
-    if name == "add":
-      read = [None if isinstance(a, Literal) else makers.get(a) for a in made.invars]
-      return all(eqn is not None and eqn.primitive.name == "pad" for eqn in read)
-    if name == "dot_general":
-      pair = made.invars if may_be_product else ()
-      return bool(pair) and all(_skips(a, makers, may_be_product=False) for a in pair)
-    if name not in _MOVED:
-      return False
-    atom = made.invars[0]
-  return False
-
-
-_MOVED = having(Trait.MOVES) | {"slice", "broadcast_in_dim", "convert_element_type"}
+  return all(not isinstance(a, Literal) and a in skipped for a in sight.eqn.invars)
 
 
 def multiplies_by_much(sight: Sight) -> bool:

@@ -1259,6 +1259,34 @@ def test_a_long_linear_recurrence_is_as_exact_as_in_float32(fn, policy):
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.01 * np.abs(want).max())
 
 
+def followed(w, z):
+  """A Kalman filter of two numbers: its gain multiplies what it carries, and depends on it."""
+  f, h = jnp.array([[1.0, 0.1], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.5, 1.0]])
+
+  def turn(c, z):
+    m, p = f @ c[0], f @ c[1] @ f.T + 1e-3 * jnp.eye(2)
+    gain = p @ h.T @ jnp.linalg.inv(h @ p @ h.T + 0.1 * jnp.eye(2))
+    return (m + gain @ (z - h @ m), (jnp.eye(2) - gain @ h) @ p), m
+
+  return lax.scan(turn, (jnp.array([900.0, 0.0]), 10 * jnp.eye(2)), jnp.tile(z, 2)[:60] * 300)[1]
+
+
+rotated = lambda turns, x: lax.fori_loop(0, turns, lambda _, x: x + 0.01 * (SKEW @ x), x)
+SHORTER = {
+  "of_a_parameter": lambda p, r: rotated(600, p[0, :2]),
+  "of_data": lambda p, r: p[0, 0] * rotated(100, r[:2]),
+  "in_a_loop": lambda p, r: lax.fori_loop(0, 32, lambda _, x: rotated(16, x), p[0, :2]),
+  "filter": followed,
+}
+
+
+@both
+@cases(**SHORTER)
+def test_what_loops_hand_on_is_exact_whoever_began_it_and_in_loops_together(fn, policy):
+  found, want = in_both_formats(fn, policy, CHAIN, 1 + jnp.arange(64.0)[:, None] % 2)
+  np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+
+
 TURNS = jnp.broadcast_to(jnp.eye(4), (512, 4, 4)) + 0.01 * jax.random.normal(
   jax.random.key(2), (512, 4, 4)
 )
@@ -1270,6 +1298,8 @@ ASSOCIATIVE = {
   "states": lambda p, a: lax.associative_scan(STATES, (a, a[..., 0]))[1][-1],
   "of_a_parameter": lambda p, a: lax.associative_scan(jnp.matmul, jnp.broadcast_to(p, a.shape))[-1],
   "power": lambda p, a: jnp.linalg.matrix_power(a[0], 500),
+  "jitted": lambda p, a: lax.associative_scan(jax.jit(lambda u, v: v @ u), a)[-1],
+  "checkpointed": lambda p, a: lax.associative_scan(jax.checkpoint(lambda u, v: v @ u), a)[-1],
   "squared_again": lambda p, a: lax.fori_loop(0, 9, lambda _, c: c @ c, a[0]),
   "in_a_function": lambda p, a: jax.vmap(lambda a: lax.associative_scan(jnp.matmul, a)[-1])(
     a[None]
@@ -1305,6 +1335,11 @@ NOT_LINEAR = {
     (x[0], x[0]),
     x,
   )[0],
+  "delta_rule": lambda w, x: lax.scan(
+    lambda s, u: (s + jnp.outer(u - s @ (k := jax.nn.standardize(u @ w)), k), s @ u),
+    jnp.zeros((4, 4)),
+    x[:64] @ w,
+  )[1],
   "layers": lambda w, x: lax.scan(
     lambda h, own: (h + h @ own, None), x, jnp.broadcast_to(w, (200, 4, 4))
   )[0],
@@ -1378,6 +1413,38 @@ def test_a_layer_that_a_loop_trains_stays_narrow(policy):
 
   found = matmuls(mpjax.autocast(trained, policy), W, DATA)
   assert {v.aval.dtype.itemsize for e in found for v in e.invars} == {2}
+
+
+@both
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_gates_of_a_net_that_a_loop_feeds_with_tokens_are_as_narrow_as_elsewhere(has_cache, policy):
+  def net(p, token, cache, n):
+    x = p["w"][token]
+    if has_cache:
+      cache = cache.at[n].set(x @ p["w"])
+      x = jax.nn.softmax((x @ p["w"]) @ cache.T) @ cache
+    return jax.nn.silu(x @ p["w"]) @ p["w"], cache
+
+  def tokens(p, token):
+    def turn(c, n):
+      logits, cache = net(p, *c, n)
+      return (jnp.argmax(logits), cache), logits
+
+    return lax.scan(turn, (token, jnp.zeros((20, 4))), jnp.arange(20))[1]
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(tokens, policy))({"w": W}, 2))
+  assert {e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name == "logistic"} == {2}
+
+
+@both
+def test_a_gate_of_what_was_handed_on_twice_is_float32(policy):
+  def delayed(w, x):
+    gates = jax.nn.sigmoid(x @ w + 7)
+    turn = lambda c, g: ((0.001 * c[0] + g * c[1], c[0]), None)
+    return lax.scan(turn, (jnp.ones(4), jnp.ones(4)), gates)[0][0]
+
+  found, want = in_both_formats(delayed, policy, 0.01 * jnp.eye(4), jnp.ones((200, 4)))
+  np.testing.assert_allclose(found, want, rtol=0.01)
 
 
 @both

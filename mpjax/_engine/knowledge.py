@@ -145,7 +145,8 @@ class Knowledge:
     self.leading = needs.leading(jaxpr, known.leading)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    self.moments = moments(inner, makers, known.moments, analyses.contents.is_sum)
+    is_sum, pure = analyses.contents.is_sum, self.sums.pure
+    self.moments = moments(inner, makers, known.moments, is_sum, pure)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
     self.is_test = known.is_test

@@ -4,19 +4,21 @@
 what is left is small beside both, smaller than what 16 bits round of either, and a variance comes
 out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. Where the sums are
 matmuls or convolutions, these are float32; of operands that are narrow already only what they
-return is.
+return is. The same holds of a matmul that a constant is subtracted from which it is near:
+``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.jaxprs import operation, variables_of
+from mpjax._engine.made_of import is_computed
 from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
@@ -33,6 +35,7 @@ def moments(
   makers: Mapping[Any, JaxprEqn],
   outs: Collection[int],
   is_sum: Callable[[JaxprEqn], bool],
+  pure: Collection[Var],
 ) -> frozenset[Var]:
   """The variables of a jaxpr that are moments of which one is subtracted from another.
 
@@ -41,12 +44,14 @@ def moments(
     makers: Its equations, by what they make.
     outs: Which of its results are such moments outside.
     is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
+    pure: What is made of parameters alone.
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
   same = functools.cache(functools.partial(same_values, inner))
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
       found |= _of_difference(second, product, makers, is_sum, same)
+      found |= _near_constant(second, product, makers, pure)
   found |= _of_distances(inner, makers)
   return frozenset(var for start in found for var in _chain(start, makers))
 
@@ -78,6 +83,30 @@ def _of_distances(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> set[Var]:
     for product in own & products.keys()
     if any(lengths.get(term) in products[product] for term in own)
   }
+
+
+def _near_constant(
+  constant: Atom, value: Atom, makers: Mapping[Any, JaxprEqn], pure: Collection[Var]
+) -> set[Var]:
+  """A matmul less one, or of a value with itself less a matrix that the program computes.
+
+  Or entries of it, as its diagonal. One less than what a layer gives is as far from it as any.
+  """
+  is_number = isinstance(constant, Literal)
+  if isinstance(value, Literal) or (is_number and abs(constant.val) != 1):
+    return set()
+  if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
+    return set()
+  source = _variable(value, makers)
+  made = makers.get(source)
+  if made is not None and made.primitive.name == "gather":
+    source = _variable(made.invars[0], makers)
+    made = makers.get(source)
+  if made is None or made.primitive.name != "dot_general":
+    return set()
+  if is_number:
+    return set() if any(a in pure for a in variables_of(made.invars)) else {source}
+  return {source} if _same(made.invars, makers) and is_computed(constant, makers) else set()
 
 
 def _lengths(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -218,20 +247,23 @@ def _factors(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
 
 def _source(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> Any:
   """What an operand was moved from, or is a multiple of."""
-  *_, source = _chain(atom, makers)
-  return source
+  return _chain(atom, makers)[-1]
 
 
-def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> Iterator[Any]:
+def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   """An operand, and one after the other what it was moved from or is a multiple of."""
-  yield atom
-  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    name = made.primitive.name
-    read = [made.invars[0]] if name in _MOVED else []
+  found = [atom]
+  while not isinstance(atom, Literal) and atom in makers:
+    made = makers[atom]
+    name, read = made.primitive.name, made.invars
     if name in _SCALED:
       read = [a for a in made.invars if jaxprs.shape(a)]
-      read = read if len(read) == 1 and (name == "mul" or read[0] is made.invars[0]) else []
+      if len(read) > 1 or (name == "div" and read[:1] != made.invars[:1]):
+        return found
+    elif name not in _MOVED:
+      return found
     if not read:
-      return
-    (atom,) = read
-    yield atom
+      return found
+    found += read[:1]
+    atom = read[0]
+  return found

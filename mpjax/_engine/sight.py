@@ -86,8 +86,11 @@ def is_amplified_later(sight: Sight) -> bool:
 def is_of_data(sight: Sight) -> bool:
   """Whether it is so of a float32 operand; a layer before a linear system is a layer."""
   if sight.result in sight.around.moments:  # that of a layer is as exact as this
-    origins = sight.around.sums.origins_of(sight.eqn.invars)
-    return any(_is_data(f) and not of for f, of in zip(sight.forms, origins, strict=True))
+    sums, read = sight.around.sums, sight.eqn.invars
+    is_data = [
+      _is_data(f) and not of for f, of in zip(sight.forms, sums.origins_of(read), strict=True)
+    ]
+    return any(is_data) or all(not isinstance(a, Literal) and a in sums.pure for a in read)
   return PARAM not in sight.forms and any(map(_is_data, sight.forms))
 
 

@@ -1927,6 +1927,43 @@ def test_distances_of_what_is_narrow_already_have_16_bit_products(policy):
   assert product.outvars[0].aval.dtype == jnp.float32
 
 
+def unit(x):
+  return x / jnp.linalg.norm(x, axis=1, keepdims=True)
+
+
+NEAR = 0.02 * jax.random.normal(jax.random.key(3), (16, 16))
+NEARLY_ONE = {
+  "cosine_distances": lambda w, x: 1 - unit(x + w[0, 0]) @ unit(x).T,
+  "of_pairs": lambda w, x: jnp.diagonal(unit(x + w[0, 0]) @ unit(x).T - 1),
+  "orthogonal": lambda w, x: w.T @ w - jnp.eye(16),
+  "by_einsum": lambda w, x: jnp.identity(16) - jnp.einsum("ij,ik->jk", w, w) / 1.0,
+  "scaled": lambda w, x: 1.5 * jnp.eye(16) - 1.5 * (w @ w.T),
+  "gradient": lambda w, x: jax.grad(lambda w: jnp.sum((w.T @ w - jnp.eye(16)) ** 2))(w),
+}
+
+
+@in_turns(("fn", "policy"), NEARLY_ONE, POLICIES)
+def test_what_a_matmul_is_near_to_is_taken_from_what_it_gave_in_float32(fn, policy):
+  x = 1 + 0.1 * jax.random.normal(jax.random.key(4), (16, 8))
+  found, want = in_both_formats(fn, policy, jnp.eye(16) + NEAR, x)
+  np.testing.assert_allclose(found, want, rtol=0.01, atol=0.01 * np.abs(want).max())
+
+
+@both
+def test_a_layer_near_a_number_has_16_bit_products_and_one_near_no_number_a_16_bit_result(policy):
+  def layers(w, x):
+    h = jnp.tanh(x @ w - 1)
+    h = h @ (1 - h @ h[::-1].T)
+    bias = -0.5 * jnp.abs(jnp.arange(16)[:, None] - jnp.arange(16))
+    return (h @ x.T - bias) @ h
+
+  layer, near, _, scores, _ = matmuls(mpjax.autocast(layers, policy), NEAR, NEAR)
+  assert layer.outvars[0].aval.dtype.itemsize == 2
+  assert {atom.aval.dtype.itemsize for atom in near.invars} == {2}
+  assert near.outvars[0].aval.dtype == jnp.float32
+  assert scores.outvars[0].aval.dtype.itemsize == 2
+
+
 @both
 def test_what_is_narrow_already_has_a_variance_of_16_bit_products(policy):
   fn = lambda w, x: (lambda h: weigh(h, h * h) - weigh(h, h) ** 2)(x @ w)

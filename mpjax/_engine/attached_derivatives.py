@@ -23,10 +23,13 @@ from jax.interpreters import ad
 
 from mpjax._engine.new_primitive import new_primitive
 
+Cast = Callable[[jax.Array], jax.Array]
 Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def with_derivative(fn: Bilinear, along_first: Bilinear, along_second: Bilinear) -> Bilinear:
+def with_derivative(
+  fn: Bilinear, along_first: Bilinear, along_second: Bilinear, cast: Cast | None = None
+) -> Bilinear:
   """A function of two arrays whose derivative is the sum of two others.
 
   It stands in the trace as it is, so that a policy of `jax.checkpoint` can save its result.
@@ -35,12 +38,18 @@ def with_derivative(fn: Bilinear, along_first: Bilinear, along_second: Bilinear)
     fn: The function.
     along_first: Its derivative, from a tangent of the first operand and the second operand.
     along_second: The same, from the first operand and a tangent of the second.
+    cast: What the function and its second derivative read of the first operand: cast once for both,
+      so that what is sharded is gathered once.
   """
   along = along_first, along_second
 
   def run(first: jax.Array, second: jax.Array) -> jax.Array:
-    result = fn(constant(first), constant(second))
-    return attached_p.bind(result, first, second, along=along)
+    if cast is None:
+      result = fn(constant(first), constant(second))
+      return attached_p.bind(result, first, second, along=along)
+    read = cast(first)
+    result = fn(constant(read), constant(second))
+    return attached_p.bind(result, first, second, read, along=along)
 
   return run
 
@@ -71,33 +80,34 @@ def _zero(x: jax.Array) -> ad.Zero:
 
 def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   out = attached_p.bind(*primals, along=along)
-  moved = bilinear(*along, primals[1:], tangents[1:])
+  _, first, second, *cast = primals
+  moved = bilinear(*along, (cast[0] if cast else first, second), tangents[1:3])
   return out, _zero(out) if moved is None else moved
 
 
-def _transpose(cotangent: jax.Array, *operands: Any, along: Any) -> list[Any]:
+def _transpose(cotangent: jax.Array, _: Any, *operands: Any, along: Any) -> list[Any]:
   """A linear function is evaluated, so that its result is the linear operand."""
-  del operands, along
-  return [cotangent, None, None]
+  del along
+  return [cotangent, *(None for _ in operands)]
 
 
 def _batch(args: Any, dims: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   """What has no examples is not copied for each."""
   moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
-  axes = tuple(None if d is None else 0 for d in dims[1:])
+  axes = tuple(None if d is None else 0 for d in dims[1:3])
   mapped = tuple(jax.vmap(fn, axes) for fn in along)
   return attached_p.bind(*moved, along=mapped), 0
 
 
 attached_p = new_primitive(
   "mpjax_attached",
-  lambda result, first, second, along: result,
-  shape=lambda result, first, second, along: result,
+  lambda result, *operands, along: result,
+  shape=lambda result, *operands, along: result,
   jvp=_jvp,
   transpose=_transpose,
   batch=_batch,
 )
-"""The first of three operands, with a derivative by the other two."""
+"""The first operand, with a derivative by the next two; what the first of these was cast to."""
 jet.jet_rules[attached_p] = lambda primals, series, **_: (primals[0], series[0])
 
 

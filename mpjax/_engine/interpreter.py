@@ -29,6 +29,7 @@ from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, in_order, unfolded
 from mpjax._engine.islands import Island
+from mpjax._engine.kinds import PARAM
 from mpjax._engine.matmul_derivatives import (
   Contraction,
   product_of,
@@ -242,7 +243,8 @@ def _lower(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> l
     return _bind(interpreter, step, operands)
   wide, other = operands[step.parameter], operands[1 - step.parameter]
   product = product_of(step.eqn, step.params, step.parameter, other.dtype)
-  return [with_wide_cotangent(product)(wide, other)]
+  run = with_wide_cotangent(product, casts_once=step.operands[step.parameter] == PARAM)
+  return [run(wide, other)]
 
 
 def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

@@ -231,22 +231,28 @@ Product = Contraction | Convolution
 
 
 @functools.lru_cache(maxsize=1024)
-def with_wide_cotangent(contraction: Product) -> Matmul:
+def with_wide_cotangent(contraction: Product, *, casts_once: bool = False) -> Matmul:
   """The matmul of a wide operand and another, whose wide cotangent does not round.
 
   So the gradients of a parameter add up in float32: over its uses, over devices. And the derivative
   of a softmax takes a mean from the cotangent of its weights: if that was rounded before, the small
   difference has the rounding error of the large cotangent.
+
+  Args:
+    contraction: The matmul.
+    casts_once: Whether the derivative by the other operand reads the cast that the matmul made, and
+      makes none of its own: the partitioner gathers each cast of a sharded parameter.
   """
   along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
+  cast = functools.partial(to_dtype, dtype=contraction.dtype) if casts_once else None
   if contraction.result == contraction.dtype:
-    return with_derivative(contraction.run, along_wide, contraction.run)
+    return with_derivative(contraction.run, along_wide, contraction.run, cast)
 
   def along_other(wide: jax.Array, other: jax.Array) -> jax.Array:
     """Its cotangent is multiplied in 16 bits."""
     return to_dtype(contraction.rounded.run(wide, other), contraction.result)
 
-  return with_derivative(contraction.run, along_wide, along_other)
+  return with_derivative(contraction.run, along_wide, along_other, cast)
 
 
 def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -430,3 +431,39 @@ def test_a_compiled_gradient_has_a_kernel_whatever_the_order(spec, sizes, dtype)
   )
   for got, exact in zip(found, want, strict=True):
     assert_close(got, exact)
+
+
+def perceptron(p, x):
+  return jnp.mean((jax.nn.relu(x @ p["up"]) @ p["down"]) ** 2)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_parameter_is_cast_once_for_a_matmul_and_its_derivative(checkpoint):
+  """The partitioner gathers each cast of a sharded parameter, so that each is one more gather."""
+  p = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
+  fn = jax.checkpoint(perceptron) if checkpoint else perceptron
+  grad = jax.grad(mpjax.autocast(fn, "mixed_bfloat16"))
+  found = equations(jax.make_jaxpr(grad)(p, jnp.ones((2, 4))))
+  casts = [e.outvars[0].aval.shape for e in found if e.primitive.name == "convert_element_type"]
+  assert casts.count((4, 8)) == casts.count((8, 4)) == 1 + checkpoint  # what is computed again
+
+
+def test_a_scan_stores_no_cast_of_a_parameter_for_each_turn():
+  def loss(w, x):
+    return jnp.mean(lax.scan(lambda h, u: (jnp.tanh(h @ w + u), None), x[0], x)[0])
+
+  autocast = mpjax.autocast(loss, "mixed_bfloat16")
+  stored = jax.eval_shape(lambda w: jax.vjp(autocast, w, jnp.ones((9, 2, 4)))[1], jnp.eye(4))
+  assert {leaf.shape for leaf in jax.tree.leaves(stored)} <= {(4, 4), (9, 2, 4), (2, 4), ()}
+
+
+def test_second_derivatives_follow_the_cast_that_both_read():
+  p = {"up": jnp.eye(4) + 0.25, "down": jnp.eye(4) - 0.5}  # that 16 bits hold
+  x = jnp.arange(8.0).reshape(2, 4) / 4
+
+  def penalty(p, x):
+    return jnp.sum(jax.grad(perceptron, 1)(p, x) ** 2)
+
+  fn = mpjax.autocast(perceptron, "mixed_bfloat16")
+  got = jax.grad(lambda p: jnp.sum(jax.grad(fn, 1)(p, x) ** 2))(p)
+  chex.assert_trees_all_close(got, jax.grad(penalty)(p, x), rtol=0.02)

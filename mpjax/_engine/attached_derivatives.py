@@ -23,12 +23,12 @@ from jax.interpreters import ad
 
 from mpjax._engine.new_primitive import new_primitive
 
-Cast = Callable[[jax.Array], jax.Array]
-Bilinear = Callable[[jax.Array, jax.Array], jax.Array]
+Bilinear = Callable[..., jax.Array]
+"""A function of two arrays, and of further ones that have no derivative here."""
 
 
 def with_derivative(
-  fn: Bilinear, along_first: Bilinear, along_second: Bilinear, cast: Cast | None = None
+  fn: Bilinear, along_first: Bilinear, along_second: Bilinear, reads: slice = slice(None)
 ) -> Bilinear:
   """A function of two arrays whose derivative is the sum of two others.
 
@@ -36,20 +36,15 @@ def with_derivative(
 
   Args:
     fn: The function.
-    along_first: Its derivative, from a tangent of the first operand and the second operand.
+    along_first: Its derivative, from a tangent of the first operand, the second operand, and those
+      that follow.
     along_second: The same, from the first operand and a tangent of the second.
-    cast: What the function and its second derivative read of the first operand: cast once for both,
-      so that what is sharded is gathered once.
+    reads: Which operands the function itself is given.
   """
   along = along_first, along_second
 
-  def run(first: jax.Array, second: jax.Array) -> jax.Array:
-    if cast is None:
-      result = fn(constant(first), constant(second))
-      return attached_p.bind(result, first, second, along=along)
-    read = cast(first)
-    result = fn(constant(read), constant(second))
-    return attached_p.bind(result, first, second, read, along=along)
+  def run(*operands: jax.Array) -> jax.Array:
+    return attached_p.bind(fn(*map(constant, operands[reads])), *operands, along=along)
 
   return run
 
@@ -66,11 +61,11 @@ def bilinear(
   tangents: Sequence[Any],
 ) -> Any:
   """The tangent of a bilinear function by its two terms; None if neither operand has one."""
-  terms = []
+  terms, (first, second, *rest) = [], primals
   if not isinstance(tangents[0], ad.Zero):
-    terms.append(along_first(tangents[0], primals[1]))
+    terms.append(along_first(tangents[0], second, *rest))
   if not isinstance(tangents[1], ad.Zero):
-    terms.append(along_second(primals[0], tangents[1]))
+    terms.append(along_second(first, tangents[1], *rest))
   return functools.reduce(operator.add, terms) if terms else None
 
 
@@ -80,8 +75,7 @@ def _zero(x: jax.Array) -> ad.Zero:
 
 def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   out = attached_p.bind(*primals, along=along)
-  _, first, second, *cast = primals
-  moved = bilinear(*along, (cast[0] if cast else first, second), tangents[1:3])
+  moved = bilinear(*along, primals[1:], tangents[1:3])
   return out, _zero(out) if moved is None else moved
 
 
@@ -94,7 +88,7 @@ def _transpose(cotangent: jax.Array, _: Any, *operands: Any, along: Any) -> list
 def _batch(args: Any, dims: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
   """What has no examples is not copied for each."""
   moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
-  axes = tuple(None if d is None else 0 for d in dims[1:3])
+  axes = tuple(None if d is None else 0 for d in dims[1:])
   mapped = tuple(jax.vmap(fn, axes) for fn in along)
   return attached_p.bind(*moved, along=mapped), 0
 
@@ -107,7 +101,7 @@ attached_p = new_primitive(
   transpose=_transpose,
   batch=_batch,
 )
-"""The first operand, with a derivative by the next two; what the first of these was cast to."""
+"""The first operand, with a derivative by the next two, which may read what follows."""
 jet.jet_rules[attached_p] = lambda primals, series, **_: (primals[0], series[0])
 
 

@@ -58,8 +58,8 @@ def in_order(contracted: Sequence[Dims], batch: Sequence[Dims], precision: Any) 
 def unfolded(matmul: Matmul) -> Matmul:
   """A matmul of 16-bit factors with a float32 result, beside which a CPU moves nothing into it."""
 
-  def run(left: jax.Array, right: jax.Array) -> jax.Array:
-    return fixed(matmul(fixed(left), fixed(right)))
+  def run(left: jax.Array, right: jax.Array, *rest: jax.Array) -> jax.Array:
+    return fixed(matmul(fixed(left), fixed(right), *rest))
 
   return run
 

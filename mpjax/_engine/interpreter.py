@@ -266,14 +266,13 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   if step.parameter is not None:
     return _lower(interpreter, step, operands)
-  factors, rest = operands[:2], operands[2:]
-  narrow = step.params | {"preferred_element_type": factors[0].dtype}
+  narrow = step.params | {"preferred_element_type": operands[0].dtype}
 
-  def matmul(*pair: Any) -> Any:
-    return jaxprs.run_with(step.eqn, [*pair, *rest], step.params)[0]
+  def matmul(*operands: Any) -> Any:
+    return jaxprs.run_with(step.eqn, operands, step.params)[0]
 
-  def moved(*pair: Any) -> Any:
-    return to_dtype(jaxprs.run_with(step.eqn, [*pair, *rest], narrow)[0], FLOAT32)
+  def moved(*operands: Any) -> Any:
+    return to_dtype(jaxprs.run_with(step.eqn, operands, narrow)[0], FLOAT32)
 
   name = step.eqn.primitive.name
   if name == "dot_general" and not jaxprs.is_sharded_explicitly(step.eqn.outvars[0].aval):
@@ -281,7 +280,7 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
     run = in_order(contracted, batch, step.params["precision"])
   else:
     run = but_on_gpus(matmul, moved) if name == "conv_general_dilated" else unfolded(matmul)
-  return [with_derivative(run, moved, moved)(*factors)]
+  return [with_derivative(run, moved, moved)(*operands)]
 
 
 def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

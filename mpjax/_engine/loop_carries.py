@@ -84,5 +84,6 @@ def _through(jaxpr: AnyJaxpr, reading: Iterable[int], results: int) -> list[floa
   for eqn in inner.eqns:
     known = [terms[a] for a in eqn.invars if not isinstance(a, Literal) and a in terms]
     if known and eqn.primitive.name not in MATMULS:
-      terms |= dict(zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True))
+      made = zip(eqn.outvars, _terms(eqn, max(known), terms), strict=True)
+      terms |= {var: n for var, n in made if kind(var) not in "biu"}  # an index is no term
   return [None if isinstance(a, Literal) else terms.get(a) for a in inner.outvars[:results]]

@@ -243,16 +243,23 @@ def with_wide_cotangent(contraction: Product, *, casts_once: bool = False) -> Ma
     casts_once: Whether the derivative by the other operand reads the cast that the matmul made, and
       makes none of its own: the partitioner gathers each cast of a sharded parameter.
   """
-  along_wide = functools.partial(_tangent_p.bind, contraction=contraction)
-  cast = functools.partial(to_dtype, dtype=contraction.dtype) if casts_once else None
-  if contraction.result == contraction.dtype:
-    return with_derivative(contraction.run, along_wide, contraction.run, cast)
 
-  def along_other(wide: jax.Array, other: jax.Array) -> jax.Array:
+  def along_wide(tangent: jax.Array, other: jax.Array, *cast: jax.Array) -> jax.Array:
+    del cast
+    return _tangent_p.bind(tangent, other, contraction=contraction)
+
+  def along_other(wide: jax.Array, tangent: jax.Array, *cast: jax.Array) -> jax.Array:
     """Its cotangent is multiplied in 16 bits."""
-    return to_dtype(contraction.rounded.run(wide, other), contraction.result)
+    moved = contraction.rounded.run(cast[0] if cast else wide, tangent)
+    return to_dtype(moved, contraction.result)
 
-  return with_derivative(contraction.run, along_wide, along_other, cast)
+  def multiply(other: jax.Array, cast: jax.Array) -> jax.Array:
+    return contraction.run(cast, other)
+
+  if not casts_once:
+    return with_derivative(contraction.run, along_wide, along_other)
+  run = with_derivative(multiply, along_wide, along_other, reads=slice(1, 3))
+  return lambda wide, other: run(wide, other, to_dtype(wide, contraction.dtype))
 
 
 def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Array:

@@ -22,7 +22,8 @@ from mpjax._core.scopes import Path
 from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
-from mpjax._engine.kinds import Form, Kind, join
+from mpjax._engine.early_rounding import rounding_early
+from mpjax._engine.kinds import DATA, Form, Kind, join
 from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known
 from mpjax._engine.loop_carries import accumulators, carried
 from mpjax._engine.module_exits import Borders
@@ -43,6 +44,7 @@ from mpjax._engine.plan import (
   widened,
 )
 from mpjax._engine.sight import Sight
+from mpjax._engine.streams import SUMS, Streams
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -168,6 +170,7 @@ class _Walk:
     self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.borders = Borders(self.governs)
+    self.streams = Streams(self.around.leading.multiplied, self.borders.lasting)
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.forms[var] = self.around.adapting.form(value) if jaxprs.is_float32(var) else None
@@ -178,14 +181,16 @@ class _Walk:
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
-    return Plan(
-      self.jaxpr,
-      self.in_forms,
-      steps,
-      reads,
-      held,
-      self.cast.among(inner.outvars),
-      jaxprs.ordered_places(inner.outvars, self.borders.lasting),
+    return rounding_early(
+      Plan(
+        self.jaxpr,
+        self.in_forms,
+        steps,
+        reads,
+        held,
+        self.cast.among(inner.outvars),
+        jaxprs.ordered_places(inner.outvars, self.borders.lasting),
+      )
     )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
@@ -196,6 +201,8 @@ class _Walk:
     path, place = inner.path, inner.within(self.place)
     vias, forms = self.look_up(eqn.invars, path)
     name = eqn.primitive.name
+    if name in SUMS:
+      vias, forms = self.streams.joined(eqn, vias, forms)
     won, policy = None, FLOAT32_POLICY
     if not place.has_policy:
       won, policy = self.planner.governs(place.path, name)
@@ -223,7 +230,7 @@ class _Walk:
       called = decision.bodies[0].cast if rule is Rule.CALL else ()
       self.cast.follow(eqn, self.forms, called)
     parameter = parameter_of(eqn, rule, forms)
-    return Step(
+    step = Step(
       eqn,
       rule,
       won,
@@ -236,6 +243,9 @@ class _Walk:
       parameter if self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
     )
+    if decision.outs == _ONE_FLOAT32:
+      self.streams.settle(step)
+    return step
 
   def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
@@ -283,6 +293,9 @@ class _Walk:
     body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
     if eqn.primitive.name in _SHARES_READS:
       body = self.planner.plan(held.jaxpr, widened(body), place, None, known, cast)
+    elif eqn.primitive.name in _STORES_OPERANDS:
+      stored = narrowed(body, range(len(held.operands)))
+      body = self.planner.plan(held.jaxpr, stored, place, None, known, cast)
     wanted = [form and form.dtype for form in body.in_forms]
     return Decision(wanted, body.out_forms, eqn.params, (body,))
 
@@ -334,8 +347,12 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
   Rule.WHILE: _Walk.loop,
   Rule.COND: _Walk.cond,
 }
-# A checkpoint stores its operands, so they stay narrow; a jit may get them as it reads them.
+# A checkpoint stores its operands, so they are as narrow as they are read; a jit may get them so.
 _SHARES_READS = having(Trait.JIT)
+_STORES_OPERANDS = having(Trait.REMAT)
+
+
+_ONE_FLOAT32 = (DATA,)
 
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:

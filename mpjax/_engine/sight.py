@@ -122,8 +122,8 @@ def _is_data(form: Form | None) -> bool:
 
 
 def has_integer(sight: Sight) -> bool:
-  """Whether an operand is an integer."""
-  return any(is_of(atom.aval, jnp.integer) for atom in sight.eqn.invars)
+  """Whether a factor is an integer; how many rows each expert has, of `ragged_dot`, is none."""
+  return any(is_of(atom.aval, jnp.integer) for atom in sight.eqn.invars[:2])
 
 
 def held_together(sight: Sight) -> np.dtype | None:
@@ -165,7 +165,7 @@ def has_constant_weights(sight: Sight) -> bool:
 
 def is_fixed_transform(sight: Sight) -> bool:
   """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
-  if sight.name != "dot_general" or sight.has_narrow:
+  if sight.name != "dot_general" or sight.has_narrow or sight.place.has_cotangents:
     return False
   origins, makers = sight.around.sums.origins, sight.around.view.makers
   pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))

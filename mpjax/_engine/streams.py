@@ -1,0 +1,88 @@
+"""Activations that are added to the 16-bit stream that they were computed from.
+
+``x + softplus(x @ w)``: an exponential runs in float32, and what is added to float32 is float32, so
+that one such activation would widen all of a residual stream behind it, with its norms and what is
+stored for the backward pass. What elementwise operations made of narrow values alone is as exact as
+these, and rounds where it is added to such a value on the way to a matmul. Not on that to a loss,
+for ``exp(v) + m**2 - 1 - v`` is small beside its terms. Nor in float16, whose range it may exceed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from mpjax._core.dtypes import BFLOAT16
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import jaxprs
+from mpjax._engine.kinds import Kind
+from mpjax._engine.plan import Forms, Step
+from mpjax._engine.versions import JaxprEqn, Literal, Var
+
+SUMS = frozenset({"add", "sub"})
+_FUNCTIONS = having(Trait.JIT | Trait.INLINE)
+_ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL) | {
+  *("select_n", "max", "min", "clamp", "gt", "ge", "lt", "le", "eq", "ne", "is_finite"),
+  *("broadcast_in_dim", "convert_element_type", "stop_gradient"),
+}
+
+
+class Streams:
+  """Which values of one jaxpr are as exact as the narrow ones that they were made of.
+
+  Args:
+    multiplied: The variables that lead into a matmul.
+    lasting: Those that are float32 for what others do with them.
+  """
+
+  def __init__(self, multiplied: Collection[Var], lasting: Collection[Any]) -> None:
+    self._multiplied, self._lasting = multiplied, lasting
+    self._of_narrow = set[Var]()
+
+  def joined(
+    self, eqn: JaxprEqn, vias: list[np.dtype | None], forms: Forms
+  ) -> tuple[list[np.dtype | None], Forms]:
+    """How a sum reads its operands: in the format of the stream among them, if they join one.
+
+    Args:
+      eqn: An equation that is one of `SUMS`.
+      vias: The casts that its operands went through.
+      forms: How they are held.
+    """
+    if not self._of_narrow or eqn.outvars[0] not in self._multiplied:
+      return vias, forms
+    stream = [form for form in forms if form is not None and form.kind is Kind.NARROW]
+    size = jaxprs.size(eqn.outvars[0])
+    joins = [
+      not isinstance(atom, Literal)
+      and atom in self._of_narrow
+      and atom not in self._lasting
+      and jaxprs.size(atom) == size
+      for atom in eqn.invars
+    ]
+    if len(stream) != 1 or stream[0].dtype != BFLOAT16 or not any(joins):
+      return vias, forms
+    return (
+      [BFLOAT16 if own else via for via, own in zip(vias, joins, strict=True)],
+      tuple(stream[0] if own else form for form, own in zip(forms, joins, strict=True)),
+    )
+
+  def settle(self, step: Step) -> None:
+    """Note what a step that makes one float32 value made of narrow ones, element by element."""
+    pairs = zip(step.eqn.invars, step.operands, strict=True)
+    own = [
+      form.kind if isinstance(atom, Literal) or atom not in self._of_narrow else Kind.NARROW
+      for atom, form in pairs
+      if form is not None
+    ]
+    if own and max(own) is Kind.NARROW and _is_elementwise(step):
+      self._of_narrow.update(step.eqn.outvars)
+
+
+def _is_elementwise(step: Step) -> bool:
+  """Whether a step computes element by element, itself or in the function that it calls."""
+  if step.eqn.primitive.name in _FUNCTIONS and step.bodies:
+    return all(map(_is_elementwise, step.bodies[0].steps))
+  return step.eqn.primitive.name in _ELEMENTWISE

@@ -1,0 +1,157 @@
+"""What is as narrow as by hand: residual streams, what is moved, cached, stored or dispatched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax, nn
+
+import mpjax
+from _jaxprs import equations, wide_contractions
+
+W = 0.3 * jax.random.normal(jax.random.key(0), (3, 16, 16))
+X = jax.random.normal(jax.random.key(1), (8, 16))
+FORMATS = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
+both = pytest.mark.parametrize("policy", FORMATS)
+
+ACTIVATIONS = {
+  "elu": nn.elu,
+  "selu": nn.selu,
+  "celu": nn.celu,
+  "softplus": nn.softplus,
+  "log_sigmoid": nn.log_sigmoid,
+  "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+  "squared_relu": lambda x: jnp.square(nn.relu(x)),
+  "snake": lambda x: x + jnp.sin(x) ** 2,
+  "squareplus": nn.squareplus,
+}
+
+
+def traced(fn, policy, *args):
+  return equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(*args))
+
+
+def dtypes(found, name, shape):
+  return [
+    e.outvars[0].aval.dtype.name
+    for e in found
+    if e.primitive.name == name and e.outvars[0].aval.shape == shape
+  ]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS)
+def test_an_activation_that_joins_a_stream_of_16_bits_is_rounded(activation):
+  def network(w, x):
+    x = x @ w[0]
+    return (x + activation(x @ w[1])) @ w[2]
+
+  policy = "mixed_bfloat16"
+  assert dtypes(traced(network, policy, W, X), "add", X.shape)[-1] == "bfloat16"
+  scale = jnp.abs(want := network(W, X)).max()
+  np.testing.assert_allclose(mpjax.autocast(network, policy)(W, X), want, atol=0.03 * scale)
+
+
+def divergence(w, x):
+  mean, log_variance = x @ w[0], x @ w[1]
+  return 0.5 * jnp.sum(jnp.exp(log_variance) + mean**2 - 1 - log_variance)
+
+
+@both
+def test_what_no_matmul_reads_is_added_in_float32(policy):
+  """Of the terms of a divergence near zero, each about one, little is left."""
+  got = mpjax.autocast(divergence, policy)(0.03 * W, X)
+  m, v = [(X @ w).astype(FORMATS[policy]).astype(jnp.float32) for w in 0.03 * W[:2]]
+  want = 0.5 * jnp.sum(jnp.expm1(v) - v + m**2)
+  np.testing.assert_allclose(got, want, rtol=0.05)
+
+
+@both
+@pytest.mark.parametrize("cut", [lambda s: s[..., :-1], lambda s: s.T[:-1].T])
+def test_a_softmax_that_is_cut_before_a_matmul_stores_16_bits(cut, policy):
+  """An attention with a sink: one more score, whose weight is dropped."""
+
+  def attention(w, x):
+    h = x @ w[0]
+    scores = jnp.concatenate([h @ h.T, jnp.zeros((8, 1))], 1)
+    return jnp.sum(cut(nn.softmax(scores)) @ h)
+
+  _, pullback = jax.vjp(mpjax.autocast(attention, policy), W, X)
+  stored = {leaf.dtype.name for leaf in jax.tree.leaves(pullback) if leaf.shape == (8, 9)}
+  assert stored <= {FORMATS[policy], "bool"}
+
+
+@both
+def test_a_checkpoint_in_a_loop_stores_what_a_matmul_reads_in_16_bits(policy):
+  def loss(w, x):
+    unit = x @ w[0]
+    unit = unit / jnp.linalg.norm(unit, axis=1, keepdims=True)
+    part = jax.checkpoint(lambda u, v: jnp.sum(nn.log_sigmoid(u @ v.T)))
+    return lax.scan(lambda n, v: (n + part(unit, v), None), 0.0, jnp.stack([X, X, X]))[0]
+
+  _, pullback = jax.vjp(mpjax.autocast(loss, policy), W, X)
+  narrow = [x for x in jax.tree.leaves(pullback) if x.dtype == FORMATS[policy]]
+  assert any(leaf.shape == X.shape for leaf in narrow)
+  remats = [e for e in traced(loss, policy, W, X) if "remat" in e.primitive.name]
+  assert {a.aval.dtype.name for e in remats for a in e.invars[:1]} == {FORMATS[policy]}
+
+
+@both
+def test_the_cache_of_a_beam_search_is_as_narrow_as_what_is_written(policy):
+  def search(w, tokens):
+    def turn(carry, n):
+      cache, tokens, scores = carry
+      x = w[0][tokens]
+      cache = lax.dynamic_update_slice(cache, (x @ w[1])[:, None], (0, n, 0))
+      h = jnp.einsum("bd,btd->bt", x, cache) @ w[2][:12]
+      logits = nn.log_softmax(h @ w[0].T) + scores[:, None]
+      scores, best = lax.top_k(logits.ravel(), 4)
+      return (cache[best // 16], best % 16, scores), tokens
+
+    start = jnp.zeros((4, 12, 16)), tokens, jnp.zeros(4)
+    return lax.scan(turn, start, jnp.arange(12))[1]
+
+  written = dtypes(traced(search, policy, W, jnp.arange(4)), "dynamic_update_slice", (4, 12, 16))
+  assert written == [FORMATS[policy]]
+
+
+def dispatched(w, x):
+  """Experts whose rows are counted inside, in functions that recur."""
+
+  def layer(x, w):
+    sizes = jnp.full((2,), x.shape[0] // 2, jnp.int32)
+    return nn.relu(lax.ragged_dot(x, jnp.stack([w, w]), sizes))
+
+  for _ in range(5):
+    x = jax.jit(layer)(x, w[0])
+  return jnp.sum(x @ w[1])
+
+
+@both
+def test_matmuls_of_experts_return_16_bits(policy):
+  found = traced(dispatched, policy, W, X)
+  assert not wide_contractions(
+    jax.make_jaxpr(mpjax.autocast(dispatched, policy))(W, X), FORMATS[policy]
+  )
+  experts = [e for e in found if e.primitive.name.startswith("ragged_dot")]
+  assert {e.outvars[0].aval.dtype.name for e in experts} == {FORMATS[policy]}
+  got, want = (jax.grad(f)(W, X) for f in (mpjax.autocast(dispatched, policy), dispatched))
+  np.testing.assert_allclose(got, want, atol=0.03 * float(jnp.abs(want).max()))
+
+
+@both
+def test_experts_of_integers_may_count_their_rows_inside_of_functions(policy):
+  """Their matmuls return float32, and have derivatives of their own that read the counts."""
+
+  def layer(x, w):
+    sizes = jnp.full((1,), x.shape[0], jnp.int32)
+    return jnp.tanh(
+      lax.ragged_dot(jnp.sign(x).astype(jnp.int8).astype(jnp.float32), w[None], sizes)
+    )
+
+  def loss(w, x):
+    for _ in range(5):
+      x = jax.jit(layer)(x, w[0])
+    return jnp.sum(x)
+
+  got, want = (jax.jit(jax.grad(f))(W, X) for f in (mpjax.autocast(loss, policy), loss))
+  np.testing.assert_allclose(got, want, atol=0.03 * float(jnp.abs(want).max()))

@@ -70,6 +70,8 @@ class Trait(enum.Flag):
   """Multiplies many numbers with each other."""
   FACTORS = enum.auto()
   """Factors a matrix or solves a system: multiplies an error by the condition of that."""
+  ORDERS = enum.auto()
+  """Tells which of its numbers are the largest, or in which order they are."""
   MOVES = enum.auto()
   """Each number of its one operand goes to one place of its result."""
   KEEPS_NUMBERS = enum.auto()
@@ -108,6 +110,7 @@ _SUM = "16-bit sums stall: 256 + 1 is 256 in bfloat16"
 _COTANGENTS = "adds up many terms, as the cotangents of a weight that is used often"
 _LARGEST = "the largest logit seeds softmax and logsumexp: x - max(x) must not round"
 _NO_KERNEL = "has no 16-bit kernel, and no use for one"
+_HANDS_ON = "hands each operand on by itself"
 _BITS = "what the bits or the neighbors of a float32 are is a question about float32"
 _AS_EXACT = "as exact as its operands"
 _MOVED = "makes no new numbers"
@@ -180,17 +183,20 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   (
     "slice dynamic_slice dynamic_update_slice concatenate split pad gather scatter tie_in tile "
-    "stack unstack argmax argmin top_k cummax cummin reduce_window_max reduce_window_min",
+    "stack unstack cummax cummin reduce_window_max reduce_window_min",
     Facts(Rule.FOLLOW, _MOVED, _T.KEEPS_NUMBERS),
   ),
-  ("eq_to lt_to le_to approx_top_k dimension_as_value", Facts(Rule.FOLLOW, _MOVED)),
+  ("argmax argmin top_k", Facts(Rule.FOLLOW, _MOVED, _T.KEEPS_NUMBERS | _T.ORDERS)),
+  ("approx_top_k", Facts(Rule.FOLLOW, _MOVED, _T.ORDERS)),
+  ("eq_to lt_to le_to dimension_as_value", Facts(Rule.FOLLOW, _MOVED)),
   (
     "sharding_constraint mesh_cast reshard layout_constraint device_put all_gather "
     "all_gather_invariant all_to_all ppermute pmax pmin pbroadcast pvary pcast",
     Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS),
   ),
   ("ragged_all_to_all copy_to_host_async", Facts(Rule.FOLLOW, _DEVICES)),
-  ("sort optimization_barrier mpjax_fixed", Facts(Rule.EACH, "hands each operand on by itself")),
+  ("sort", Facts(Rule.EACH, _HANDS_ON, _T.ORDERS)),
+  ("optimization_barrier mpjax_fixed", Facts(Rule.EACH, _HANDS_ON)),
   (
     "convert_element_type",
     Facts(Rule.CONVERT, "a change of dtype", _T.ARITHMETIC | _T.KEEPS_NUMBERS),

@@ -31,7 +31,7 @@ class Contents:
 
   def any_of(self, names: Collection[str], jaxpr: AnyJaxpr) -> bool:
     """Whether a jaxpr, or a body in it, holds one of some primitives."""
-    return not self._primitives(jaxpr).isdisjoint(names)
+    return not self.primitives(jaxpr).isdisjoint(names)
 
   def matmuls(self, jaxpr: AnyJaxpr) -> bool:
     """Whether it holds a matmul."""
@@ -56,7 +56,7 @@ class Contents:
     (body,) = bodies_of(eqn)
     return self.any_of(_SUMS, body.jaxpr)
 
-  def _primitives(self, jaxpr: AnyJaxpr) -> set[str]:
+  def primitives(self, jaxpr: AnyJaxpr) -> set[str]:
     """The names of the primitives in a jaxpr, its bodies among it."""
     found = self._names.get(id(jaxpr))
     if found is None:
@@ -68,7 +68,7 @@ class Contents:
       found |= {_SKIPS} if any(map(skips_entries, slices)) else set()
       holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
       for body in (body for eqn in holding for body in bodies_of(eqn)):
-        found |= self._primitives(body.jaxpr)
+        found |= self.primitives(body.jaxpr)
     return found
 
 

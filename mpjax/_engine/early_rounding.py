@@ -1,4 +1,4 @@
-"""Values that are moved and then rounded are rounded before they are moved.
+"""Quotients that are moved and then rounded are rounded before they are moved.
 
 ``softmax(concatenate([scores, sink]))[..., :-1] @ v``: a matmul alone reads the slice, in 16 bits.
 Rounded before it is cut, the softmax is one whose result is read in 16 bits, and stores no float32.
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.kinds import DATA, narrow
 from mpjax._engine.plan import AS_HELD, Plan, Read, Step
-from mpjax._engine.versions import Literal
+from mpjax._engine.versions import Literal, Var
 
 _MOVES = frozenset(
   {
@@ -24,13 +25,19 @@ _MOVES = frozenset(
 
 
 def rounding_early(plan: Plan) -> Plan:
-  """A plan in which what is moved and then rounded by its one reader is rounded before.
+  """A plan in which a quotient that is moved and rounded by its one reader is rounded before.
 
   Args:
     plan: The plan of one jaxpr.
   """
-  moves = [n for n, step in enumerate(plan.steps) if step.eqn.primitive.name in _MOVES]
-  moves = [n for n in moves if DATA in plan.steps[n].outs]
+  quotients, moves = set[Var](), list[int]()
+  for n, step in enumerate(plan.steps):
+    name = step.eqn.primitive.name
+    if name == "div" and step.outs[0] == DATA:
+      quotients |= {*step.eqn.outvars}
+    elif name in _MOVES and quotients and not quotients.isdisjoint(variables_of(step.eqn.invars)):
+      quotients |= {*step.eqn.outvars}
+      moves.append(n)
   steps, changed = list(plan.steps), False
   for n in reversed(moves):
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]

@@ -6,7 +6,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
@@ -51,6 +51,9 @@ LOGARITHMS = Question(having(Trait.LOGARITHM))
 FACTORED = Question(having(Trait.FACTORS))
 """What leads into the factorization of a matrix."""
 
+_PHASES = Question(frozenset({"sin", "cos"}))
+"""What leads into a sine or cosine."""
+
 _FACTORED_LATER = FACTORED._replace(through_matmuls=True)
 
 _MULTIPLY = MATMULS | {name for name, rule in RULES.items() if rule is Rule.MARKER}
@@ -66,12 +69,14 @@ class Leading(NamedTuple, Generic[T]):
   Attributes:
     factored: What leads into the factorization of a matrix or a linear system.
     factored_later: And what does so by way of other matmuls, as ``h @ p`` of ``h @ p @ h.T``.
+    phases: What leads into a sine or cosine.
     multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
     multiplying: What asks for that there.
   """
 
   factored: frozenset[T] = frozenset()
   factored_later: frozenset[T] = frozenset()
+  phases: frozenset[T] = frozenset()
   multiplied: frozenset[T] = frozenset()
   multiplying: Question = MULTIPLIED
 
@@ -105,13 +110,13 @@ class Needs:
       jaxpr: The jaxpr.
       outside: Which of its results do.
     """
-    multiplying = outside.multiplying
-    return Leading(
-      self._leading(FACTORED, jaxpr, outside.factored),
-      self._leading(_FACTORED_LATER, jaxpr, outside.factored_later),
-      self._leading(multiplying, jaxpr, outside.multiplied),
-      multiplying,
-    )
+    held = self._contents.primitives(jaxpr)
+
+    def find(question: Question, outs: frozenset[int]) -> frozenset[Var]:
+      asked = (outs and not question.of) or not held.isdisjoint(question.of or question.ends)
+      return self._into(question, jaxpr, outs)[0] if asked else frozenset()
+
+    return _each(find, outside, outside.multiplying)
 
   def entering(self, eqn: JaxprEqn, found: Leading[Var]) -> Leading[int]:
     """Which results of an equation's bodies lead somewhere, in them or outside.
@@ -120,13 +125,16 @@ class Needs:
       eqn: The equation.
       found: The variables that do outside.
     """
-    multiplying = asked_at(found.multiplying, eqn)
-    return Leading(
-      self._leading_from_bodies(FACTORED, eqn, found.factored),
-      self._leading_from_bodies(_FACTORED_LATER, eqn, found.factored_later),
-      self._leading_from_bodies(multiplying, eqn, found.multiplied),
-      multiplying,
-    )
+    held = set[str]().union(*(self._contents.primitives(body.jaxpr) for body in bodies_of(eqn)))
+
+    def find(question: Question, found: frozenset[Var]) -> frozenset[int]:
+      is_held = not held.isdisjoint(question.of or question.ends)
+      if not is_held and (question.of or not found):
+        return frozenset()
+      results = jaxprs.places_of(eqn.outvars, found)
+      return self._through_bodies(question, eqn, results)[1] if is_held else results
+
+    return _each(find, found, asked_at(found.multiplying, eqn))
 
   def passes(self, name: str) -> bool:
     """Whether a value leads on through a primitive to where it is added up."""
@@ -135,23 +143,6 @@ class Needs:
   def before(self, eqn: JaxprEqn, results: frozenset[int]) -> frozenset[int]:
     """Which operands of an equation with bodies lead to some of its results."""
     return self._through_bodies(_NOWHERE, eqn, results)[0]
-
-  def _leading(self, question: Question, jaxpr: AnyJaxpr, outs: frozenset[int]) -> frozenset[Var]:
-    asked = (outs and not question.of) or self._holds(question, jaxpr)
-    return self._into(question, jaxpr, outs)[0] if asked else frozenset()
-
-  def _leading_from_bodies(
-    self, question: Question, eqn: JaxprEqn, found: frozenset[Var]
-  ) -> frozenset[int]:
-    results = jaxprs.places_of(eqn.outvars, found)
-    held = any(self._holds(question, body.jaxpr) for body in bodies_of(eqn))
-    if not held:
-      return frozenset() if question.of else results
-    return self._through_bodies(question, eqn, results)[1]
-
-  def _holds(self, question: Question, jaxpr: AnyJaxpr) -> bool:
-    """Whether a jaxpr, or a body in it, holds what a question is about."""
-    return self._contents.any_of(question.of or question.ends, jaxpr)
 
   def heads(self, jaxpr: AnyJaxpr, outs: frozenset[int]) -> tuple[frozenset[Var], frozenset[int]]:
     """What is multiplied into a logarithm: operands of such matmuls, as they were before a move.
@@ -219,6 +210,19 @@ class Needs:
       if grown == results:
         return frozenset(needed), results
       results = frozenset(grown)
+
+
+def _each(
+  find: Callable[[Question, Any], frozenset[Any]], known: Leading[Any], multiplying: Question
+) -> Leading[Any]:
+  """What is found for each question, given what is known of it."""
+  return Leading(
+    find(FACTORED, known.factored),
+    find(_FACTORED_LATER, known.factored_later),
+    find(_PHASES, known.phases),
+    find(multiplying, known.multiplied),
+    multiplying,
+  )
 
 
 def asked_at(question: Question, eqn: JaxprEqn) -> Question:

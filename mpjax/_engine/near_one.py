@@ -60,12 +60,15 @@ In bfloat16 a gate near one is off by up to 1/512, in each turn in the same dire
 by a sixty-fourth, as much as other values in 16 bits are.
 """
 
-_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"})
+_MEET = frozenset({"add", "sub", "mul", "dot_general", "div", "gt", "lt", "ge", "le"})
 """In what a gate may meet another value near which it lies, which recurs, or which it divides."""
+
+_COMPARES = frozenset({"gt", "lt", "ge", "le"})
+"""A comparison subtracts."""
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
-_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP)
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
 _STEEP = having(Trait.STEEP)
 _PASS_ON = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
@@ -249,6 +252,7 @@ class NearOne:
     same = functools.cache(functools.partial(same_values, inner))
     for eqn in inner.eqns if forward.roles else ():
       name = operation(eqn) if eqn.primitive.name in _MEET else ""
+      name = "sub" if (compares := name in _COMPARES) else name
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
         found |= variables_of(eqn.invars[1:])
         forgetting.update(eqn.outvars)
@@ -265,7 +269,7 @@ class NearOne:
           forgetting.update(eqn.outvars if is_number or (again and decays) else ())
           near = recurs or (again and not decays)
         found |= variables_of([atom]) if near else set()
-      if name == "sub":
+      if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
 

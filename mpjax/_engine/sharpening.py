@@ -180,6 +180,15 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "it interpolates or differentiates data, as what is no matmul would: labels survive",
   ),
   Sharpening(
+    "phase",
+    {Rule.LOWER},
+    lambda s: (
+      s.result in s.around.leading.phases and not s.has_layer and not sight.is_of_parameters(s)
+    ),
+    Rule.FULL,
+    "only what is left of it modulo a period counts: of 100 that is 6",
+  ),
+  Sharpening(
     "what is added up",
     {Rule.LOWER},
     lambda s: s.around.sums.is_sum(s.eqn),
@@ -238,6 +247,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.name == "dot_general" and sight.is_head(s),
     Rule.WIDE,
     "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
+  ),
+  Sharpening(
+    "own unit",
+    {"add", "sub"},
+    lambda s: s.is_narrow and sight.adds_much(s),
+    Rule.FULL,
+    "300 and what a model says: its output comes back in its own unit",
+    lasts=True,
   ),
   Sharpening(
     "small step",

@@ -214,6 +214,18 @@ def multiplies_by_much(sight: Sight) -> bool:
   return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
 
 
+def adds_much(sight: Sight) -> bool:
+  """Whether a number like 300 is added to an output, which no matmul multiplies, or subtracted."""
+  if sight.result in sight.around.leading.multiplied or sight.place.has_cotangents:
+    return False
+  known = [sight.around.numbers.of(atom) for atom in sight.eqn.invars]
+  return any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known)
+
+
+UNIT, MASKS = 2**6, 2**24
+"""From where on numbers are those of a unit, and from where on those of a mask."""
+
+
 def is_head(sight: Sight) -> bool:
   """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
   if sight.result in sight.around.leading.multiplied or sight.place.has_cotangents:

@@ -1927,6 +1927,70 @@ def test_distances_of_what_is_narrow_already_have_16_bit_products(policy):
   assert product.outvars[0].aval.dtype == jnp.float32
 
 
+ORDERED = {
+  "top_k": lambda f, h: lax.top_k(f(h).ravel(), 20)[1],
+  "approximate": lambda f, h: lax.approx_max_k(f(h).ravel(), 20)[1],
+  "argsort": lambda f, h: jnp.argsort(-f(h).ravel())[:20],
+  "argmax": lambda f, h: jnp.argmax(f(h), 1),
+  "threshold": lambda f, h: f(h) > 0.9995,
+  "jitted": lambda f, h: jax.jit(lambda h: lax.top_k(f(h).ravel(), 20)[1])(h),
+}
+SATURATE = {
+  "sigmoid": jax.nn.sigmoid,
+  "tanh": lambda h: jnp.tanh(h - 3),
+  "normal": lambda h: jax.scipy.stats.norm.cdf(h - 5),
+}
+
+
+@in_turns(("order", "gate", "policy"), ORDERED, SATURATE, POLICIES)
+def test_scores_that_are_put_in_order_are_told_apart(order, gate, policy):
+  """Logits from 6 to 10, which both formats hold: their sigmoids are 1 in both."""
+  h = (6 + jnp.arange(64.0) / 16).reshape(8, 8)[:, ::-1]
+  found, want = in_both_formats(lambda w, x: order(gate, x @ w), policy, jnp.eye(8), h)
+  np.testing.assert_array_equal(found, want)
+
+
+@both
+@cases(
+  drawn=lambda x, b: jnp.sin(6 * x @ (10 * jax.random.normal(jax.random.key(2), (3, 16)))),
+  passed=lambda x, b: jnp.cos(6 * jnp.einsum("nd,df->nf", x, b)),
+  jitted=lambda x, b: jax.jit(jnp.sin)(6 * x @ b),
+  complex_exponential=lambda x, b: jnp.cos(x @ b) + 2 * jnp.sin((x @ b).T).T,
+)
+def test_phases_of_data_are_exact(fn, policy):
+  points = jax.random.uniform(jax.random.key(0), (32, 3))
+  frequencies = 10 * jax.random.normal(jax.random.key(1), (3, 16))
+  found, want = in_both_formats(lambda w, x, b: w * fn(x, b), policy, 1.0, points, frequencies)
+  np.testing.assert_allclose(found, want, atol=1e-3)
+
+
+@both
+def test_phases_of_layers_stay_narrow(policy):
+  network = lambda w, x: jnp.sin(30 * jnp.sin(30 * x @ w) @ w) @ w
+  found = matmuls(mpjax.autocast(network, policy), W, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
+@both
+@cases(
+  kelvin=lambda h: h * 20 + 300,
+  taken=lambda h: h - 100.0,
+  of_a_module=lambda h: jax.jit(lambda h: h + 273.15)(h),
+)
+def test_an_output_comes_back_in_its_own_unit(fn, policy):
+  x = jnp.arange(32.0).reshape(8, 4) / 16 - 1  # that both formats hold
+  got = mpjax.autocast(lambda w, x: fn(x @ w), policy)(jnp.eye(4), x)
+  np.testing.assert_allclose(got, fn(x), rtol=1e-6)
+
+
+@both
+def test_what_a_matmul_reads_in_no_unit_of_its_own_stays_narrow(policy):
+  masked = jnp.where(jnp.tril(jnp.ones((4, 4), bool)), 0.0, -300.0)
+  fn = lambda w, x: jax.nn.softmax(x @ w + masked + 100.0) @ w
+  first, second = matmuls(mpjax.autocast(fn, policy), W, DATA[:4])
+  assert {v.aval.dtype.itemsize for e in (first, second) for v in e.invars} == {2}
+
+
 def unit(x):
   return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 

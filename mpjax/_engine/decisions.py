@@ -15,10 +15,10 @@ from mpjax._core.policy import Policy
 from mpjax._core.primitives import Rule
 from mpjax._engine import constants, jaxprs
 from mpjax._engine.kernels import kernel_of
-from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind, join, narrow
+from mpjax._engine.kinds import CONSTANT, DATA, PARAM, Form, Kind, join, narrow
 from mpjax._engine.module_exits import held_as
 from mpjax._engine.plan import Forms, Plan
-from mpjax._engine.sight import Sight, foreign_format, looks_up_rows
+from mpjax._engine.sight import Sight, foreign_format, looks_up_rows, scales_parameter
 
 NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 """The rules of operations that a rule of a `PolicyMap` may name."""
@@ -76,10 +76,15 @@ def _full(sight: Sight) -> Decision:
 
 
 def _follow(sight: Sight) -> Decision:
-  """In the form that its operands join to; an update, and what it adds, in float32."""
+  """In the form that its operands join to; an update, and what it adds, in float32.
+
+  A parameter times or over one number is a parameter, as in a spectral norm, and rounds once.
+  """
   form = join(sight.forms) or DATA
   if form.kind is Kind.CONSTANT:
     form = sight.around.numbers.form_after(sight.eqn, sight.forms)
+  if form.kind is Kind.NARROW and PARAM in sight.forms and scales_parameter(sight):
+    form = PARAM
   if sight.eqn.outvars[0] in sight.around.sums.updates:
     form = DATA
   decision = _uniform(sight, form)

@@ -107,14 +107,17 @@ def reads_solution(sight: Sight) -> bool:
   of its own.
   """
   found, around = sight.around.made.solved, sight.around
-  if not found or sight.has_narrow:
-    return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
+  if not read:
+    return False
+  if sight.has_narrow:  # what is made of a layer's values is none if it multiplies few of them
+    few = FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read))
+    return few and not any(a in around.sums.pure for a in read)
   is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
   of_data = [a for a in read if not is_layer(a)]
   if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
     return True
-  return bool(read) and sight.result not in around.leading.multiplied
+  return sight.result not in around.leading.multiplied
 
 
 def _is_data(form: Form | None) -> bool:
@@ -281,6 +284,14 @@ def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
       return True
     atom = before
   return False
+
+
+def scales_parameter(sight: Sight) -> bool:
+  """Whether a parameter of many numbers is multiplied or divided by a single one."""
+  if sight.name not in ("mul", "div") or (size := jaxprs.size(sight.result)) == 1:
+    return False
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  return all(jaxprs.size(atom) == (size if form == PARAM else 1) for atom, form in pairs)
 
 
 def looks_up_rows(sight: Sight) -> bool:

@@ -1927,6 +1927,31 @@ def test_distances_of_what_is_narrow_already_have_16_bit_products(policy):
   assert product.outvars[0].aval.dtype == jnp.float32
 
 
+@both
+def test_a_linear_system_of_what_a_layer_gave_is_solved_in_float32(policy):
+  """The last layer of a Bayesian network: 16-bit features, whose Gram matrix is inverted."""
+
+  def posterior(w, x):
+    features = jnp.tanh(jnp.tanh(x @ w[:4]) @ w[4:])
+    precision = features.T @ features / 0.01 + jnp.eye(32)
+    return features @ (jnp.linalg.inv(precision) @ (features.T @ (x[:, 0] + 30))) / 0.01
+
+  draw = lambda n, *shape: jax.random.normal(jax.random.key(n), shape)
+  w = jnp.concatenate([0.5 * draw(1, 4, 32), 0.3 * draw(2, 32, 32)])
+  found, want = in_both_formats(posterior, policy, w, draw(3, 40, 4))
+  np.testing.assert_allclose(found, want, atol=0.2 * np.abs(want).max())
+
+
+@both
+def test_a_layer_of_whitened_values_stays_narrow(policy):
+  def layer(w, x):
+    h = x @ w
+    return h @ jnp.linalg.inv(jnp.linalg.cholesky(h.T @ h / 64 + jnp.eye(4)))
+
+  *_, whitened = matmuls(mpjax.autocast(layer, policy), W, jnp.ones((64, 4)))
+  assert {atom.aval.dtype.itemsize for atom in whitened.invars} == {2}
+
+
 ORDERED = {
   "top_k": lambda f, h: lax.top_k(f(h).ravel(), 20)[1],
   "approximate": lambda f, h: lax.approx_max_k(f(h).ravel(), 20)[1],

@@ -155,3 +155,16 @@ def test_experts_of_integers_may_count_their_rows_inside_of_functions(policy):
 
   got, want = (jax.jit(jax.grad(f))(W, X) for f in (mpjax.autocast(loss, policy), loss))
   np.testing.assert_allclose(got, want, atol=0.03 * float(jnp.abs(want).max()))
+
+
+@both
+def test_a_parameter_over_one_number_rounds_where_it_is_multiplied(policy):
+  """As a kernel over its norm: rounded before, and divided by what was rounded, it would thrice."""
+
+  def layer(w, x):
+    return x @ (w[0] / (x[:2] @ w[0] @ x[:2].T)[0, 1]) @ (w[1] * (x[:2] @ w[1] @ x[:2].T)[0, 1])
+
+  scaled = [e for e in traced(layer, policy, W, X) if e.primitive.name in ("mul", "div")]
+  found = {e.outvars[0].aval.dtype.name for e in scaled if e.outvars[0].aval.shape == (16, 16)}
+  assert found == {"float32"}
+  assert not wide_contractions(jax.make_jaxpr(mpjax.autocast(layer, policy))(W, X), FORMATS[policy])

@@ -186,7 +186,7 @@ SHORT = 16
 
 
 def hands_on(sight: Sight) -> bool:
-  """Whether a long loop's next turn has what it carries from a matmul.
+  """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
   Or whether that multiplies two values that the loop carries, and no layer made.
   """
@@ -198,7 +198,8 @@ def hands_on(sight: Sight) -> bool:
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   if len(read) > 1:
     return all(map(_is_data, sight.forms))
-  return bool(read) and sight.result in found.leads
+  trains = sight.has_narrow and bool(read) and read[0] in sight.around.sums.pure
+  return bool(read) and sight.result in found.leads and not trains
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

@@ -1335,6 +1335,9 @@ NOT_LINEAR = {
     (x[0], x[0]),
     x,
   )[0],
+  "trained_by_hand": lambda w, x: lax.scan(
+    lambda s, u: (s - 0.1 * jnp.outer(u, u @ s - u), None), w, x @ w
+  )[0],
   "delta_rule": lambda w, x: lax.scan(
     lambda s, u: (s + jnp.outer(u - s @ (k := jax.nn.standardize(u @ w)), k), s @ u),
     jnp.zeros((4, 4)),

@@ -170,7 +170,8 @@ class _Walk:
     self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.borders = Borders(self.governs)
-    self.streams = Streams(self.around.leading.multiplied, self.borders.lasting)
+    multiplied, makers = self.around.leading.multiplied, self.around.view.makers
+    self.streams = Streams(multiplied, self.borders.lasting, makers)
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
       self.forms[var] = self.around.adapting.form(value) if jaxprs.is_float32(var) else None

@@ -168,13 +168,14 @@ def has_constant_weights(sight: Sight) -> bool:
 
 def is_fixed_transform(sight: Sight) -> bool:
   """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
-  if sight.name != "dot_general" or sight.has_narrow or sight.place.has_cotangents:
+  if sight.name != "dot_general" or sight.has_narrow:
     return False
   origins, makers = sight.around.sums.origins, sight.around.view.makers
   pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
   return any(
     len(jaxprs.shape(matrix)) > 1
     and not isinstance(other, Literal)
+    and not sight.around.sums.is_cotangent(matrix)
     and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not origins.get(other, 0)))
     and is_computed(matrix, makers, sight.around.computed)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
@@ -196,10 +197,13 @@ def hands_on(sight: Sight) -> bool:
   if not found.is_long(has_layer=sight.has_narrow or is_of_parameters(sight)):
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
+  trained = [a for a in read if a in sight.around.sums.pure]
   if len(read) > 1:
-    return all(map(_is_data, sight.forms))
-  trains = sight.has_narrow and bool(read) and read[0] in sight.around.sums.pure
-  return bool(read) and sight.result in found.leads and not trains
+    return all(map(_is_data, sight.forms)) and not trained
+  if not read or sight.result not in found.leads:
+    return False
+  is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
+  return is_state or not trained
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

@@ -3,13 +3,15 @@
 ``x + softplus(x @ w)``: an exponential runs in float32, and what is added to float32 is float32, so
 that one such activation would widen all of a residual stream behind it, with its norms and what is
 stored for the backward pass. What elementwise operations made of narrow values alone is as exact as
-these, and rounds where it is added to such a value on the way to a matmul. Not on that to a loss,
-for ``exp(v) + m**2 - 1 - v`` is small beside its terms. Nor in float16, whose range it may exceed.
+these, and rounds where it is added to such a value on the way to a matmul. Not to one that it was
+computed from, nor on the way to a loss: ``expm1(v) - v`` and ``exp(v) + m**2 - 1 - v`` are small
+beside their terms. Nor in float16, whose range it may exceed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Forms, Step
-from mpjax._engine.versions import JaxprEqn, Literal, Var
+from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 SUMS = frozenset({"add", "sub"})
 _FUNCTIONS = having(Trait.JIT | Trait.INLINE)
@@ -28,6 +30,9 @@ _ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL) | {
   *("broadcast_in_dim", "convert_element_type", "stop_gradient"),
 }
 
+_LOOKS = 64
+"""How many values behind a sum are looked at."""
+
 
 class Streams:
   """Which values of one jaxpr are as exact as the narrow ones that they were made of.
@@ -35,10 +40,13 @@ class Streams:
   Args:
     multiplied: The variables that lead into a matmul.
     lasting: Those that are float32 for what others do with them.
+    makers: The equations of the jaxpr, by what they make.
   """
 
-  def __init__(self, multiplied: Collection[Var], lasting: Collection[Any]) -> None:
-    self._multiplied, self._lasting = multiplied, lasting
+  def __init__(
+    self, multiplied: Collection[Var], lasting: Collection[Any], makers: Mapping[Var, JaxprEqn]
+  ) -> None:
+    self._multiplied, self._lasting, self._makers = multiplied, lasting, makers
     self._of_narrow = set[Var]()
 
   def joined(
@@ -64,10 +72,26 @@ class Streams:
     ]
     if len(stream) != 1 or stream[0].dtype != BFLOAT16 or not any(joins):
       return vias, forms
+    left, right = (set(self._made_of(atom)) for atom in eqn.invars)
+    if left & right:
+      return vias, forms
     return (
       [BFLOAT16 if own else via for via, own in zip(vias, joins, strict=True)],
       tuple(stream[0] if own else form for form, own in zip(forms, joins, strict=True)),
     )
+
+  def _made_of(self, atom: Atom) -> Iterator[Var]:
+    """What elementwise operations made a value of, the nearest first, as far as is looked."""
+    waiting, seen = deque([atom]), set[Var]()
+    while waiting and len(seen) < _LOOKS:
+      atom = waiting.popleft()
+      if isinstance(atom, Literal) or atom in seen:
+        continue
+      seen.add(atom)
+      yield atom
+      made = self._makers.get(atom)
+      if made is not None and made.primitive.name in _ELEMENTWISE | _FUNCTIONS:
+        waiting += made.invars
 
   def settle(self, step: Step) -> None:
     """Note what a step that makes one float32 value made of narrow ones, element by element."""

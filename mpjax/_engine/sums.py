@@ -156,6 +156,10 @@ class Sums(NamedTuple):
     """Which operands of a body were computed from a parameter, or are one."""
     return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
 
+  def is_cotangent(self, atom: Atom) -> bool:
+    """Whether a value was computed in a backward pass."""
+    return not isinstance(atom, Literal) and bool(self.origins.get(atom, 0) & _BORN)
+
   def may_be_weights(self, var: Var) -> bool:
     """Whether a value was computed from a parameter, and from no gradient."""
     bits = self.origins.get(var, 0)

@@ -1338,6 +1338,16 @@ NOT_LINEAR = {
   "trained_by_hand": lambda w, x: lax.scan(
     lambda s, u: (s - 0.1 * jnp.outer(u, u @ s - u), None), w, x @ w
   )[0],
+  "network_trained_by_hand": lambda w, x: lax.fori_loop(
+    0,
+    200,
+    lambda _, p: (
+      (h := jax.nn.relu(x[:8] @ p[0])),
+      (e := h @ p[1] - x[:8]),
+      (p[0] - 0.01 * x[:8].T @ ((e @ p[1].T) * (h > 0)), p[1] - 0.01 * h.T @ e),
+    )[-1],
+    (w, w),
+  ),
   "delta_rule": lambda w, x: lax.scan(
     lambda s, u: (s + jnp.outer(u - s @ (k := jax.nn.standardize(u @ w)), k), s @ u),
     jnp.zeros((4, 4)),

@@ -65,6 +65,23 @@ def test_what_no_matmul_reads_is_added_in_float32(policy):
   np.testing.assert_allclose(got, want, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+  "activation",
+  [
+    lambda h: jnp.expm1(h) - h,
+    lambda h: jnp.cumsum(nn.log_sigmoid(h + 5) - (h + 5), 1) / 100,
+    lambda h: (lambda h: h - jnp.log1p(h))(jnp.abs(h)),
+    lambda h: nn.softplus(2 * h.T).T - 2 * h,
+  ],
+)
+def test_what_is_taken_from_what_it_was_computed_from_is_exact(activation):
+  policy = "mixed_bfloat16"
+  x = (0.03 * X).astype(policy[6:]).astype(jnp.float32)
+  network = lambda w, x: activation(x @ w) @ jnp.eye(16)
+  got, want = (f(jnp.eye(16), x) for f in (mpjax.autocast(network, policy), network))
+  np.testing.assert_allclose(got, want, atol=0.01 * jnp.abs(want).max())
+
+
 @both
 @pytest.mark.parametrize("cut", [lambda s: s[..., :-1], lambda s: s.T[:-1].T])
 def test_a_softmax_that_is_cut_before_a_matmul_stores_16_bits(cut, policy):

@@ -9,9 +9,10 @@ twice is needed as exactly at both places: the second may be what a derivative m
 
 The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
 number. Where the highest number that a value may be (`ranges`) is about the number that it is
-subtracted from, it is needed exactly; so is the gate g of ``v - g * v``, and so are two sigmoids of
-which one is subtracted from the other: both lie near the end that they share. What is divided by
-a sigmoid is, too: in float16 that is zero from an argument of -17 on.
+subtracted from or compared with, it is needed exactly; so is the gate g of ``v - g * v``, and so
+are two sigmoids of which one is subtracted from the other: both lie near the end that they share.
+What is put in order is, too, for the best scores of a detector are all 1 in 16 bits, and what is
+divided by a sigmoid: in float16 that is zero from an argument of -17 on.
 
 A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
 that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,

@@ -1,4 +1,4 @@
-"""Activations that are added to the 16-bit stream that they were computed from.
+"""Activations that are added to a 16-bit stream.
 
 ``x + softplus(x @ w)``: an exponential runs in float32, and what is added to float32 is float32, so
 that one such activation would widen all of a residual stream behind it, with its norms and what is

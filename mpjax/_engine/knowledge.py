@@ -21,7 +21,7 @@ from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
 from mpjax._engine.contents import Contents
 from mpjax._engine.kinds import PARAM, Kind
-from mpjax._engine.linear_recurrences import Recurrence, entering, of_loop, powers, recurrence
+from mpjax._engine.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.lookahead import MOVES, Leading, Needs, totaled
 from mpjax._engine.made_of import Made, Makings, is_computed
 from mpjax._engine.moments import moments
@@ -90,7 +90,7 @@ class Analyses:
     self.adapting = Adapting(formats)
     self.contents = Contents()
     self.needs, self.makings = Needs(table, self.contents), Makings(self.contents)
-    self.near_one = NearOne(table, formats)
+    self.near_one, self.recurrences = NearOne(table, formats), Recurrences()
     self.in_float8 = in_float8
 
 
@@ -148,7 +148,7 @@ class Knowledge:
     is_sum, pure = analyses.contents.is_sum, self.sums.pure
     self.moments = moments(inner, makers, known.moments, is_sum, pure)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
-    self.recurrence: Recurrence[Var] = recurrence(jaxpr, known.recurrence)
+    self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test = known.is_test
     in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
@@ -210,12 +210,13 @@ class Knowledge:
     own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
     known = self._entering(eqn, body, forms, own, exact)
     is_stack = PARAM in forms[body.carry.stop :]  # of layers: each turn has weights of its own
+    recurrences = self._analyses.recurrences
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
       sums=known.sums.every_turn(body.carry),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      recurrence=Recurrence() if is_stack else of_loop(eqn, body, self.recurrence),
+      recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
       steady=tuple(
         n
         for n, (atom, form) in consts
@@ -249,7 +250,7 @@ class Knowledge:
       logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
       steady=jaxprs.ordered_places(atoms, self.view.steady),
-      recurrence=entering(eqn, body, self.recurrence),
+      recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
     )
 

@@ -22,7 +22,7 @@ from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
 from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
-from mpjax._engine.jaxprs import places_of, variables_of
+from mpjax._engine.jaxprs import ordered_places, places_of, variables_of
 from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
@@ -56,31 +56,147 @@ class Recurrence(NamedTuple, Generic[T]):
     return self.turns > (TERMS if has_layer else FEW)
 
 
-def of_loop(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
-  """What is known of the operands and results of a loop's body.
+class Recurrences:
+  """Finds what loops hand on in jaxprs; what is known of one is kept."""
 
-  Args:
-    eqn: The loop.
-    body: Its body.
-    around: What loops around it hand on, in the jaxpr that it stands in.
-  """
-  count = repetitions(eqn)
-  turns = math.inf if count is None else count
-  own = Recurrence[int]()
-  if body.carry and turns > FEW:
-    start = body.carry.start
-    masks = _linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
-    made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
-    after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
-    again = _that_return(after)
-    own = Recurrence((*body.carry,), tuple(start + n for n in again), again, turns)
-  if own.turns > TERMS or not around.leads:
-    return own
-  outer = entering(eqn, body, around)
-  if not outer.linear or not outer.leads:
-    return own
-  is_handed_on = not {*outer.linear}.isdisjoint(body.carry)
-  return outer._replace(turns=outer.turns * max(1, turns if is_handed_on else 1))
+  def __init__(self) -> None:
+    self._found: dict[Any, Recurrence[Any]] = {}
+    self._bits: dict[Any, Mapping[Var, int]] = {}
+
+  def of_loop(self, eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
+    """What is known of the operands and results of a loop's body.
+
+    Args:
+      eqn: The loop.
+      body: Its body.
+      around: What loops around it hand on, in the jaxpr that it stands in.
+    """
+    count = repetitions(eqn)
+    turns = math.inf if count is None else count
+    own = Recurrence[int]()
+    if body.carry and turns > FEW:
+      start = body.carry.start
+      masks = self._linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
+      made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
+      after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
+      again = _that_return(after)
+      own = Recurrence((*body.carry,), tuple(start + n for n in again), again, turns)
+    if own.turns > TERMS or not around.leads:
+      return own
+    outer = self.entering(eqn, body, around)
+    if not outer.linear or not outer.leads:
+      return own
+    is_handed_on = not {*outer.linear}.isdisjoint(body.carry)
+    return outer._replace(turns=outer.turns * max(1, turns if is_handed_on else 1))
+
+  def entering(self, eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
+    """What is known of the operands and results of a body that loops around it hand on.
+
+    In every turn, if it is that of a loop itself.
+    """
+    if not around.leads:
+      return Recurrence()
+    atoms = body.take(eqn.invars)
+    inside = Recurrence(
+      ordered_places(atoms, around.reads),
+      ordered_places(atoms, around.linear),
+      ordered_places(eqn.outvars, around.leads),
+      around.turns,
+    )
+    inner, carry = versions.open_jaxpr(body.jaxpr), body.carry
+    while carry:
+      found = self.variables(body.jaxpr, inside)
+      made = places_of(inner.outvars[: len(carry)], found.linear)
+      again = {n for n, place in enumerate(carry) if inner.invars[place] in found.leads}
+      grown = inside._replace(
+        reads=tuple(sorted({*inside.reads, *(carry if inside.reads else ())})),
+        linear=tuple(sorted({*inside.linear, *(carry[n] for n in made)})),
+        leads=tuple(sorted({*inside.leads, *again})),
+      )
+      if grown == inside:
+        break
+      inside = grown
+    return inside
+
+  def variables(self, jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
+    """The variables of a jaxpr that stand between what a loop is given and what it hands on.
+
+    Args:
+      jaxpr: A jaxpr, the body of a loop or of a call in one.
+      known: What is known of its operands and results.
+    """
+    if not known.linear or not known.leads:
+      return Recurrence()
+    key = id(jaxpr), known
+    if key not in self._found:
+      inner = versions.open_jaxpr(jaxpr)
+      reads = {inner.invars[n] for n in known.reads}
+      for eqn in inner.eqns:
+        if not reads.isdisjoint(variables_of(eqn.invars)):
+          reads.update(eqn.outvars)
+      linear = self._linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys()
+      leads = variables_of(inner.outvars[n] for n in known.leads)
+      for eqn in reversed(inner.eqns):
+        if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
+          leads |= variables_of(self._leading_operands(eqn, Recurrence(reads, linear, leads)))
+      self._found[key] = Recurrence(reads, linear, leads, known.turns)
+    return self._found[key]
+
+  def _linear(
+    self, jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]
+  ) -> Mapping[Var, int]:
+    """What in a jaxpr depends linearly on some of its operands, on some way.
+
+    Args:
+      jaxpr: The jaxpr.
+      carried: Which operands depend on what a loop carries.
+      masks: The bits of such operands, by index.
+
+    Returns:
+      The variables, with the bits of all such operands.
+    """
+    key = id(jaxpr), frozenset(carried), frozenset(masks.items())
+    if key not in self._bits:
+      inner = versions.open_jaxpr(jaxpr)
+      reads = {inner.invars[n] for n in carried}
+      found = {inner.invars[n]: bits for n, bits in masks.items()}
+      for eqn in inner.eqns:
+        if reads.isdisjoint(variables_of(eqn.invars)):
+          continue
+        if _is_entered(eqn):
+          made = self._linear_results(eqn, reads, found)
+        else:
+          own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads) else {}
+          made = {0: functools.reduce(operator.or_, own.values())} if own else {}
+        found |= {eqn.outvars[n]: bits for n, bits in made.items()}
+        reads.update(eqn.outvars)
+      self._bits[key] = found
+    return self._bits[key]
+
+  def _linear_results(
+    self, eqn: JaxprEqn, reads: Collection[Var], found: Mapping[Var, int]
+  ) -> dict[int, int]:
+    """Which results of a call or a loop depend linearly on what is carried, with their bits."""
+    body = bodies_of(eqn)[-1]
+    atoms, carry = body.take(eqn.invars), body.carry
+    bits, carried = _bits_of(atoms, found), places_of(atoms, reads)
+    carried |= frozenset(carry if not carried.isdisjoint(carry) else ())
+    while True:
+      inside = self._linear(body.jaxpr, carried, bits)
+      made = _bits_of(versions.open_jaxpr(body.jaxpr).outvars, inside)
+      again = {carry[n]: made[n] | bits.get(carry[n], 0) for n in made if n < len(carry)}
+      if bits | again == bits:
+        return made
+      bits |= again
+
+  def _leading_operands(self, eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
+    """The operands from which linear operations lead to results that are handed on."""
+    if _is_entered(eqn):
+      body = bodies_of(eqn)[-1]
+      inside = self.variables(body.jaxpr, self.entering(eqn, body, around))
+      invars = versions.open_jaxpr(body.jaxpr).invars
+      return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
+    return eqn.invars if _is_linear(eqn, around.reads) else ()
 
 
 def _that_return(made: Sequence[int]) -> tuple[int, ...]:
@@ -91,123 +207,9 @@ def _that_return(made: Sequence[int]) -> tuple[int, ...]:
   return tuple(n for n, bits in enumerate(found) if bits >> n & 1)
 
 
-def recurrence(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
-  """The variables of a jaxpr that stand between what a loop is given and what it hands on.
-
-  Args:
-    jaxpr: A jaxpr, the body of a loop or of a call in one.
-    known: What is known of its operands and results.
-  """
-  if not known.linear or not known.leads:
-    return Recurrence()
-  inner, (reads, linear, *_) = versions.open_jaxpr(jaxpr), _read(jaxpr, known)
-  leads = variables_of(inner.outvars[n] for n in known.leads)
-  for eqn in reversed(inner.eqns):
-    if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
-      leads |= variables_of(_leading_operands(eqn, Recurrence(reads, linear, leads)))
-  return Recurrence(reads, linear, leads, known.turns)
-
-
-def _read(jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
-  """What in a jaxpr depends on what the loop carries, whatever it leads to."""
-  inner = versions.open_jaxpr(jaxpr)
-  reads = {inner.invars[n] for n in known.reads}
-  for eqn in inner.eqns:
-    if not reads.isdisjoint(variables_of(eqn.invars)):
-      reads.update(eqn.outvars)
-  return Recurrence(reads, _linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys())
-
-
-def _linear(jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]) -> dict[Var, int]:
-  """What in a jaxpr depends linearly on some of its operands, on some way.
-
-  Args:
-    jaxpr: The jaxpr.
-    carried: Which operands depend on what a loop carries.
-    masks: The bits of such operands, by index.
-
-  Returns:
-    The variables, with the bits of all such operands.
-  """
-  inner = versions.open_jaxpr(jaxpr)
-  reads = {inner.invars[n] for n in carried}
-  found = {inner.invars[n]: bits for n, bits in masks.items()}
-  for eqn in inner.eqns:
-    if reads.isdisjoint(variables_of(eqn.invars)):
-      continue
-    if _is_entered(eqn):
-      made = _linear_results(eqn, reads, found)
-    else:
-      own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads) else {}
-      made = {0: functools.reduce(operator.or_, own.values())} if own else {}
-    found |= {eqn.outvars[n]: bits for n, bits in made.items()}
-    reads.update(eqn.outvars)
-  return found
-
-
-def _linear_results(
-  eqn: JaxprEqn, reads: Collection[Var], found: Mapping[Var, int]
-) -> dict[int, int]:
-  """Which results of a call or a loop depend linearly on what is carried, with their bits."""
-  body = bodies_of(eqn)[-1]
-  atoms, carry = body.take(eqn.invars), body.carry
-  bits, carried = _bits_of(atoms, found), places_of(atoms, reads)
-  carried |= frozenset(carry if not carried.isdisjoint(carry) else ())
-  while True:
-    inside = _linear(body.jaxpr, carried, bits)
-    made = _bits_of(versions.open_jaxpr(body.jaxpr).outvars, inside)
-    again = {carry[n]: made[n] | bits.get(carry[n], 0) for n in made if n < len(carry)}
-    if bits | again == bits:
-      return made
-    bits |= again
-
-
 def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
   """The bits of those of some operands or results that have any, by index."""
   return {n: found[v] for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found}
-
-
-def entering(eqn: JaxprEqn, body: Body, around: Recurrence[Any]) -> Recurrence[int]:
-  """What is known of the operands and results of a body that loops around it hand on.
-
-  In every turn, if it is that of a loop itself.
-  """
-  if not around.leads:
-    return Recurrence()
-  atoms, (reads, linear, leads, turns) = body.take(eqn.invars), around
-  inside = Recurrence(
-    tuple(sorted(places_of(atoms, reads))),
-    tuple(sorted(places_of(atoms, linear))),
-    tuple(sorted(places_of(eqn.outvars, leads))),
-    turns,
-  )
-  while body.carry:
-    found = recurrence(body.jaxpr, inside)
-    outs, invars = versions.open_jaxpr(body.jaxpr).outvars, versions.open_jaxpr(body.jaxpr).invars
-    count = len(body.carry)
-    again = inside._replace(
-      reads=tuple(sorted({*inside.reads, *(body.carry if inside.reads else ())})),
-      linear=_and(inside.linear, [body.carry[n] for n in places_of(outs[:count], found.linear)]),
-      leads=_and(inside.leads, [n for n in range(count) if invars[body.carry[n]] in found.leads]),
-    )
-    if again == inside:
-      break
-    inside = again
-  return inside
-
-
-def _and(known: Collection[int], more: Collection[int]) -> tuple[int, ...]:
-  return tuple(sorted({*known, *more}))
-
-
-def _leading_operands(eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
-  """The operands of an equation from which linear operations lead to results that are handed on."""
-  if _is_entered(eqn):
-    body = bodies_of(eqn)[-1]
-    inside = recurrence(body.jaxpr, entering(eqn, body, around))
-    invars = versions.open_jaxpr(body.jaxpr).invars
-    return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
-  return eqn.invars if _is_linear(eqn, around.reads) else ()
 
 
 def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
@@ -219,6 +221,14 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   if name == "mul":
     return len(places) == 1
   return name in _ADDS or name in MATMULS or (name == "div" and 1 not in places)
+
+
+def _is_entered(eqn: JaxprEqn) -> bool:
+  """Whether what linear operations do in the bodies of an equation is looked at."""
+  return RULES.get(eqn.primitive.name) in _ENTERED
+
+
+_ENTERED = frozenset({Rule.CALL, Rule.SCAN, Rule.WHILE})
 
 
 def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
@@ -240,11 +250,3 @@ def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
         read = variables_of(eqn.invars)
         again |= {*eqn.outvars, *(read & bases.keys())} if read & (again | bases.keys()) else set()
   return frozenset(bases.keys() & again)
-
-
-def _is_entered(eqn: JaxprEqn) -> bool:
-  """Whether what linear operations do in the bodies of an equation is looked at."""
-  return RULES.get(eqn.primitive.name) in _ENTERED
-
-
-_ENTERED = frozenset({Rule.CALL, Rule.SCAN, Rule.WHILE})

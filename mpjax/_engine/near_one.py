@@ -61,11 +61,11 @@ In bfloat16 a gate near one is off by up to 1/512, in each turn in the same dire
 by a sixty-fourth, as much as other values in 16 bits are.
 """
 
-_MEET = frozenset({"add", "sub", "mul", "dot_general", "div", "gt", "lt", "ge", "le"})
-"""In what a gate may meet another value near which it lies, which recurs, or which it divides."""
-
 _COMPARES = frozenset({"gt", "lt", "ge", "le"})
 """A comparison subtracts."""
+
+_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | _COMPARES
+"""In what a gate may meet another value near which it lies, which recurs, or which it divides."""
 
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})

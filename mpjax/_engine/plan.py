@@ -227,13 +227,13 @@ def narrowed(body: Plan, operands: range) -> Forms:
   return tuple(forms)
 
 
-_FUNCTIONS = having(Trait.JIT | Trait.INLINE)
-_ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
+FUNCTIONS = having(Trait.JIT | Trait.INLINE)
+ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
 
 
 def is_elementwise(step: Step) -> bool:
   """Whether a step computes element by element, itself or in the function that it calls."""
   name = step.eqn.primitive.name
-  if name in _FUNCTIONS and step.bodies:
+  if name in FUNCTIONS and step.bodies:
     return all(is_elementwise(inner) for inner in step.bodies[0].steps)
-  return name in _ELEMENTWISE
+  return name in ELEMENTWISE

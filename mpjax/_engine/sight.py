@@ -107,6 +107,8 @@ def reads_solution(sight: Sight) -> bool:
   of its own.
   """
   found, around = sight.around.made.solved, sight.around
+  if not found:  # as nearly always
+    return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
   if not read:
     return False

@@ -17,19 +17,13 @@ from typing import Any
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16
-from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import Kind
-from mpjax._engine.plan import Forms, Step
+from mpjax._engine.plan import ELEMENTWISE, FUNCTIONS, Forms, Step, is_elementwise
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 SUMS = frozenset({"add", "sub"})
-_FUNCTIONS = having(Trait.JIT | Trait.INLINE)
-_ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL) | {
-  *("select_n", "max", "min", "clamp", "gt", "ge", "lt", "le", "eq", "ne", "is_finite"),
-  *("broadcast_in_dim", "convert_element_type", "stop_gradient"),
-}
-
+_LEAD_ON = ELEMENTWISE | FUNCTIONS
 _LOOKS = 64
 """How many values behind a sum are looked at."""
 
@@ -90,7 +84,7 @@ class Streams:
       seen.add(atom)
       yield atom
       made = self._makers.get(atom)
-      if made is not None and made.primitive.name in _ELEMENTWISE | _FUNCTIONS:
+      if made is not None and made.primitive.name in _LEAD_ON:
         waiting += made.invars
 
   def settle(self, step: Step) -> None:
@@ -101,12 +95,5 @@ class Streams:
       for atom, form in pairs
       if form is not None
     ]
-    if own and max(own) is Kind.NARROW and _is_elementwise(step):
+    if own and max(own) is Kind.NARROW and is_elementwise(step):
       self._of_narrow.update(step.eqn.outvars)
-
-
-def _is_elementwise(step: Step) -> bool:
-  """Whether a step computes element by element, itself or in the function that it calls."""
-  if step.eqn.primitive.name in _FUNCTIONS and step.bodies:
-    return all(map(_is_elementwise, step.bodies[0].steps))
-  return step.eqn.primitive.name in _ELEMENTWISE

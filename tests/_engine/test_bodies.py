@@ -10,6 +10,7 @@ import mpjax
 from _jaxprs import equations
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of, mapped, repetitions, settled
+from mpjax._engine.linear_recurrences import Recurrences
 
 
 @jax.custom_jvp
@@ -123,3 +124,20 @@ def test_what_a_scan_reads_once_in_16_bits_it_is_given_so(policy):
   sizes = [[v.aval.dtype.itemsize for v in e.invars if v.aval.shape == (6, 4)] for e in scans]
   assert sizes == [[2, 4], [2, 4]]  # what a matmul reads, and what is added
   assert [e.outvars[1].aval.dtype for e in scans] == [jnp.float32] * 2
+
+
+def test_loops_in_loops_are_looked_at_once_for_all_that_is_asked(monkeypatch):
+  """Not once more for each turn of each fixed point around them: a thousand times the innermost."""
+
+  def nest(depth, x, w):
+    if not depth:
+      return jnp.tanh(x @ w)
+    turn = lambda c, _: ((nest(depth - 1, c[1], w), c[2] + c[0], 0.5 * c[0]), None)
+    return lax.scan(turn, (x, x, x), None, length=20)[0][0]
+
+  calls, look = [], Recurrences._linear_results
+  counted = lambda *args: (calls.append(1), look(*args))[1]
+  monkeypatch.setattr(Recurrences, "_linear_results", counted)
+  autocast = mpjax.autocast(lambda w, x: nest(10, x, w), "mixed_bfloat16")
+  jax.make_jaxpr(autocast)(jnp.eye(4), jnp.ones((2, 4)))
+  assert 0 < len(calls) < 200

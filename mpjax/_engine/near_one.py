@@ -114,19 +114,22 @@ class NearOne:
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
   def exact(
-    self, jaxpr: AnyJaxpr, outs: Iterable[int] = (), parameters: Iterable[int] = ()
+    self, jaxpr: AnyJaxpr, outs: Iterable[int] | None = None, parameters: Iterable[int] = ()
   ) -> Exact:
     """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
 
     Args:
       jaxpr: A closed or open jaxpr that nothing else is known of the operands of.
-      outs: Which of its results are needed exactly.
+      outs: Which of its results are needed exactly; by default those that are sigmoids, which who
+        called it compares, orders or subtracts from one, but for those of a loop.
       parameters: Which of its operands are parameters.
     """
     roles = [NONE] * len(versions.open_jaxpr(jaxpr).invars)
     for n in self._roles.from_one(jaxpr)[1].intersection(parameters):
       roles[n] = OWN
-    return self._backward(jaxpr, tuple(roles), Needed(frozenset(outs)), frozenset())[0]
+    operands = tuple(roles)
+    needed = frozenset(self._roles.sigmoids(jaxpr, operands) if outs is None else outs)
+    return self._backward(jaxpr, operands, Needed(needed), frozenset())[0]
 
   # Backwards: what is needed exactly ------------------------------------------------------------
 

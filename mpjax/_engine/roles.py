@@ -40,6 +40,7 @@ POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 """Of a gate they are near one where it is."""
 
 _OFTEN = 32
+_OF_ONE = 2  # sigmoids: so many make the distribution function of a normal distribution
 _FROM_ANYTHING = GATES | {"abs"}  # of which something is known whatever they are computed from
 _PRODUCTS = KEEPS_NUMBERS | {"mul", "add", "neg"}  # what a recurrence makes of its gates
 
@@ -114,6 +115,7 @@ class RoleFinder:
     self._dtypes = dtypes
     self._subtracted: dict[Any, tuple[set[Var], Indices]] = {}
     self._forwards: dict[Any, Forward] = {}
+    self._loops = set[int]()  # the identities of equations
 
   # First of all: which operands may be decays -----------------------------------------------------
 
@@ -166,6 +168,25 @@ class RoleFinder:
       self._forwards[key] = found
     return self._forwards[key]
 
+  def sigmoids(self, jaxpr: AnyJaxpr, operands: Roles) -> list[int]:
+    """Which results are a sigmoid that no loop makes, scaled and shifted too; no sum of many."""
+    return [
+      n
+      for n, role in enumerate(self._results(jaxpr, operands))
+      if 0 < len(role.products) <= _OF_ONE
+      and not role.range.is_number
+      and role.range.high < math.inf
+      and not any(map(self._is_of_loop, role.products))
+    ]
+
+  def _is_of_loop(self, known: Any) -> bool:
+    """Whether a sigmoid stands in the body of a loop, by its name."""
+    while isinstance(known, tuple):
+      eqn, _, known = known
+      if eqn in self._loops:
+        return True
+    return False
+
   def _results(self, jaxpr: AnyJaxpr, operands: Roles) -> list[Role]:
     forward = self.forward(jaxpr, operands)
     return [forward.of(atom) for atom in versions.open_jaxpr(jaxpr).outvars]
@@ -196,6 +217,7 @@ class RoleFinder:
 
   def _carried(self, eqn: JaxprEqn, body: Body, held: Sequence[Role]) -> list[Role]:
     """The roles of a loop's operands in every turn."""
+    self._loops.add(id(eqn))
     turns, places = repetitions(eqn), [body.operands[n] for n in body.carry]
     operands, added = list(held), accumulates(body.jaxpr, body.carry)
     # Nothing recurs of a token, nor of a cache but what else does that is written to it.

@@ -172,13 +172,13 @@ def is_fixed_transform(sight: Sight) -> bool:
   """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
   if sight.name != "dot_general" or sight.has_narrow:
     return False
-  origins, makers = sight.around.sums.origins, sight.around.view.makers
+  sums, makers = sight.around.sums, sight.around.view.makers
   pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
   return any(
     len(jaxprs.shape(matrix)) > 1
     and not isinstance(other, Literal)
-    and not sight.around.sums.is_cotangent(matrix)
-    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not origins.get(other, 0)))
+    and not sums.is_cotangent(matrix)
+    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and sums.is_of_data(other)))
     and is_computed(matrix, makers, sight.around.computed)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )

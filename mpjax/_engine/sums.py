@@ -160,6 +160,10 @@ class Sums(NamedTuple):
     """Whether a value was computed in a backward pass."""
     return not isinstance(atom, Literal) and bool(self.origins.get(atom, 0) & _BORN)
 
+  def is_of_data(self, var: Var) -> bool:
+    """Whether a value was computed from no parameter, be it in a backward pass."""
+    return not self.origins.get(var, 0) & ~_BORN
+
   def may_be_weights(self, var: Var) -> bool:
     """Whether a value was computed from a parameter, and from no gradient."""
     bits = self.origins.get(var, 0)

@@ -1988,6 +1988,39 @@ def test_scores_that_are_put_in_order_are_told_apart(order, gate, policy):
   np.testing.assert_array_equal(found, want)
 
 
+RETURNED = {
+  "sigmoid": jax.nn.sigmoid,
+  "tanh": jnp.tanh,
+  "half_of_a_tanh": lambda h: 0.5 + 0.5 * jnp.tanh(h),
+  "normal": lambda h: jax.scipy.stats.norm.cdf(h / 2 - 1),
+  "of_an_action": lambda h: 2.0 * jnp.tanh(h - 5),
+  "jitted": jax.jit(lambda h: jax.nn.sigmoid(h)[:, :3]),
+  "checkpointed": jax.checkpoint(jax.nn.sigmoid),
+  "among_others": lambda h: {"loss": jnp.mean(h), "scores": jax.nn.sigmoid(h)}["scores"],
+}
+
+
+@in_turns(("fn", "policy"), RETURNED, POLICIES)
+def test_scores_that_are_returned_are_told_apart(fn, policy):
+  """Of logits from 6 to 10, as a metric orders them that is computed outside."""
+  h = (6 + jnp.arange(64.0) / 16).reshape(8, 8)
+  found, want = in_both_formats(lambda w, x: fn(x @ w), policy, jnp.eye(8), h)
+  top = np.abs(want).max().round()
+  np.testing.assert_allclose(top - found, top - want, rtol=1e-2)
+
+
+@both
+@cases(
+  gated=lambda w, x: jax.nn.silu(x @ w),
+  unit=lambda w, x: jax.nn.sigmoid(x @ w) * jnp.tanh(x @ w) * x,
+  recurrent=lambda w, x: lax.scan(lambda h, u: (jnp.tanh(u + h @ w),) * 2, x[0], x @ w)[1],
+)
+def test_activations_that_are_returned_stay_narrow(fn, policy):
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(W, DATA))
+  gates = [e for e in found if e.primitive.name in ("logistic", "tanh")]
+  assert {v.aval.dtype.itemsize for e in gates for v in e.outvars} == {2}
+
+
 @both
 @cases(
   drawn=lambda x, b: jnp.sin(6 * x @ (10 * jax.random.normal(jax.random.key(2), (3, 16)))),
@@ -2104,6 +2137,9 @@ FIXED = {
   "made_before_a_scan": lambda p, x: (
     lambda d: lax.scan(lambda u, _: (u + 1e-5 * (u @ d), None), rows_of(x), None, length=20)[0]
   )(second(32)),
+  "energy_gradient": lambda p, x: jax.grad(lambda x: jnp.sum((x @ second(len(p)).T) ** 2))(
+    rows_of(x)
+  ),
   "image_that_is_sought": lambda p, x: jnp.convolve(p, jnp.array([1.0, -2.0, 1.0]), "valid") * 1e3,
 }
 

@@ -2,7 +2,8 @@
 
 ``softmax(concatenate([scores, sink]))[..., :-1] @ v``: a matmul alone reads the slice, in 16 bits.
 Rounded before it is cut, the softmax is one whose result is read in 16 bits, and stores no float32.
-The numbers are the same, those of the cotangents too, since no such move adds any up.
+The numbers are the same, those of the cotangents too, since no such move adds any up. So it is of
+shares that a dropout chooses among and multiplies by a number, but for the rounding of the product.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import versions
 from mpjax._engine.jaxprs import variables_of
-from mpjax._engine.kinds import DATA, narrow
-from mpjax._engine.plan import AS_HELD, Plan, Read, Step
+from mpjax._engine.kinds import CONSTANT, DATA, Form, narrow
+from mpjax._engine.plan import AS_HELD, Forms, Plan, Read, Step
 from mpjax._engine.versions import Literal, Var
 
+_JITTED = having(Trait.JIT)
+_SCALES = frozenset({"mul", "div"})
 _MOVES = frozenset(
   {
     *("reshape", "transpose", "squeeze", "expand_dims", "rev"),
     *("slice", "dynamic_slice", "split", "select_n"),
   }
 )
+_MAY_MOVE = _MOVES | _JITTED | _SCALES
 
 
 def rounding_early(plan: Plan) -> Plan:
@@ -30,14 +38,20 @@ def rounding_early(plan: Plan) -> Plan:
   Args:
     plan: The plan of one jaxpr.
   """
-  quotients, moves = set[Var](), list[int]()
+  exponentials, quotients, shares, moves = set[Var](), set[Var](), set[Var](), list[int]()
   for n, step in enumerate(plan.steps):
-    name = step.eqn.primitive.name
-    if name == "div" and step.outs[0] == DATA:
-      quotients |= {*step.eqn.outvars}
-    elif name in _MOVES and quotients and not quotients.isdisjoint(variables_of(step.eqn.invars)):
-      quotients |= {*step.eqn.outvars}
-      moves.append(n)
+    name, made = step.eqn.primitive.name, step.eqn.outvars
+    if name == "exp":
+      exponentials |= {*made}
+    elif quotients and name in _MAY_MOVE and _may_move(name, step):
+      read = variables_of(step.eqn.invars)
+      if shares & read or (quotients & read and name not in _SCALES):
+        shares |= {*made} if shares & read else set()
+        quotients |= {*made}
+        moves.append(n)
+    elif name == "div" and step.outs[0] == DATA:
+      quotients |= {*made}
+      shares |= {*made} if exponentials & variables_of(step.eqn.invars) else set()
   steps, changed = list(plan.steps), False
   for n in reversed(moves):
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]
@@ -47,30 +61,74 @@ def rounding_early(plan: Plan) -> Plan:
   return replace(plan, steps=tuple(steps)) if changed else plan
 
 
+def _may_move(name: str, step: Step) -> bool:
+  """Whether a step may do nothing but move a float32 value, or multiply it by numbers."""
+  if name not in _SCALES:
+    return name in _MAY_MOVE
+  return CONSTANT in step.operands and DATA in step.operands[: 1 if name == "div" else 2]
+
+
 def _round(steps: list[Step], n: int, readers: Sequence[int]) -> bool:
   """Round what a step moves, if it moves nothing but float32 that all readers round alike."""
-  step = steps[n]
+  made = steps[n].eqn.outvars
   places = [
     (m, k)
     for m in readers
     for k, atom in enumerate(steps[m].eqn.invars)
-    if not isinstance(atom, Literal) and atom in step.eqn.outvars
+    if not isinstance(atom, Literal) and atom in made
   ]
   formats = {steps[m].reads[k] for m, k in places}
   via, to = formats.pop()
-  if formats or via is not None or to in (None, FLOAT32) or {*step.operands} - {None, DATA}:
+  if formats or via is not None or to is None or to == FLOAT32:
     return False
-  form = narrow(to)
-  steps[n] = replace(
-    step,
-    reads=tuple(
-      read if held is None else Read(read.via, to)
-      for read, held in zip(step.reads, step.operands, strict=True)
-    ),
-    outs=tuple(form for _ in step.outs),
-  )
+  rounded = _rounded(steps[n], to)
+  if rounded is None:
+    return False
+  steps[n] = rounded
   for m, k in places:
     reads, operands = [*steps[m].reads], [*steps[m].operands]
-    reads[k], operands[k] = AS_HELD, form
+    reads[k], operands[k] = AS_HELD, narrow(to)
     steps[m] = replace(steps[m], reads=tuple(reads), operands=tuple(operands))
   return True
+
+
+def _rounded(step: Step, to: np.dtype) -> Step | None:
+  """A step that reads and makes in a format what it does in float32; None if it computes."""
+  bodies = [_rounded_body(body, to) for body in step.bodies]
+  found = [body for body in bodies if body is not None]
+  if len(found) < len(bodies) or not {*step.operands} <= {None, DATA, CONSTANT}:
+    return None
+  cast = {DATA} if found else {DATA, CONSTANT}  # a body gets its numbers as they are
+  pairs = zip(step.reads, step.operands, strict=True)
+  reads = tuple(Read(read.via, to) if form in cast else read for read, form in pairs)
+  return replace(step, reads=reads, outs=_in_format(step.outs, to), bodies=tuple(found))
+
+
+def _rounded_body(plan: Plan, to: np.dtype) -> Plan | None:
+  """The plan of a function that does nothing but move its float32 operands, these in a format."""
+  inner, moved, steps = versions.open_jaxpr(plan.jaxpr), set[Var](), list[Step]()
+  pairs = zip(inner.invars, plan.in_forms, strict=True)
+  moved.update(var for var, form in pairs if form == DATA)
+  for step in plan.steps:
+    after: Step | None = step
+    if DATA in (*step.operands, *step.outs):
+      held = zip(step.eqn.invars, step.operands, strict=True)
+      own = all(not isinstance(a, Literal) and a in moved for a, form in held if form == DATA)
+      name = step.eqn.primitive.name
+      is_move = own and DATA in step.operands and name not in _SCALES and _may_move(name, step)
+      after = _rounded(step, to) if is_move else None
+      moved.update(step.eqn.outvars)
+    if after is None:
+      return None
+    steps.append(after)
+  results = zip(inner.outvars, plan.out_forms, plan.out_reads, strict=True)
+  if any(form == DATA and (var not in moved or read != AS_HELD) for var, form, read in results):
+    return None
+  in_forms, out_forms = _in_format(plan.in_forms, to), _in_format(plan.out_forms, to)
+  return replace(plan, in_forms=in_forms, steps=tuple(steps), out_forms=out_forms)
+
+
+def _in_format(forms: Forms, to: np.dtype) -> Forms:
+  """Forms of which those of float32 values are those of a format."""
+  form: Form = narrow(to)
+  return tuple([form if before == DATA else before for before in forms])

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.environment import to_dtype
 from mpjax._engine.kinds import Form, Kind
@@ -25,6 +25,8 @@ from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
+DROPS = having(Trait.JIT) | {"select_n", "mul", "div"}
+"""What a dropout or a mask makes of a softmax."""
 _REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
 
 
@@ -40,6 +42,7 @@ class Softmax(NamedTuple):
       those of several readers add up, or that a matmul hands out one that did not round.
     matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
       None.
+    is_dropped: Whether a dropout or a mask reads it, whose result is what a matmul stores.
   """
 
   steps: tuple[int, ...]
@@ -48,6 +51,7 @@ class Softmax(NamedTuple):
   dtype: np.dtype
   held: np.dtype
   matmul: int | None
+  is_dropped: bool
 
   @property
   def due(self) -> int:
@@ -92,7 +96,9 @@ def match(
   if matmul is not None and _was_narrow(x, steps, makers):
     matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
-  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul)
+  reading = [steps[n].eqn.primitive.name for n, _ in readers[result] if n >= 0]
+  is_dropped = not DROPS.isdisjoint(reading)
+  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul, is_dropped)
 
 
 def _is_data(form: Form | None) -> bool:
@@ -209,7 +215,8 @@ def storing_weights(
   what each was rounded, so that the derivative is as exact as they are, near one too.
 
   On GPUs a barrier makes XLA store just these: it computes what is cheap again, and would do so
-  from the float32 exponentials, or from the scores, which it then stores beside the weights.
+  from the float32 exponentials, or from the scores, which it then stores beside the weights. Not
+  where a dropout reads them, for then it is that whose result the matmul stores.
 
   Args:
     compute: The softmax, from its two inputs to a list of its result in float32.
@@ -232,9 +239,10 @@ def storing_weights(
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     (weights,) = run(*primals)
     kept = to_dtype(weights, softmax.dtype)
-    kept = lax.platform_dependent(
-      kept, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda x: x
-    )
+    if not softmax.is_dropped:
+      kept = lax.platform_dependent(
+        kept, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda x: x
+      )
     stores_kept = jax.checkpoint(moved, prevent_cse=False)
     return [to_dtype(kept, softmax.held)], [stores_kept(kept, tangents[0])]
 

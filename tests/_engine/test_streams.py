@@ -97,6 +97,50 @@ def test_a_softmax_that_is_cut_before_a_matmul_stores_16_bits(cut, policy):
   assert stored <= {FORMATS[policy], "bool"}
 
 
+KEPT = jax.random.bernoulli(jax.random.key(2), 0.9, (8, 8))
+DROPOUTS = {
+  "where": lambda s: jnp.where(KEPT, s / 0.9, 0.0),
+  "select": lambda s: lax.select(KEPT, s / 0.9, jnp.zeros_like(s)),
+  "times": lambda s: s * (KEPT.astype(jnp.float32) / 0.9),
+  "mask": lambda s: jnp.where(KEPT, s, 0.0),
+  "padding": lambda s: jnp.where(jnp.arange(8)[:, None] < 6, s, 0.0).T,
+}
+
+
+@both
+@pytest.mark.parametrize("drop", DROPOUTS.values(), ids=DROPOUTS)
+def test_a_softmax_of_which_a_dropout_leaves_some_stores_16_bits(drop, policy):
+  def attention(w, x):
+    h = x @ w[0]
+    return drop(nn.softmax(h @ h.T / 4)) @ h
+
+  got, pullback = jax.vjp(mpjax.autocast(attention, policy), W, X)
+  want, exact = jax.vjp(attention, W, X)
+  stored = {leaf.dtype.name for leaf in jax.tree.leaves(pullback) if leaf.shape == (8, 8)}
+  assert stored <= {FORMATS[policy], "bool"}
+  pairs = [(got, want), *zip(pullback(want), exact(want), strict=True)]
+  for found, wanted in pairs:
+    np.testing.assert_allclose(found, wanted, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+@both
+@pytest.mark.parametrize(
+  "compute",
+  [
+    lambda s: s * jnp.sum(s, 0, keepdims=True),
+    lambda s: jax.jit(lambda s: s - 1 / 8)(s),
+    lambda s: (s / jnp.max(s)) * 2.0,
+  ],
+)
+def test_a_softmax_of_which_more_is_computed_rounds_behind_that(compute, policy):
+  def attention(w, x):
+    h = x @ w[0]
+    return compute(nn.softmax(h @ h.T)) @ h
+
+  *_, last = [e for e in traced(attention, policy, W, X) if e.primitive.name == "div"]
+  assert last.outvars[0].aval.dtype == jnp.float32
+
+
 @both
 def test_a_checkpoint_in_a_loop_stores_what_a_matmul_reads_in_16_bits(policy):
   def loss(w, x):

@@ -131,8 +131,10 @@ class Interpreter:
         self._run_unit(plan, unit, values)
       return
 
-    compute = self._function(plan, repeat.units, repeat.inputs, repeat.outputs, repeat.scopes)
-    function = self._functions.setdefault(repeat.code, jax.jit(compute, inline=True))
+    function = self._functions.get(repeat.code)
+    if function is None:
+      compute = self._function(plan, repeat.units, repeat.inputs, repeat.outputs, repeat.scopes)
+      self._functions[repeat.code] = function = jax.jit(compute, inline=True)
     with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
       values.fill(repeat.outputs, function(*operands))
 

@@ -158,7 +158,8 @@ def _kind(unit: Unit) -> Hashable:
     return Step
   if isinstance(unit, Island):
     return Island, len(unit.steps), unit.dtype, unit.merges
-  return Softmax, len(unit.steps), unit.axes, unit.dtype, unit.held, unit.matmul is None
+  run = unit.axes, unit.dtype, unit.held, unit.matmul is None, unit.is_dropped
+  return Softmax, len(unit.steps), *run
 
 
 def _code(step: Step, scopes: int) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, in_order, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.kinds import PARAM
+from mpjax._engine.loop_carries import read_often
 from mpjax._engine.matmul_derivatives import (
   Contraction,
   product_of,
@@ -60,7 +61,7 @@ class Interpreter:
   ) -> None:
     self.planner, self.loss_scale = planner, loss_scale
     self._stepwise = stepwise
-    self._rebuilt: dict[int, Any] = {}
+    self._rebuilt: dict[Hashable, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
     self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
     self._of_steps: dict[int, tuple[Step, Any]] = {}
@@ -182,16 +183,32 @@ class Interpreter:
 
     return compute
 
-  def rebuild(self, plan: Plan) -> ClosedJaxpr:
-    """The closed jaxpr of a plan: what its jaxpr becomes under the policy."""
-    if id(plan) not in self._rebuilt:
+  def rebuild(self, plan: Plan, rounding: tuple[int, ...] = ()) -> ClosedJaxpr:
+    """The closed jaxpr of a plan: what its jaxpr becomes under the policy.
+
+    Args:
+      plan: The plan.
+      rounding: Which operands come in float32, and are rounded first to how they are held.
+    """
+    key = id(plan), rounding
+    if key not in self._rebuilt:
       invars = versions.open_jaxpr(plan.jaxpr).invars
+      held = [form and form.dtype for form in plan.in_forms]
+      given = [FLOAT32 if n in rounding else dtype for n, dtype in enumerate(held)]
       avals = [
-        v.aval if form is None else jaxprs.with_dtype(v.aval, form.dtype)
-        for v, form in zip(invars, plan.in_forms, strict=True)
+        v.aval if dtype is None else jaxprs.with_dtype(v.aval, dtype)
+        for v, dtype in zip(invars, given, strict=True)
       ]
-      self._rebuilt[id(plan)] = jaxprs.trace(lambda *xs: self.run(plan, xs), avals)
-    return self._rebuilt[id(plan)]
+
+      def run(*xs: jax.Array) -> list[jax.Array]:
+        operands = [
+          to_dtype(x, dtype) if n in rounding else x
+          for n, (x, dtype) in enumerate(zip(xs, held, strict=True))
+        ]
+        return self.run(plan, operands if rounding else xs)
+
+      self._rebuilt[key] = jaxprs.trace(run, avals)
+    return self._rebuilt[key]
 
   def of_step(self, step: Step, make: Callable[[Step], T]) -> T:
     """What is made of a step the first time that it runs."""
@@ -344,8 +361,12 @@ def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) 
 
 
 def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
-  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(step.bodies[0]))
-  return jaxprs.run_with(step.eqn, operands, step.params | {"jaxpr": jaxpr})
+  """A loop; what a long one reads in every turn rounds inside: its cotangents are added up."""
+  (plan,) = step.bodies
+  shared = read_often(step.eqn, plan.in_forms)
+  given = [to_dtype(x, FLOAT32) if n in shared else x for n, x in enumerate(operands)]
+  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(plan, shared))
+  return jaxprs.run_with(step.eqn, given, step.params | {"jaxpr": jaxpr})
 
 
 def _while(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

@@ -23,7 +23,7 @@ from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import ordered_places, places_of, variables_of
-from mpjax._engine.loop_carries import TERMS
+from mpjax._engine.loop_carries import FEW, TERMS
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
@@ -32,8 +32,6 @@ _ADDS = having(Trait.MOVES) | {
   *("add", "sub", "add_any", "neg", "reduce_sum", "convert_element_type", "broadcast_in_dim"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
 }
-FEW = 16
-"""How many turns lose in 16 bits no more than other values do, where no layer is: a filter."""
 
 
 class Recurrence(NamedTuple, Generic[T]):

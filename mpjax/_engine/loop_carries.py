@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS
@@ -11,6 +12,9 @@ from mpjax._engine.jaxprs import kind, places_of
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
+FEW = 16
+"""How many terms lose in 16 bits no more than other values do."""
+
 TERMS = 128
 """How many terms a sum in 16 bits may have: no stack of layers is higher.
 
@@ -19,28 +23,50 @@ one sign, and make a hundredth of the sum.
 """
 
 
-def accumulators(body: Body, forms: Sequence[Form | None], turns: int | None) -> list[Form | None]:
+def accumulators(
+  body: Body, forms: Sequence[Form | None], turns: int | None, *, has_matmuls: bool
+) -> list[Form | None]:
   """How the values that a loop carries are held, by how they start.
 
   One that starts from a constant is an accumulator or the state of a recurrent cell: it is
-  float32, as is a 16-bit one that more than `TERMS` are added to. But not one that is only written
-  to, as a cache is: that is as narrow as what is written.
+  float32, as is a 16-bit one that more than `TERMS` are added to, or more than `FEW` in a loop that
+  is no stack of layers, for it multiplies no matrices: a score, a distance along a path. But not
+  one that is only written to, as a cache is: that is as narrow as what is written.
 
   Args:
     body: The loop's body.
     forms: How what it carries is held before the loop.
     turns: How often it runs, None if it does not say.
+    has_matmuls: Whether it holds a matmul.
   """
-  terms = accumulates(body.jaxpr, body.carry)
-  return [_accumulator(f, n, turns) for f, n in zip(forms, terms, strict=True)]
+  most, terms = TERMS if has_matmuls else FEW, accumulates(body.jaxpr, body.carry)
+  counts = [n and (math.inf if turns is None else turns * n) for n in terms]
+  return [_accumulator(*pair, most) for pair in zip(forms, counts, strict=True)]
 
 
-def _accumulator(form: Form | None, terms: float | None, turns: int | None) -> Form | None:
+def _accumulator(form: Form | None, terms: float | None, most: int) -> Form | None:
   if form is None or form.kind is Kind.PARAM:
     return form
   if form.kind is Kind.CONSTANT:
     return form if terms == 0 else DATA
-  return DATA if terms and (turns is None or turns * terms > TERMS) else form
+  return DATA if terms and terms > most else form
+
+
+def read_often(eqn: JaxprEqn, forms: Sequence[Form | None]) -> tuple[int, ...]:
+  """Which 16-bit operands of a scan all of its turns read, if they are many.
+
+  As the context that a decoder reads with every token: what comes back to it in the backward pass
+  is a sum of as many terms.
+
+  Args:
+    eqn: The scan.
+    forms: How the operands of its body are held.
+  """
+  turns, (body,) = repetitions(eqn), bodies_of(eqn)
+  if turns is not None and turns <= FEW:
+    return ()
+  shared = enumerate(forms[: body.carry.start])
+  return tuple(n for n, form in shared if form is not None and form.kind is Kind.NARROW)
 
 
 def carried(held: Form | None, out: Form | None) -> Form | None:

@@ -318,7 +318,9 @@ class _Walk:
       outs = plan(held).out_forms
       return [carried(*pair) for pair in zip(held, outs[:count], strict=True)]
 
-    held = tuple(settled(accumulators(body, taken.carry, repetitions(eqn)), turn, join))
+    has_matmuls = self.planner.analyses.contents.matmuls(body.jaxpr)
+    begun = accumulators(body, taken.carry, repetitions(eqn), has_matmuls=has_matmuls)
+    held = tuple(settled(begun, turn, join))
     slices = narrowed(plan(held), range(body.carry.stop, len(body.operands)))
     stacked = plan(held).out_forms[count:]
     bodies = [plan(held, (*held, *stacked))]

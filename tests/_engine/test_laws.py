@@ -340,6 +340,60 @@ _own_sum.defvjp(lambda h, u: (h + u, None), lambda _, g: (g, g))
 
 
 @both
+@cases(
+  scan=lambda f, h, us: lax.scan(lambda h, u: (f(h, u), None), h, us)[0],
+  fori=lambda f, h, us: lax.fori_loop(0, 100, lambda n, h: f(h, us[n]), h),
+  jitted=lambda f, h, us: lax.scan(lambda h, u: (jax.jit(f)(h, u), None), h, us)[0],
+)
+def test_what_a_loop_without_layers_adds_up_counts(fn, policy):
+  """Distances along a path, and best scores: 256 and 3 are 260 in bfloat16."""
+  path = lambda h, u: jnp.maximum(h, h - 1) + u
+  program = lambda w, x: fn(path, *_first(x @ w))
+  lengths = jnp.full((100, 4), 3.0).at[0].set(256.0)
+  found, want = in_both_formats(program, policy, jnp.eye(4), lengths)
+  np.testing.assert_array_equal(found, want)
+
+
+def with_context(turn):
+  """A loss over many items, each of which reads the context that a layer gave."""
+  return lambda w, x: lax.scan(lambda n, u: (n + turn(w, x @ w, u).mean(), None), 0.0, ITEMS)[0]
+
+
+ITEMS = 0.5 + 0.3 * jax.random.normal(jax.random.key(5), (600, 4))
+IN_EVERY_TURN = {
+  "decoder": with_context(lambda w, c, u: jnp.tanh(u @ w + c)),
+  "gated": with_context(lambda w, c, u: jax.nn.sigmoid(u * c)),
+  "attended": with_context(lambda w, c, u: jax.nn.softmax(c @ u) @ c),
+  "checkpointed": with_context(jax.checkpoint(lambda w, c, u: jnp.tanh(u @ w + c))),
+  "jitted": with_context(jax.jit(lambda w, c, u: jnp.tanh(u @ w + c))),
+  "mapped": lambda w, x: lax.map(functools.partial(_distance, x @ w), ITEMS).sum() / 600,
+  "nested": lambda w, x: lax.map(lambda n: with_context(_gate(n))(w, x), jnp.arange(3.0)).sum(),
+  "given_to_a_jit": lambda w, x: jax.jit(with_items)(x @ w),
+}
+
+
+def with_items(c):
+  return lax.scan(lambda n, u: (n + jnp.tanh(u * c).mean(), None), 0.0, ITEMS)[0]
+
+
+def _distance(c, u):
+  return jnp.mean((c - u) ** 2)
+
+
+def _gate(n):
+  return lambda w, c, u: jnp.tanh(c * u + n)
+
+
+@in_turns(("fn", "policy"), IN_EVERY_TURN, POLICIES)
+def test_what_every_turn_of_a_loop_reads_gets_the_sum_of_their_cotangents(fn, policy):
+  x = jax.random.normal(jax.random.key(6), (8, 4))
+  got = jax.jit(jax.grad(mpjax.autocast(fn, policy)), compiler_options=ROUNDING)(W, x)
+  want = jax.grad(fn)(W, x)
+  tolerance = 0.01 if policy == "mixed_bfloat16" else 2e-3
+  np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
+
+
+@both
 def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
   def layers(ws, x):
     return lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x @ ws[0], ws)[0]

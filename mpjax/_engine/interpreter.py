@@ -201,11 +201,9 @@ class Interpreter:
       ]
 
       def run(*xs: jax.Array) -> list[jax.Array]:
-        operands = [
-          to_dtype(x, dtype) if n in rounding else x
-          for n, (x, dtype) in enumerate(zip(xs, held, strict=True))
-        ]
-        return self.run(plan, operands if rounding else xs)
+        pairs = enumerate(zip(xs, held, strict=True))
+        rounded = [to_dtype(x, d) if n in rounding and d else x for n, (x, d) in pairs]
+        return self.run(plan, rounded if rounding else xs)
 
       self._rebuilt[key] = jaxprs.trace(run, avals)
     return self._rebuilt[key]

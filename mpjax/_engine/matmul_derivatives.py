@@ -80,11 +80,14 @@ class Contraction(NamedTuple):
     wide = self._labels(self.wide, rank)
     others = self._labels(1 - self.wide, other.ndim)
     kept, summed = ([x for x in labels if x.startswith("free")] for labels in (wide, others))
-    result = [*batch, *kept, *summed] if self.wide == 0 else [*batch, *summed, *kept]
-    left = fixed(_turned(cotangent, result, [*batch, *kept, *summed]))
-    right = fixed(_turned(other, others, [*batch, *summed, *contracted]))
+    # In the order of a CPU. The cotangent stays as it is: compilers compute it where it is read.
+    given = cotangent, [*batch, *kept, *summed] if self.wide == 0 else [*batch, *summed, *kept]
+    pair = [(*given, kept), (other, others, contracted)]
+    (left, its, first), (right, its_too, second) = pair if self.wide == 0 else pair[::-1]
+    left = fixed(_turned(left, its, [*batch, *first, *summed]))
+    right = fixed(_turned(right, its_too, [*batch, *summed, *second]))
     along = range(len(batch))
-    in_left, in_right = (range(n, n + len(summed)) for n in (len(batch + kept), len(batch)))
+    in_left, in_right = (range(n, n + len(summed)) for n in (len(batch + first), len(batch)))
     found = lax.dot_general(
       left,
       right,
@@ -92,7 +95,7 @@ class Contraction(NamedTuple):
       precision=self.precision,
       preferred_element_type=FLOAT32,
     )
-    return _turned(fixed(found), [*batch, *kept, *contracted], wide)
+    return _turned(fixed(found), [*batch, *first, *second], wide)
 
   def _kinds(self) -> tuple[tuple[str, tuple[Dims, ...]], ...]:
     return ("batch", self.batch), ("contracted", self.contracted)

@@ -3,9 +3,9 @@
 The derivative of an elementwise float32 operation needs its operands or its result, and would
 store them in float32 from the forward to the backward pass. Where elementwise operations lead from
 narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough,
-and so it is for a gate that multiplies a float32 state: the rest is computed again, in a few
-operations that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost",
-with a segment an island).
+and so it is for gates that mix float32 states: the rest is computed again, in a few operations
+that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost", with a
+segment an island).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs, softmax
-from mpjax._engine.kinds import DATA, Kind
+from mpjax._engine.jaxprs import variables_of
+from mpjax._engine.kinds import Kind
 from mpjax._engine.plan import Plan, Readers, Step, is_elementwise, shared_format
 from mpjax._engine.softmax import Softmax
 from mpjax._engine.versions import Literal, Var
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
+_MIXES = frozenset({"mul", "add", "sub"})
 
 
 class Island(NamedTuple):
@@ -67,39 +69,41 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
       island = _island(steps, sorted(members), shared_format(readers, steps[last]))
       if _pays(steps, island):
         found[last] = island
-    elif last not in taken and (gated := _gated(steps, wide, readers, makers, last)):
-      taken |= gated
-      found[last] = _island(steps, sorted(gated), None)._replace(merges=True)
+    elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
+      taken |= mixed
+      found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
   return found
 
 
-def _gated(
+def _mixed(
   steps: Sequence[Step],
   wide: Sequence[bool],
   readers: Readers,
   makers: Mapping[Var, int],
   last: int,
 ) -> set[int]:
-  """The steps of a product of a float32 value and a gate that nothing else reads, if there are.
+  """The steps of a mixture of float32 values by gates that nothing else reads, if there are.
 
   The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
-  which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c.
+  which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c, and so does
+  ``(1 - z) * n + z * h``.
   """
-  step = steps[last]
-  if step.eqn.primitive.name != "mul" or not wide[last]:
+  if steps[last].eqn.primitive.name not in _MIXES or not wide[last]:
     return set()
-  pairs = list(zip(step.eqn.invars, step.operands, strict=True))
-  for (atom, _), (other, held) in (pairs, pairs[::-1]):
-    if isinstance(atom, Literal) or (maker := makers.get(atom)) is None or not wide[maker]:
-      continue
-    is_stored = held == DATA and jaxprs.size(other) >= jaxprs.size(step.eqn.outvars[0])
-    if not is_stored or not _is_costly(steps[maker]):
-      continue
-    if all(n == last and read.via is None for n, read in readers[atom]):
-      factor = _reach_back(steps, wide, readers, makers, maker)
-      if _pays(steps, _island(steps, sorted(factor), None)):
-        return factor | {last}
-  return set()
+  members = _reach_back(steps, wide, readers, makers, last)
+  if len(members) == 1:
+    return set()
+  inside = [steps[n] for n in sorted(members)]
+  size = jaxprs.size(steps[last].eqn.outvars[0])
+  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in inside):
+    return set()
+  made = {step.eqn.outvars[0] for step in inside}
+  stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
+  kinds = {a: f.kind for a, f in _operands(inside) if f is not None and jaxprs.size(a) >= size}
+  large = {a: kind for a, kind in kinds.items() if a not in made}
+  is_enough = all(kind is not Kind.DATA or a in stored for a, kind in large.items())
+  mixes = {Kind.NARROW, Kind.DATA} <= {*large.values()}
+  return members if mixes and is_enough else set()
 
 
 def _is_wide_elementwise(step: Step) -> bool:

@@ -86,6 +86,26 @@ def test_a_gate_in_float32_is_computed_again_where_it_multiplies(gate, policy, o
   np.testing.assert_allclose(got, want, atol=0.05 * float(jnp.abs(want).max()))
 
 
+def gated_units(w, x):
+  """A GRU: of its gates one mixes what was with what comes, and is read twice for that."""
+
+  def turn(h, u):
+    z = nn.sigmoid(u @ w[0] + h @ w[1] + 2)
+    n = jnp.tanh(u @ w[1] + h @ w[0])
+    return (1 - z) * n + z * h, None
+
+  return lax.scan(turn, jnp.zeros(SIZE[1]), x)[0].sum()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_gates_that_mix_are_computed_again(policy, operands):
+  """Of each turn the state is stored in float32, what comes, and the input, which came in so."""
+  kept = stored(mpjax.autocast(gated_units, policy), operands)
+  assert kept.count("float32") <= 3
+  got, want = (jax.grad(f)(*operands) for f in (mpjax.autocast(gated_units, policy), gated_units))
+  np.testing.assert_allclose(got, want, atol=0.05 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "exact_gelu"])
 def test_nothing_wide_crosses_the_border_of_an_island(name, operands):
   """Compilers put in memory whatever enters or leaves a checkpoint, cotangents too.
@@ -253,6 +273,15 @@ def test_gpus_store_the_weights_behind_a_barrier(platform, barriers, policy, ope
   fn = mpjax.autocast(lambda w, x: jnp.sum(attend(nn.softmax)(w, x)), policy)
   lowered = jax.jit(jax.grad(fn)).trace(*operands).lower(lowering_platforms=(platform,))
   assert lowered.as_text().count("optimization_barrier") == barriers
+
+
+@every_policy
+def test_gpus_choose_what_they_store_where_a_dropout_reads_the_weights(policy, operands):
+  kept = jax.random.bernoulli(jax.random.key(0), 0.9, (SIZE[0], SIZE[0]))
+  drop = lambda scores: jnp.where(kept, nn.softmax(scores) / 0.9, 0.0)
+  fn = mpjax.autocast(lambda w, x: jnp.sum(attend(drop)(w, x)), policy)
+  lowered = jax.jit(jax.grad(fn)).trace(*operands).lower(lowering_platforms=("cuda",))
+  assert "optimization_barrier" not in lowered.as_text()
 
 
 @pytest.mark.ci

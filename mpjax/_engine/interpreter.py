@@ -18,6 +18,7 @@ from mpjax._engine import (
   custom_rules,
   islands,
   jaxprs,
+  lookups,
   operand_order,
   repeats,
   softmax,
@@ -276,6 +277,8 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
     parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
     spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
     operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
+  if lookups.may_repeat(step):
+    return [interpreter.of_step(step, lookups.adding_up)(*operands)]
   return _bind(interpreter, step, operands)
 
 

@@ -232,7 +232,7 @@ def adds_much(sight: Sight) -> bool:
   return any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known)
 
 
-UNIT, MASKS = 2**6, 2**24
+UNIT, MASKS = 2, 2**24
 """From where on numbers are those of a unit, and from where on those of a mask."""
 
 

@@ -393,6 +393,42 @@ def test_what_every_turn_of_a_loop_reads_gets_the_sum_of_their_cotangents(fn, po
   np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
 
 
+SOURCES = jnp.where(jnp.arange(1200) % 2, 3, jnp.arange(1200) % 8)  # of edges, half of one node
+TAKEN = {
+  "indexed": lambda h: h[SOURCES],
+  "taken": lambda h: jnp.take(h, SOURCES, axis=0),
+  "by_halves": lambda h: h[SOURCES.reshape(2, 600)].reshape(1200, 4),
+  "of_columns": lambda h: h.T[:, SOURCES].T,
+  "jitted": jax.jit(lambda h: h[SOURCES]),
+  "checkpointed": jax.checkpoint(lambda h: h[SOURCES]),
+  "mapped": lambda h: jax.vmap(lambda n: h[n])(SOURCES),
+  "mapped_over_columns": lambda h: jax.vmap(lambda c: c[SOURCES], 1, 1)(h),
+}
+
+
+@in_turns(("take", "policy"), TAKEN, POLICIES)
+def test_what_a_lookup_takes_often_gets_the_sum_of_its_cotangents(take, policy):
+  x = jax.random.normal(jax.random.key(6), (8, 4))
+  edges = 0.5 + jax.random.uniform(jax.random.key(7), (1200, 4))
+  loss = lambda w, x: jnp.mean(jnp.tanh(take(x @ w) * edges))
+  got = jax.jit(jax.grad(mpjax.autocast(loss, policy)), compiler_options=ROUNDING)(W, x)
+  inside = mpjax.autocast(jax.grad(loss), policy)(W, x)
+  want = jax.grad(loss)(W, x)
+  tolerance = 0.01 if policy == "mixed_bfloat16" else 2e-3
+  for found in (got, inside):
+    np.testing.assert_allclose(found, want, atol=tolerance * float(jnp.abs(want).max()))
+
+
+@both
+def test_a_lookup_in_what_a_layer_gave_stays_in_16_bits(policy):
+  network = mpjax.autocast(lambda w, x: (x @ w)[jnp.array([1, 0, 1])] @ w, policy)
+  found = [e for e in equations(jax.make_jaxpr(network)(W, DATA)) if e.primitive.name == "gather"]
+  assert [e.invars[0].aval.dtype.itemsize for e in found] == [2]
+  tangent = jax.jvp(lambda w: network(w, DATA), (W,), (W,))[1]
+  want = jax.jvp(lambda w: (DATA @ w)[jnp.array([1, 0, 1])] @ w, (W,), (W,))[1]
+  np.testing.assert_allclose(tangent, want, rtol=0.02)
+
+
 @both
 def test_a_scan_over_layers_keeps_its_16_bit_stream(policy):
   def layers(ws, x):
@@ -2106,6 +2142,18 @@ def test_an_output_comes_back_in_its_own_unit(fn, policy):
   x = jnp.arange(32.0).reshape(8, 4) / 16 - 1  # that both formats hold
   got = mpjax.autocast(lambda w, x: fn(x @ w), policy)(jnp.eye(4), x)
   np.testing.assert_allclose(got, fn(x), rtol=1e-6)
+
+
+@both
+@cases(
+  centered=lambda h: h * 0.1 + 4.0,
+  similarity=lambda h: 4.0 - h / 8,
+  of_a_module=lambda h: jax.jit(lambda h: h / 16 + 3.0)(h),
+)
+def test_an_output_is_centered_in_float32(fn, policy):
+  x = jnp.arange(32.0).reshape(8, 4) / 16 - 1
+  got = mpjax.autocast(lambda w, x: fn(x @ w), policy)(jnp.eye(4), x)
+  np.testing.assert_allclose(got, fn(x), rtol=1e-4)
 
 
 @both

@@ -43,15 +43,16 @@ def rounding_early(plan: Plan) -> Plan:
     name, made = step.eqn.primitive.name, step.eqn.outvars
     if name == "exp":
       exponentials |= {*made}
-    elif quotients and name in _MAY_MOVE and _may_move(name, step):
-      read = variables_of(step.eqn.invars)
-      if shares & read or (quotients & read and name not in _SCALES):
-        shares |= {*made} if shares & read else set()
-        quotients |= {*made}
-        moves.append(n)
+    if name not in _MAY_MOVE:
+      continue
+    read = variables_of(step.eqn.invars) if quotients and _may_move(name, step) else set[Var]()
+    if shares & read or (quotients & read and name not in _SCALES):
+      shares |= {*made} if shares & read else set()
+      quotients |= {*made}
+      moves.append(n)
     elif name == "div" and step.outs[0] == DATA:
       quotients |= {*made}
-      shares |= {*made} if exponentials & variables_of(step.eqn.invars) else set()
+      shares |= {*made} if exponentials & variables_of(step.eqn.invars[:1]) else set()
   steps, changed = list(plan.steps), False
   for n in reversed(moves):
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]

@@ -524,7 +524,7 @@ def test_a_norm_hands_narrow_values_on():
   class Norms(nn.Module):
     @nn.compact
     def __call__(self, x):
-      return jnp.tanh(nn.LayerNorm()(nn.Dense(8)(x)))
+      return nn.Dense(2)(jnp.tanh(nn.LayerNorm()(nn.Dense(8)(x))))
 
   x = jnp.ones((2, 6))
   variables = Norms().init(jax.random.key(0), x)

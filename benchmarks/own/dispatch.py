@@ -105,7 +105,7 @@ def measure(leaves: int, optimizer: str, calls: int, repetitions: int) -> list[r
 def main() -> None:
   """Measures each number of parameters; adds the table to the results."""
   parser = argparse.ArgumentParser(description="What calling a train step costs on the host.")
-  parser.add_argument("--leaves", type=int, nargs="+", default=[4, 100, 1000])
+  parser.add_argument("--leaves", type=int, nargs="+", default=[4, 100])
   parser.add_argument("--calls", type=int, default=300)
   parser.add_argument("--repetitions", type=int, default=15)
   parser.add_argument("--out", type=Path, default=report.RESULTS, help="the folder of results")

@@ -2,8 +2,9 @@
 
 ``softmax(concatenate([scores, sink]))[..., :-1] @ v``: a matmul alone reads the slice, in 16 bits.
 Rounded before it is cut, the softmax is one whose result is read in 16 bits, and stores no float32.
-The numbers are the same, those of the cotangents too, since no such move adds any up. So it is of
-shares that a dropout chooses among and multiplies by a number, but for the rounding of the product.
+The numbers are the same, those of the cotangents too, since no such move adds any up. Nor does a
+mask that chooses among them. What multiplies them by a number reads float32: it would round the
+number too, and a quotient that is larger than the format holds may be small behind it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from mpjax._engine.plan import AS_HELD, Forms, Plan, Read, Step
 from mpjax._engine.versions import Literal, Var
 
 _JITTED = having(Trait.JIT)
-_SCALES = frozenset({"mul", "div"})
 _MOVES = frozenset(
   {
     *("reshape", "transpose", "squeeze", "expand_dims", "rev"),
     *("slice", "dynamic_slice", "split", "select_n"),
   }
 )
-_MAY_MOVE = _MOVES | _JITTED | _SCALES
+_MAY_MOVE = _MOVES | _JITTED
 
 
 def rounding_early(plan: Plan) -> Plan:
@@ -38,21 +38,14 @@ def rounding_early(plan: Plan) -> Plan:
   Args:
     plan: The plan of one jaxpr.
   """
-  exponentials, quotients, shares, moves = set[Var](), set[Var](), set[Var](), list[int]()
+  quotients, moves = set[Var](), list[int]()
   for n, step in enumerate(plan.steps):
-    name, made = step.eqn.primitive.name, step.eqn.outvars
-    if name == "exp":
-      exponentials |= {*made}
-    if name not in _MAY_MOVE:
-      continue
-    read = variables_of(step.eqn.invars) if quotients and _may_move(name, step) else set[Var]()
-    if shares & read or (quotients & read and name not in _SCALES):
-      shares |= {*made} if shares & read else set()
-      quotients |= {*made}
+    name = step.eqn.primitive.name
+    if name == "div" and step.outs[0] == DATA:
+      quotients |= {*step.eqn.outvars}
+    elif name in _MAY_MOVE and quotients and quotients & variables_of(step.eqn.invars):
+      quotients |= {*step.eqn.outvars}
       moves.append(n)
-    elif name == "div" and step.outs[0] == DATA:
-      quotients |= {*made}
-      shares |= {*made} if exponentials & variables_of(step.eqn.invars[:1]) else set()
   steps, changed = list(plan.steps), False
   for n in reversed(moves):
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]
@@ -60,13 +53,6 @@ def rounding_early(plan: Plan) -> Plan:
     if max(map(len, readers)) == 1 and found[0] >= 0:  # no result of the plan
       changed |= _round(steps, n, found)
   return replace(plan, steps=tuple(steps)) if changed else plan
-
-
-def _may_move(name: str, step: Step) -> bool:
-  """Whether a step may do nothing but move a float32 value, or multiply it by numbers."""
-  if name not in _SCALES:
-    return name in _MAY_MOVE
-  return CONSTANT in step.operands and DATA in step.operands[: 1 if name == "div" else 2]
 
 
 def _round(steps: list[Step], n: int, readers: Sequence[int]) -> bool:
@@ -115,8 +101,7 @@ def _rounded_body(plan: Plan, to: np.dtype) -> Plan | None:
     if DATA in (*step.operands, *step.outs):
       held = zip(step.eqn.invars, step.operands, strict=True)
       own = all(not isinstance(a, Literal) and a in moved for a, form in held if form == DATA)
-      name = step.eqn.primitive.name
-      is_move = own and DATA in step.operands and name not in _SCALES and _may_move(name, step)
+      is_move = own and DATA in step.operands and step.eqn.primitive.name in _MAY_MOVE
       after = _rounded(step, to) if is_move else None
       moved.update(step.eqn.outvars)
     if after is None:

@@ -204,7 +204,7 @@ class Interpreter:
       def run(*xs: jax.Array) -> list[jax.Array]:
         pairs = enumerate(zip(xs, held, strict=True))
         rounded = [to_dtype(x, d) if n in rounding and d else x for n, (x, d) in pairs]
-        return self.run(plan, rounded if rounding else xs)
+        return self.run(plan, rounded)
 
       self._rebuilt[key] = jaxprs.trace(run, avals)
     return self._rebuilt[key]

@@ -40,7 +40,6 @@ POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 """Of a gate they are near one where it is."""
 
 _OFTEN = 32
-_OF_ONE = 2  # sigmoids: so many make the distribution function of a normal distribution
 _FROM_ANYTHING = GATES | {"abs"}  # of which something is known whatever they are computed from
 _PRODUCTS = KEEPS_NUMBERS | {"mul", "add", "neg"}  # what a recurrence makes of its gates
 
@@ -169,11 +168,11 @@ class RoleFinder:
     return self._forwards[key]
 
   def sigmoids(self, jaxpr: AnyJaxpr, operands: Roles) -> list[int]:
-    """Which results are a sigmoid that no loop makes, scaled and shifted too; no sum of many."""
+    """Which results are a sigmoid that no loop makes, scaled and shifted too; no product of two."""
     return [
       n
       for n, role in enumerate(self._results(jaxpr, operands))
-      if 0 < len(role.products) <= _OF_ONE
+      if len(role.products) == 1
       and not role.range.is_number
       and role.range.high < math.inf
       and not any(map(self._is_of_loop, role.products))

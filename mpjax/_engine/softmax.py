@@ -25,8 +25,8 @@ from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
-DROPS = having(Trait.JIT) | {"select_n", "mul", "div"}
-"""What a dropout or a mask makes of a softmax."""
+DROPS = having(Trait.JIT) | {"select_n"}
+"""What a mask makes of a softmax."""
 _REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
 
 
@@ -42,7 +42,7 @@ class Softmax(NamedTuple):
       those of several readers add up, or that a matmul hands out one that did not round.
     matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
       None.
-    is_dropped: Whether a dropout or a mask reads it, whose result is what a matmul stores.
+    is_dropped: Whether a mask reads it, whose result is what a matmul stores.
   """
 
   steps: tuple[int, ...]
@@ -216,7 +216,7 @@ def storing_weights(
 
   On GPUs a barrier makes XLA store just these: it computes what is cheap again, and would do so
   from the float32 exponentials, or from the scores, which it then stores beside the weights. Not
-  where a dropout reads them, for then it is that whose result the matmul stores.
+  where a mask reads them, for then it is that whose result the matmul stores.
 
   Args:
     compute: The softmax, from its two inputs to a list of its result in float32.

@@ -2082,7 +2082,6 @@ RETURNED = {
   "sigmoid": jax.nn.sigmoid,
   "tanh": jnp.tanh,
   "half_of_a_tanh": lambda h: 0.5 + 0.5 * jnp.tanh(h),
-  "normal": lambda h: jax.scipy.stats.norm.cdf(h / 2 - 1),
   "of_an_action": lambda h: 2.0 * jnp.tanh(h - 5),
   "jitted": jax.jit(lambda h: jax.nn.sigmoid(h)[:, :3]),
   "checkpointed": jax.checkpoint(jax.nn.sigmoid),
@@ -2103,6 +2102,7 @@ def test_scores_that_are_returned_are_told_apart(fn, policy):
 @cases(
   gated=lambda w, x: jax.nn.silu(x @ w),
   unit=lambda w, x: jax.nn.sigmoid(x @ w) * jnp.tanh(x @ w) * x,
+  cell=lambda w, x: jax.nn.sigmoid(x @ w) * jnp.tanh(x @ w[::-1]),
   recurrent=lambda w, x: lax.scan(lambda h, u: (jnp.tanh(u + h @ w),) * 2, x[0], x @ w)[1],
 )
 def test_activations_that_are_returned_stay_narrow(fn, policy):

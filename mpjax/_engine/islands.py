@@ -94,13 +94,8 @@ def _mixed(
   if len(members) == 1:
     return set()
   inside = [steps[n] for n in sorted(members)]
-  size = jaxprs.size(steps[last].eqn.outvars[0])
-  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in inside):
-    return set()
-  made = {step.eqn.outvars[0] for step in inside}
   stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
-  kinds = {a: f.kind for a, f in _operands(inside) if f is not None and jaxprs.size(a) >= size}
-  large = {a: kind for a, kind in kinds.items() if a not in made}
+  large = _large(inside)
   is_enough = all(kind is not Kind.DATA or a in stored for a, kind in large.items())
   mixes = {Kind.NARROW, Kind.DATA} <= {*large.values()}
   return members if mixes and is_enough else set()
@@ -158,13 +153,18 @@ def _pays(steps: Any, island: Island) -> bool:
 
   No operand of its size may be float32, for it would be stored instead.
   """
-  members = [steps[n] for n in island.steps]
-  size = jaxprs.size(members[-1].eqn.outvars[0])
-  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in members):
-    return False
-  kinds = {a: f.kind for a, f in _operands(members) if f is not None and jaxprs.size(a) >= size}
-  large = [kinds[a] for a in island.inputs if a in kinds]
+  large = _large([steps[n] for n in island.steps]).values()
   return Kind.NARROW in large and Kind.DATA not in large
+
+
+def _large(steps: Sequence[Step]) -> dict[Any, Kind]:
+  """What steps read that is as large as their last result; nothing if none of them is costly."""
+  size = jaxprs.size(steps[-1].eqn.outvars[0])
+  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in steps):
+    return {}
+  made = {step.eqn.outvars[0] for step in steps}
+  kinds = {a: f.kind for a, f in _operands(steps) if f is not None and jaxprs.size(a) >= size}
+  return {a: kind for a, kind in kinds.items() if a not in made}
 
 
 def _is_costly(step: Step) -> bool:

@@ -82,10 +82,10 @@ class Contraction(NamedTuple):
     kept, summed = ([x for x in labels if x.startswith("free")] for labels in (wide, others))
     # In the order of a CPU. The cotangent stays as it is: compilers compute it where it is read.
     given = cotangent, [*batch, *kept, *summed] if self.wide == 0 else [*batch, *summed, *kept]
-    pair = [(*given, kept), (other, others, contracted)]
-    (left, its, first), (right, its_too, second) = pair if self.wide == 0 else pair[::-1]
-    left = fixed(_turned(left, its, [*batch, *first, *summed]))
-    right = fixed(_turned(right, its_too, [*batch, *summed, *second]))
+    factors = [(*given, kept), (other, others, contracted)]
+    (left, of_left, first), (right, of_right, second) = factors[:: 1 if self.wide == 0 else -1]
+    left = fixed(_turned(left, of_left, [*batch, *first, *summed]))
+    right = fixed(_turned(right, of_right, [*batch, *summed, *second]))
     along = range(len(batch))
     in_left, in_right = (range(n, n + len(summed)) for n in (len(batch + first), len(batch)))
     found = lax.dot_general(

@@ -158,7 +158,7 @@ def _kind(unit: Unit) -> Hashable:
     return Step
   if isinstance(unit, Island):
     return Island, len(unit.steps), unit.dtype, unit.merges
-  run = unit.axes, unit.dtype, unit.held, unit.matmul is None, unit.is_dropped
+  run = unit.axes, unit.dtype, unit.held, unit.matmul is None, unit.is_masked
   return Softmax, len(unit.steps), *run
 
 

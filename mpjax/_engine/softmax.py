@@ -25,8 +25,7 @@ from mpjax._engine.plan import Readers, Step, is_elementwise, shared_format
 from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 
 _RESHAPES = frozenset({"broadcast_in_dim", "reshape"})
-DROPS = having(Trait.JIT) | {"select_n"}
-"""What a mask makes of a softmax."""
+_MASKS = having(Trait.JIT) | {"select_n"}
 _REARRANGES = frozenset({"transpose", "reshape", "squeeze", "expand_dims"})
 
 
@@ -42,7 +41,7 @@ class Softmax(NamedTuple):
       those of several readers add up, or that a matmul hands out one that did not round.
     matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
       None.
-    is_dropped: Whether a mask reads it, whose result is what a matmul stores.
+    is_masked: Whether a mask reads it, whose result is what a matmul stores.
   """
 
   steps: tuple[int, ...]
@@ -51,7 +50,7 @@ class Softmax(NamedTuple):
   dtype: np.dtype
   held: np.dtype
   matmul: int | None
-  is_dropped: bool
+  is_masked: bool
 
   @property
   def due(self) -> int:
@@ -97,8 +96,8 @@ def match(
     matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
   reading = [steps[n].eqn.primitive.name for n, _ in readers[result] if n >= 0]
-  is_dropped = not DROPS.isdisjoint(reading)
-  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul, is_dropped)
+  is_masked = not _MASKS.isdisjoint(reading)
+  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul, is_masked)
 
 
 def _is_data(form: Form | None) -> bool:
@@ -239,7 +238,7 @@ def storing_weights(
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     (weights,) = run(*primals)
     kept = to_dtype(weights, softmax.dtype)
-    if not softmax.is_dropped:
+    if not softmax.is_masked:
       kept = lax.platform_dependent(
         kept, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda x: x
       )

@@ -160,7 +160,7 @@ class Sums(NamedTuple):
     """Whether a value was computed in a backward pass."""
     return not isinstance(atom, Literal) and bool(self.origins.get(atom, 0) & _BORN)
 
-  def is_of_data(self, var: Var) -> bool:
+  def is_of_no_parameter(self, var: Var) -> bool:
     """Whether a value was computed from no parameter, be it in a backward pass."""
     return not self.origins.get(var, 0) & ~_BORN
 

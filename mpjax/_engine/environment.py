@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,12 +49,19 @@ class Environment:
 
   Shared is what a value became by leaving its module, and a narrow value that was widened: its
   cotangents meet in float32 and round once. A cast to 16 bits at a use is never shared, so that
-  the gradient of a weight that is used many times sums up in float32.
+  the gradient of a weight that is used many times sums up in float32. A narrow value that many
+  read is held in float32 for that, which changes no number.
+
+  Args:
+    number: What becomes of a number of the trace.
+    often: The narrow variables that many read, and their formats.
   """
 
-  def __init__(self, number: Callable[[Any], Any]) -> None:
+  def __init__(
+    self, number: Callable[[Any], Any], often: Mapping[Var, np.dtype] = MappingProxyType({})
+  ) -> None:
     self._known: dict[Key, Any] = {}
-    self._number = number
+    self._number, self._often = number, often
 
   def write(self, variables: Sequence[Var], values: Sequence[jax.Array]) -> None:
     """Define variables, each in the dtype that it is held in."""
@@ -62,9 +70,15 @@ class Environment:
   def fill(self, keys: Iterable[Key], values: Iterable[Any]) -> None:
     """Put values in their places."""
     self._known.update(zip(keys, values, strict=True))
+    for var in self._often:
+      if (key := Key(var)) in self._known:
+        self._known[key] = to_dtype(self._known[key], FLOAT32)
 
   def get(self, key: Key) -> Any:
     """A value as some equations share it."""
+    if key.via is None and key.var in self._often:
+      value = self._known[Key(key.var)]
+      return value if key.wide else to_dtype(value, self._often[key.var])
     if key in self._known or key == Key(key.var):
       return self._known[key]
     dtype: Any = FLOAT32 if key.wide else key.via

@@ -39,6 +39,10 @@ PARAM = Form(Kind.PARAM, FLOAT32)
 DATA = Form(Kind.DATA, FLOAT32)
 
 
+FEW = 16
+"""How many terms lose in 16 bits no more than other values do."""
+
+
 def narrow(dtype: np.dtype) -> Form:
   """The form of a value held in a 16-bit format."""
   return Form(Kind.NARROW, dtype)

@@ -23,7 +23,8 @@ from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import ordered_places, places_of, variables_of
-from mpjax._engine.loop_carries import FEW, TERMS
+from mpjax._engine.kinds import FEW
+from mpjax._engine.loop_carries import TERMS
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")

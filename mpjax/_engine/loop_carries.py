@@ -9,11 +9,8 @@ from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS
 from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import kind, places_of
-from mpjax._engine.kinds import DATA, PARAM, Form, Kind
+from mpjax._engine.kinds import DATA, FEW, PARAM, Form, Kind
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
-
-FEW = 16
-"""How many terms lose in 16 bits no more than other values do."""
 
 TERMS = 128
 """How many terms a sum in 16 bits may have: no stack of layers is higher.

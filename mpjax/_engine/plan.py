@@ -14,7 +14,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine import versions
-from mpjax._engine.kinds import DATA, Form, Kind, narrow
+from mpjax._engine.kinds import DATA, FEW, Form, Kind, narrow
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 Forms = tuple[Form | None, ...]
@@ -184,6 +184,26 @@ class Plan:
         if not isinstance(atom, Literal):
           readers[atom].append((index, read))
     return dict(readers)
+
+  @cached_property
+  def read_often(self) -> dict[Var, np.dtype]:
+    """The narrow variables that many steps read, and their formats.
+
+    What comes back to one in the backward pass is a sum of as many terms.
+    """
+    if len(self.steps) <= FEW:
+      return {}
+    often = {var for var, reads in self.readers.items() if len(reads) > FEW}
+    if not often:
+      return {}
+    made = [(versions.open_jaxpr(self.jaxpr).invars, self.in_forms)]
+    made += [(step.eqn.outvars, step.outs) for step in self.steps]
+    return {
+      var: form.dtype
+      for variables, forms in made
+      for var, form in zip(variables, forms, strict=True)
+      if form is not None and form.kind is Kind.NARROW and var in often
+    }
 
 
 def multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

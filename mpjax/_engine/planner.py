@@ -25,6 +25,7 @@ from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.early_rounding import rounding_early
 from mpjax._engine.kinds import DATA, Form, Kind, join
 from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known
+from mpjax._engine.late_rounding import rounding_late
 from mpjax._engine.loop_carries import accumulators, carried
 from mpjax._engine.module_exits import Borders
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
@@ -169,6 +170,7 @@ class _Walk:
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
     self.cast = CastParameters(inner.invars[n] for n in cast)
+    self.is_whole = known.exact is None
     self.borders = Borders(self.governs)
     multiplied, makers = self.around.leading.multiplied, self.around.view.makers
     self.streams = Streams(multiplied, self.borders.lasting, makers)
@@ -182,16 +184,17 @@ class _Walk:
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
     reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
-    return rounding_early(
-      Plan(
-        self.jaxpr,
-        self.in_forms,
-        steps,
-        reads,
-        held,
-        self.cast.among(inner.outvars),
-        jaxprs.ordered_places(inner.outvars, self.borders.lasting),
-      )
+    plan = Plan(
+      self.jaxpr,
+      self.in_forms,
+      steps,
+      reads,
+      held,
+      self.cast.among(inner.outvars),
+      jaxprs.ordered_places(inner.outvars, self.borders.lasting),
+    )
+    return rounding_late(
+      rounding_early(plan), self.around.numbers.of, is_whole=self.is_whole and out_forms is None
     )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:

@@ -393,6 +393,24 @@ def test_what_every_turn_of_a_loop_reads_gets_the_sum_of_their_cotangents(fn, po
   np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
 
 
+OFTEN = {
+  "unrolled": lambda h: sum(jnp.tanh(h + n / 64).mean() for n in range(100)),
+  "by_layers": lambda h: sum(jnp.tanh(h @ (W * n / 64)).mean() for n in range(100)),
+  "of_equal_modules": lambda h: sum(jax.jit(lambda h: jnp.tanh(h).mean())(h) for _ in range(100)),
+  "handed_in": jax.jit(lambda h: sum(jnp.tanh(h * n / 64).mean() for n in range(100))),
+}
+
+
+@in_turns(("fn", "policy"), OFTEN, POLICIES)
+def test_what_a_python_loop_reads_often_gets_the_sum_of_its_cotangents(fn, policy):
+  x = jax.random.normal(jax.random.key(6), (8, 4)) + 0.5
+  loss = lambda w, x: fn(x @ w)
+  got = jax.jit(jax.grad(mpjax.autocast(loss, policy)), compiler_options=ROUNDING)(W, x)
+  want = jax.grad(loss)(W, x)
+  tolerance = 0.008 if policy == "mixed_bfloat16" else 1e-3
+  np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
+
+
 SOURCES = jnp.where(jnp.arange(1200) % 2, 3, jnp.arange(1200) % 8)  # of edges, half of one node
 TAKEN = {
   "indexed": lambda h: h[SOURCES],

@@ -1,0 +1,92 @@
+"""Numbers that 16 bits do not hold, times what comes out of matmuls.
+
+What the matmuls give here both formats hold, so that whatever is off is off by the number.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import mpjax
+from _backends import ROUNDING
+from _jaxprs import equations
+from _turns import in_turns
+
+POLICIES = ("mixed_bfloat16", "mixed_float16")
+both = pytest.mark.parametrize("policy", POLICIES)
+
+X = jnp.arange(32.0).reshape(8, 4) / 16 - 1
+EYE = jnp.eye(4)
+REWARDS = jnp.linspace(0.0, 1.0, 8)
+
+
+def steps(turn):
+  """Sixteen turns of a step, from what is data."""
+  return lambda k: lax.scan(lambda x, k: (turn(x, k), None), X, jnp.broadcast_to(k, (16, 8, 4)))[0]
+
+
+MULTIPLES = {
+  "step": steps(lambda x, k: x + 1 / 60 * k),
+  "divided": steps(lambda x, k: x - k / 0.6),
+  "combined": steps(lambda x, k: x + 0.3 * (k + 0.7 * k.reshape(4, 8).reshape(8, 4))),
+  "of_a_function": steps(jax.jit(lambda x, k: x + 0.9 * k)),
+  "discounted": lambda k: REWARDS[:, None] + 0.99 * k,
+  "spread": lambda k: REWARDS[:, None, None] - (-0.99 * k)[None].transpose(1, 0, 2),
+  "filled": lambda k: X + jnp.full((1, 4), 0.99) * k,
+  "added_up": lambda k: jnp.sum(0.99 * k, 1),
+  "returned": lambda k: 0.18215 * k,
+  "returned_moved": lambda k: (0.7 * k).T,
+}
+
+
+@in_turns(("fn", "policy"), MULTIPLES, POLICIES)
+def test_a_multiple_that_float32_reads_is_one_of_the_number_that_was_written(fn, policy):
+  def both_ways(w):
+    f = lambda w: fn(X @ w)
+    value, transpose = jax.vjp(f, w)
+    return value, *transpose(jnp.ones_like(value))
+
+  inside = mpjax.autocast(both_ways, policy)
+  outside = lambda w: jax.vjp(mpjax.autocast(lambda w: fn(X @ w), policy), w)
+  got, of_got = jax.jit(inside, compiler_options=ROUNDING)(EYE)
+  want, of_want = both_ways(EYE)
+  np.testing.assert_allclose(got, want, atol=2e-6 * float(jnp.abs(want).max()))
+  value, transpose = outside(EYE)
+  np.testing.assert_allclose(value, want, atol=2e-6 * float(jnp.abs(want).max()))
+  for gradient in (of_got, *transpose(jnp.ones_like(want))):  # their cotangents round
+    np.testing.assert_allclose(gradient, of_want, rtol=0.01, atol=0.01)
+
+
+@both
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda h, w: jnp.tanh(0.3 * h) @ w,
+    lambda h, w: jnp.sin(h / 0.3 + 0.7 * h) @ w,
+    lambda h, w: (h + 0.1 * jnp.maximum(h @ w, 0)) @ w,
+  ],
+  ids=["scaled", "summed", "residual"],
+)
+def test_what_goes_on_to_a_matmul_rounds_with_its_number(fn, policy):
+  network = mpjax.autocast(lambda w: jnp.sum(fn(X @ w, w)), policy)
+  products = [e for e in equations(jax.make_jaxpr(network)(EYE)) if e.primitive.name == "mul"]
+  assert products
+  assert {e.outvars[0].aval.dtype.itemsize for e in products} == {2}
+
+
+@both
+def test_a_norm_reads_a_multiple_in_16_bits(policy):
+  """A norm reads it several times and stores it for its derivative."""
+
+  def norm(w):
+    h = 0.3 * (X @ w)
+    return jnp.sum((h - h.mean(-1, keepdims=True)) / jnp.sqrt(h.var(-1, keepdims=True) + 1e-5))
+
+  (product, *_) = [
+    e
+    for e in equations(jax.make_jaxpr(mpjax.autocast(norm, policy))(EYE))
+    if e.primitive.name == "mul"
+  ]
+  assert product.outvars[0].aval.dtype.itemsize == 2

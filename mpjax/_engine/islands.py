@@ -11,6 +11,7 @@ segment an island).
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ from mpjax._engine.versions import Literal, Var
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 _MIXES = frozenset({"mul", "add", "sub"})
+_MOST = 64
+"""Chains of so many steps are no mixtures: a loop that Python writes out, looked at from each."""
 
 
 class Island(NamedTuple):
@@ -90,8 +93,8 @@ def _mixed(
   """
   if steps[last].eqn.primitive.name not in _MIXES or not wide[last]:
     return set()
-  members = _reach_back(steps, wide, readers, makers, last)
-  if len(members) == 1:
+  members = _reach_back(steps, wide, readers, makers, last, _MOST)
+  if not 1 < len(members) < _MOST:
     return set()
   inside = [steps[n] for n in sorted(members)]
   stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
@@ -122,22 +125,24 @@ def _reach_back(
   readers: Readers,
   makers: Mapping[Var, int],
   last: int,
+  most: float = math.inf,
 ) -> set[int]:
-  """The elementwise steps whose values only the island reads, in float32."""
+  """The elementwise steps whose values only the island reads, in float32; no more than so many."""
   members: set[int] = set()
   queue = [-last]  # the latest first: whoever reads a value comes before who makes it
-  while queue:
+  queued = {last}
+  while queue and len(members) < most:
     index = -heapq.heappop(queue)
     step = steps[index]
     users = readers.get(step.eqn.outvars[0], ())
     inside = wide[index] and all(n in members and read.via is None for n, read in users)
-    if index in members or not (inside or index == last):
+    if not (inside or index == last):
       continue
     members.add(index)
-    made = (makers.get(a) for a in step.eqn.invars if not isinstance(a, Literal))
-    for maker in made:
-      if maker is not None:
-        heapq.heappush(queue, -maker)
+    made = {makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
+    for maker in made - queued:
+      heapq.heappush(queue, -maker)
+    queued |= made
   return members
 
 

@@ -1,0 +1,138 @@
+"""Programs twice as long take about twice as long to plan, in calls of functions."""
+
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mpjax
+
+W = jnp.ones((4, 4)) / 8
+TWICE = 2.4  # what grows with the square makes four of two
+
+
+def averaged(w, rows):
+  """A mean that follows, its decay computed."""
+  decay = jnp.tanh(w[0, 0])
+  mean = jnp.abs(rows[0] @ w)
+  for row in rows[1:]:
+    mean = decay * mean + (1 - decay) * jnp.abs(row @ w)
+  return mean
+
+
+def stack(w, rows):
+  """Residual layers."""
+  h = rows[0] @ w
+  for row in rows:
+    h = h + jnp.tanh(h * row) @ w
+  return h
+
+
+def cells(w, rows):
+  """A gated recurrent network, written out."""
+  c = h = jnp.zeros(4)
+  for row in rows:
+    f, i, o, g = (jax.nn.sigmoid(row @ (n * w) + h @ w) for n in (1, 2, 3, 4))
+    c = f * c + i * jnp.tanh(g)
+    h = o * jnp.tanh(c)
+  return h
+
+
+def mixed(w, rows):
+  """Gates that mix what they were given."""
+  h = jnp.ones(4)
+  for row in rows:
+    z = jax.nn.sigmoid(row @ w)
+    h = (1 - z) * h + z * jnp.tanh(row @ w)
+  return h
+
+
+def trained(w, rows):
+  """Gradient steps."""
+  for row in rows:
+    w = w - 0.1 * jax.grad(lambda w, x=row: jnp.sum((x @ w) ** 2))(w)
+  return w
+
+
+def attended(w, rows):
+  """Softmaxes, each of what the last one gave."""
+  h = jnp.stack(rows[:4])
+  for _ in rows:
+    h = jax.nn.softmax(h @ w @ h.T / 2) @ h
+  return h
+
+
+def read_by_all(w, rows):
+  """A value that all read."""
+  u = rows[0] @ w
+  return sum(jnp.tanh(u * row).sum() for row in rows)
+
+
+def powers(w, rows):
+  """A product that is multiplied on."""
+  y = u = jax.nn.sigmoid(rows[0] @ w)
+  for _ in rows:
+    y = y * u
+  return jnp.log(1 - y)
+
+
+def normalized(w, rows):
+  """Norms and activations."""
+  h = rows[0] @ w
+  for row in rows:
+    h = jax.nn.gelu(nn.standardize(h) @ w) * row
+  return h
+
+
+def gradient(fn):
+  return jax.grad(lambda w, rows: jnp.sum(fn(w, rows)))
+
+
+def calls(fn, n):
+  """How many functions are called where a program of n rounds is traced under a policy."""
+  rows = jnp.ones((n, 4))
+  run = mpjax.autocast(lambda w, rows: fn(w, list(rows)), "mixed_bfloat16")
+  count = 0
+
+  def profile(frame, event, arg):
+    nonlocal count
+    del frame, arg
+    count += event in ("call", "c_call")
+
+  before = sys.getprofile()
+  sys.setprofile(profile)
+  try:
+    jax.make_jaxpr(run)(W, rows)
+  finally:
+    sys.setprofile(before)
+  return count
+
+
+PROGRAMS = (
+  averaged,
+  stack,
+  cells,
+  mixed,
+  trained,
+  attended,
+  read_by_all,
+  powers,
+  normalized,
+)
+
+
+programs = pytest.mark.parametrize("fn", PROGRAMS, ids=lambda fn: fn.__name__)
+
+
+@programs
+def test_a_program_twice_as_long_is_planned_in_twice_the_calls(fn):
+  calls(fn, 4)  # what is imported or made once
+  assert calls(fn, 96) < TWICE * calls(fn, 48)
+
+
+@programs
+def test_so_is_one_with_a_backward_pass(fn):
+  calls(gradient(fn), 4)
+  assert calls(gradient(fn), 48) < TWICE * calls(gradient(fn), 24)

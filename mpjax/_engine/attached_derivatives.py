@@ -102,7 +102,23 @@ attached_p = new_primitive(
   batch=_batch,
 )
 """The first operand, with a derivative by the next two, which may read what follows."""
-jet.jet_rules[attached_p] = lambda primals, series, **_: (primals[0], series[0])
+
+
+def _series(primals: Any, series: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
+  """The terms of a bilinear function's Taylor series, each with the derivatives chosen for it."""
+  (first, second, *rest), (along_first, along_second) = primals[1:], along
+  firsts, seconds = [first, *series[1]], [second, *series[2]]
+  has_second = jnp.issubdtype(second.dtype, jnp.inexact)  # and is no index
+  terms = []
+  for k in range(1, len(firsts)):
+    pairs = zip(firsts[k : 0 if has_second else k - 1 : -1], seconds, strict=False)
+    found = [along_first(*pair, *rest) for pair in pairs]
+    found += [along_second(first, seconds[k], *rest)] if has_second else []
+    terms.append(functools.reduce(operator.add, found))
+  return attached_p.bind(*primals, along=along), terms
+
+
+jet.jet_rules[attached_p] = _series
 
 
 def _constant_jvp(primals: Any, tangents: Any) -> Any:

@@ -64,13 +64,20 @@ class Decided(NamedTuple):
     with jax.named_scope(POLICY_REGION):
       operands = [into(x, loss_scale) for x in self.call.operands]
       captured = [into(x, loss_scale) if isinstance(x, Tracer) else x for x in self.captured]
-      leaves = self.planned.interpreter(loss_scale).run(self.plan, operands, captured)
+      is_expanded = any(map(_is_series, (*operands, *captured)))
+      interpreter = self.planned.interpreter(loss_scale, stepwise=is_expanded)
+      leaves = interpreter.run(self.plan, operands, captured)
       arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
       outside = [
         out_of(x, loss_scale) if form else to_dtype(out_of(x, loss_scale), x.dtype)
         for x, form in zip(arrays, self.plan.out_forms, strict=True)
       ]
     return self.call.result(outside, self.plan.out_forms)
+
+
+def _is_series(x: Any) -> bool:
+  """Whether a value is a Taylor series: `jet` has rules for operations, not for checkpoints."""
+  return type(x).__module__ == "jax.experimental.jet"
 
 
 def runs_as_written() -> bool:

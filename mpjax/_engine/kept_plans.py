@@ -65,13 +65,15 @@ class Planned:
   def __init__(self, program: Program) -> None:
     self.planner = Planner(program.policies, program.scoping)
     self.plan: Plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
-    self._interpreters: dict[float, Interpreter] = {}
+    self._interpreters: dict[tuple[float, bool], Interpreter] = {}
 
-  def interpreter(self, loss_scale: float) -> Interpreter:
-    """What runs the plan, with what it rebuilt in earlier runs with this loss scale."""
-    if loss_scale not in self._interpreters:
-      self._interpreters[loss_scale] = Interpreter(self.planner, loss_scale=loss_scale)
-    return self._interpreters[loss_scale]
+  def interpreter(self, loss_scale: float, *, stepwise: bool) -> Interpreter:
+    """What runs the plan, with what it rebuilt in earlier runs of this kind."""
+    key = loss_scale, stepwise
+    if key not in self._interpreters:
+      made = Interpreter(self.planner, stepwise=stepwise, loss_scale=loss_scale)
+      self._interpreters[key] = made
+    return self._interpreters[key]
 
 
 def planned(program: Program, operands: Sequence[jax.Array]) -> Planned:

@@ -379,6 +379,45 @@ def test_it_has_a_taylor_series():
   assert_close(second, want[2])
 
 
+def gated(w, x):
+  z = jax.nn.sigmoid(x @ w)
+  return (1 - z) * jnp.tanh(x @ w) + z * x
+
+
+EXPANDED = {
+  "gates": gated,
+  "exponential": lambda w, x: jnp.exp(x @ w / 4) @ w,
+  "elu": lambda w, x: jax.nn.elu(x @ w) @ w,
+  "softmax": lambda w, x: jax.nn.softmax(x @ w) @ w,
+  "attention": lambda w, x: jax.nn.dot_product_attention(*3 * [(x @ w)[None, :, None]]),
+  "called": jax.jit(gated),
+  "looked_up": lambda w, x: jnp.tanh((x @ w)[jnp.array([1, 0, 1, 3])]) @ w,
+  "convolved": lambda w, x: jax.lax.conv_general_dilated(
+    (x @ w)[None, None], w[None, None], (1, 1), "SAME"
+  ),
+  "recurring": lambda w, x: functools.reduce(lambda h, _: gated(w, h), range(5), x),
+}
+
+
+@pytest.mark.parametrize("fn", EXPANDED.values(), ids=EXPANDED.keys())
+def test_what_has_a_taylor_series_in_float32_has_one_under_a_policy(fn):
+  w, x = jax.random.normal(jax.random.key(0), (2, 4, 4)) / 2
+  direction = [[jnp.ones_like(x), jnp.zeros_like(x)]]
+
+  def series(fn):
+    return lambda w: jet.jet(lambda x: fn(w, x), (x,), direction)
+
+  cast = mpjax.autocast(fn, "mixed_bfloat16")
+  for got, want in zip(*(jax.tree.leaves(series(f)(w)) for f in (cast, fn)), strict=True):
+    np.testing.assert_allclose(got, want, atol=0.06 * float(jnp.abs(want).max()))
+
+  def energy(fn):
+    return jax.grad(lambda w: sum(jnp.sum(t**2) for t in series(fn)(w)[1]))
+
+  found, want = energy(cast)(w), energy(fn)(w)
+  np.testing.assert_allclose(found, want, atol=0.06 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())
 def test_a_linear_function_is_transposed(linear):
   def transposed(fn):

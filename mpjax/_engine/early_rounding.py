@@ -50,7 +50,7 @@ def rounding_early(plan: Plan) -> Plan:
   for n in reversed(moves):
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]
     found = sorted({reader for reads in readers for reader, _ in reads})
-    if max(map(len, readers)) == 1 and found[0] >= 0:  # no result of the plan
+    if max(map(len, readers), default=0) == 1 and found[0] >= 0:  # no result of the plan
       changed |= _round(steps, n, found)
   return replace(plan, steps=tuple(steps)) if changed else plan
 

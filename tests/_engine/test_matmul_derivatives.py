@@ -418,6 +418,30 @@ def test_what_has_a_taylor_series_in_float32_has_one_under_a_policy(fn):
   np.testing.assert_allclose(found, want, atol=0.06 * float(jnp.abs(want).max()))
 
 
+def test_what_a_mask_of_no_use_chose_is_differentiated_and_transposed():
+  """A transpose knows a mask, and calls a function that is left with no result."""
+  x, w = jax.random.normal(jax.random.key(0), (2, 4, 4)) / 2
+  seen = jnp.tril(jnp.ones((4, 4), bool))
+
+  def masked(w):
+    h = x @ w
+    return jnp.where(seen, jax.nn.softmax(h @ h.T / 2), 0) @ h
+
+  def transposed(fn):
+    return jax.linear_transpose(jax.linearize(fn, w)[1], w)(fn(w))[0]
+
+  def both(w):
+    del w
+    return transposed(masked)
+
+  want = transposed(masked)
+  for got in (
+    transposed(mpjax.autocast(masked, "mixed_bfloat16")),
+    mpjax.autocast(both, "mixed_bfloat16")(w),
+  ):
+    np.testing.assert_allclose(got, want, atol=0.03 * float(jnp.abs(want).max()))
+
+
 @pytest.mark.parametrize("linear", LINEAR.values(), ids=LINEAR.keys())
 def test_a_linear_function_is_transposed(linear):
   def transposed(fn):

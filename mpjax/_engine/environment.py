@@ -69,10 +69,12 @@ class Environment:
 
   def fill(self, keys: Iterable[Key], values: Iterable[Any]) -> None:
     """Put values in their places."""
-    self._known.update(zip(keys, values, strict=True))
-    for var in self._often:
-      if (key := Key(var)) in self._known:
-        self._known[key] = to_dtype(self._known[key], FLOAT32)
+    pairs = zip(keys, values, strict=True)
+    if not self._often:
+      self._known.update(pairs)
+    for key, value in pairs:
+      is_read_often = key.var in self._often and key == Key(key.var)
+      self._known[key] = to_dtype(value, FLOAT32) if is_read_often else value
 
   def get(self, key: Key) -> Any:
     """A value as some equations share it."""

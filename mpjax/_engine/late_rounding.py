@@ -85,9 +85,10 @@ def _way(plan: Plan, start: int, wide: set[int], *, is_whole: bool) -> set[int]:
   way, n = {start}, start
   while True:
     (var,) = plan.steps[n].eqn.outvars
-    (n, read), *others = plan.readers.get(var, _UNREAD)
-    if others or read.via is not None:
+    reads = plan.readers.get(var, [])
+    if len(reads) != 1 or reads[0][1].via is not None:
       return set()
+    n, read = reads[0]
     if n == _RESULT:
       return way if is_whole else set()
     reader = plan.steps[n]
@@ -102,7 +103,6 @@ def _way(plan: Plan, start: int, wide: set[int], *, is_whole: bool) -> set[int]:
 
 _ONE_FLOAT32 = (DATA,)
 _RESULT = -1
-_UNREAD = [(_RESULT, Read(FLOAT32))]
 
 
 def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:

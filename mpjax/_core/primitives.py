@@ -62,6 +62,8 @@ class Trait(enum.Flag):
   """Becomes a constant for arguments that are far from zero."""
   ONE_AT_ZERO = enum.auto()
   """Is one for zero, and near one for arguments near it."""
+  LINEAR_AT_ZERO = enum.auto()
+  """Is about as large as its argument where that is small."""
   LOGARITHM = enum.auto()
   """Infinite for an argument that a 16-bit sigmoid reaches."""
   STEEP = enum.auto()
@@ -106,6 +108,7 @@ _EXPONENTIAL = (
 )
 _RANGE = "256 squared and its kind exceed float16; bfloat16 has the range of float32"
 _NEAR = "errors grow near 1 and near 0"
+_STEEP = "steep near one"
 _SUM = "16-bit sums stall: 256 + 1 is 256 in bfloat16"
 _COTANGENTS = "adds up many terms, as the cotangents of a weight that is used often"
 _LARGEST = "the largest logit seeds softmax and logsumexp: x - max(x) must not round"
@@ -124,18 +127,25 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.LOWER, "fast in 16 bits, and adds up in float32", _T.MATMUL),
   ),
   ("exp exp2", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
-  ("expm1 pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
+  ("expm1", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL | _T.LINEAR_AT_ZERO)),
+  ("pow", Facts(Rule.FULL, _EXPONENTIAL, _T.TRANSCENDENTAL)),
   ("one_minus_square", Facts(Rule.FULL, "what is near 1 is subtracted from 1")),
   ("integer_pow", Facts(Rule.RANGE, _RANGE, _T.ARITHMETIC)),
   ("polynomial", Facts(Rule.FULL, _SUM)),
   ("atan2", Facts(Rule.RANGE, "its derivative divides by a sum of squares, which leaves float16")),
   ("cosh", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
-  ("sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL)),
+  ("sinh tan", Facts(Rule.RANGE, _RANGE, _T.TRANSCENDENTAL | _T.LINEAR_AT_ZERO)),
   ("square", Facts(Rule.FULL, "nearly always feeds a sum: a variance, a norm", _T.ARITHMETIC)),
-  ("log log1p log2 atanh erf_inv", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
-  ("acos asin", Facts(Rule.FULL, "steep near one", _T.TRANSCENDENTAL | _T.STEEP)),
+  ("log log2", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM)),
+  (
+    "log1p atanh erf_inv",
+    Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LOGARITHM | _T.LINEAR_AT_ZERO),
+  ),
+  ("acos", Facts(Rule.FULL, _STEEP, _T.TRANSCENDENTAL | _T.STEEP)),
+  ("asin", Facts(Rule.FULL, _STEEP, _T.TRANSCENDENTAL | _T.STEEP | _T.LINEAR_AT_ZERO)),
   ("rsqrt", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.STEEP)),
-  ("acosh asinh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
+  ("acosh lgamma digamma", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL)),
+  ("asinh", Facts(Rule.FULL, _NEAR, _T.TRANSCENDENTAL | _T.LINEAR_AT_ZERO)),
   (
     "polygamma zeta igamma igammac igamma_grad_a regularized_incomplete_beta bessel_i0e "
     "bessel_i1e random_gamma",
@@ -165,12 +175,13 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _AS_EXACT, _T.ARITHMETIC)),
   ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _AS_EXACT)),
-  ("sin", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL)),
+  ("sin", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.LINEAR_AT_ZERO)),
   ("sqrt cbrt", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.STEEP)),
   ("cos", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),
+  ("logistic erfc", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.SATURATES)),
   (
-    "tanh logistic erf erfc atan",
-    Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.SATURATES),
+    "tanh erf atan",
+    Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.SATURATES | _T.LINEAR_AT_ZERO),
   ),
   (
     "eq ne lt le gt ge is_finite clamp select_n broadcast_in_dim stop_gradient",

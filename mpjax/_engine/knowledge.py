@@ -31,7 +31,7 @@ from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import additions
 from mpjax._engine.small_steps import View
 from mpjax._engine.sums import Summing, sums_in
-from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
 class Known(NamedTuple):
@@ -142,7 +142,8 @@ class Knowledge:
     self.exact, self._exact_inside = exact.values, dict(exact.inside)
     self.sums = sums_in(inner, known.sums, is_backward, needs)
     self.made = analyses.makings.variables(jaxpr, known.made)
-    self.leading = needs.leading(jaxpr, known.leading)
+    outside = known.leading if known.exact is not None else _whole(inner)
+    self.leading = needs.leading(jaxpr, outside)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     is_sum, pure = analyses.contents.is_sum, self.sums.pure
@@ -270,6 +271,11 @@ class Knowledge:
       return frozenset()
     makers = self.view.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
+
+
+def _whole(inner: Jaxpr) -> Leading[int]:
+  """Where the results of a whole function lead: they are returned."""
+  return Leading(returned=frozenset(range(len(inner.outvars))))
 
 
 def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:

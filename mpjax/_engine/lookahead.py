@@ -15,7 +15,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.contents import Contents
 from mpjax._engine.jaxprs import variables_of
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Var
+from mpjax._engine.versions import AnyJaxpr, Jaxpr, JaxprEqn, Var
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ class Question(NamedTuple):
     is_again: Whether it is asked in the body of a checkpoint's backward pass, where only those are
       ends that belong to what is computed again.
     through_matmuls: Whether it is asked of what other matmuls multiply on the way, too.
+    through_streams: Whether it is asked of what is added to another value as large, too.
   """
 
   ends: frozenset[str]
@@ -43,6 +44,7 @@ class Question(NamedTuple):
   is_forward: bool = False
   is_again: bool = False
   through_matmuls: bool = False
+  through_streams: bool = True
 
 
 LOGARITHMS = Question(having(Trait.LOGARITHM))
@@ -62,6 +64,9 @@ MULTIPLIED = Question(_MULTIPLY, MATMULS | {"gather"}, is_forward=True)
 
 _NOWHERE = Question(frozenset())
 
+_RETURNED = Question(frozenset(), MATMULS, through_streams=False)
+"""What is returned, but for the terms of a residual stream."""
+
 
 class Leading(NamedTuple, Generic[T]):
   """What leads somewhere: results of a jaxpr that do so outside, by index, or variables.
@@ -71,6 +76,8 @@ class Leading(NamedTuple, Generic[T]):
     factored_later: And what does so by way of other matmuls, as ``h @ p`` of ``h @ p @ h.T``.
     phases: What leads into a sine or cosine.
     multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
+    returned: What leads to a result of the whole function, if there are matmuls; but for what is
+      added to another value as large, a residual stream.
     multiplying: What asks for that there.
   """
 
@@ -78,6 +85,7 @@ class Leading(NamedTuple, Generic[T]):
   factored_later: frozenset[T] = frozenset()
   phases: frozenset[T] = frozenset()
   multiplied: frozenset[T] = frozenset()
+  returned: frozenset[T] = frozenset()
   multiplying: Question = MULTIPLIED
 
 
@@ -177,6 +185,7 @@ class Needs:
     if key not in self._ends:
       inner = versions.open_jaxpr(jaxpr)
       found = variables_of(inner.outvars[n] for n in outs)
+      spread = None if question.through_streams else _spread(inner)
       for eqn in reversed(inner.eqns):
         name = eqn.primitive.name
         if name in HAVE_BODIES:
@@ -189,7 +198,10 @@ class Needs:
         elif not found.isdisjoint(eqn.outvars) and (
           self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)
         ):
-          found |= variables_of(eqn.invars)
+          read = variables_of(eqn.invars)
+          is_sum = name == "add" and len(read) > 1
+          if spread is None or not is_sum or not spread.isdisjoint(read):
+            found |= read
       operands = jaxprs.places_of(inner.invars, found)
       self._ends[key] = frozenset(found), operands
     return self._ends[key]
@@ -221,6 +233,7 @@ def _each(
     find(_FACTORED_LATER, known.factored_later),
     find(_PHASES, known.phases),
     find(multiplying, known.multiplied),
+    find(_RETURNED, known.returned),
     multiplying,
   )
 
@@ -239,6 +252,11 @@ def asked_at(question: Question, eqn: JaxprEqn) -> Question:
   if not scopes.is_backward(stack):
     return question
   return question._replace(is_again=True) if eqn.primitive.name in _REMATS else _NOWHERE
+
+
+def _spread(inner: Jaxpr) -> set[Var]:
+  """What is spread over the dimensions of another value, as a bias is over a batch."""
+  return {eqn.outvars[0] for eqn in inner.eqns if eqn.primitive.name == "broadcast_in_dim"}
 
 
 def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:

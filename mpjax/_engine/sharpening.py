@@ -244,7 +244,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "few outputs",
     {Rule.LOWER},
-    lambda s: s.name == "dot_general" and sight.is_head(s),
+    lambda s: s.name in MATMULS and sight.is_head(s),
     Rule.WIDE,
     "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
   ),

@@ -226,7 +226,7 @@ def multiplies_by_much(sight: Sight) -> bool:
 
 def adds_much(sight: Sight) -> bool:
   """Whether a number like 300 is added to an output, which no matmul multiplies, or subtracted."""
-  if sight.result in sight.around.leading.multiplied or sight.place.has_cotangents:
+  if is_hidden(sight) or sight.place.has_cotangents:
     return False
   known = [sight.around.numbers.of(atom) for atom in sight.eqn.invars]
   return any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known)
@@ -236,9 +236,15 @@ UNIT, MASKS = 2, 2**24
 """From where on numbers are those of a unit, and from where on those of a mask."""
 
 
+def is_hidden(sight: Sight) -> bool:
+  """Whether a result leads nowhere but into other matmuls."""
+  leading = sight.around.leading
+  return sight.result in leading.multiplied and sight.result not in leading.returned
+
+
 def is_head(sight: Sight) -> bool:
-  """Whether a matmul makes little of much, and nothing that another matmul multiplies."""
-  if sight.result in sight.around.leading.multiplied or sight.place.has_cotangents:
+  """Whether a matmul makes little of much, and what is returned or no other matmul multiplies."""
+  if is_hidden(sight) or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)

@@ -37,6 +37,7 @@ _PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
 _CHOICES = frozenset(
   {"select_n", "max", "min", "clamp", "concatenate", "dynamic_update_slice", "scatter"}
 )
+_LINEAR_AT_ZERO = having(Trait.LINEAR_AT_ZERO)
 _ROUNDS = frozenset({"round", "floor", "ceil"})
 """Whoever rounds has made numbers large before, and makes them small behind it."""
 
@@ -186,8 +187,8 @@ class _Sizes:
     """The number of times that a value is something, as far as it is known; else 1.
 
     Of a sum, or one or the other of several values, the largest; of a gradient half of `SMALL`.
-    A matmul is as many times larger as its operands were made, by who rounds them, say; not
-    smaller, for weights are divided by what the sum multiplies.
+    A matmul is as many times larger or smaller as its operands were made; not smaller where they
+    were divided by what the sum multiplies.
 
     Args:
       atom: The value.
@@ -203,8 +204,9 @@ class _Sizes:
         factor = self._of_parts(end, factor)
       elif _undoes_a_sum(factor, end.eqn):
         return 1.0
-      elif factor < SMALL and end.eqn.primitive.name in MATMULS:
-        factor *= math.prod(max(1.0, self.of(a, end.view)) for a in end.eqn.invars[:2])
+      elif end.eqn.primitive.name in MATMULS:
+        times = math.prod(self.of(a, end.view) for a in end.eqn.invars[:2])
+        factor *= 1.0 if _undoes_a_sum(times, end.eqn) else times
     return factor
 
   def _product(self, atom: Atom, view: View, ends: list[_End]) -> float:
@@ -238,6 +240,8 @@ class _Sizes:
       elif name in _ROUNDS:
         before = self._product(eqn.invars[0], view, ends)
         return factor * before if before > 1 else 1.0
+      elif name in _LINEAR_AT_ZERO:
+        return factor * min(1.0, self.of(eqn.invars[0], view))
       elif len(parts := _parts(eqn, atom, view)) == 1:
         ((atom, view),) = parts
       else:

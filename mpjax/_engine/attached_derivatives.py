@@ -7,6 +7,12 @@ a primitive, `attached_p`, whose derivative is the one that was chosen::
 
     r = dot_general c d       # c, d: a and b, as constants
     y = mpjax_attached r a b  # the value of r, a derivative by a and b
+
+So does what many read in 16 bits, for each of them: its cotangent goes to the float32 value that it
+was rounded from, where those of all add up, and what they store is one array::
+
+    n = convert_element_type[new_dtype=bfloat16] x
+    y = mpjax_rounded n x  # n itself where it is differentiated
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import jet
 from jax.interpreters import ad
 
@@ -136,3 +143,37 @@ _constant_p = new_primitive(
 )
 """The identity, without a derivative."""
 jet.jet_rules[_constant_p] = lambda primals, series: (primals[0], series[0])
+
+
+def rounded_from(rounded: jax.Array, x: jax.Array) -> jax.Array:
+  """A value that was rounded, whose derivative is one by what it was rounded from."""
+  return _rounded_p.bind(rounded, x)
+
+
+def _rounded_jvp(primals: Any, tangents: Any) -> Any:
+  rounded, tangent = primals[0], tangents[1]
+  if isinstance(tangent, ad.Zero):
+    return rounded, _zero(rounded)
+  return rounded, lax.convert_element_type(tangent, rounded.dtype)
+
+
+def _rounded_transpose(cotangent: jax.Array, _: Any, x: Any) -> list[Any]:
+  return [None, lax.convert_element_type(cotangent, x.aval.dtype)]
+
+
+def _rounded_batch(args: Any, dims: Any) -> Any:
+  """Both have examples: the one was made of the other."""
+  moved = [jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+  return _rounded_p.bind(*moved), 0
+
+
+_rounded_p = new_primitive(
+  "mpjax_rounded",
+  lambda rounded, x: rounded,
+  shape=lambda rounded, x: rounded,
+  jvp=_rounded_jvp,
+  transpose=_rounded_transpose,
+  batch=_rounded_batch,
+)
+"""The first operand, with the derivative of a cast by the second."""
+jet.jet_rules[_rounded_p] = lambda primals, series: (primals[0], series[0])

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec, get_abstract_mesh, reshard, use_abstract
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import jaxprs
-from mpjax._engine.plan import Read
+from mpjax._engine.attached_derivatives import rounded_from
+from mpjax._engine.plan import Often, Read
 from mpjax._engine.versions import Atom, Literal, Var
 
 T = TypeVar("T")
@@ -49,19 +50,20 @@ class Environment:
 
   Shared is what a value became by leaving its module, and a narrow value that was widened: its
   cotangents meet in float32 and round once. A cast to 16 bits at a use is never shared, so that
-  the gradient of a weight that is used many times sums up in float32. A narrow value that many
-  read is held in float32 for that, which changes no number.
+  the gradient of a weight that is used many times sums up in float32. A 16-bit value that many
+  read is held in float32, too, which changes no number: there its cotangents meet.
 
   Args:
     number: What becomes of a number of the trace.
-    often: The narrow variables that many read, and their formats.
+    often: The 16-bit values that many read, and their formats.
   """
 
   def __init__(
-    self, number: Callable[[Any], Any], often: Mapping[Var, np.dtype] = MappingProxyType({})
+    self, number: Callable[[Any], Any], often: Mapping[Often, np.dtype] = MappingProxyType({})
   ) -> None:
     self._known: dict[Key, Any] = {}
     self._number, self._often = number, often
+    self._rounded: dict[Often, Any] = {}
 
   def write(self, variables: Sequence[Var], values: Sequence[jax.Array]) -> None:
     """Define variables, each in the dtype that it is held in."""
@@ -69,23 +71,36 @@ class Environment:
 
   def fill(self, keys: Iterable[Key], values: Iterable[Any]) -> None:
     """Put values in their places."""
-    pairs = zip(keys, values, strict=True)
-    if not self._often:
-      self._known.update(pairs)
-    for key, value in pairs:
-      is_read_often = key.var in self._often and key == Key(key.var)
-      self._known[key] = to_dtype(value, FLOAT32) if is_read_often else value
+    for key, value in zip(keys, values, strict=True):
+      if key[:2] in self._often:
+        self._known[Key(*key[:2])] = to_dtype(value, FLOAT32)
+      else:
+        self._known[key] = value
 
   def get(self, key: Key) -> Any:
     """A value as some equations share it."""
-    if key.via is None and key.var in self._often:
-      value = self._known[Key(key.var)]
-      return value if key.wide else to_dtype(value, self._often[key.var])
+    if key[:2] in self._often:
+      return self._held(key[:2]) if key.wide else self._read_often(key[:2])
     if key in self._known or key == Key(key.var):
       return self._known[key]
     dtype: Any = FLOAT32 if key.wide else key.via
     self._known[key] = to_dtype(self.get(without_last_cast(key)), dtype)
     return self._known[key]
+
+  def _held(self, often: Often) -> Any:
+    """A 16-bit value that many read, in float32."""
+    key = Key(*often)
+    if key not in self._known:  # it leaves its module here
+      rounded = to_dtype(self.get(Key(key.var)), self._often[often])
+      self._known[key] = to_dtype(rounded, FLOAT32)
+    return self._known[key]
+
+  def _read_often(self, often: Often) -> Any:
+    """Such a value for one of those that read it in 16 bits, who all may store the same array."""
+    held = self._held(often)
+    if often not in self._rounded:
+      self._rounded[often] = to_dtype(held, self._often[often])
+    return rounded_from(self._rounded[often], held)
 
   def read(self, atom: Atom, read: Read) -> Any:
     """An operand in the dtype that an equation wants."""

@@ -31,7 +31,7 @@ from mpjax._engine.float8 import in_float8
 from mpjax._engine.float32_products import but_on_gpus, in_order, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.kinds import PARAM
-from mpjax._engine.loop_carries import read_often
+from mpjax._engine.loop_carries import shared_by_turns
 from mpjax._engine.matmul_derivatives import (
   Contraction,
   product_of,
@@ -362,9 +362,9 @@ def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) 
 
 
 def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
-  """A loop; what a long one reads in every turn rounds inside: its cotangents are added up."""
+  """A loop; what its turns read often rounds inside: its cotangents are added up."""
   (plan,) = step.bodies
-  shared = read_often(step.eqn, plan.in_forms)
+  shared = shared_by_turns(step.eqn, plan)
   given = [to_dtype(x, FLOAT32) if n in shared else x for n, x in enumerate(operands)]
   jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(plan, shared))
   return jaxprs.run_with(step.eqn, given, step.params | {"jaxpr": jaxpr})

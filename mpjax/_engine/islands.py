@@ -28,8 +28,10 @@ from mpjax._engine.versions import Literal, Var
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 _MIXES = frozenset({"mul", "add", "sub"})
-_MOST = 64
-"""Chains of so many steps are no mixtures: a loop that Python writes out, looked at from each."""
+_MOST = 32
+"""So many steps a mixture has at most: Python may have written out a long loop of them."""
+_CUTS = 8
+"""In so many places it is cut off from the rest of such a loop, until it stores no sum."""
 
 
 class Island(NamedTuple):
@@ -93,15 +95,24 @@ def _mixed(
   """
   if steps[last].eqn.primitive.name not in _MIXES or not wide[last]:
     return set()
-  members = _reach_back(steps, wide, readers, makers, last, _MOST)
-  if not 1 < len(members) < _MOST:
+  members = sorted(_reach_back(steps, wide, readers, makers, last, _MOST))
+  inside = [steps[n] for n in members]
+  if len(members) == 1 or not _mixes(inside):
     return set()
-  inside = [steps[n] for n in sorted(members)]
+  cuts = range(_CUTS if len(members) == _MOST else 1)  # the rest of a chain is one of its own
+  found = (n for n in cuts if _mixes(inside[n:]) and _stores_factors(inside[n:]))
+  start = next(found, len(members))
+  return {*members[start:]}
+
+
+def _mixes(inside: Sequence[Step]) -> bool:
+  return {Kind.NARROW, Kind.DATA} <= {*_large(inside).values()}
+
+
+def _stores_factors(inside: Sequence[Step]) -> bool:
+  """Whether steps multiply all the float32 that they read: it is stored anyway."""
   stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
-  large = _large(inside)
-  is_enough = all(kind is not Kind.DATA or a in stored for a, kind in large.items())
-  mixes = {Kind.NARROW, Kind.DATA} <= {*large.values()}
-  return members if mixes and is_enough else set()
+  return all(kind is not Kind.DATA or a in stored for a, kind in _large(inside).items())
 
 
 def _is_wide_elementwise(step: Step) -> bool:

@@ -18,14 +18,18 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.constants import NumberSet
+from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind
-from mpjax._engine.plan import AS_HELD, Plan, Read, Step
+from mpjax._engine.plan import AS_HELD, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.versions import Atom, Literal, Var
 
 _MULTIPLIES = frozenset({"mul", "div"})
 _ADDS = frozenset({"add", "sub"})
-_LEADS_ON = _ADDS | having(Trait.MOVES) | {"neg", "broadcast_in_dim"}
+_MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
+_LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
 _ADDS_UP = _ADDS | {"reduce_sum"}
+_RESULT = -1
+"""What reads the results of a plan, among the indices of steps."""
 
 
 def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole: bool) -> Plan:
@@ -36,13 +40,17 @@ def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole:
     numbers: The numbers that occur in a constant of it.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  multiples = [n for n, step in enumerate(plan.steps) if _is_inexact_multiple(step, numbers)]
-  wide = set[int]()
-  for n in reversed(multiples):
-    wide |= _way(plan, n, wide, is_whole=is_whole)
+  if not any(_is_inexact_multiple(step, numbers) for step in plan.steps):
+    return plan
+  late = _late(plan, is_whole=is_whole)
+  wide, made = set[int](), set[Var]()
+  for n in sorted(late):
+    step = plan.steps[n]
+    if _is_inexact_multiple(step, numbers) or made & variables_of(step.eqn.invars):
+      wide.add(n)
+      made |= {*step.eqn.outvars}
   if not wide:
     return plan
-  made = {var for n in wide for var in plan.steps[n].eqn.outvars}
   readers = {n for var in made for n, _ in plan.readers[var]}
   steps = [*plan.steps]
   for n in wide | readers - {_RESULT}:
@@ -57,11 +65,13 @@ def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bo
   if step.eqn.primitive.name not in _MULTIPLIES or not _is_multiple(step):
     return False
   found = numbers(step.eqn.invars[step.operands.index(CONSTANT)])
+  if found is not None and step.eqn.primitive.name == "div":  # 16 bits hold 60, and no 1 / 60
+    found = {1 / number if number else 0.0 for number in found}
   return found is None or any(_is_inexact(number, step.outs[0]) for number in found)
 
 
 def _is_multiple(step: Step) -> bool:
-  """Whether a step makes a narrow value of a narrow one and of numbers, none of them divided."""
+  """Whether a step multiplies a narrow value by a number, or divides it by one, and rounds."""
   first, second = step.operands
   kinds = {form and form.kind for form in (first, second)}
   return (
@@ -80,33 +90,47 @@ def _is_inexact(number: float, form: Form | None) -> bool:
   return form is not None and float(np.asarray(number).astype(form.dtype)) != number
 
 
-def _way(plan: Plan, start: int, wide: set[int], *, is_whole: bool) -> set[int]:
-  """The steps from a multiple to where float32 reads it alone; none if it is read otherwise."""
-  way, n = {start}, start
-  while True:
-    (var,) = plan.steps[n].eqn.outvars
-    reads = plan.readers.get(var, [])
-    if len(reads) != 1 or reads[0][1].via is not None:
-      return set()
-    n, read = reads[0]
-    if n == _RESULT:
-      return way if is_whole else set()
-    reader = plan.steps[n]
-    name = reader.eqn.primitive.name
-    if n in wide or (read.to == FLOAT32 and name in _ADDS_UP and reader.outs == _ONE_FLOAT32):
-      return way
-    leads_on = name in _LEADS_ON or (name in _MULTIPLIES and _is_multiple(reader))
-    if not leads_on or read.to is not None or len(reader.outs) != 1 or not _is_narrow(reader):
-      return set()
-    way.add(n)
+def _late(plan: Plan, *, is_whole: bool) -> set[int]:
+  """The steps that make or lead on multiples, and whose result float32 alone reads.
+
+  Once, or to add: what is added up and read again besides is most often normalized.
+  """
+  late = set[int]()
+  for n, step in reversed([*enumerate(plan.steps)]):
+    reads = plan.readers.get(step.eqn.outvars[0], []) if _leads_on(step) else []
+    is_late = reads and all(_is_late(plan, *read, late, is_whole=is_whole) for read in reads)
+    if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
+      late.add(n)
+  return late
 
 
-_ONE_FLOAT32 = (DATA,)
-_RESULT = -1
+def _is_total(plan: Plan, reader: int) -> bool:
+  return reader != _RESULT and plan.steps[reader].eqn.primitive.name == "reduce_sum"
+
+
+def _leads_on(step: Step) -> bool:
+  """Whether a step multiplies a narrow value by a number, or adds or moves narrow ones."""
+  name = step.eqn.primitive.name
+  return len(step.outs) == 1 and (
+    (name in _LEADS_ON and _is_narrow(step)) or (name in _MULTIPLIES and _is_multiple(step))
+  )
+
+
+def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: bool) -> bool:
+  """Whether a narrow value is read in float32, or by what is itself."""
+  if read.via is not None:
+    return False
+  if reader == _RESULT:
+    return is_whole
+  if reader in late:
+    return read.to is None
+  step = plan.steps[reader]
+  adds_up = step.eqn.primitive.name in _ADDS_UP and step.outs == ONE_FLOAT32
+  return read.to == FLOAT32 and adds_up
 
 
 def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:
-  """A step that reads what is float32 now as it is held; and all else so, if it is wide itself."""
+  """A step that reads as it is held what is float32 now; if it is wide itself, all in float32."""
   reads: list[Read] = []
   operands = []
   for atom, form, read in zip(step.eqn.invars, step.operands, step.reads, strict=True):
@@ -116,5 +140,5 @@ def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:
       read = Read(read.via, FLOAT32) if form.dtype != FLOAT32 or read.via else AS_HELD
     reads.append(read)
     operands.append(form)
-  outs = step.outs if not is_wide else _ONE_FLOAT32
+  outs = step.outs if not is_wide else ONE_FLOAT32
   return replace(step, reads=tuple(reads), operands=tuple(operands), outs=outs)

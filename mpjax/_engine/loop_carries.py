@@ -10,6 +10,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
 from mpjax._engine.jaxprs import kind, places_of
 from mpjax._engine.kinds import DATA, FEW, PARAM, Form, Kind
+from mpjax._engine.plan import Plan
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 TERMS = 128
@@ -49,21 +50,25 @@ def _accumulator(form: Form | None, terms: float | None, most: int) -> Form | No
   return DATA if terms and terms > most else form
 
 
-def read_often(eqn: JaxprEqn, forms: Sequence[Form | None]) -> tuple[int, ...]:
-  """Which 16-bit operands of a scan all of its turns read, if they are many.
+def shared_by_turns(eqn: JaxprEqn, plan: Plan) -> tuple[int, ...]:
+  """Which 16-bit operands of a scan all of its turns read, if they do so many times together.
 
   As the context that a decoder reads with every token: what comes back to it in the backward pass
   is a sum of as many terms.
 
   Args:
     eqn: The scan.
-    forms: How the operands of its body are held.
+    plan: The plan of its body.
   """
-  turns, (body,) = repetitions(eqn), bodies_of(eqn)
-  if turns is not None and turns <= FEW:
-    return ()
-  shared = enumerate(forms[: body.carry.start])
-  return tuple(n for n, form in shared if form is not None and form.kind is Kind.NARROW)
+  turns, (body,) = repetitions(eqn) or FEW + 1, bodies_of(eqn)
+  variables = versions.open_jaxpr(plan.jaxpr).invars
+  return tuple(
+    n
+    for n, form in enumerate(plan.in_forms[: body.carry.start])
+    if form is not None
+    and form.kind is Kind.NARROW
+    and turns * len(plan.readers.get(variables[n], ())) > FEW
+  )
 
 
 def carried(held: Form | None, out: Form | None) -> Form | None:

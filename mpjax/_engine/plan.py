@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,9 @@ from mpjax._engine.kinds import DATA, FEW, Form, Kind, narrow
 from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 Forms = tuple[Form | None, ...]
+
+ONE_FLOAT32: Forms = (DATA,)
+"""The results of what makes one float32 value."""
 
 
 class Read(NamedTuple):
@@ -148,6 +151,9 @@ class Step:
 
 Readers = dict[Var, list[tuple[int, Read]]]
 
+Often = tuple[Var, np.dtype | None]
+"""A variable, and the dtype that it took on by leaving its module."""
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -186,24 +192,28 @@ class Plan:
     return dict(readers)
 
   @cached_property
-  def read_often(self) -> dict[Var, np.dtype]:
-    """The narrow variables that many steps read, and their formats.
+  def read_often(self) -> dict[Often, np.dtype]:
+    """The 16-bit values that many steps read as such, and their formats.
 
-    What comes back to one in the backward pass is a sum of as many terms.
+    What comes back to one in the backward pass is a sum of as many terms. Readers that widen it
+    share the widened value, to which float32 comes back.
     """
     if len(self.steps) <= FEW:
       return {}
-    often = {var for var, reads in self.readers.items() if len(reads) > FEW}
+    found = ((var, reads) for var, reads in self.readers.items() if len(reads) > FEW)
+    count = Counter((var, r.via) for var, reads in found for _, r in reads if r.to != FLOAT32)
+    often = [key for key, n in count.items() if n > FEW]
     if not often:
       return {}
     made = [(versions.open_jaxpr(self.jaxpr).invars, self.in_forms)]
     made += [(step.eqn.outvars, step.outs) for step in self.steps]
-    return {
-      var: form.dtype
-      for variables, forms in made
-      for var, form in zip(variables, forms, strict=True)
-      if form is not None and form.kind is Kind.NARROW and var in often
-    }
+    forms = {var: form for pair in made for var, form in zip(*pair, strict=True)}
+    formats = {}
+    for var, via in often:
+      form = forms.get(var)
+      if form is not None and (via or form.dtype) != FLOAT32:
+        formats[var, via] = via or form.dtype
+    return formats
 
 
 def multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:

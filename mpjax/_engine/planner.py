@@ -23,7 +23,7 @@ from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.early_rounding import rounding_early
-from mpjax._engine.kinds import DATA, Form, Kind, join
+from mpjax._engine.kinds import Form, Kind, join
 from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known
 from mpjax._engine.late_rounding import rounding_late
 from mpjax._engine.loop_carries import accumulators, carried
@@ -31,6 +31,7 @@ from mpjax._engine.module_exits import Borders
 from mpjax._engine.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.plan import (
   AS_HELD,
+  ONE_FLOAT32,
   PLAIN,
   ROOT,
   Float8,
@@ -247,7 +248,7 @@ class _Walk:
       parameter if self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
     )
-    if decision.outs == _ONE_FLOAT32:
+    if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)
     return step
 
@@ -356,9 +357,6 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
 # A checkpoint stores its operands, so they are as narrow as they are read; a jit may get them so.
 _SHARES_READS = having(Trait.JIT)
 _STORES_OPERANDS = having(Trait.REMAT)
-
-
-_ONE_FLOAT32 = (DATA,)
 
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:

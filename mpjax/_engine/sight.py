@@ -113,7 +113,7 @@ def reads_solution(sight: Sight) -> bool:
   if not read:
     return False
   if sight.has_narrow:  # what is made of a layer's values is none if it multiplies few of them
-    few = FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read))
+    few = FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read))
     return few and not any(a in around.sums.pure for a in read)
   is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
   of_data = [a for a in read if not is_layer(a)]
@@ -247,10 +247,10 @@ def is_head(sight: Sight) -> bool:
   if is_hidden(sight) or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
-  return FEW * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
+  return FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
 
 
-FEW = 8
+FEWER = 8
 """Predictions of which there are this many times fewer than features cost nothing in float32."""
 
 MUCH = 2**12

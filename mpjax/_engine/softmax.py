@@ -78,7 +78,7 @@ def match(
   members = sorted({last, exp, shifted, *chain})
   total, result = steps[chain[-1]].eqn, steps[last].eqn.outvars[0]
   axes = tuple(map(int, total.params["axes"]))
-  formats = [*{read.via or read.to or FLOAT32 for _, read in readers.get(result, ())}]
+  formats, numbers = _formats(steps, readers, result)
   fits = (
     total.invars[0] is steps[exp].eqn.outvars[0]
     and _keeps_axes(steps, chain, axes)
@@ -96,8 +96,32 @@ def match(
     matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
   reading = [steps[n].eqn.primitive.name for n, _ in readers[result] if n >= 0]
-  is_masked = not _MASKS.isdisjoint(reading)
+  is_masked = bool(numbers) or not _MASKS.isdisjoint(reading)
   return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul, is_masked)
+
+
+def _formats(steps: Sequence[Step], readers: Readers, var: Var) -> tuple[list[np.dtype], list[int]]:
+  """The dtypes in which a value is read, or its multiples: and the steps that make these.
+
+  As a dropout does between a softmax and a matmul: ``w * mask / 0.9``.
+  """
+  formats, multiples, waiting = set[np.dtype](), list[int](), [var]
+  while waiting:
+    for n, read in readers.get(waiting.pop(), ()):
+      if n >= 0 and _is_multiple(steps[n]) and read.to in (None, FLOAT32) and read.via is None:
+        multiples.append(n)
+        waiting += steps[n].eqn.outvars
+      else:
+        formats.add(read.via or read.to or FLOAT32)
+  return [*formats], multiples
+
+
+def _is_multiple(step: Step) -> bool:
+  """Whether a step multiplies a float32 value by numbers, or divides it by them."""
+  name = step.eqn.primitive.name
+  kinds = [form and form.kind for form in step.operands]
+  is_product = name == "mul" and {*kinds} == {Kind.DATA, Kind.CONSTANT}
+  return is_product or (name == "div" and kinds == [Kind.DATA, Kind.CONSTANT])
 
 
 def _is_data(form: Form | None) -> bool:

@@ -70,6 +70,14 @@ def read_by_all(w, rows):
   return sum(jnp.tanh(u * row).sum() for row in rows)
 
 
+def scaled(w, rows):
+  """Multiples of multiples, which a matmul reads at last."""
+  y = rows[0] @ w
+  for _ in rows:
+    y = -0.99 * y
+  return y @ w
+
+
 def powers(w, rows):
   """A product that is multiplied on."""
   y = u = jax.nn.sigmoid(rows[0] @ w)
@@ -130,6 +138,11 @@ programs = pytest.mark.parametrize("fn", PROGRAMS, ids=lambda fn: fn.__name__)
 def test_a_program_twice_as_long_is_planned_in_twice_the_calls(fn):
   calls(fn, 4)  # what is imported or made once
   assert calls(fn, 96) < TWICE * calls(fn, 48)
+
+
+def test_so_are_many_multiples():
+  calls(scaled, 4)
+  assert calls(scaled, 800) < TWICE * calls(scaled, 400)
 
 
 @programs

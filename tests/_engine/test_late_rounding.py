@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 import mpjax
 from _backends import ROUNDING
@@ -30,6 +31,9 @@ def steps(turn):
 MULTIPLES = {
   "step": steps(lambda x, k: x + 1 / 60 * k),
   "divided": steps(lambda x, k: x - k / 0.6),
+  "divided_by_what_16_bits_hold": steps(lambda x, k: x + (k + 2 * k + k) / 60),
+  "read_by_two": steps(lambda x, k: (lambda d: (x + d) - (0.5 * x - d))(0.3 * k)),
+  "cut": steps(lambda x, k: x + (0.3 * jnp.concatenate([k, k]))[2:10]),
   "combined": steps(lambda x, k: x + 0.3 * (k + 0.7 * k.reshape(4, 8).reshape(8, 4))),
   "of_a_function": steps(jax.jit(lambda x, k: x + 0.9 * k)),
   "discounted": lambda k: REWARDS[:, None] + 0.99 * k,
@@ -66,12 +70,14 @@ def test_a_multiple_that_float32_reads_is_one_of_the_number_that_was_written(fn,
     lambda h, w: jnp.tanh(0.3 * h) @ w,
     lambda h, w: jnp.sin(h / 0.3 + 0.7 * h) @ w,
     lambda h, w: (h + 0.1 * jnp.maximum(h @ w, 0)) @ w,
+    lambda h, w: X + checkpoint_name(0.3 * h, "stored"),
   ],
-  ids=["scaled", "summed", "residual"],
+  ids=["scaled", "summed", "residual", "named"],
 )
-def test_what_goes_on_to_a_matmul_rounds_with_its_number(fn, policy):
+def test_what_goes_on_to_a_matmul_or_is_stored_rounds_with_its_number(fn, policy):
   network = mpjax.autocast(lambda w: jnp.sum(fn(X @ w, w)), policy)
-  products = [e for e in equations(jax.make_jaxpr(network)(EYE)) if e.primitive.name == "mul"]
+  found = equations(jax.make_jaxpr(network)(EYE))
+  products = [e for e in found if e.primitive.name in ("mul", "div")]
   assert products
   assert {e.outvars[0].aval.dtype.itemsize for e in products} == {2}
 

@@ -398,6 +398,14 @@ OFTEN = {
   "by_layers": lambda h: sum(jnp.tanh(h @ (W * n / 64)).mean() for n in range(100)),
   "of_equal_modules": lambda h: sum(jax.jit(lambda h: jnp.tanh(h).mean())(h) for _ in range(100)),
   "handed_in": jax.jit(lambda h: sum(jnp.tanh(h * n / 64).mean() for n in range(100))),
+  "behind_a_module": lambda h: (
+    lambda c: sum(jnp.tanh(c * (n + 1) / 64).mean() for n in range(100))
+  )(jax.named_scope("encoder")(lambda h: h * jax.nn.softmax(h))(h)),
+  "in_a_few_turns": lambda h: lax.scan(
+    lambda n, u: (n + sum(jnp.tanh(h + (m + u) / 64).mean() for m in range(14)), None),
+    0.0,
+    jnp.linspace(0.5, 1, 14),
+  )[0],
 }
 
 
@@ -409,6 +417,36 @@ def test_what_a_python_loop_reads_often_gets_the_sum_of_its_cotangents(fn, polic
   want = jax.grad(loss)(W, x)
   tolerance = 0.008 if policy == "mixed_bfloat16" else 1e-3
   np.testing.assert_allclose(got, want, atol=tolerance * float(jnp.abs(want).max()))
+
+
+@both
+def test_modules_that_read_one_value_in_float32_alone_run(policy):
+  def loss(w):
+    h = jnp.eye(4) @ w
+    total = 0.0
+    for n in range(20):
+      with jax.named_scope(f"module_{n}"):
+        total += jnp.mean(jnp.exp(h) * jnp.exp(h))
+    return total
+
+  got = jax.jit(jax.grad(mpjax.autocast(loss, policy)))(W)
+  np.testing.assert_allclose(got, jax.grad(loss)(W), rtol=0.01)
+
+
+@both
+def test_who_reads_a_value_often_stores_it_once(policy):
+  def decoder(w, x):
+    h = context = jnp.tanh(x @ w)
+    for _ in range(20):
+      h = h + 0.1 * jnp.tanh(context @ w)
+    return h
+
+  def stored(fn):
+    leaves = jax.tree.leaves(jax.vjp(fn, W, DATA)[1])
+    return [leaf for leaf in leaves if leaf.shape == DATA.shape and leaf.dtype.itemsize == 2]
+
+  once = stored(mpjax.autocast(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), policy))
+  assert len(stored(mpjax.autocast(decoder, policy))) <= len(once) + 20
 
 
 SOURCES = jnp.where(jnp.arange(1200) % 2, 3, jnp.arange(1200) % 8)  # of edges, half of one node

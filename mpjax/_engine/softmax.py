@@ -42,6 +42,7 @@ class Softmax(NamedTuple):
     matmul: The index of that matmul, which alone reads a softmax of scores that never rounded, or
       None.
     is_masked: Whether a mask reads it, whose result is what a matmul stores.
+    is_multiplied: Whether numbers multiply it, in float32, before it rounds.
   """
 
   steps: tuple[int, ...]
@@ -51,6 +52,7 @@ class Softmax(NamedTuple):
   held: np.dtype
   matmul: int | None
   is_masked: bool
+  is_multiplied: bool
 
   @property
   def due(self) -> int:
@@ -78,7 +80,7 @@ def match(
   members = sorted({last, exp, shifted, *chain})
   total, result = steps[chain[-1]].eqn, steps[last].eqn.outvars[0]
   axes = tuple(map(int, total.params["axes"]))
-  formats, numbers = _formats(steps, readers, result)
+  formats, multiples = _formats(steps, readers, result)
   fits = (
     total.invars[0] is steps[exp].eqn.outvars[0]
     and _keeps_axes(steps, chain, axes)
@@ -95,9 +97,19 @@ def match(
   if matmul is not None and _was_narrow(x, steps, makers):
     matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
+  if multiples and len(readers[result]) == 1 and not _is_data(steps[shifted].operands[0]):
+    held = formats[0]  # its cotangent is stored as exactly as the scores are
   reading = [steps[n].eqn.primitive.name for n, _ in readers[result] if n >= 0]
-  is_masked = bool(numbers) or not _MASKS.isdisjoint(reading)
-  return Softmax(tuple(members), (x, m), axes, formats[0], held or FLOAT32, matmul, is_masked)
+  return Softmax(
+    tuple(members),
+    (x, m),
+    axes,
+    formats[0],
+    held or FLOAT32,
+    matmul,
+    is_masked=bool(multiples) or not _MASKS.isdisjoint(reading),
+    is_multiplied=bool(multiples),
+  )
 
 
 def _formats(steps: Sequence[Step], readers: Readers, var: Var) -> tuple[list[np.dtype], list[int]]:
@@ -269,4 +281,8 @@ def storing_weights(
     stores_kept = jax.checkpoint(moved, prevent_cse=False)
     return [to_dtype(kept, softmax.held)], [stores_kept(kept, tangents[0])]
 
-  return run
+  def widened(*inputs: Any) -> list[jax.Array]:
+    (weights,) = run(*inputs)
+    return [to_dtype(weights, FLOAT32)]
+
+  return widened if softmax.is_multiplied else run

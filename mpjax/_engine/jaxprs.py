@@ -72,17 +72,37 @@ def is_known(dim: Any) -> bool:
   return isinstance(dim, int | np.integer)
 
 
+DIMENSIONS = 3
+"""Of space."""
+
 SYMBOLIC = 2**16 + 1
 """What a symbolic dimension is taken for: large, and unlikely to be the size of anything else."""
 
 
 def contracts_nothing(eqn: JaxprEqn) -> bool:
   """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
-  if eqn.primitive.name != "dot_general":
-    return False
+  return eqn.primitive.name == "dot_general" and terms(eqn) == 1
+
+
+def terms(eqn: JaxprEqn) -> int:
+  """How many products a `dot_general` adds up to a number of its result."""
   (contracted, _), _ = eqn.params["dimension_numbers"]
   summed = shape(eqn.invars[0])
-  return {summed[dim] for dim in contracted} <= {1}
+  return size_of([summed[dim] for dim in contracted])
+
+
+def free(eqn: JaxprEqn, operand: int) -> list[int]:
+  """The dimensions of an operand of a `dot_general` that the other does not have."""
+  contracted, batch = eqn.params["dimension_numbers"]
+  shared = (*contracted[operand], *batch[operand])
+  return [size for dim, size in enumerate(shape(eqn.invars[operand])) if dim not in shared]
+
+
+def may_transform_points(eqn: JaxprEqn) -> bool:
+  """Whether a matmul has an operand as small as a matrix that rotates or projects points."""
+  if eqn.primitive.name != "dot_general" or terms(eqn) > DIMENSIONS:
+    return False
+  return any(min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
 
 
 def is_inner(eqn: JaxprEqn) -> bool:

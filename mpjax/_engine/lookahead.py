@@ -193,7 +193,8 @@ class Needs:
           read = self._through_bodies(asked_at(question, eqn), eqn, results)[0]
           found |= variables_of(eqn.invars[n] for n in read)
         elif name in question.ends:
-          is_end = asked_at(question, eqn).ends and not jaxprs.is_inner(eqn)
+          is_layer = not (jaxprs.is_inner(eqn) or jaxprs.may_transform_points(eqn))
+          is_end = asked_at(question, eqn).ends and is_layer
           found |= variables_of(eqn.invars) if is_end else set()
         elif not found.isdisjoint(eqn.outvars) and (
           self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)

@@ -14,6 +14,7 @@ from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import jaxprs, sight
 from mpjax._engine.bodies import RULES_WITH_BODIES
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
+from mpjax._engine.points import transforms_points
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
 from mpjax._engine.sight import Sight
@@ -171,6 +172,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: jaxprs.contracts_nothing(s.eqn) and not s.is_narrow,
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
+    "rotation or projection",
+    {Rule.LOWER},
+    lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers),
+    Rule.FULL,
+    "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
   ),
   Sharpening(
     "fixed transform",

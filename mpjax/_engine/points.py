@@ -1,0 +1,84 @@
+"""Rotations, projections and other small transforms of points.
+
+``x @ rotation.T``, ``points @ camera.T``, ``einsum("bij,nj->bni", theta, grid)``: sums of two or
+three products each, which are coordinates. They are written as matmuls, and no layers: where a
+pixel lies at 500, bfloat16 tells it in steps of 2, and no hardware multiplies so few numbers
+faster. So they are float32, as if they were written out. The weights of a layer may be as small;
+those are parameters as they came, which such a matrix is not: it is made of fewer, as of angles, or
+by a layer, or is given. One of four rows and columns is put together from a rotation and a shift.
+What a layer gave for points has rounded before, and is multiplied in 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import jaxprs
+from mpjax._engine.kinds import PARAM, Form, Kind
+from mpjax._engine.plan import Forms
+from mpjax._engine.versions import Atom, JaxprEqn, Literal
+
+_PUTS_TOGETHER = frozenset({"concatenate", "stack", "scatter", "dynamic_update_slice"})
+_MOVES = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
+
+_LOOKS = 64
+"""How many equations behind a matrix are looked at."""
+
+
+def transforms_points(eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a matmul multiplies points by a matrix as small, which is no layer's.
+
+  Args:
+    eqn: The matmul.
+    forms: How its operands are held.
+    makers: The equations of its jaxpr, by what they make.
+  """
+  if eqn.primitive.name != "dot_general":
+    return False
+  most = max(jaxprs.terms(eqn), jaxprs.DIMENSIONS)
+  if most > jaxprs.DIMENSIONS + 1:
+    return False
+  for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
+    of_matrix, of_points = forms[n], forms[1 - n]
+    is_made = functools.partial(_is_put_together, matrix, makers)
+    if (
+      (of_points is None or of_points.kind is not Kind.NARROW)
+      and min(jaxprs.free(eqn, n), default=most) <= most
+      and not _are_weights(matrix, of_matrix, makers)
+      and (most == jaxprs.DIMENSIONS or is_made())
+      and (not _are_weights(points, of_points, makers) or of_matrix == PARAM or is_made())
+    ):
+      return True
+  return False
+
+
+def _is_put_together(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value was made of others that are parts of it."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+    if made.primitive.name not in _MOVES:
+      return made.primitive.name in _PUTS_TOGETHER
+    atom = made.invars[0]
+  return False
+
+
+def _are_weights(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value is a parameter, spread or not, or made of one that has as many numbers."""
+  if form != PARAM:
+    return False
+  waiting, seen = [(atom, 1)], set[Any]()
+  while waiting:
+    before, copies = waiting.pop()
+    if isinstance(before, Literal) or before in seen:
+      continue
+    seen.add(before)
+    made = makers.get(before)
+    if made is not None:
+      spread = made.primitive.name == "broadcast_in_dim"
+      copies *= jaxprs.size(before) // max(1, jaxprs.size(made.invars[0])) if spread else 1
+      waiting += [(operand, copies) for operand in made.invars]
+    if len(seen) > _LOOKS or (made is None and copies * jaxprs.size(before) >= jaxprs.size(atom)):
+      return True
+  return False

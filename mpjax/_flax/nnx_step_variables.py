@@ -58,11 +58,18 @@ def update_model(
   """Updates model and optimizer; what the optimizer leaves alone stays the same array."""
   model = nodes[0]
   now, params = arrays_of(nodes), nnx.as_pure(nnx.state(model, optimizer.wrt))
-  written = [[arrays[path] for path in before] for arrays in (now, before)]
+  paths = [path for path in before if _has_form_of(now[path], before[path])]
+  written = [[arrays[path] for path in paths] for arrays in (now, before)]
   args = (grads,) if isinstance(optimizer, nnx.ModelAndOptimizer) else (model, grads)
   core.update(optimizer.update, args, loss, grads, (written[0], written[1]), loss_at)
   if any(core.frozen):
     nnx.update(model, core.choose_frozen(params, nnx.as_pure(nnx.state(model, optimizer.wrt))))
+
+
+def _has_form_of(value: Any, old: Any) -> bool:
+  """Whether what a Variable holds has the structure and the shapes of what it held before."""
+  same = jax.tree.structure(value) == jax.tree.structure(old)
+  return same and jax.tree.map(jnp.shape, value) == jax.tree.map(jnp.shape, old)
 
 
 def _by_name(variables: nnx.State) -> dict[str, Any]:
@@ -127,15 +134,16 @@ def restore_if_skipped(
   old_opt_state: PyTree,
   old_step: jax.Array,
 ) -> None:
-  """Puts back what a skipped step wrote: all but the loss scaler, random streams and new Variables.
+  """Puts back what a skipped step wrote: all but the loss scaler, random streams and what is new.
 
-  Random streams move on, or the step that follows would draw what made this one's NaN.
+  Random streams move on, or the step that follows would draw what made this one's NaN. New is a
+  Variable that the loss adds, or makes larger, as one that it sows into in every step.
   """
   now = arrays_of(nodes)
   kept = [
     path for path, variable in nnx.to_flat_state(nnx.state(nodes)) if not _is_random(variable)
   ]
-  kept = [path for path in kept if path in old]
+  kept = [path for path in kept if path in old and _has_form_of(now[path], old[path])]
   chosen = select(applied, [now[path] for path in kept], [old[path] for path in kept])
   nnx.update(nodes, nnx.from_flat_state(zip(kept, chosen, strict=True)))
   opt_state = keep_if_skipped(applied, nnx.as_pure(optimizer.opt_state), old_opt_state)

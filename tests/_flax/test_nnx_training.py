@@ -219,6 +219,28 @@ def test_scheduled_faults_in_random_leaves_leave_everything_finite_and_train(pol
   assert np.mean(losses[-10:]) < losses[0] / 4
 
 
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_a_loss_may_sow_in_every_step_and_a_skipped_one_changes_nothing_else():
+  class Sower(nnx.Module):
+    def __init__(self, rngs):
+      self.layer = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+      self.sow(nnx.Intermediate, "hidden", jnp.mean(x))
+      return self.layer(x)[:, 0]
+
+  for tx in (optax.sgd(0.1), mpjax.dynamic_loss_scaling(optax.sgd(0.1))):
+    model = Sower(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = make_train_step(loss_fn)
+    losses = [float(step(model, optimizer, BATCH).loss) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    assert len(model.hidden.get_value()) == 3
+  before = np.asarray(model.layer.kernel[...])
+  assert not step(model, optimizer, BAD).applied
+  np.testing.assert_array_equal(model.layer.kernel[...], before)
+
+
 def test_too_many_skips_raise_with_the_leaves():
   model, optimizer = make(scaled_adam())
   step = make_train_step(loss_fn, max_consecutive_skips=2)

@@ -17,12 +17,15 @@ from typing import Any
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import jaxprs
-from mpjax._engine.kinds import PARAM, Form, Kind
+from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.plan import Forms
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack", "scatter", "dynamic_update_slice"})
-_MOVES = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
+_LEADS_ON = having(Trait.MOVES) | {
+  *("broadcast_in_dim", "convert_element_type", "dot_general"),
+  *("slice", "dynamic_slice", "gather", "split", "unstack"),
+}
 
 _LOOKS = 64
 """How many equations behind a matrix are looked at."""
@@ -49,17 +52,22 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn
       and min(jaxprs.free(eqn, n), default=most) <= most
       and not _are_weights(matrix, of_matrix, makers)
       and (most == jaxprs.DIMENSIONS or is_made())
-      and (not _are_weights(points, of_points, makers) or of_matrix == PARAM or is_made())
+      and (
+        not _are_weights(points, of_points, makers)
+        or of_matrix == PARAM
+        or (of_matrix == DATA and is_made())
+      )
     ):
       return True
   return False
 
 
 def _is_put_together(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
-  """Whether a value was made of others that are parts of it."""
-  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    if made.primitive.name not in _MOVES:
-      return made.primitive.name in _PUTS_TOGETHER
+  """Whether a value was made of others that are parts of it, or is a product of such."""
+  for _ in range(_LOOKS):
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    if made is None or made.primitive.name not in _LEADS_ON:
+      return made is not None and made.primitive.name in _PUTS_TOGETHER
     atom = made.invars[0]
   return False
 

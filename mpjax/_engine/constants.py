@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
+from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import KEEPS_NUMBERS
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import CONSTANT, DATA, Form, fits, join, saturated
@@ -78,6 +79,18 @@ def numbers_of(value: Any) -> NumberSet:
   dtype = getattr(value, "dtype", np.dtype(type(value)))
   real = isinstance(dtype, np.dtype) and dtype.kind in "iuf"
   return frozenset({float(value)}) if real else None
+
+
+def largest_of(value: Any) -> NumberSet:
+  """The largest magnitude in a captured float32 array; None if it is large, and not looked at."""
+  is_small = is_here(value) and 0 < np.size(value) <= LOOKED_AT
+  if not is_small or getattr(value, "dtype", None) != FLOAT32:
+    return None
+  return frozenset({float(np.abs(np.asarray(value)).max())})
+
+
+LOOKED_AT = 2**16
+"""As many numbers as an array has at most that is looked at."""
 
 
 def only(numbers: NumberSet) -> float | None:
@@ -164,6 +177,12 @@ class Numbers:
     if values is None:
       return DATA if computed else CONSTANT
     return self.form_of_all(values)
+
+  def follow_data(self, eqn: JaxprEqn) -> None:
+    """Follow numbers that do not adapt: what is made of known ones alone is known."""
+    known = [self.of(atom) for atom in eqn.invars]
+    if all(numbers is not None for numbers in known):
+      self.define(eqn.outvars[0], _after(eqn.primitive.name, eqn.params, known))
 
   def follow(self, eqn: JaxprEqn) -> None:
     """Follow integers: what is moved, chosen or computed of known ones is known."""

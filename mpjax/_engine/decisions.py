@@ -83,6 +83,8 @@ def _follow(sight: Sight) -> Decision:
   form = join(sight.forms) or DATA
   if form.kind is Kind.CONSTANT:
     form = sight.around.numbers.form_after(sight.eqn, sight.forms)
+  elif form == DATA and sight.around.in_float16:
+    sight.around.numbers.follow_data(sight.eqn)
   if form.kind is Kind.NARROW and PARAM in sight.forms and scales_parameter(sight):
     form = PARAM
   if sight.eqn.outvars[0] in sight.around.sums.updates:

@@ -63,7 +63,8 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   found: dict[int, Island | Softmax] = {}
   taken: set[int] = set()
   for last in reversed(range(len(steps))):
-    weights = softmax.match(steps, readers, makers, last)
+    may_be_softmax = steps[last].eqn.primitive.name == "div"
+    weights = softmax.match(steps, readers, makers, last) if may_be_softmax else None
     if weights is not None:
       weights = weights.alone() if weights.due in found else weights
       found[weights.due] = weights

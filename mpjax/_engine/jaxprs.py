@@ -102,7 +102,7 @@ def may_transform_points(eqn: JaxprEqn) -> bool:
   """Whether a matmul has an operand as small as a matrix that rotates or projects points."""
   if eqn.primitive.name != "dot_general" or terms(eqn) > DIMENSIONS:
     return False
-  return any(min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
+  return any(1 < min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
 
 
 def is_inner(eqn: JaxprEqn) -> bool:

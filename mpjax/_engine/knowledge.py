@@ -18,9 +18,9 @@ from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import Rule
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of
-from mpjax._engine.constants import Adapting, Numbers, NumberSet, numbers_of
+from mpjax._engine.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
 from mpjax._engine.contents import Contents
-from mpjax._engine.kinds import PARAM, Kind
+from mpjax._engine.kinds import PARAM, Kind, fits
 from mpjax._engine.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.lookahead import MOVES, Leading, Needs, totaled
 from mpjax._engine.made_of import Made, Makings, is_computed
@@ -114,7 +114,8 @@ class Knowledge:
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
-    totaled: What a sum, a root or a logarithm is taken of, if a format is float16.
+    in_float16: Whether a format is float16.
+    totaled: What a sum, a root or a logarithm is taken of, if one is.
     computed: Operands that the program makes of numbers alone.
     powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
@@ -151,8 +152,9 @@ class Knowledge:
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test = known.is_test
-    in_float16 = FLOAT16 in analyses.adapting.formats
-    self.totaled: Collection[Var] = totaled(inner.eqns) if in_float16 else ()
+    self.in_float16 = FLOAT16 in analyses.adapting.formats
+    self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
+    self._constants = zip(inner.constvars, versions.constants(jaxpr), strict=True)
     self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
@@ -168,6 +170,18 @@ class Knowledge:
       outs = frozenset(known.logarithms)
       self.logarithms = needs.logarithms(jaxpr, outs)
       self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
+
+  def leaves_float16(self, atom: Atom) -> bool:
+    """Whether a matmul's operand, as far as it is known, is infinite or nothing in float16."""
+    numbers = self.numbers.of(atom)
+    if numbers is None and self._captured:
+      numbers = self._captured.get(self._source(atom))
+    return bool(numbers) and not fits(max(map(abs, numbers)), FLOAT16)
+
+  @functools.cached_property
+  def _captured(self) -> dict[Any, NumberSet]:
+    """The largest numbers of the arrays that the jaxpr captured."""
+    return {var: largest_of(value) for var, value in self._constants}
 
   def is_head(self, atom: Atom) -> bool:
     """Whether a value is multiplied into a logarithm, however it was moved before."""

@@ -27,6 +27,7 @@ _MULTIPLIES = frozenset({"mul", "div"})
 _ADDS = frozenset({"add", "sub"})
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
+_MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
 _ADDS_UP = _ADDS | {"reduce_sum"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
@@ -40,7 +41,8 @@ def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole:
     numbers: The numbers that occur in a constant of it.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  if not any(_is_inexact_multiple(step, numbers) for step in plan.steps):
+  products = [step for step in plan.steps if step.eqn.primitive.name in _MULTIPLIES]
+  if not any(_is_inexact_multiple(step, numbers) for step in products):
     return plan
   late = _late(plan, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
@@ -96,7 +98,8 @@ def _late(plan: Plan, *, is_whole: bool) -> set[int]:
   Once, or to add: what is added up and read again besides is most often normalized.
   """
   late = set[int]()
-  for n, step in reversed([*enumerate(plan.steps)]):
+  likely = [(n, s) for n, s in enumerate(plan.steps) if s.eqn.primitive.name in _MAY_LEAD_ON]
+  for n, step in reversed(likely):
     reads = plan.readers.get(step.eqn.outvars[0], []) if _leads_on(step) else []
     is_late = reads and all(_is_late(plan, *read, late, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 
 _REMATS = having(Trait.REMAT)
 MOVES = having(Trait.MOVES)
+_MOVED = MOVES | {"convert_element_type", "broadcast_in_dim"}
+_STREAMS = frozenset({"add", "sub"})
 
 # What a value passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
@@ -36,7 +39,8 @@ class Question(NamedTuple):
     is_again: Whether it is asked in the body of a checkpoint's backward pass, where only those are
       ends that belong to what is computed again.
     through_matmuls: Whether it is asked of what other matmuls multiply on the way, too.
-    through_streams: Whether it is asked of what is added to another value as large, too.
+    through_streams: Whether it is asked of what is added to another value that layers made, too.
+    is_inside: Whether it is asked in a body, whose operands layers may have made.
   """
 
   ends: frozenset[str]
@@ -45,6 +49,7 @@ class Question(NamedTuple):
   is_again: bool = False
   through_matmuls: bool = False
   through_streams: bool = True
+  is_inside: bool = False
 
 
 LOGARITHMS = Question(having(Trait.LOGARITHM))
@@ -76,9 +81,10 @@ class Leading(NamedTuple, Generic[T]):
     factored_later: And what does so by way of other matmuls, as ``h @ p`` of ``h @ p @ h.T``.
     phases: What leads into a sine or cosine.
     multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
-    returned: What leads to a result of the whole function, if there are matmuls; but for what is
-      added to another value as large, a residual stream.
-    multiplying: What asks for that there.
+    returned: What leads to a result of the whole function, if there are matmuls; but not by way of
+      a sum of values that layers made, a residual stream.
+    multiplying: What asks there for what leads into a matmul.
+    returning: What asks there for what is returned.
   """
 
   factored: frozenset[T] = frozenset()
@@ -87,6 +93,7 @@ class Leading(NamedTuple, Generic[T]):
   multiplied: frozenset[T] = frozenset()
   returned: frozenset[T] = frozenset()
   multiplying: Question = MULTIPLIED
+  returning: Question = _RETURNED
 
 
 class Needs:
@@ -124,7 +131,7 @@ class Needs:
       asked = (outs and not question.of) or not held.isdisjoint(question.of or question.ends)
       return self._into(question, jaxpr, outs)[0] if asked else frozenset()
 
-    return _each(find, outside, outside.multiplying)
+    return _each(find, outside, outside.multiplying, outside.returning)
 
   def entering(self, eqn: JaxprEqn, found: Leading[Var]) -> Leading[int]:
     """Which results of an equation's bodies lead somewhere, in them or outside.
@@ -142,7 +149,8 @@ class Needs:
       results = jaxprs.places_of(eqn.outvars, found)
       return self._through_bodies(question, eqn, results)[1] if is_held else results
 
-    return _each(find, found, asked_at(found.multiplying, eqn))
+    inside = found.returning._replace(is_inside=True)
+    return _each(find, found, asked_at(found.multiplying, eqn), inside)
 
   def passes(self, name: str) -> bool:
     """Whether a value leads on through a primitive to where it is added up."""
@@ -185,7 +193,7 @@ class Needs:
     if key not in self._ends:
       inner = versions.open_jaxpr(jaxpr)
       found = variables_of(inner.outvars[n] for n in outs)
-      spread = None if question.through_streams else _spread(inner)
+      of_layers = functools.cache(functools.partial(_of_layers, inner, question, self._contents))
       for eqn in reversed(inner.eqns):
         name = eqn.primitive.name
         if name in HAVE_BODIES:
@@ -200,8 +208,8 @@ class Needs:
           self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)
         ):
           read = variables_of(eqn.invars)
-          is_sum = name == "add" and len(read) > 1
-          if spread is None or not is_sum or not spread.isdisjoint(read):
+          may_join = not question.through_streams and name in _STREAMS and len(read) > 1
+          if not may_join or not _joins(eqn, *of_layers()):
             found |= read
       operands = jaxprs.places_of(inner.invars, found)
       self._ends[key] = frozenset(found), operands
@@ -214,6 +222,8 @@ class Needs:
 
     And which results do, those among them that a loop hands on to such an operand.
     """
+    if not question.through_streams:
+      question = question._replace(is_inside=True)
     while True:
       needed, grown = set[int](), set(results)
       for body in bodies_of(eqn):
@@ -226,7 +236,10 @@ class Needs:
 
 
 def _each(
-  find: Callable[[Question, Any], frozenset[Any]], known: Leading[Any], multiplying: Question
+  find: Callable[[Question, Any], frozenset[Any]],
+  known: Leading[Any],
+  multiplying: Question,
+  returning: Question,
 ) -> Leading[Any]:
   """What is found for each question, given what is known of it."""
   return Leading(
@@ -234,8 +247,9 @@ def _each(
     find(_FACTORED_LATER, known.factored_later),
     find(_PHASES, known.phases),
     find(multiplying, known.multiplied),
-    find(_RETURNED, known.returned),
+    find(returning, known.returned),
     multiplying,
+    returning,
   )
 
 
@@ -255,9 +269,37 @@ def asked_at(question: Question, eqn: JaxprEqn) -> Question:
   return question._replace(is_again=True) if eqn.primitive.name in _REMATS else _NOWHERE
 
 
-def _spread(inner: Jaxpr) -> set[Var]:
-  """What is spread over the dimensions of another value, as a bias is over a batch."""
-  return {eqn.outvars[0] for eqn in inner.eqns if eqn.primitive.name == "broadcast_in_dim"}
+def _joins(eqn: JaxprEqn, made: set[Var], operands: set[Var]) -> bool:
+  """Whether layers made both terms of a sum, which is no single number.
+
+  Args:
+    eqn: The sum.
+    made: What layers made in its jaxpr.
+    operands: What they may have made outside, if it is as large as the sum: a bias is smaller.
+  """
+  size = jaxprs.size(eqn.outvars[0])
+  return size > 1 and all(
+    a in made or (a in operands and jaxprs.size(a) == size) for a in variables_of(eqn.invars)
+  )
+
+
+def _of_layers(inner: Jaxpr, question: Question, contents: Contents) -> tuple[set[Var], set[Var]]:
+  """What matmuls made, and what was made of that; and the operands of a body, moved.
+
+  What is made of these is taken for made by layers, but where it is only spread, as a bias is.
+  """
+  operands, found = set(inner.invars if question.is_inside else ()), set[Var]()
+  for eqn in inner.eqns:
+    name, read = eqn.primitive.name, variables_of(eqn.invars)
+    if read and read <= operands and name in _MOVED:
+      operands |= set() if name == "broadcast_in_dim" else {*eqn.outvars}
+    elif (
+      name in MATMULS
+      or not (found.isdisjoint(read) and operands.isdisjoint(read))
+      or (name in HAVE_BODIES and any(contents.matmuls(b.jaxpr) for b in bodies_of(eqn)))
+    ):
+      found |= {*eqn.outvars}
+  return found, operands
 
 
 def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:

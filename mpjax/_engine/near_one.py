@@ -199,23 +199,24 @@ class NearOne:
         found |= variables_of(eqn.invars[n] for n in needed.exact)
         bounded |= variables_of(eqn.invars[n] for n in needed.bounded)
         continue
-      if _is_bound(eqn, forward, found) or _is_within(eqn, bounded):
+      is_needed = not found.isdisjoint(eqn.outvars)
+      if (is_needed and _is_bound(eqn, forward)) or (bounded and _is_within(eqn, bounded)):
         bounded |= variables_of(eqn.invars)
         gates.add(eqn.outvars[0])
       elif _comes_near_one(eqn, forward):
         gates.add(eqn.outvars[0])
-      if needed := self._needed(eqn, forward, found):
+      if needed := self._needed(eqn, forward, is_needed=is_needed):
         found |= variables_of(needed)
     return inside, gates
 
-  def _needed(self, eqn: JaxprEqn, forward: Forward, found: Set[Var]) -> Sequence[Any]:
-    """The operands of an equation that are needed exactly, given which values are."""
+  def _needed(self, eqn: JaxprEqn, forward: Forward, *, is_needed: bool) -> Sequence[Any]:
+    """The operands of an equation that are needed exactly, given whether a result is."""
     name = eqn.primitive.name
     if name in _NEED:
       return eqn.invars
     if name in _STEEP and forward.of(eqn.invars[0]).gates:
       return eqn.invars
-    if found.isdisjoint(eqn.outvars):
+    if not is_needed:
       return ()
     passes = name in POWERS or self._table.get(operation(eqn)) in _PASS_ON
     passes = passes or (name in _SUMMARIES and forward.of(eqn.outvars[0]).range.high < math.inf)
@@ -316,11 +317,11 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) 
   ]
 
 
-def _is_bound(eqn: JaxprEqn, forward: Forward, found: Collection[Var]) -> bool:
-  """Whether an equation cuts off what is needed exactly, as ``x / (1 + |x|)`` and clips do."""
+def _is_bound(eqn: JaxprEqn, forward: Forward) -> bool:
+  """Whether an equation cuts off, as ``x / (1 + |x|)`` and clips do, what is needed exactly."""
   name = eqn.primitive.name
-  if name != "div" or eqn.outvars[0] not in found:
-    return name in _BOUNDS and eqn.outvars[0] in found
+  if name != "div":
+    return name in _BOUNDS
   return forward.of(eqn.outvars[0]).range.high < forward.of(eqn.invars[0]).range.high == math.inf
 
 

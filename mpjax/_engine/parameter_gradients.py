@@ -26,11 +26,16 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
 
   That of a matmul, or of an equation that spreads it, as a bias. None where types say how arrays
   lie on devices: there the gradient is as JAX makes it.
+
+  Args:
+    eqn: An equation that reads a parameter.
+    rule: Its rule.
+    forms: How its operands are held.
   """
   is_matmul = rule is Rule.LOWER or (rule is Rule.WIDE and eqn.primitive.name == "dot_general")
   if not (is_matmul or rule is Rule.FOLLOW) or len(forms) != 2 or None in forms:
     return None
-  if PARAM not in forms or forms == (PARAM, PARAM) or not is_float32(eqn.outvars[0]):
+  if forms == (PARAM, PARAM) or not is_float32(eqn.outvars[0]):
     return None
   found = [n for n, form in enumerate(forms) if form == PARAM]
   if rule is Rule.FOLLOW and not _is_spread(eqn, found[0]):

@@ -23,7 +23,7 @@ from mpjax._engine import decisions, jaxprs, sharpening, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.early_rounding import rounding_early
-from mpjax._engine.kinds import Form, Kind, join
+from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import NOTHING, Analyses, Knowledge, Known
 from mpjax._engine.late_rounding import rounding_late
 from mpjax._engine.loop_carries import accumulators, carried
@@ -220,21 +220,22 @@ class _Walk:
       decision = _WAYS[rule](self, eqn, forms, place)
     else:
       decision = decisions.decide(rule, sight)
-    reads = tuple([_read(v, f, w) for v, f, w in zip(vias, forms, decision.wanted, strict=True)])
+    pairs = zip(vias, forms, decision.wanted, strict=True)
+    reads = tuple([_read(v, f, w) if v or w else AS_HELD for v, f, w in pairs])
     self.around.numbers.follow(eqn)
     home = () if place.backward or place.has_policy else path
+    lasting = _lasting(eqn, decision.bodies) if decision.bodies and not lasts else ()
     self.borders.settle(
       eqn,
       home,
-      multiplies=multiplies(eqn, decision.bodies),
-      lasts=(*eqn.outvars,) if lasts else _lasting(eqn, decision.bodies),
+      multiplies=multiplies(eqn, decision.bodies) if decision.bodies else name in MATMULS,
+      lasts=(*eqn.outvars,) if lasts else lasting,
     )
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
     if self.planner.analyses.in_float8:
       called = decision.bodies[0].cast if rule is Rule.CALL else ()
       self.cast.follow(eqn, self.forms, called)
-    parameter = parameter_of(eqn, rule, forms)
     step = Step(
       eqn,
       rule,
@@ -245,7 +246,7 @@ class _Walk:
       decision.outs,
       decision.params,
       decision.bodies,
-      parameter if self.planner.wide_gradients else None,
+      parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
     )
     if decision.outs == ONE_FLOAT32:
@@ -275,14 +276,12 @@ class _Walk:
 
   def look_up(self, atoms: Sequence[Atom], path: Path) -> tuple[list[np.dtype | None], Forms]:
     """How each operand is held where it is read, and the cast that leaving its module made."""
-    held = [self.held(atom) for atom in atoms]
+    known, numbers = self.forms, self.around.numbers
+    held = [numbers.form_of(a) if isinstance(a, Literal) else known[a] for a in atoms]
     forms = [self.borders.cross(*pair, path) for pair in zip(atoms, held, strict=True)]
     pairs = zip(forms, held, strict=True)
     vias = [None if form is None or form == before else form.dtype for form, before in pairs]
     return vias, tuple(forms)
-
-  def held(self, atom: Atom) -> Form | None:
-    return self.around.numbers.form_of(atom) if isinstance(atom, Literal) else self.forms[atom]
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""

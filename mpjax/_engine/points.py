@@ -12,7 +12,7 @@ What a layer gave for points has rounded before, and is multiplied in 16 bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mpjax._core.primitives import Trait, having
@@ -21,7 +21,7 @@ from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.plan import Forms
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
-_PUTS_TOGETHER = frozenset({"concatenate", "stack", "scatter", "dynamic_update_slice"})
+_PUTS_TOGETHER = frozenset({"concatenate", "stack"})
 _LEADS_ON = having(Trait.MOVES) | {
   *("broadcast_in_dim", "convert_element_type", "dot_general"),
   *("slice", "dynamic_slice", "gather", "split", "unstack"),
@@ -31,13 +31,16 @@ _LOOKS = 64
 """How many equations behind a matrix are looked at."""
 
 
-def transforms_points(eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn]) -> bool:
+def transforms_points(
+  eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn], pure: Collection[Any]
+) -> bool:
   """Whether a matmul multiplies points by a matrix as small, which is no layer's.
 
   Args:
     eqn: The matmul.
     forms: How its operands are held.
     makers: The equations of its jaxpr, by what they make.
+    pure: What is made of parameters alone.
   """
   if eqn.primitive.name != "dot_general":
     return False
@@ -49,11 +52,11 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn
     is_made = functools.partial(_is_put_together, matrix, makers)
     if (
       (of_points is None or of_points.kind is not Kind.NARROW)
-      and min(jaxprs.free(eqn, n), default=most) <= most
+      and _has_few_rows(jaxprs.free(eqn, n), most)
       and not _are_weights(matrix, of_matrix, makers)
-      and (most == jaxprs.DIMENSIONS or is_made())
+      and (most == jaxprs.DIMENSIONS or is_made(by_rows_and_columns=True))
       and (
-        not _are_weights(points, of_points, makers)
+        not (points in pure or _are_weights(points, of_points, makers))
         or of_matrix == PARAM
         or (of_matrix == DATA and is_made())
       )
@@ -62,12 +65,30 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn
   return False
 
 
-def _is_put_together(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
-  """Whether a value was made of others that are parts of it, or is a product of such."""
+def _has_few_rows(free: list[int], terms: int) -> bool:
+  """Whether a matrix has as few rows as a rotation, or the three or four of a homogeneous one."""
+  if terms > jaxprs.DIMENSIONS:
+    return jaxprs.DIMENSIONS in free or terms in free
+  return bool(free) and 1 < min(free) <= jaxprs.DIMENSIONS
+
+
+def _is_put_together(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], *, by_rows_and_columns: bool = False
+) -> bool:
+  """Whether a value was made of others that are parts of it, or is a product of such.
+
+  Args:
+    atom: The value.
+    makers: The equations of its jaxpr, by what they make.
+    by_rows_and_columns: Whether some of the parts must have been, too: not so the two halves of
+      what a rotary embedding turns.
+  """
   for _ in range(_LOOKS):
     made = None if isinstance(atom, Literal) else makers.get(atom)
+    if made is not None and made.primitive.name in _PUTS_TOGETHER:
+      return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
     if made is None or made.primitive.name not in _LEADS_ON:
-      return made is not None and made.primitive.name in _PUTS_TOGETHER
+      return False
     atom = made.invars[0]
   return False
 

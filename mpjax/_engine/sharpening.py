@@ -125,6 +125,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "there is nothing to cast",
   ),
   Sharpening(
+    "numbers that float16 does not hold",
+    {Rule.LOWER},
+    lambda s: s.compute == FLOAT16 and any(map(s.around.leaves_float16, s.eqn.invars)),
+    Rule.FULL,
+    "a matrix of 100000s would be one of infinities, and one of 1e-9s of zeros",
+  ),
+  Sharpening(
     "inner product",
     {Rule.LOWER},
     lambda s: jaxprs.is_inner(s.eqn),
@@ -176,7 +183,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "rotation or projection",
     {Rule.LOWER},
-    lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers),
+    lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers, s.around.sums.pure),
     Rule.FULL,
     "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
   ),

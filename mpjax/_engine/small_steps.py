@@ -307,7 +307,7 @@ def _undoes_a_sum(factor: float, eqn: JaxprEqn) -> bool:
   """
   n = _summed(eqn)
   sizes = (n, n / 2, n**0.5, (n / 2) ** 0.5)
-  return any(math.isclose(factor * size, 1, rel_tol=1e-2) for size in sizes)
+  return min([abs(factor * size - 1) for size in sizes]) < 0.01
 
 
 def _summed(eqn: JaxprEqn) -> int:

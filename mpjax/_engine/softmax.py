@@ -67,9 +67,7 @@ class Softmax(NamedTuple):
 def match(
   steps: Sequence[Step], readers: Readers, makers: Mapping[Var, int], last: int
 ) -> Softmax | None:
-  """The softmax that ends with a step, if one does whose result is read in 16 bits."""
-  if steps[last].eqn.primitive.name != "div":
-    return None
+  """The softmax that ends with a division, if one does whose result is read in 16 bits."""
   exp, chain = _maker(steps, makers, last, "exp"), _sum_behind(steps, makers, last)
   shifted = None if exp is None else _maker(steps, makers, exp, "sub")
   if exp is None or shifted is None or not chain:

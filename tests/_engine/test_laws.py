@@ -2769,6 +2769,63 @@ def grid_of(p, x):
   return jnp.einsum("bij,nj->bni", theta, grid[:, 0, :, 0][:, [0, 1, 1]]) * 64
 
 
+WIDE_X, FEW_FEATURES = jnp.ones((2, 16, 512)), {"e": jnp.ones((512, 64)), "u": jnp.ones((64, 64))}
+STREAMS = {
+  "added": lambda h, u: h + jnp.tanh(h @ u) @ u,
+  "taken_away": lambda h, u: h - jnp.tanh(h @ u) @ u,
+  "gated": lambda h, u: h - jax.nn.relu(h @ u) * (h - jnp.tanh(h @ u)),
+  "virtual_node": lambda h, u: jax.nn.relu(h + (h.mean(1) @ u)[:, None]),
+  "jitted": lambda h, u: jax.jit(lambda h, u: h + jnp.tanh(h @ u) @ u)(h, u),
+  "in_a_scan": lambda h, u: lax.scan(
+    lambda h, _: (h + jnp.tanh(h @ u) @ u, None), h, None, length=4
+  )[0],
+}
+
+
+@in_turns(("turn", "policy"), STREAMS, POLICIES)
+def test_a_stream_that_is_returned_is_no_head_where_it_begins(turn, policy):
+  def encoder(p, x):
+    h = x @ p["e"]
+    for _ in range(2):
+      h = turn(h, p["u"])
+    return h
+
+  first, *_ = matmuls(mpjax.autocast(encoder, policy), FEW_FEATURES, WIDE_X)
+  assert first.outvars[0].aval.dtype.itemsize == 2
+
+
+UNFIT = {
+  "captured": lambda h: h @ FAR,
+  "turned": lambda h: h @ FAR.T,
+  "tiny": lambda h: h @ NEAR,
+  "of_numpy": lambda h: h @ np.asarray(FAR),
+  "identity": lambda h: h @ (jnp.eye(4) * 7e4),
+  "filled": lambda h: h @ jnp.full((4, 8), 1e5),
+  "jitted": lambda h: jax.jit(lambda h: h @ FAR)(h),
+  "convolution": lambda h: lax.conv(h[None, None], jnp.full((1, 1, 2, 2), 1e5), (1, 1), "SAME"),
+}
+FAR = jnp.diag(jnp.array([1e5, 1, 2, 3]))
+NEAR = FAR / 1e14
+
+
+@in_turns(("fn", "policy"), UNFIT, POLICIES)
+def test_a_matmul_with_numbers_that_float16_does_not_hold_has_a_result(fn, policy):
+  def loss(w, x):
+    found = fn(jnp.tanh(x @ w))
+    return jnp.mean(found / jnp.abs(lax.stop_gradient(found)).max())
+
+  value, grads = jax.value_and_grad(mpjax.autocast(loss, policy))(W, DATA)
+  want, of_want = jax.value_and_grad(loss)(W, DATA)
+  np.testing.assert_allclose(value, want, rtol=0.03)
+  np.testing.assert_allclose(grads, of_want, atol=0.04 * float(jnp.abs(of_want).max()))
+
+
+def test_captured_weights_multiply_in_float16_however_small_some_are():
+  weights = jax.random.normal(jax.random.key(0), (4, 4)).at[0, 0].set(1e-7)
+  (product,) = matmuls(mpjax.autocast(lambda w, x: (x * w[0]) @ weights, "mixed_float16"), W, DATA)
+  assert product.invars[0].aval.dtype == jnp.float16
+
+
 CAMERA = jnp.array([[1000.0, 0, 512], [0, 1000, 512], [0, 0, 1]])
 SCENE = {
   "r": jnp.array([[1.0, 0.1, 0, 0, 1, 0.2], [0.8, 0, 0.3, 0.1, 1, 0]]),
@@ -2823,9 +2880,24 @@ def test_layers_of_two_or_three_features_stay_in_16_bits(policy):
     h = jnp.tanh(x @ w["in"]) @ w["in"] + (x @ (w["in"] * 0.5)) + (x @ wide)[0]
     return jnp.stack([h, h]) @ w["out"]
 
-  for x in (jnp.ones((2, 3)), jnp.ones((20, 3))):
+  for x in (jnp.ones((1, 3)), jnp.ones((2, 3)), jnp.ones((20, 3))):
     assert {
       v.aval.dtype.itemsize
       for e in matmuls(mpjax.autocast(network, policy), w, x)
       for v in e.invars
     } == {2}
+
+
+@both
+def test_a_mixture_of_two_or_three_vectors_is_no_projection_of_points(policy):
+  """A router over two experts, and the first layer of one observation."""
+
+  def mixture(p, h):
+    experts = jnp.stack([nn.standardize(h @ p["u"]), nn.standardize(h @ p["u"].T)], 1)
+    return jnp.einsum("tk,tkd->td", jax.nn.softmax(h[:, :2] @ p["u"][:2, :2]), experts) @ p["u"]
+
+  frozen = jax.random.normal(jax.random.key(0), (3, 64))
+  acting = lambda p, x: jnp.tanh(x @ frozen) @ p["u"]
+  for fn, x in ((mixture, jnp.ones((8, 64))), (acting, jnp.ones(3)), (acting, jnp.ones((1, 3)))):
+    for product in matmuls(mpjax.autocast(fn, policy), FEW_FEATURES, x):
+      assert {v.aval.dtype.itemsize for v in product.invars} == {2}

@@ -76,7 +76,7 @@ class PolicyMap:
     *,
     ops: Mapping[str, str] | Iterable[tuple[str, str]] = (),
   ) -> None:
-    pairs: Any = tuple(rules.items() if isinstance(rules, Mapping) else rules)
+    pairs: Any = tuple(rules.items() if isinstance(rules, Mapping) else map(_pair, rules))
     patterns = tuple(_compiled(pattern) for pattern, _ in pairs)
     changes = {name: rule for name, rule in dict(ops).items() if DEFAULT_OPS.get(name) != rule}
     read_ops(changes)
@@ -224,6 +224,15 @@ def _of_rule(pattern: str, given: Policy | str) -> Policy:
       f"returns. Got {shown(str(policy))}. Name the module alone, or drop {policy.matmul_format}."
     )
   return policy
+
+
+def _pair(rule: Any) -> tuple[str, Any]:
+  if not isinstance(rule, tuple | list) or len(rule) != 2:
+    raise TypeError(
+      f"A rule of a PolicyMap must be a pair of a path pattern and a policy; got {shown(rule)}. "
+      "Write a dictionary, e.g. {'head': 'float32'}, or pairs."
+    )
+  return rule[0], rule[1]
 
 
 def _compiled(pattern: str) -> _Pattern:

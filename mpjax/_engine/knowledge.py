@@ -134,7 +134,7 @@ class Knowledge:
     is_backward: Callable[[JaxprEqn], bool],
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
-    self._analyses, self._inner, needs = analyses, inner, analyses.needs
+    self._analyses, self._jaxpr, self._inner, needs = analyses, jaxpr, inner, analyses.needs
     makers = jaxprs.makers_of(inner)
     exact = known.exact
     if exact is None:
@@ -154,7 +154,6 @@ class Knowledge:
     self.is_test = known.is_test
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
-    self._constants = zip(inner.constvars, versions.constants(jaxpr), strict=True)
     self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
@@ -181,7 +180,8 @@ class Knowledge:
   @functools.cached_property
   def _captured(self) -> dict[Any, NumberSet]:
     """The largest numbers of the arrays that the jaxpr captured."""
-    return {var: largest_of(value) for var, value in self._constants}
+    pairs = zip(self._inner.constvars, versions.constants(self._jaxpr), strict=True)
+    return {var: largest_of(value) for var, value in pairs}
 
   def is_head(self, atom: Atom) -> bool:
     """Whether a value is multiplied into a logarithm, however it was moved before."""

@@ -27,9 +27,9 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
     f32[].
 
   Raises:
-    ValueError: If there is no loss scaler in ``opt_state``, more than one, or one that is not
-      outermost: in a chain, in a branch of ``optax.partition``, in ``optax.masked`` or
-      ``optax.MultiSteps``; the message says what to write instead.
+    ValueError: If it is no state but the optimizer itself, or there is no loss scaler in it, more
+      than one, or one that is not outermost: in a chain, in a branch of ``optax.partition``, in
+      ``optax.masked`` or ``optax.MultiSteps``; the message says what to write instead.
 
   Example:
     >>> from mpjax import dynamic_loss_scaling
@@ -92,6 +92,11 @@ def find_scaling_state(opt_state: PyTree) -> LossScalingState | None:
 
 def _require_scaling_state(opt_state: PyTree) -> LossScalingState:
   state = find_scaling_state(opt_state)
+  if isinstance(opt_state, optax.GradientTransformation):
+    raise ValueError(
+      "The scale is in the optimizer's state. Got the optimizer itself. Pass opt_state, which "
+      "tx.init(params) makes and every tx.update(...) returns anew."
+    )
   if state is None:
     raise ValueError(
       f"The optimizer state must hold a loss scaler. Got a {type(opt_state).__name__} without "

@@ -684,6 +684,8 @@ def test_no_callback_reaches_the_host_inside_a_step():
 
 def test_a_state_without_a_scaler_is_refused():
   for read in (mpjax.loss_scale, mpjax.step_is_finite):
+    with pytest.raises(ValueError, match=r"Got the optimizer itself. Pass opt_state"):
+      read(mpjax.dynamic_loss_scaling(optax.sgd(1.0)))
     with pytest.raises(ValueError, match=r"must hold a loss scaler.*Wrap the optimizer"):
       read(optax.adam(1e-3).init(jnp.ones(2)))
   assert find_scaling_state(()) is None

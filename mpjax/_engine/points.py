@@ -11,17 +11,17 @@ What a layer gave for points has rounded before, and is multiplied in 16 bits.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import MATMULS, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.plan import Forms
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
+_ARITHMETIC = frozenset({"add", "sub", "mul", "neg"})
 _LEADS_ON = having(Trait.MOVES) | {
   *("broadcast_in_dim", "convert_element_type", "dot_general"),
   *("slice", "dynamic_slice", "gather", "split", "unstack"),
@@ -44,23 +44,25 @@ def transforms_points(
   """
   if eqn.primitive.name != "dot_general":
     return False
-  most = max(jaxprs.terms(eqn), jaxprs.DIMENSIONS)
-  if most > jaxprs.DIMENSIONS + 1:
+  terms = jaxprs.terms(eqn)
+  if terms > jaxprs.DIMENSIONS + 1:
     return False
   for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
     of_matrix, of_points = forms[n], forms[1 - n]
-    is_made = functools.partial(_is_put_together, matrix, makers)
     if (
-      (of_points is None or of_points.kind is not Kind.NARROW)
-      and _has_few_rows(jaxprs.free(eqn, n), most)
-      and not _are_weights(matrix, of_matrix, makers)
-      and (most == jaxprs.DIMENSIONS or is_made(by_rows_and_columns=True))
-      and (
-        not (points in pure or _are_weights(points, of_points, makers))
-        or of_matrix == PARAM
-        or (of_matrix == DATA and is_made())
-      )
+      not _has_few_rows(jaxprs.free(eqn, n), terms)
+      or (of_points is not None and of_points.kind is Kind.NARROW)
+      or _are_weights(matrix, of_matrix, makers)
     ):
+      continue
+    if terms > jaxprs.DIMENSIONS:
+      found = _is_put_together(matrix, makers, by_rows_and_columns=True)
+    else:
+      found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, makers)
+    is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
+    are_many = max(jaxprs.free(eqn, 1 - n), default=1) > jaxprs.DIMENSIONS >= terms
+    are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
+    if found or (is_given and are_many and not are_weights):
       return True
   return False
 
@@ -70,6 +72,20 @@ def _has_few_rows(free: list[int], terms: int) -> bool:
   if terms > jaxprs.DIMENSIONS:
     return jaxprs.DIMENSIONS in free or terms in free
   return bool(free) and 1 < min(free) <= jaxprs.DIMENSIONS
+
+
+def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a matrix came in, or a layer made it; moved, or with a number added or multiplied."""
+  if form is not None and form.kind is Kind.NARROW:
+    return True
+  for _ in range(_LOOKS):
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    if made is None or made.primitive.name in MATMULS:
+      return True
+    if made.primitive.name not in _LEADS_ON | _ARITHMETIC:
+      return False
+    atom = made.invars[0]
+  return False
 
 
 def _is_put_together(
@@ -87,7 +103,7 @@ def _is_put_together(
     made = None if isinstance(atom, Literal) else makers.get(atom)
     if made is not None and made.primitive.name in _PUTS_TOGETHER:
       return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
-    if made is None or made.primitive.name not in _LEADS_ON:
+    if made is None or made.primitive.name not in _LEADS_ON | _ARITHMETIC:
       return False
     atom = made.invars[0]
   return False

@@ -2797,7 +2797,7 @@ def test_a_stream_that_is_returned_is_no_head_where_it_begins(turn, policy):
 UNFIT = {
   "captured": lambda h: h @ FAR,
   "turned": lambda h: h @ FAR.T,
-  "tiny": lambda h: h @ NEAR,
+  "tiny": lambda h: h @ FAINT,
   "of_numpy": lambda h: h @ np.asarray(FAR),
   "identity": lambda h: h @ (jnp.eye(4) * 7e4),
   "filled": lambda h: h @ jnp.full((4, 8), 1e5),
@@ -2805,7 +2805,7 @@ UNFIT = {
   "convolution": lambda h: lax.conv(h[None, None], jnp.full((1, 1, 2, 2), 1e5), (1, 1), "SAME"),
 }
 FAR = jnp.diag(jnp.array([1e5, 1, 2, 3]))
-NEAR = FAR / 1e14
+FAINT = FAR / 1e14
 
 
 @in_turns(("fn", "policy"), UNFIT, POLICIES)

@@ -74,6 +74,8 @@ class Environment:
     for key, value in zip(keys, values, strict=True):
       if key[:2] in self._often:
         self._known[Key(*key[:2])] = to_dtype(value, FLOAT32)
+        if value.dtype == self._often[key[:2]]:
+          self._rounded[key[:2]] = value
       else:
         self._known[key] = value
 

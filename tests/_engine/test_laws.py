@@ -435,18 +435,20 @@ def test_modules_that_read_one_value_in_float32_alone_run(policy):
 
 @both
 def test_who_reads_a_value_often_stores_it_once(policy):
+  x = jax.random.normal(jax.random.key(6), (8, 4))
+
   def decoder(w, x):
     h = context = jnp.tanh(x @ w)
     for _ in range(20):
       h = h + 0.1 * jnp.tanh(context @ w)
     return h
 
-  def stored(fn):
-    leaves = jax.tree.leaves(jax.vjp(fn, W, DATA)[1])
-    return [leaf for leaf in leaves if leaf.shape == DATA.shape and leaf.dtype.itemsize == 2]
-
-  once = stored(mpjax.autocast(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w), policy))
-  assert len(stored(mpjax.autocast(decoder, policy))) <= len(once) + 20
+  leaves = jax.tree.leaves(jax.vjp(mpjax.autocast(decoder, policy), W, x)[1])
+  context = jnp.tanh(x @ W)
+  stored = [leaf for leaf in leaves if leaf.shape == context.shape]
+  assert (
+    sum(bool(jnp.allclose(leaf.astype(jnp.float32), context, atol=0.02)) for leaf in stored) == 1
+  )
 
 
 SOURCES = jnp.where(jnp.arange(1200) % 2, 3, jnp.arange(1200) % 8)  # of edges, half of one node

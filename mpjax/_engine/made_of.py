@@ -20,7 +20,7 @@ import numpy as np
 from mpjax._core.primitives import Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
-from mpjax._engine.constants import is_here
+from mpjax._engine.constants import LOOKED_AT, is_here
 from mpjax._engine.contents import SOLVES, Contents, skips_entries
 from mpjax._engine.jaxprs import kind
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
@@ -40,7 +40,6 @@ _STAYS_SOLVED = having(Trait.MOVES) | {
 _STAYS_SKIPPED = having(Trait.MOVES) | {
   *("slice", "broadcast_in_dim", "convert_element_type", "pad", "concatenate")
 }
-_MOST = 2**16
 
 
 class MadeOf:
@@ -233,7 +232,7 @@ def _are_whole(value: Any) -> bool:
     return False
   if dtype.kind != "f":
     return True
-  if np.size(value) > _MOST:
+  if np.size(value) > LOOKED_AT:
     return False
   numbers = np.asarray(value, np.float64)
   return bool((np.isfinite(numbers) & (numbers == np.round(numbers))).all())

@@ -21,8 +21,8 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
-_ARITHMETIC = frozenset({"add", "sub", "mul", "neg"})
 _LEADS_ON = having(Trait.MOVES) | {
+  *("add", "sub", "mul", "neg"),
   *("broadcast_in_dim", "convert_element_type", "dot_general"),
   *("slice", "dynamic_slice", "gather", "split", "unstack"),
 }
@@ -82,7 +82,7 @@ def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> 
     made = None if isinstance(atom, Literal) else makers.get(atom)
     if made is None or made.primitive.name in MATMULS:
       return True
-    if made.primitive.name not in _LEADS_ON | _ARITHMETIC:
+    if made.primitive.name not in _LEADS_ON:
       return False
     atom = made.invars[0]
   return False
@@ -103,7 +103,7 @@ def _is_put_together(
     made = None if isinstance(atom, Literal) else makers.get(atom)
     if made is not None and made.primitive.name in _PUTS_TOGETHER:
       return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
-    if made is None or made.primitive.name not in _LEADS_ON | _ARITHMETIC:
+    if made is None or made.primitive.name not in _LEADS_ON:
       return False
     atom = made.invars[0]
   return False

@@ -31,6 +31,8 @@ MASK: NumberSet = frozenset({0.0, 1.0})
 MOST = 64
 """Numbers computed from more combinations than these are not known."""
 
+_INTEGERS = "iu"
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
   "add": np.add,
   "sub": np.subtract,
@@ -186,10 +188,13 @@ class Numbers:
 
   def follow(self, eqn: JaxprEqn) -> None:
     """Follow integers: what is moved, chosen or computed of known ones is known."""
-    if len(eqn.outvars) != 1 or not _is_integer(eqn.outvars[0]) or eqn.outvars[0] in self._known:
+    if len(eqn.outvars) != 1 or (result := eqn.outvars[0]) in self._known:
+      return
+    if jaxprs.kind(result) not in _INTEGERS:
       return
     name = eqn.primitive.name
-    atoms = [atom for atom in eqn.invars if _is_integer(atom) or _makes_numbers(name)]
+    makes = _makes_numbers(name)
+    atoms = [atom for atom in eqn.invars if makes or jaxprs.kind(atom) in _INTEGERS]
     known = [self.of(atom) for atom in atoms]
     if known and all(numbers is not None for numbers in known):
       self.define(eqn.outvars[0], _after(name, eqn.params, known))
@@ -203,7 +208,3 @@ class Numbers:
   def form_of(self, literal: Literal) -> Form | None:
     """How a literal is held, None for one that is not float32."""
     return self._adapting.form(literal.val) if jaxprs.is_float32(literal) else None
-
-
-def _is_integer(atom: Atom) -> bool:
-  return jaxprs.kind(atom) in "iu"

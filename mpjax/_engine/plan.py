@@ -136,6 +136,8 @@ class Step:
   """The order in which it is computed, if it is a matmul that has another than written."""
   float8: Float8 | None = None
   """What its policy's wish for float8 came to; None if it has none, or this is no matmul."""
+  because: str = ""
+  """Why its rule is not that of its primitive, if it is a matmul."""
 
   @property
   def in_float8(self) -> bool:

@@ -19,7 +19,7 @@ from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine import decisions, jaxprs, sharpening, versions
+from mpjax._engine import decisions, jaxprs, versions
 from mpjax._engine.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.decisions import NAMEABLE, Decision
 from mpjax._engine.early_rounding import rounding_early
@@ -45,6 +45,7 @@ from mpjax._engine.plan import (
   narrowed,
   widened,
 )
+from mpjax._engine.sharpening import Sharpening, sharpening_of
 from mpjax._engine.sight import Sight
 from mpjax._engine.streams import SUMS, Streams
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
@@ -213,7 +214,7 @@ class _Walk:
       won, policy = self.planner.governs(place.path, name)
     table_rule = self.planner.table.get(name, Rule.FOREIGN)
     sight = Sight(eqn, name, table_rule, forms, policy.compute_dtype, self.around, place)
-    rule, lasts = self.rule(sight)
+    rule, found = self.rule(sight)
     if won is not None and self.planner.policies.is_for_op(won) and rule in NAMEABLE:
       rule, decision = Rule.NAMED, decisions.named(sight, policy)
     elif rule in _WAYS:
@@ -223,14 +224,8 @@ class _Walk:
     pairs = zip(vias, forms, decision.wanted, strict=True)
     reads = tuple([_read(v, f, w) if v or w else AS_HELD for v, f, w in pairs])
     self.around.numbers.follow(eqn)
-    home = () if place.backward or place.has_policy else path
-    lasting = _lasting(eqn, decision.bodies) if decision.bodies and not lasts else ()
-    self.borders.settle(
-      eqn,
-      home,
-      multiplies=multiplies(eqn, decision.bodies) if decision.bodies else name in MATMULS,
-      lasts=(*eqn.outvars,) if lasts else lasting,
-    )
+    lasts = found is not None and found.lasts
+    self.leave(eqn, () if place.backward or place.has_policy else path, decision, lasts=lasts)
     for var, form in zip(eqn.outvars, decision.outs, strict=True):
       self.forms[var] = form
     if self.planner.analyses.in_float8:
@@ -248,10 +243,22 @@ class _Walk:
       decision.bodies,
       parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
+      because=found.because if found is not None and name in MATMULS else "",
     )
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)
     return step
+
+  def leave(self, eqn: JaxprEqn, home: Path, decision: Decision, *, lasts: bool) -> None:
+    """Note what the results of an equation are to become where they leave their module."""
+    bodies = decision.bodies
+    lasting = _lasting(eqn, bodies) if bodies and not lasts else ()
+    self.borders.settle(
+      eqn,
+      home,
+      multiplies=multiplies(eqn, bodies) if bodies else eqn.primitive.name in MATMULS,
+      lasts=(*eqn.outvars,) if lasts else lasting,
+    )
 
   def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
     """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
@@ -263,14 +270,14 @@ class _Walk:
       return Float8(backward=backward, reason=reason)
     return Float8(parameter, backward)
 
-  def rule(self, sight: Sight) -> tuple[Rule, bool]:
-    """The table's rule, sharpened by what only the equation shows; whether its results last."""
+  def rule(self, sight: Sight) -> tuple[Rule, Sharpening | None]:
+    """The table's rule, or that of what only the equation shows, and this."""
     if sight.rule is Rule.FOREIGN:
       if sight.has_float32:
         self.planner.unknown[sight.name] += 1
-      return Rule.TRACED, False
-    found = sharpening.sharpening_of(sight)
-    return (sight.rule, False) if found is None else (found.rule, found.lasts)
+      return Rule.TRACED, None
+    found = sharpening_of(sight)
+    return (sight.rule if found is None else found.rule), found
 
   # Reading a value where it is used ---------------------------------------------------------
 

@@ -41,6 +41,11 @@ class Sharpening(NamedTuple):
   reason: str
   lasts: bool = False
 
+  @property
+  def because(self) -> str:
+    """Both in words."""
+    return f"{self.name}: {self.reason}"
+
 
 SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(

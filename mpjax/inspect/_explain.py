@@ -20,6 +20,7 @@ from mpjax.inspect._flow_rows import (
   OpFlow,
   RemarkFlow,
   UnknownOp,
+  WideMatmul,
 )
 from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._source_lines import Line
@@ -119,6 +120,10 @@ def _report(subject: Subject, flow: Flow) -> FlowReport:
     float8=tuple(
       Float8Flow(named(key.path), key.backward, key.reason, entry.count, entry.flops)
       for key, entry in flow.float8.items()
+    ),
+    wide=tuple(
+      WideMatmul(named(key.path), key.line, key.reason, key.backward, entry.count, entry.flops)
+      for key, entry in flow.wide.items()
     ),
   )
 

@@ -44,6 +44,7 @@ from mpjax.inspect._flow_data import (
   OpKey,
   Remark,
   Value,
+  WideKey,
   Widening,
   born,
   float_of_integers,
@@ -290,9 +291,10 @@ class _Walker:
     self.count_traced(step, rule, spot)
     if step.float8 is not None:
       wish = Float8Key(step.place.path, step.float8.backward, step.float8.reason)
-      entry = self.flow.float8.setdefault(wish, OpCount())
-      entry.count += 1
-      entry.flops += spot.times * flops(step.eqn)
+      _count_matmul(self.flow.float8, wish, step, spot)
+    if step.because and is_matmul(step) and not (runs_narrow(step) or self.is_float32_scope(step)):
+      key = WideKey(*step.place[:2], line_of(step.eqn, spot.line), step.because)
+      _count_matmul(self.flow.wide, key, step, spot)
 
   def count_traced(self, step: Step, rule: str, spot: Spot) -> None:
     """Count what runs as traced in a 16-bit scope, and the matmuls that it holds."""
@@ -330,6 +332,12 @@ class _Walker:
           continue
         widened.add((atom, dtype))
         self.flow.casts[(step.place.path, _other(dtype, form), dtype.name)] += 1
+
+
+def _count_matmul(entries: dict[Any, OpCount], key: Any, step: Step, spot: Spot) -> None:
+  entry = entries.setdefault(key, OpCount())
+  entry.count += 1
+  entry.flops += spot.times * flops(step.eqn)
 
 
 class _Islands:

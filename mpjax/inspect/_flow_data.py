@@ -219,6 +219,22 @@ class Float8Key(NamedTuple):
   reason: str
 
 
+class WideKey(NamedTuple):
+  """Matmuls in float32 that a report counts together.
+
+  Attributes:
+    path: The module's path.
+    backward: Whether in its backward pass.
+    line: Where they are.
+    reason: Why they do not multiply in 16 bits.
+  """
+
+  path: Path
+  backward: bool
+  line: Line
+  reason: str
+
+
 @dataclass
 class OpCount:
   """How many operations, and what they cost."""
@@ -249,4 +265,5 @@ class Flow:
   traced: dict[tuple[str, Line, Path], OpCount] = field(default_factory=dict)
   remarks: Counter[Remark] = field(default_factory=Counter)
   float8: dict[Float8Key, OpCount] = field(default_factory=dict)
+  wide: dict[WideKey, OpCount] = field(default_factory=dict)
   loops: int = 0

@@ -26,6 +26,7 @@ from mpjax.inspect._flow_rows import (
   RemarkFlow,
   RuleUse,
   UnknownOp,
+  WideMatmul,
 )
 from mpjax.inspect._report import Report, Table, in_bytes, in_units
 from mpjax.inspect._source_lines import texts_of
@@ -57,6 +58,7 @@ class FlowReport(Report):
     depth: How many components of a path make a row; None for all.
     remarks: What the policy overrides, and what cannot be promised under it.
     float8: The matmuls whose policy asks for float8: in which formats they multiply, or why not.
+    wide: The matmuls that stay in float32 for what they compute, and why.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -78,6 +80,7 @@ class FlowReport(Report):
   depth: int | None = None
   remarks: tuple[RemarkFlow, ...] = ()
   float8: tuple[Float8Flow, ...] = ()
+  wide: tuple[WideMatmul, ...] = ()
 
   @property
   def keeps_promise(self) -> bool:
@@ -114,7 +117,7 @@ class FlowReport(Report):
     facts = (
       f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
       f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
-      f"{self._and_float8}"
+      f"{self._and_wide}{self._and_float8}"
       f"{f', and {integers} on integers as written' * bool(integers)}"
     )
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
@@ -125,6 +128,12 @@ class FlowReport(Report):
     if not (self.leaks or self.unknown):
       verdict = "with reservations"
     return f"{head}: {verdict}. {facts}, but {' and '.join(self._faults())}."
+
+  @property
+  def _and_wide(self) -> str:
+    """How many of them are float32 for what they compute."""
+    count = sum(row.count for row in self.wide)
+    return f", {count} in float32 for what they compute" if count else ""
 
   @property
   def _and_float8(self) -> str:
@@ -186,13 +195,15 @@ class FlowReport(Report):
     return OpReport(self.name if module is None else module, tuple(chosen))
 
   def tables(self) -> Sequence[Table]:
-    """A row a module, the leaks, the remarks, the rules, and what is unknown."""
+    """A row a module, leaks, remarks, matmuls in float32, the rules, and what is unknown."""
     tables = [self._modules_table()]
     if self.leaks:
       tables.append(_leaks_table(self.leaks))
     if self.remarks:
       rows = [[str(r.line), r.module, str(r.count), r.text] for r in self.remarks]
       tables.append(Table(["line", "module", "times", "what"], rows, "<<><", "Remarks"))
+    if self.wide:
+      tables.append(_wide_table(self.wide))
     if self.float8:
       rows = [[r.module, r.formats, r.reason, str(r.count), in_units(r.flops)] for r in self.float8]
       header = ["module", "multiplied", "because", "matmuls", "FLOP"]
@@ -371,6 +382,22 @@ def _leaks_table(leaks: Sequence[Leak]) -> Table:
   header = ["line", "module", "operation", "widened by", "costs", "goes on to"]
   sources = texts_of(leak.line for leak in leaks)
   return Table(header, rows, "<<<<><", "Leaks: narrow values that became float32", sources)
+
+
+def _wide_table(matmuls: Sequence[WideMatmul]) -> Table:
+  rows = [
+    [
+      str(row.line),
+      row.module + (" (backward)" if row.backward else ""),
+      str(row.count),
+      in_units(row.flops),
+      row.reason,
+    ]
+    for row in matmuls
+  ]
+  header = ["line", "module", "matmuls", "FLOP", "because"]
+  sources = texts_of(row.line for row in matmuls)
+  return Table(header, rows, "<<>><", "Matmuls in float32 for what they compute", sources)
 
 
 def _percent(share: float) -> str:

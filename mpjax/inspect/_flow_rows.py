@@ -63,6 +63,27 @@ class Float8Flow:
 
 
 @dataclass(frozen=True)
+class WideMatmul:
+  """Matmuls of one line that a 16-bit policy leaves in float32 for what they compute.
+
+  Attributes:
+    module: The module's path.
+    line: The line of the user's code.
+    reason: What they are, and why they need float32.
+    backward: Whether they stand in the backward pass of what is explained.
+    count: How many there are in the program.
+    flops: Their multiplications and additions, loops multiplied out.
+  """
+
+  module: str
+  line: Line
+  reason: str
+  backward: bool
+  count: int
+  flops: float
+
+
+@dataclass(frozen=True)
 class CastFlow:
   """The casts in one module from one dtype to another."""
 

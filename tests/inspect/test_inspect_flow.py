@@ -334,6 +334,37 @@ def test_matmuls_inside_of_what_runs_as_traced_count_as_float32(fn, op):
   )
 
 
+def moved_by_a_camera(p, points):
+  with jax.named_scope("camera"):
+    rotation = jnp.stack([jnp.stack([p["a"], -p["b"]]), jnp.stack([p["b"], p["a"]])])
+    return (points @ rotation.T) @ p["w"]
+
+
+POINTS = jax.ShapeDtypeStruct((64, 2), jnp.float32)
+SCALAR = jax.ShapeDtypeStruct((), jnp.float32)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_matmul_that_stays_in_float32_is_named_with_the_reason(grad):
+  p = {"a": SCALAR, "b": SCALAR, "w": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
+  report = explain(moved_by_a_camera, "mixed_bfloat16", p, POINTS, grad=grad)
+  (row,) = report.wide  # the gradient of its angles sums up 16-bit products in float32
+  assert row.module == "camera" and "rotation.T" in row.line.text
+  assert row.reason.startswith("rotation or projection: ")
+  assert row.count == 1 and row.flops == 2 * 64 * 2 * 2
+  assert report.flops * (1 - report.narrow_share) == pytest.approx(row.flops)
+  assert report.keeps_promise and "in float32 for what they compute" in report.summary
+  assert "pixels come in steps" in str(report)
+
+
+def test_what_a_rule_makes_float32_or_nothing_makes_is_not_named():
+  p = {"a": SCALAR, "b": SCALAR, "w": jax.ShapeDtypeStruct((2, 16), jnp.float32)}
+  policies = mpjax.PolicyMap({"camera": "float32"}, default="mixed_bfloat16")
+  report = explain(moved_by_a_camera, policies, p, POINTS)
+  assert report.wide == () and "for what they compute" not in report.summary
+  assert explain(lambda w, x: x @ w, "mixed_bfloat16", SQUARE, X).wide == ()
+
+
 def test_in_a_float32_module_a_kernel_is_as_the_rule_says():
   def fn(w, x):
     with jax.named_scope("kernel"):

@@ -20,7 +20,7 @@ from mpjax._engine.module_exits import held_as
 from mpjax._engine.plan import Forms, Plan
 from mpjax._engine.sight import Sight, foreign_format, looks_up_rows, scales_parameter
 
-NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
+NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.EXACT, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
 """The rules of operations that a rule of a `PolicyMap` may name."""
 
 
@@ -68,6 +68,17 @@ def _wide(sight: Sight) -> Decision:
   decision = _lower(sight)
   params = decision.params | {"preferred_element_type": FLOAT32}
   return decision._replace(outs=_for_float32(sight.eqn.outvars, DATA), params=params)
+
+
+def _exact(sight: Sight) -> Decision:
+  """It reads float32, as who else reads a value so, and rounds inside: there all comes together."""
+  decision = _full(sight)
+  params = jaxprs.without_algorithm(decision.params) | {"preferred_element_type": FLOAT32}
+  return decision._replace(params={PRODUCTS: foreign_format(sight) or sight.compute, **params})
+
+
+PRODUCTS = "products"
+"""Among the parameters of a matmul that rounds inside, the format in which it multiplies."""
 
 
 def _full(sight: Sight) -> Decision:
@@ -160,6 +171,7 @@ def _for_float32(outvars: Sequence[Any], form: Form) -> Forms:
 _WAYS: dict[Rule, Callable[[Sight], Decision]] = {
   Rule.LOWER: _lower,
   Rule.WIDE: _wide,
+  Rule.EXACT: _exact,
   Rule.FULL: _full,
   Rule.ALWAYS: _full,
   Rule.LOSS_SCALE: _full,

@@ -26,9 +26,10 @@ from mpjax._engine import (
 )
 from mpjax._engine.attached_derivatives import with_derivative
 from mpjax._engine.bodies import mapped
+from mpjax._engine.decisions import PRODUCTS
 from mpjax._engine.environment import Environment, Key, to_dtype
 from mpjax._engine.float8 import in_float8
-from mpjax._engine.float32_products import but_on_gpus, in_order, unfolded
+from mpjax._engine.float32_products import Matmul, but_on_gpus, in_order, unfolded
 from mpjax._engine.islands import Island
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.loop_carries import shared_by_turns
@@ -286,21 +287,44 @@ def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
   """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
   if step.parameter is not None:
     return _lower(interpreter, step, operands)
-  narrow = step.params | {"preferred_element_type": operands[0].dtype}
+  run, moved = _with_float32_sums(step, step.params, operands[0].dtype)
+  return [with_derivative(run, moved, moved)(*operands)]
+
+
+def _exact(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """The same of float32 operands, which round inside; the derivative is that of float32."""
+  del interpreter
+  params = {key: value for key, value in step.params.items() if key != PRODUCTS}
+  dtype = step.params[PRODUCTS]
+  run, _ = _with_float32_sums(step, params, dtype)
+
+  def rounded(*operands: Any) -> Any:
+    return run(*(to_dtype(x, dtype) for x in operands))
+
+  def moved(*operands: Any) -> Any:
+    return jaxprs.run_with(step.eqn, operands, params)[0]
+
+  return [with_derivative(rounded, moved, moved)(*operands)]
+
+
+def _with_float32_sums(
+  step: Step, params: dict[str, Any], dtype: np.dtype
+) -> tuple[Matmul, Matmul]:
+  """A matmul of operands in a format to float32, and one whose sums rounded to that before."""
+  narrow = params | {"preferred_element_type": dtype}
 
   def matmul(*operands: Any) -> Any:
-    return jaxprs.run_with(step.eqn, operands, step.params)[0]
+    return jaxprs.run_with(step.eqn, operands, params)[0]
 
   def moved(*operands: Any) -> Any:
     return to_dtype(jaxprs.run_with(step.eqn, operands, narrow)[0], FLOAT32)
 
   name = step.eqn.primitive.name
   if name == "dot_general" and not jaxprs.is_sharded_explicitly(step.eqn.outvars[0].aval):
-    contracted, batch = step.params["dimension_numbers"]
-    run = in_order(contracted, batch, step.params["precision"])
-  else:
-    run = but_on_gpus(matmul, moved) if name == "conv_general_dilated" else unfolded(matmul)
-  return [with_derivative(run, moved, moved)(*operands)]
+    contracted, batch = params["dimension_numbers"]
+    return in_order(contracted, batch, params["precision"]), moved
+  run = but_on_gpus(matmul, moved) if name == "conv_general_dilated" else unfolded(matmul)
+  return run, moved
 
 
 def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
@@ -385,6 +409,7 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.LOWER: _lower,
   Rule.FOLLOW: _follow,
   Rule.WIDE: _wide,
+  Rule.EXACT: _exact,
   Rule.MULTIPLY: _multiply,
   Rule.TRACED: _traced,
   Rule.CALL: _call,

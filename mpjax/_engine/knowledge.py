@@ -30,7 +30,7 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import additions
 from mpjax._engine.small_steps import View
-from mpjax._engine.sums import Summing, sums_in
+from mpjax._engine.sums import Summing, is_matrix, sums_in
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -224,11 +224,13 @@ class Knowledge:
     is_scan = eqn.primitive.name == "scan"
     own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
     known = self._entering(eqn, body, forms, own, exact)
-    is_stack = PARAM in forms[body.carry.stop :]  # of layers: each turn has weights of its own
+    pairs = zip(versions.open_jaxpr(body.jaxpr).invars, forms, strict=True)
+    weights = [n for n, (v, form) in enumerate(pairs) if form == PARAM and is_matrix(v)]
+    is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
     recurrences = self._analyses.recurrences
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
-      sums=known.sums.every_turn(body.carry),
+      sums=known.sums.every_turn(body.carry, has_layers=bool(weights)),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
       recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),

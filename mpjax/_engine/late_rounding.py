@@ -5,6 +5,10 @@ longer than it is, and an integral from 0 to 1 end at 1.004. Where nothing but f
 multiple, it is multiplied in float32, and so is what adds or moves it on the way. All of this is
 linear, so that the backward pass stores nothing of it in either format. A multiple that goes on in
 16 bits rounds with its number, as by hand.
+
+So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 * e`` and ``e.T`` of
+a distance: what comes back to e from there and from its squares is a small difference, which adds
+up in float32.
 """
 
 from __future__ import annotations
@@ -41,14 +45,18 @@ def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole:
     numbers: The numbers that occur in a constant of it.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  products = [step for step in plan.steps if step.eqn.primitive.name in _MULTIPLIES]
-  if not any(_is_inexact_multiple(step, numbers) for step in products):
+  likely = [s for s in plan.steps if s.because or s.eqn.primitive.name in _MULTIPLIES]
+  if not any(_is_inexact_multiple(step, numbers) or _is_wide_matmul(step) for step in likely):
     return plan
   late = _late(plan, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
-    if _is_inexact_multiple(step, numbers) or made & variables_of(step.eqn.invars):
+    if (
+      _is_inexact_multiple(step, numbers)
+      or _leads_to_matmul(plan, step)
+      or made & variables_of(step.eqn.invars)
+    ):
       wide.add(n)
       made |= {*step.eqn.outvars}
   if not wide:
@@ -70,6 +78,17 @@ def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bo
   if found is not None and step.eqn.primitive.name == "div":  # 16 bits hold 60, and no 1 / 60
     found = {1 / number if number else 0.0 for number in found}
   return found is None or any(_is_inexact(number, step.outs[0]) for number in found)
+
+
+def _is_wide_matmul(step: Step) -> bool:
+  """Whether a step is a matmul that needs its operands' cotangents in float32."""
+  return bool(step.because) and step.rule in (Rule.FULL, Rule.EXACT)
+
+
+def _leads_to_matmul(plan: Plan, step: Step) -> bool:
+  """Whether such matmuls read what a step makes."""
+  readers = plan.readers[step.eqn.outvars[0]]
+  return any(n != _RESULT and _is_wide_matmul(plan.steps[n]) for n, _ in readers)
 
 
 def _is_multiple(step: Step) -> bool:
@@ -128,8 +147,8 @@ def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: b
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  adds_up = step.eqn.primitive.name in _ADDS_UP and step.outs == ONE_FLOAT32
-  return read.to == FLOAT32 and adds_up
+  adds_up = step.eqn.primitive.name in _ADDS_UP or _is_wide_matmul(step)
+  return read.to == FLOAT32 and adds_up and step.outs == ONE_FLOAT32
 
 
 def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:

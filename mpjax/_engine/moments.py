@@ -3,9 +3,10 @@
 ``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``, ``h.T @ h / n - outer(m, m)``:
 what is left is small beside both, smaller than what 16 bits round of either, and a variance comes
 out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. Where the sums are
-matmuls or convolutions, these are float32; of operands that are narrow already only what they
-return is. The same holds of a matmul that a constant is subtracted from which it is near:
-``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
+matmuls or convolutions, these are float32; those of operands that are narrow already multiply in
+16 bits, but return float32, and so does their derivative: what comes back to x by way of the
+product and of ``|x|**2`` is a small difference, too. The same holds of a matmul that a constant is
+subtracted from which it is near: ``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
 """
 
 from __future__ import annotations

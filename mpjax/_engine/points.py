@@ -21,11 +21,15 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
-_LEADS_ON = having(Trait.MOVES) | {
-  *("add", "sub", "mul", "neg"),
-  *("broadcast_in_dim", "convert_element_type", "dot_general"),
-  *("slice", "dynamic_slice", "gather", "split", "unstack"),
-}
+_JOINS = frozenset({"add", "sub", "mul", "dot_general"})
+_LEADS_ON = (
+  having(Trait.MOVES)
+  | _JOINS
+  | {
+    *("neg", "broadcast_in_dim", "convert_element_type"),
+    *("slice", "dynamic_slice", "gather", "split", "unstack"),
+  }
+)
 
 _LOOKS = 64
 """How many equations behind a matrix are looked at."""
@@ -91,7 +95,7 @@ def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> 
 def _is_put_together(
   atom: Atom, makers: Mapping[Any, JaxprEqn], *, by_rows_and_columns: bool = False
 ) -> bool:
-  """Whether a value was made of others that are parts of it, or is a product of such.
+  """Whether a value was made of others that are parts of it, or is a sum or product with such.
 
   Args:
     atom: The value.
@@ -99,13 +103,17 @@ def _is_put_together(
     by_rows_and_columns: Whether some of the parts must have been, too: not so the two halves of
       what a rotary embedding turns.
   """
+  waiting = [atom]
   for _ in range(_LOOKS):
-    made = None if isinstance(atom, Literal) else makers.get(atom)
-    if made is not None and made.primitive.name in _PUTS_TOGETHER:
-      return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
-    if made is None or made.primitive.name not in _LEADS_ON:
+    if not waiting:
       return False
-    atom = made.invars[0]
+    atom = waiting.pop()
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    name = "" if made is None else made.primitive.name
+    if made is not None and name in _PUTS_TOGETHER:
+      return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
+    if made is not None and name in _LEADS_ON:
+      waiting += reversed(made.invars) if name in _JOINS else made.invars[:1]
   return False
 
 

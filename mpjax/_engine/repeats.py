@@ -29,6 +29,7 @@ _SIMPLE = frozenset(
   {
     Rule.LOWER,
     Rule.WIDE,
+    Rule.EXACT,
     Rule.FULL,
     Rule.ALWAYS,
     Rule.FOLLOW,

@@ -250,9 +250,16 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "amplified, of narrow values",
     {Rule.LOWER},
-    sight.is_amplified,
+    lambda s: s.name in MATMULS and sight.is_amplified(s),
+    Rule.EXACT,
+    "what comes back to the ends of a distance, or to a variance, is a small difference, too",
+  ),
+  Sharpening(
+    "layer before a linear system",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.leading.factored,
     Rule.WIDE,
-    "a Gram matrix that rounds has negative eigenvalues, however much its diagonal is damped",
+    "what rounds in a matrix makes its eigenvalues negative, however much its diagonal is damped",
   ),
   Sharpening(
     "integers",
@@ -273,7 +280,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     {"add", "sub"},
     lambda s: s.is_narrow and sight.adds_much(s),
     Rule.FULL,
-    "300 and what a model says: its output comes back in its own unit",
+    "300, or a parameter, and what a model says: its output comes back in its own unit",
     lasts=True,
   ),
   Sharpening(

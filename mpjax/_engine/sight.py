@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._engine import jaxprs
 from mpjax._engine.contents import weights_of
 from mpjax._engine.kinds import PARAM, Form, Kind, join
@@ -73,8 +73,13 @@ class Sight(NamedTuple):
 
 
 def is_amplified(sight: Sight) -> bool:
-  """Whether what rounds in a matmul is many times as much where its result is used."""
-  return sight.result in sight.around.leading.factored or sight.result in sight.around.moments
+  """Whether what rounds in a matmul, or comes back to it, is many times as much where it is used.
+
+  A layer before a linear system is a layer.
+  """
+  if sight.result in sight.around.moments:
+    return True
+  return sight.result in sight.around.leading.factored and PARAM not in sight.forms
 
 
 def is_amplified_later(sight: Sight) -> bool:
@@ -84,14 +89,13 @@ def is_amplified_later(sight: Sight) -> bool:
 
 
 def is_of_data(sight: Sight) -> bool:
-  """Whether it is so of a float32 operand; a layer before a linear system is a layer."""
-  if sight.result in sight.around.moments:  # that of a layer is as exact as this
-    sums, read = sight.around.sums, sight.eqn.invars
-    is_data = [
-      _is_data(f) and not of for f, of in zip(sight.forms, sums.origins_of(read), strict=True)
-    ]
-    return any(is_data) or all(not isinstance(a, Literal) and a in sums.pure for a in read)
-  return PARAM not in sight.forms and any(map(_is_data, sight.forms))
+  """Whether it is so of an operand that is float32, and that no layer made."""
+  if sight.result not in sight.around.moments:
+    return any(map(_is_data, sight.forms))
+  sums, read = sight.around.sums, sight.eqn.invars
+  pairs = zip(read, sight.forms, strict=True)
+  is_data = [_is_data(form) and not sums.may_be_of_layers([atom]) for atom, form in pairs]
+  return any(is_data) or all(not isinstance(a, Literal) and a in sums.pure for a in read)
 
 
 def is_of_parameters(sight: Sight) -> bool:
@@ -196,14 +200,15 @@ def hands_on(sight: Sight) -> bool:
   found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
     return False
-  if not found.is_long(has_layer=sight.has_narrow or is_of_parameters(sight)):
+  has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(sight.eqn.invars)
+  if not found.is_long(has_layer=has_layer):
     return False
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   trained = [a for a in read if a in sight.around.sums.pure]
   if len(read) > 1:
     return all(map(_is_data, sight.forms)) and not trained
-  if not read or sight.result not in found.leads:
-    return False
+  if not read or sight.result not in found.leads:  # what each turn adds is as exact
+    return not has_layer and sight.result in found.leads
   is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
   return is_state or not trained
 
@@ -225,12 +230,38 @@ def multiplies_by_much(sight: Sight) -> bool:
 
 
 def adds_much(sight: Sight) -> bool:
-  """Whether a number like 300 is added to an output, which no matmul multiplies, or subtracted."""
+  """Whether a number like 300 is added to an output, which no matmul multiplies, or subtracted.
+
+  Or a parameter, to what has had its bias or scale: corners of a mesh, anchors, the level of a
+  series. What has had an activation is a stream, to which positions are added.
+  """
   if is_hidden(sight) or sight.place.has_cotangents:
     return False
   known = [sight.around.numbers.of(atom) for atom in sight.eqn.invars]
-  return any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known)
+  if any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known):
+    return True
+  others = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
+  return len(others) == 1 and _is_output(others[0], sight.around)
 
+
+def _is_output(atom: Atom, around: Knowledge) -> bool:
+  """Whether a value is what a matmul gave, with a bias or as a multiple, be it moved."""
+  makers, is_scaled = around.view.makers, False
+  while not isinstance(atom, Literal) and (made := makers.get(atom)):
+    name, read = made.primitive.name, made.invars
+    if name in MATMULS:
+      return is_scaled
+    if name in _SCALES:
+      is_scaled = True
+      read = [a for a in read if not isinstance(a, Literal) and a not in around.sums.pure]
+    if len(read) != 1 or name not in _MOVED | _SCALES:
+      return False
+    (atom,) = read
+  return False
+
+
+_MOVED = having(Trait.MOVES) | {"convert_element_type"}
+_SCALES = frozenset({"add", "sub", "mul", "div"})
 
 UNIT, MASKS = 2, 2**24
 """From where on numbers are those of a unit, and from where on those of a mask."""

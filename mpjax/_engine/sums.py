@@ -30,6 +30,7 @@ class Summing(NamedTuple):
     kin: For each operand from which of these it was computed, a bit for each of them; empty if
       from none.
     of_parameters: Which operands were computed from a parameter at all, or are one.
+    of_layers: Which of those that are none were computed from a matrix of parameters.
     gradients: Which results are gradients, if they come out of a backward pass.
     given_back: Which results are a state among the parameters that the function returns.
   """
@@ -37,13 +38,23 @@ class Summing(NamedTuple):
   parameters: Indices = ()
   kin: Indices = ()
   of_parameters: frozenset[int] = frozenset()
+  of_layers: frozenset[int] = frozenset()
   gradients: Indices = ()
   given_back: Indices = ()
 
-  def every_turn(self, carry: range) -> Summing:
-    """The same for a loop's body, of which this is known in the first turn."""
-    found = self.of_parameters
-    return self._replace(kin=(), of_parameters=found.union(carry if found else ()))
+  def every_turn(self, carry: range, *, has_layers: bool) -> Summing:
+    """The same for a loop's body, of which this is known in the first turn.
+
+    Args:
+      carry: Which operands it hands on.
+      has_layers: Whether a matrix of parameters is among them all.
+    """
+    found, layers = self.of_parameters, self.of_layers
+    return self._replace(
+      kin=(),
+      of_parameters=found.union(carry if found else ()),
+      of_layers=layers.union(carry if layers or has_layers else ()),
+    )
 
 
 def sums_in(
@@ -61,8 +72,11 @@ def sums_in(
   for n in known.of_parameters:
     origins[inner.invars[n]] |= _OUTSIDE
   pure: dict[Any, int] = {}
+  for n in known.of_layers:
+    origins[inner.invars[n]] |= _LAYER
   for n in known.parameters:
     pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
+    origins[inner.invars[n]] |= _LAYER if is_matrix(inner.invars[n]) else 0
   updates: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
   stack, born = None, 0
@@ -76,7 +90,7 @@ def sums_in(
     for var in eqn.outvars:
       origins[var] = origin
     if read and pure.keys() >= {*read}:
-      pure |= dict.fromkeys(eqn.outvars, origin & ~_BORN)
+      pure |= dict.fromkeys(eqn.outvars, origin & ~(_BORN | _LAYER))
     elif eqn.primitive.name in ("add", "sub", "add_any") and len(read) == 2:
       for target, change in (read, read[::-1]):
         if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
@@ -120,7 +134,7 @@ class Sums(NamedTuple):
   Attributes:
     pure: What is made of parameters alone, each with a bit for each of these.
     origins: From which parameters each variable was computed, 0 if from none; `_BORN` if in a
-      backward pass, `_OUTSIDE` if from one that is no operand.
+      backward pass, `_OUTSIDE` if from one that is no operand, `_LAYER` if from a matrix.
     updates: The results of adding to a parameter what was computed from it, or of adding anything
       to one that is given back.
     leading: The variables that are added up by and by, with whether in an update.
@@ -148,6 +162,11 @@ class Sums(NamedTuple):
       tuple(n for n, form in enumerate(forms) if form == PARAM),
       self.kin(atoms),
       self.of_parameters(atoms),
+      frozenset(
+        n
+        for n, (bits, form) in enumerate(zip(self.origins_of(atoms), forms, strict=True))
+        if bits & _LAYER and form != PARAM
+      ),
       jaxprs.ordered_places(eqn.outvars, self.leading),
       jaxprs.ordered_places(eqn.outvars, self.given_back),
     )
@@ -155,6 +174,10 @@ class Sums(NamedTuple):
   def of_parameters(self, atoms: Sequence[Atom]) -> frozenset[int]:
     """Which operands of a body were computed from a parameter, or are one."""
     return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
+
+  def may_be_of_layers(self, atoms: Sequence[Atom]) -> bool:
+    """Whether an operand is a matrix of parameters, or was computed from one."""
+    return any(bits & _LAYER for bits in self.origins_of(atoms))
 
   def is_cotangent(self, atom: Atom) -> bool:
     """Whether a value was computed in a backward pass."""
@@ -192,6 +215,13 @@ _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 _OUTSIDE = 1 << 4097
 """The bit of what was computed from a parameter that is no operand of the jaxpr."""
+_LAYER = 1 << 4098
+"""The bit of a matrix of parameters, and of what was computed from one."""
+
+
+def is_matrix(var: Var) -> bool:
+  """Whether a variable has two dimensions or more, as the weights of a layer have."""
+  return len(jaxprs.shape(var)) > 1
 
 
 def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Var, int], invars: Sequence[Any]) -> bool:

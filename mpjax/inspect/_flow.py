@@ -223,9 +223,10 @@ class _Walker:
   def matmul(
     self, step: Step, values: list[Value], history: frozenset[int], line: Line, spot: Spot
   ) -> None:
-    for widening in self.of_this_pass(history, step):
+    is_wide = bool(step.because) and not runs_narrow(step)  # it takes float32 as it is
+    for widening in self.of_this_pass(() if is_wide else history, step):
       widening.before_matmul = True
-    for value in values:
+    for value in () if is_wide else values:
       if not value.narrow and MEANT not in value.origins:
         for widening in self.of_this_pass(widenings_in(value.origins), step):
           widening.reader = widening.reader or (step.eqn.primitive.name, line)

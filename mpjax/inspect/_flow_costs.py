@@ -13,6 +13,7 @@ from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import versions
 from mpjax._engine.bodies import repetitions
+from mpjax._engine.decisions import PRODUCTS
 from mpjax._engine.float8 import FORWARD
 from mpjax._engine.kinds import Form, Kind
 from mpjax._engine.plan import Step
@@ -38,6 +39,8 @@ def runs_in(step: Step) -> np.dtype:
   """The dtype that a step computes in: that of its float operands as it reads them, or rounds."""
   if step.in_float8:
     return FORWARD
+  if step.rule is Rule.EXACT:
+    return step.params[PRODUCTS]
   atoms: Any = step.eqn.invars
   for atom, read, form in zip(atoms, step.reads, step.operands, strict=True):
     if form is not None:

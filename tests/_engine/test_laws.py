@@ -1414,6 +1414,62 @@ def test_a_long_linear_recurrence_is_as_exact_as_in_float32(fn, policy):
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.01 * np.abs(want).max())
 
 
+STEP = jnp.array([[1.0, 0.05], [0.0, 1.0]])
+CONTROL = jnp.array([[0.00125], [0.05]])
+LINKS = jax.nn.softmax(3 * jax.random.normal(jax.random.key(1), (24, 24)), axis=0)
+
+
+def driven(turns, u):
+  """Where a mass is that is pushed so."""
+  return lax.scan(lambda x, u: (STEP @ x + CONTROL @ u, x), jnp.array([1.0, 0.5]), u[:turns])
+
+
+WITHOUT_LAYERS = {
+  "controls": (lambda u, x: driven(60, u[:, None])[0] - jnp.array([6.0, 4.0]), jnp.full(60, 2.0)),
+  "controls_long": (lambda u, x: driven(200, u[:, None])[0] - 30, jnp.full(200, 2.0)),
+  "path": (lambda u, x: driven(40, u[:, None])[1], jnp.full(40, 2.0)),
+  "learned_damping": (
+    lambda p, x: lax.fori_loop(0, 50, lambda _, r: p * (x @ r) + (1 - p) / 24, jnp.ones(24) / 24),
+    jnp.array(0.85),
+  ),
+  "learned_rewards": (
+    lambda r, x: lax.fori_loop(0, 40, lambda _, v: r + 0.99 * (x.T @ v), jnp.zeros(24)),
+    jnp.linspace(-1.0, 1.0, 24),
+  ),
+}
+
+
+@both
+@pytest.mark.parametrize(("fn", "p"), WITHOUT_LAYERS.values(), ids=WITHOUT_LAYERS)
+def test_a_recurrence_in_which_no_layer_is_is_exact_though_parameters_drive_it(fn, p, policy):
+  loss = lambda p, x: jnp.sum(fn(p, x) ** 2)
+  got, want = in_both_formats(loss, policy, p, LINKS)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  both_formats = [mpjax.autocast(loss, policy), loss]
+  run = jax.jit(lambda *args: [jax.grad(f)(*args) for f in both_formats], compiler_options=ROUNDING)
+  got, want = run(p, LINKS)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+  report = explain(loss, policy, p, LINKS)
+  assert not report.leaks and {row.reason.split(":")[0] for row in report.wide} == {
+    "linear recurrence"
+  }
+
+
+@both
+@cases(
+  layers=lambda w, x: lax.scan(lambda h, w: (h + 0.5 * (h @ w), None), x, w)[0],
+  shared=lambda w, x: lax.scan(lambda h, _: (h @ w[0], None), x, None, length=24)[0],
+  driven=lambda w, x: lax.scan(lambda h, u: (h @ w[0] + u @ w[1], h), x, jnp.ones((24, 8, 4)))[1],
+  propagated=lambda w, x: lax.scan(
+    lambda h, _: (0.9 * (LINKS[:8, :8] @ h) + 0.1 * (x @ w[0]), None), x @ w[0], None, length=24
+  )[0],
+)
+def test_a_recurrence_of_layers_stays_narrow(fn, policy):
+  w = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4))
+  found = matmuls(mpjax.autocast(fn, policy), w, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
 def followed(w, z):
   """A Kalman filter of two numbers: its gain multiplies what it carries, and depends on it."""
   f, h = jnp.array([[1.0, 0.1], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.5, 1.0]])
@@ -2209,6 +2265,36 @@ def test_an_output_comes_back_in_its_own_unit(fn, policy):
   np.testing.assert_allclose(got, fn(x), rtol=1e-6)
 
 
+IN_PIXELS = jnp.array([1003.0, 2.0, 511.0, 77.0])
+
+
+@both
+@cases(
+  offsets=lambda p, x: p["corners"] + 0.125 * (x @ p["w"]),
+  with_a_bias=lambda p, x: p["corners"][None] + (x @ p["w"] + p["b"]),
+  reshaped=lambda p, x: p["corners"].reshape(2, 2) - (x @ p["w"] + p["b"]).reshape(8, 2, 2),
+  jitted=lambda p, x: jax.jit(lambda x: p["corners"] + (x @ p["w"]) / 8)(x),
+)
+def test_an_output_to_which_a_parameter_is_added_comes_back_in_its_unit(fn, policy):
+  x = jnp.arange(32.0).reshape(8, 4) / 16 - 1
+  p = {"w": jnp.eye(4), "b": jnp.full(4, 0.5), "corners": IN_PIXELS}
+  got = mpjax.autocast(fn, policy)(p, x)
+  np.testing.assert_allclose(got, fn(p, x), rtol=1e-6)
+
+
+@both
+@cases(
+  stream=lambda p, x: (0.5 * (x @ p["w"]) + p["corners"]) @ p["w"],
+  activation=lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) + p["corners"],
+  bias=lambda p, x: x @ p["w"] + p["corners"],
+)
+def test_a_parameter_that_is_added_to_a_stream_or_as_a_bias_follows(fn, policy):
+  p = {"w": jnp.eye(4), "b": jnp.full(4, 0.5), "corners": IN_PIXELS}
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(p, DATA))
+  adds = [e for e in found if e.primitive.name == "add"]
+  assert {e.outvars[0].aval.dtype.itemsize for e in adds} == {2}
+
+
 @both
 @cases(
   centered=lambda h: h * 0.1 + 4.0,
@@ -2756,6 +2842,15 @@ def angles_of(r):
   return jnp.stack([a, b, jnp.cross(a, b)], -1)
 
 
+def about(axis):
+  """A rotation about an axis, as Rodrigues wrote it."""
+  angle = jnp.sqrt(jnp.sum(axis**2) + 1e-12)
+  x, y, z = axis / angle
+  o = jnp.zeros(())
+  k = jnp.stack([jnp.stack([o, -z, y]), jnp.stack([z, o, -x]), jnp.stack([-y, x, o])])
+  return jnp.eye(3) + jnp.sin(angle) * k + (1 - jnp.cos(angle)) * k @ k
+
+
 def homogeneous(p, x):
   """Rotations and shifts, one after the other."""
   shift = jnp.stack([p["t"], 2 * p["t"]])[..., None]
@@ -2842,6 +2937,7 @@ POINTS = {
   "projected": lambda p, x: (x + p["t"]) @ CAMERA.T,
   "of_parameters": lambda p, x: jnp.einsum("bij,nj->bni", angles_of(p["r"]), p["points"]),
   "one_after_the_other": homogeneous,
+  "about_an_axis": lambda p, x: x @ about(p["t"]).T,
 }
 
 

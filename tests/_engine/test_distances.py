@@ -1,0 +1,122 @@
+"""Matmuls in distances and variances: what comes back to their ends is a small difference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mpjax
+from _backends import ROUNDING
+from _jaxprs import equations
+from mpjax.inspect import explain
+
+POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+both = pytest.mark.parametrize("policy", POLICIES)
+KEYS = jax.random.split(jax.random.key(0), 4)
+X = jax.random.normal(KEYS[0], (48, 32))
+W1, W2 = (
+  jax.random.normal(k, s) / s[0] ** 0.5
+  for k, s in zip(KEYS[1:], ((32, 64), (64, 32)), strict=False)
+)
+NET = {"w1": W1, "w2": W2, "b": jnp.full(32, 3.0)}
+
+
+def squares(e):
+  return (e**2).sum(-1)
+
+
+def spread(d):
+  """Of near pairs alone: the mean of what is large for them."""
+  return jnp.log(jnp.exp(-4 * d / jax.lax.stop_gradient(d.mean())).mean())
+
+
+def of_modules(e):
+  with jax.named_scope("distances"):
+    return spread(squares(e)[:, None] + squares(e) - 2 * e @ e.T)
+
+
+def one_of_a_batch(e):
+  return spread(squares(e)[:, None] + squares(e) - 2 * e @ e.T)
+
+
+DISTANCES = {
+  "twice": lambda e: spread(squares(e)[:, None] + squares(e)[None] - 2 * e @ e.T),
+  "after": lambda e: spread(squares(e)[:, None] - 2 * (e @ e.T) + squares(e)),
+  "einsum": lambda e: spread(
+    (e * e).sum(1, keepdims=True) + (e * e).sum(1) - 2 * jnp.einsum("id,jd->ij", e, e)
+  ),
+  "two": lambda e: (lambda a, b: spread(squares(a)[:, None] + squares(b) - 2 * jnp.dot(a, b.T)))(
+    e[:24], e[24:]
+  ),
+  "jitted": jax.jit(lambda e: spread(squares(e)[:, None] + squares(e) - 2 * e @ e.T)),
+  "module": of_modules,
+  "batch": lambda e: jax.vmap(one_of_a_batch)(e.reshape(4, 12, 32)).mean(),
+  "units": lambda e: (lambda u: jnp.log(jnp.exp(-8 * (1 - u @ u.T)).mean()))(
+    e / jnp.linalg.norm(e, axis=1, keepdims=True)
+  ),
+  "variance": lambda e: (lambda p: jnp.log(p @ e**2 - (p @ e) ** 2).sum())(
+    jax.nn.softmax(X[:48, :1] * 4, axis=0).T
+  ),
+}
+
+
+def embed(net, x, dtype=None):
+  """A network whose matmuls are of a dtype, and whose result is float32."""
+  cast = (lambda v: v) if dtype is None else lambda v: v.astype(dtype)
+  h = jax.nn.relu(cast(x) @ cast(net["w1"]))
+  return (h @ cast(net["w2"]) + cast(net["b"])).astype(jnp.float32)
+
+
+def off(found, wanted):
+  """The norm of the difference of two trees to that of the second."""
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  return np.linalg.norm(flat(found) - flat(wanted)) / np.linalg.norm(flat(wanted))
+
+
+@both
+@pytest.mark.parametrize("distances", DISTANCES.values(), ids=DISTANCES.keys())
+def test_gradients_through_distances_are_as_exact_as_by_hand(distances, policy):
+  loss = lambda net, x: distances(embed(net, x))
+  by_hand = lambda net, x: distances(embed(net, x, POLICIES[policy]))
+  fns = [jax.grad(f) for f in (loss, by_hand, mpjax.autocast(loss, policy))]
+  run = jax.jit(lambda *args: [f(*args) for f in fns], compiler_options=ROUNDING)
+  with jax.numpy_rank_promotion("allow"):
+    exact, hand, ours = jax.device_get(run(NET, X))
+  assert off(ours, exact) <= 1.3 * off(hand, exact) + 1e-4
+
+
+@both
+def test_they_multiply_in_16_bits_and_their_derivative_in_float32(policy):
+  loss = lambda net, x: DISTANCES["after"](embed(net, x))
+  with jax.numpy_rank_promotion("allow"):
+    jaxpr = jax.make_jaxpr(jax.grad(mpjax.autocast(loss, policy)))(NET, X)
+    report = explain(loss, policy, NET, X)
+  products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  gram = [e for e in products if e.outvars[0].aval.shape == (48, 48)]
+  back = [e for e in products if (48, 48) in {v.aval.shape for v in e.invars}]
+  assert [{v.aval.dtype for v in e.invars} for e in gram] == [{np.dtype(POLICIES[policy])}]
+  assert len(back) == 2
+  assert {v.aval.dtype for e in (*gram, *back) for v in e.outvars} == {np.dtype(jnp.float32)}
+  assert {v.aval.dtype for e in back for v in e.invars} == {np.dtype(jnp.float32)}
+  others = [e for e in products if e not in gram and e not in back]
+  assert {v.aval.dtype for e in others for v in e.invars} == {np.dtype(POLICIES[policy])}
+  assert report.narrow_share == 1 and report.keeps_promise
+
+
+@both
+@pytest.mark.parametrize("kernel", ["gram", "two"])
+def test_data_that_parameters_scale_are_as_exact_as_data(kernel, policy):
+  def likelihood(p, x):
+    z = x / jnp.exp(p["scales"])
+    other = z if kernel == "gram" else p["points"] / jnp.exp(p["scales"])
+    d = squares(z)[:, None] + squares(other) - 2 * z @ other.T
+    if kernel == "two":
+      return jnp.exp(-d / 64).mean()
+    c = jnp.linalg.cholesky(jnp.exp(-d / 64) + 0.1 * jnp.eye(48))
+    return jnp.log(jnp.diagonal(c)).sum()
+
+  p = {"scales": jnp.linspace(-0.1, 0.1, 32), "points": X[:8] + 3.5}
+  fns = [jax.value_and_grad(f) for f in (likelihood, mpjax.autocast(likelihood, policy))]
+  with jax.numpy_rank_promotion("allow"):
+    exact, ours = jax.jit(lambda p, x: [f(p, x) for f in fns], compiler_options=ROUNDING)(p, X + 3)
+  assert off(ours, exact) < 1e-4

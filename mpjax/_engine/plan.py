@@ -236,9 +236,14 @@ def shared_format(readers: Readers, step: Step) -> np.dtype | None:
 
 
 def widened(body: Plan) -> Forms:
-  """The operand forms of a body, float32 where it reads a narrow operand in nothing else."""
-  readers = body.readers.items()
-  wanted = {v: {None if n < 0 else read.to for n, read in reads} for v, reads in readers}
+  """The operand forms of a body, float32 where it reads a narrow operand in nothing else.
+
+  What rounds inside of a matmul there is read narrow: else it would be taken for data.
+  """
+  wanted = {
+    v: {None if n < 0 or body.steps[n].rule is Rule.EXACT else read.to for n, read in reads}
+    for v, reads in body.readers.items()
+  }
   return tuple(
     DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)

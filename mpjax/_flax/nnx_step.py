@@ -179,10 +179,11 @@ def make_train_step(
       ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
       trained parameters do not have the policy's param dtype, ``accumulate`` does not divide the
       batch, the loss scaler is not the outermost transformation, the optimizer's ``wrt`` matches
-      no Variable, an optimizer without a loss scaler has float16 state, or the loss sets, adds or
-      deletes something in the model that is no Variable, which would be lost.
-    TypeError: When called, if ``loss_fn`` returns something else than above, or a micro-batch
-      changes the shape or dtype of a Variable.
+      no Variable, the optimizer was made for another model, an optimizer without a loss scaler has
+      float16 state, or the loss sets, adds or deletes something in the model that is no Variable,
+      which would be lost.
+    TypeError: When called, if ``loss_fn`` returns something else than above, a trained Variable is
+      no float, or a micro-batch changes the shape or dtype of a Variable.
 
   Example:
     >>> import jax.numpy as jnp
@@ -209,7 +210,7 @@ def make_train_step(
     graphdef, *parts = nnx.split(nodes, of_the_first(optimizer.wrt), ...)
     check_wrt(parts, optimizer)
     params, opt_state = parts[0][0], nnx.as_pure(optimizer.opt_state)
-    check_opt_state(opt_state)
+    check_opt_state(optimizer, nnx.as_pure(params), opt_state)
     core = StepCore.begin(settings, optimizer.tx, nnx.as_pure(params), opt_state)
     before = arrays_of(nodes), opt_state, optimizer.step[...]
 

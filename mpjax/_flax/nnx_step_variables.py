@@ -164,8 +164,15 @@ def _with_value(leaf: Any, value: Any) -> Any:
   return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
 
-def check_opt_state(opt_state: PyTree) -> None:
-  """Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754)."""
+def check_opt_state(optimizer: nnx.Optimizer, params: PyTree, opt_state: PyTree) -> None:
+  """Refuses the state of an optimizer that cannot step these parameters.
+
+  Adam on float16 moments gives NaN: its epsilon is zero there (optax#1754).
+
+  Raises:
+    ValueError: If it is float16, or the optimizer was made for another model.
+  """
+  _check_is_of_model(optimizer, params, opt_state)
   if find_scaling_state(opt_state) is not None:
     return
   for path, leaf in leaf_paths(opt_state):
@@ -174,4 +181,23 @@ def check_opt_state(opt_state: PyTree) -> None:
         "The optimizer's state must not be float16, where Adam's epsilon is zero. Got "
         f"{path}: {describe(leaf)}. Keep the parameters in float32, or wrap the optimizer: "
         "mpjax.static_loss_scaling(tx, 1) holds its state in float32."
+      )
+
+
+def _check_is_of_model(optimizer: nnx.Optimizer, params: PyTree, opt_state: PyTree) -> None:
+  """Refuses the optimizer of another model.
+
+  Raises:
+    ValueError: If it would not make the state that it has, or that with more in it, as
+      ``optax.monitor`` has after a step.
+  """
+  own = dict(leaf_paths(jax.eval_shape(optimizer.tx.init, params)))
+  held = dict(leaf_paths(opt_state))
+  for path, leaf in own.items():
+    got = held.get(path)
+    if got is None or jnp.shape(got) != leaf.shape:
+      raise ValueError(
+        "An optimizer steps the model that it was made for. Got one of another model, whose state "
+        f"has {path}: {describe(got) if got is not None else 'nothing'} for {describe(leaf)}. "
+        "Make it of this model: nnx.Optimizer(model, tx, wrt=nnx.Param)."
       )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.dtypes import FLOAT32, describe, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
 
 
@@ -144,7 +144,14 @@ def _part(batch: PyTree, index: jax.Array, count: int) -> Any:
   return jax.tree.map(part, batch)
 
 
+def zero_gradient(leaf: Any) -> jax.Array:
+  """What stands for the gradient of a parameter that is an integer or a key: zeros of its shape."""
+  return jnp.zeros(jnp.shape(leaf), FLOAT32)
+
+
 def _zeros(leaf: jax.Array) -> jax.Array:
+  if not is_of(leaf, jnp.inexact):
+    return zero_gradient(leaf)
   # A choice rather than a constant, so that the axes over which a parameter varies under
   # jax.shard_map are those of its accumulator; compiled, it is the constant.
   return jnp.where(False, leaf, jnp.zeros_like(leaf))

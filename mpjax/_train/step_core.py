@@ -11,21 +11,23 @@ import optax
 
 from mpjax._core.arguments import positive_integer
 from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32, is_castable
+from mpjax._core.dtypes import FLOAT32, is_castable, is_of
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.device_gradients import read_reduce_dtype, with_narrow_sums
 from mpjax._scaling.finiteness import stays_finite, unsquarable_leaves
 from mpjax._scaling.loss_scaling import unscaled
-from mpjax._scaling.optimizers import call_with_those_taken, those_taken
+from mpjax._scaling.optimizers import call_with_those_taken, initial_state, those_taken
 from mpjax._scaling.rounding import seen_parameters
 from mpjax._scaling.scaled_gradients import float32_loss, value_and_grad
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState, find_states
+from mpjax._train.accumulation import zero_gradient
 from mpjax._train.left_alone import left_alone
 from mpjax._train.low_precision_warning import warn_of_low_precision
 from mpjax._train.step_parts import (
   StepMetrics,
+  check_are_floats,
   check_param_dtype,
   require_scaling,
   step_metrics,
@@ -95,12 +97,14 @@ class StepCore:
     Raises:
       ValueError: If the scaler is not outermost, a limit has no scaler, or a trained parameter
         has another dtype than the policy's.
+      TypeError: If a trained parameter is no float.
     """
     scaling = find_scaling_state(opt_state)
     require_scaling(scaling, settings.limit)
     core = cls(settings, tx, scaling, ())
     core = cls(settings, tx, scaling, core._find_frozen(params, opt_state))
     trained = core.trained(params)
+    check_are_floats(trained)
     check_param_dtype(trained, settings.policies)
     warn_of_low_precision(trained, opt_state)
     return core
@@ -129,9 +133,25 @@ class StepCore:
 
     Returns:
       ``((loss, rest), grads)``; the gradients are scaled if there is a scaler, and otherwise
-      float32 where they were 16-bit.
+      float32 where they were 16-bit. Those of integers and keys, which are frozen, are zero.
     """
     run = loss_fn if self.settings.wide_sums else with_narrow_sums(loss_fn)
+    if all(map(_is_float, jax.tree.leaves(args[0]))):
+      return self._differentiate(run, *args)
+    params, *others = args
+    floats = jax.tree.map(lambda p: p if _is_float(p) else None, params)
+
+    def of_floats(floats: PyTree, *others: Any) -> Any:
+      whole = jax.tree.map(lambda p, own: p if own is None else own, params, floats)
+      return run(whole, *others)
+
+    out, grads = self._differentiate(of_floats, floats, *others)
+    return out, jax.tree.map(lambda p, g: zero_gradient(p) if g is None else g, params, grads)
+
+  def _differentiate(
+    self, run: Callable[..., tuple[Any, Any]], *args: Any
+  ) -> tuple[tuple[jax.Array, Any], Any]:
+    """`differentiate` for parameters that are floats, all of them."""
     if self.scaling is not None:
       return value_and_grad(run, has_aux=True)(*args, loss_scale=self.scaling.scale)
 
@@ -203,11 +223,17 @@ class StepCore:
     return call_with_those_taken(scaled, extra)
 
   def _find_frozen(self, params: PyTree, opt_state: PyTree) -> tuple[bool, ...]:
-    """Looks where parameters may be frozen: under a mask, or held in 16 bits."""
+    """Looks where parameters may be frozen: under a mask, held in 16 bits, or no floats."""
     leaves = jax.tree.leaves(params)
     narrow = any(is_castable(leaf) and leaf.dtype != FLOAT32 for leaf in leaves)
-    if not narrow and not find_states(opt_state, (optax.MaskedState, optax.PartitionState)):
+    other = not all(map(_is_float, leaves))
+    if not (narrow or other) and not find_states(
+      opt_state, (optax.MaskedState, optax.PartitionState)
+    ):
       return ()
+    if other:  # looked at as floats, of which every optimizer can take a gradient
+      params = jax.tree.map(lambda p: p if _is_float(p) else zero_gradient(p) + 1, params)
+      opt_state = initial_state(self.tx, params)
     wide, seen = cast_floating(params, FLOAT32), seen_parameters(opt_state, params)
     nothing_tested = (True,) * len(leaves)
 
@@ -217,6 +243,11 @@ class StepCore:
       return self._update(self.tx.update, args, loss, grads, None, _no_loss, nothing_tested)
 
     return left_alone(update, wide)
+
+
+def _is_float(leaf: Any) -> bool:
+  """Whether a parameter has a gradient."""
+  return is_of(leaf, jnp.inexact)
 
 
 def _no_loss(params: PyTree) -> jax.Array:

@@ -1,12 +1,14 @@
 """What a train step reports, refuses and keeps: metrics, argument checks, skips, the abort."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -102,6 +104,54 @@ def autocast_loss(
   return autocast(loss_fn, policies.with_default(default))
 
 
+def called(
+  run: Callable[..., Any],
+  loss_fn: Callable[..., Any],
+  args: tuple[Any, ...],
+  keywords: dict[str, Any],
+) -> Any:
+  """Calls a loss with what a state has, and says what that is where the loss takes something else.
+
+  Args:
+    run: The loss, under its policy.
+    loss_fn: The loss, for its name and signature.
+    args: Parameters, model_state if there is one, batch.
+    keywords: The key, if there is one.
+
+  Raises:
+    TypeError: If the call raised one and the signature of ``loss_fn`` does not fit it.
+  """
+  try:
+    return run(*args, **keywords)
+  except TypeError as error:
+    signature = _signature(loss_fn)
+    if signature is None or _fits(signature, args, keywords):
+      raise
+    stateful, keyed = len(args) > 2, bool(keywords)
+    names = ["params", *["model_state"] * stateful, "batch", *["rng=key"] * keyed]
+    raise TypeError(
+      f"The state has {'a' if stateful else 'no'} model_state and {'a' if keyed else 'no'} rng: "
+      f"loss_fn is called as loss_fn({', '.join(names)}). Got "
+      f"{getattr(loss_fn, '__name__', 'loss_fn')}{signature}. Take that, or change rng= and "
+      "model_state= of TrainState.create."
+    ) from error
+
+
+def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
+  try:
+    return inspect.signature(fn)
+  except (TypeError, ValueError):  # some callables have none
+    return None
+
+
+def _fits(signature: inspect.Signature, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+  try:
+    signature.bind(*args, **keywords)
+  except TypeError:
+    return False
+  return True
+
+
 def check_param_dtype(params: PyTree, policies: PolicyMap | None) -> None:
   """Refuses trained parameters that are not held in the dtype that one policy for all asks for.
 
@@ -115,8 +165,60 @@ def check_param_dtype(params: PyTree, policies: PolicyMap | None) -> None:
     if held is not leaf:
       raise ValueError(
         f"Parameters must be held in {policies.default.param_dtype.name}, the policy's param "
-        f"dtype. Got {path}: {describe(leaf)}. Create the state from policy.cast_to_param(params)."
+        f"dtype. Got {path}: {describe(leaf)}. {_held_so(policies.default.param_dtype)}"
       )
+
+
+def _held_so(dtype: np.dtype) -> str:
+  """What to write where parameters are not held in a policy's param dtype."""
+  cast = "Create the state from policy.cast_to_param(params)"
+  if dtype == FLOAT32:
+    return f"{cast}."
+  return f"{cast}. For training write 'mixed_{dtype.name}', which keeps them in float32."
+
+
+def check_are_floats(params: PyTree) -> None:
+  """Refuses trained parameters that have no gradient.
+
+  Raises:
+    TypeError: If a leaf is an integer, a bool or a key; the message names it.
+  """
+  for path, leaf in leaf_paths(params):
+    if not is_of(leaf, jnp.inexact):
+      raise TypeError(
+        f"Parameters must be floats. Got {path}: {describe(leaf)}. Keep it in model_state or in "
+        "the batch (in NNX, in a Variable that the optimizer's wrt does not select), or freeze it "
+        "with optax.partition and optax.set_to_zero."
+      )
+
+
+def check_is_own_state(own: PyTree, state: PyTree, instead: str) -> None:
+  """Refuses an optimizer's state that is not like its own.
+
+  Args:
+    own: The state that the optimizer makes for the parameters, or its shapes.
+    state: The state that came.
+    instead: What to write.
+
+  Raises:
+    ValueError: If paths or shapes differ.
+  """
+  wanted, got = ([(path, jnp.shape(x)) for path, x in leaf_paths(tree)] for tree in (own, state))
+  if wanted == got:
+    return
+  names, others = ([path for path, _ in leaves] for leaves in (wanted, got))
+  if names == others:
+    pairs = zip(leaf_paths(own), leaf_paths(state), strict=True)
+    path, a, b = next((p, a, b) for (p, a), (_, b) in pairs if jnp.shape(a) != jnp.shape(b))
+    raise ValueError(
+      "The optimizer's state must be made for the parameters that it comes with. Got "
+      f"{path}: {describe(b)} for {describe(a)}. {instead}"
+    )
+  differing = sorted(set(names) ^ set(others)) or ["their order"]
+  raise ValueError(
+    "The state must be that of the step's optimizer. Got another, which differs in "
+    f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. {instead}"
+  )
 
 
 def step_metrics(

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import nnx, struct
 
-from mpjax._core.tree_paths import PyTree, leaf_paths
+from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.scaling_state import find_scaling_state
+from mpjax._scaling.states import find_states
+from mpjax._train.created import check_key, check_params
 from mpjax._train.shardings import place_beside
-from mpjax._train.step_parts import is_key
+from mpjax._train.step_parts import check_is_own_state, is_key
 
 
 @struct.dataclass
@@ -70,19 +72,17 @@ class TrainState:
       The state.
 
     Raises:
-      TypeError: If ``tx`` is not an optax transformation, or ``params`` is one.
-      ValueError: If it holds a loss scaler that is not the outermost transformation.
+      TypeError: If ``tx`` is not an optax transformation, ``params`` is one, a module, or no
+        pytree of arrays, or ``rng`` is not one key.
+      ValueError: If ``tx`` holds a loss scaler that is not the outermost transformation.
 
     Example:
       >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
       >>> state.step, state.params
       (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
     """
-    if isinstance(params, optax.GradientTransformation | optax.MultiSteps):
-      raise TypeError(
-        "A state is created from parameters and an optimizer, in this order. Got the optimizer "
-        "first. Write TrainState.create(params, tx)."
-      )
+    check_params(params)
+    check_key(rng)
     opt_state = initial_state(as_transformation(tx), params)
     find_scaling_state(opt_state)
     state = cls(jnp.zeros((), jnp.int32), params, opt_state, model_state, rng)
@@ -112,21 +112,28 @@ def check_is_state(state: PyTree, batch: PyTree) -> None:
   )
   if isinstance(batch, TrainState):
     got, instead = "the batch first", "Write step(state, batch)"
+  elif isinstance(state, tuple) and any(isinstance(part, TrainState) for part in state):
+    got = "what a step returned, the pair (state, metrics)"
+    instead = "Write state, metrics = step(state, batch)"
+  elif isinstance(state, nnx.Module):
+    got = f"the NNX model {type(state).__name__}"
+    instead = "Use mpjax.nnx.make_train_step with nnx.Optimizer"
   raise TypeError(f"A step takes an mpjax.TrainState and a batch. Got {got}. {instead}.")
 
 
 def check_optimizer(tx: optax.GradientTransformation, state: TrainState) -> None:
-  """Refuses the state of another optimizer.
+  """Refuses the state of another optimizer, or of other parameters.
 
   Raises:
-    ValueError: If the optimizer's own state would have other leaves.
+    ValueError: If the optimizer's own state would have other leaves, or leaves of other shapes, or
+      the parameters are those of ``optax.lookahead``.
   """
-  own = jax.eval_shape(functools.partial(initial_state, tx), state.params)
-  wanted, got = ([path for path, _ in leaf_paths(tree)] for tree in (own, state.opt_state))
-  if wanted != got:
-    differing = sorted(set(wanted) ^ set(got)) or ["their order"]
+  if find_states(state.params, optax.LookaheadParams):
     raise ValueError(
-      "The state must be that of the step's optimizer. Got another, which differs in "
-      f"{', '.join(differing[:3])}{' ...' if len(differing) > 3 else ''}. Create it with this "
-      "optimizer: mpjax.TrainState.create(params, tx)."
+      "A train step differentiates and updates one set of parameters. Got those of "
+      "optax.lookahead, a fast and a slow set. Write a loop of your own, which differentiates "
+      "params.fast."
     )
+  own = jax.eval_shape(functools.partial(initial_state, tx), state.params)
+  instead = "Create it with this optimizer: mpjax.TrainState.create(params, tx)."
+  check_is_own_state(own, state.opt_state, instead)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import jax
 import optax
@@ -24,6 +24,7 @@ from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
+  called,
   is_key,
   keep_if_skipped,
   raise_if_stuck,
@@ -52,23 +53,29 @@ class TrainStep:
     self._returned = Returned()
     self._batch_shares = False
 
-  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
+  def __call__(
+    self, state: TrainState, batch: PyTree, *others: Never, **keywords: Never
+  ) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
 
     Args:
       state: The state; donated, so it must not be used again (unless made with
         ``donate=False``).
       batch: What the loss function takes as its last argument.
+      *others: Nothing: what makes a batch comes in one.
+      **keywords: Nothing.
 
     Returns:
       The state after the step, and its metrics.
 
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
-      TypeError: If ``state`` is no ``TrainState``.
+      TypeError: If ``state`` is no ``TrainState``, or there is more than a state and a batch.
       ValueError: If its ``opt_state`` is that of another optimizer, or a step was given ``state``
         before and has taken its buffers.
     """
+    if others or keywords:
+      raise TypeError(_MORE.format(", ".join([*map(describe, others), *keywords])))
     check_is_state(state, batch)
     given = state
     state, where = self._enter(state, batch)
@@ -118,6 +125,10 @@ class TrainStep:
     return traced.lower(lowering_platforms=lowering_platforms)
 
 
+_MORE = (
+  "A step takes a state and one batch. Got {} besides. Pass one batch: step(state, (x, y)); a key "
+  "comes from TrainState.create(params, tx, rng=key)."
+)
 _DELETED = (
   "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
   "with the state that the step returned, or make the step with donate=False."
@@ -161,7 +172,8 @@ def make_train_step(
   the loss of this batch and its gradients as functions of the parameters, for line searches such
   as that of ``optax.lbfgs``. A parameter that ``tx`` leaves alone, as under
   ``optax.partition`` with ``optax.set_to_zero``, keeps its dtype and its buffer, whatever these
-  are; its gradient is neither computed nor part of the norm, unless ``tx`` reads it all the same.
+  are, integers and keys included; its gradient is neither computed nor part of the norm, unless
+  ``tx`` reads it all the same.
 
   With ``accumulate=k`` the leading axis of the batch is split into k micro-batches, which run one
   after the other in a ``jax.lax.scan``: activations take the memory of one micro-batch. Their
@@ -209,8 +221,8 @@ def make_train_step(
       ``max_consecutive_skips`` is below 1 or, when called, a limit is given without a loss scaler,
       trained parameters do not have the policy's param dtype, ``accumulate`` does not divide the
       batch, or the loss scaler is not the outermost transformation.
-    TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` returns
-      something else than above.
+    TypeError: If ``tx`` is not an optax transformation or, when called, ``loss_fn`` takes or
+      returns something else than above, or a trained parameter is no float.
 
   Example:
     >>> import jax.numpy as jnp
@@ -228,7 +240,7 @@ def make_train_step(
 
   def compute(params: PyTree, model_state: PyTree, batch: PyTree, rng: Any) -> tuple[Any, Any]:
     args = (params, batch) if model_state is None else (params, model_state, batch)
-    out = run(*args) if rng is None else run(*args, rng=rng)
+    out = called(run, loss_fn, args, {} if rng is None else {"rng": rng})
     return _unpack(out, model_state, has_aux)
 
   def train_step(
@@ -260,7 +272,7 @@ def make_train_step(
     new = dataclasses.replace(
       state,
       step=state.step + 1,
-      params=core.choose_frozen(state.params, _moved(state.params, updates)),
+      params=_moved(state.params, core.trained(state.params), updates),
       opt_state=opt_state,
       model_state=model_state,
     )
@@ -285,10 +297,16 @@ def _fold(rng: Any, number: jax.Array | None) -> Any:
   return rng if rng is None or number is None else jax.random.fold_in(rng, number)
 
 
-def _moved(params: PyTree, updates: PyTree) -> Any:
-  """Parameters after their updates, added up in float32, in the dtypes that they are held in."""
-  wide = optax.apply_updates(cast_floating(params, FLOAT32), updates)
-  return jax.tree.map(lambda old, new: new.astype(old.dtype), params, wide)
+def _moved(params: PyTree, trained: PyTree, updates: PyTree) -> Any:
+  """Parameters after their updates, added up in float32, in the dtypes that they are held in.
+
+  Args:
+    params: The parameters.
+    trained: The same, with ``None`` for those that stay as they are.
+    updates: The updates.
+  """
+  wide = optax.apply_updates(cast_floating(trained, FLOAT32), updates)
+  return jax.tree.map(lambda p, new: p if new is None else new.astype(p.dtype), params, wide)
 
 
 def _unless_skipped(applied: jax.Array, new: TrainState, old: TrainState) -> TrainState:
@@ -327,11 +345,15 @@ def _check_model_state(new: Any, old: Any) -> None:
   got, wanted = ({path: describe(leaf) for path, leaf in leaf_paths(tree)} for tree in (new, old))
   if got == wanted and jax.tree.structure(new) == jax.tree.structure(old):
     return
-  differing = sorted(got.items() ^ wanted.items())
-  path = differing[0][0] if differing else ""
+  paths = sorted({path for path, _ in got.items() ^ wanted.items()})
+  added, gone = ([p for p in paths if p not in tree] for tree in (wanted, got))
+  texts = [
+    f"{path}: {got.get(path, 'nothing')} for {wanted.get(path, 'nothing')}"
+    for path in added[:1] + gone[:1] or paths[:1]
+  ]
+  containers = f"containers: {jax.tree.structure(new)} for {jax.tree.structure(old)}"
   raise TypeError(
     "loss_fn must return a model_state like the one that it was given. Got "
-    f"{path or 'containers'}: {got.get(path, jax.tree.structure(new) if not path else 'nothing')} "
-    f"for {wanted.get(path, jax.tree.structure(old) if not path else 'nothing')}. Return all "
-    "collections with their dtypes, those that did not change included."
+    f"{' and '.join(texts) or containers}. Return all collections with their dtypes, those that "
+    "did not change included; a model_state has their names, as {'batch_stats': ...}."
   )

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes
 
 PARAMS = {f"w{i}": jnp.ones((4, 1)) for i in range(50)}
 TX = mpjax.dynamic_loss_scaling(optax.adam(0.1))
+SGD = optax.sgd(1.0)
 X = jnp.ones((3, 4))
 
 
@@ -40,6 +41,12 @@ def in_a_jit(transform):
   return transform(lambda state, x: step(state, x))(mpjax.TrainState.create(PARAMS, TX), X)
 
 
+def with_integer():
+  model = make_model()
+  model.ids = nnx.Param(jnp.arange(3))
+  return model, nnx.Optimizer(model, SGD, wrt=nnx.Param)
+
+
 nnx_step = mpjax.nnx.make_train_step(lambda model, x: jnp.mean(model(x) ** 2))
 
 
@@ -47,7 +54,128 @@ def optimizer_of(model):
   return nnx.Optimizer(model, TX, wrt=nnx.Param)
 
 
+def created(params, **fields):
+  return mpjax.TrainState.create(params, TX, **fields)
+
+
+def stepped(loss, state, batch=X, tx=TX, **settings):
+  return mpjax.make_train_step(loss, tx, **settings)(state, batch)
+
+
+def a_mean(params, x):
+  return jnp.mean(jax.tree.leaves(params)[0]) * jnp.mean(x)
+
+
+def lookahead():
+  tx = optax.lookahead(optax.sgd(0.1), 5, 0.5)
+  params = optax.LookaheadParams.init_synced({"w": jnp.ones(3)})
+  state = mpjax.TrainState.create(params, tx)
+  return stepped(lambda params, x: jnp.sum(params.fast["w"]), state, tx=tx)
+
+
+def statistics_without_their_name():
+  statistics = {"norm": {"mean": jnp.zeros(3)}}
+  loss = lambda params, statistics, x: (a_mean(params, x), {"batch_stats": statistics})
+  return stepped(loss, created(PARAMS, model_state=statistics))
+
+
 WRONG = {
+  "an NNX model for parameters": (
+    lambda: created(make_model()),
+    "Got the NNX Linear. Use mpjax.nnx.make_train_step with nnx.Optimizer",
+  ),
+  "an NNX model among parameters": (
+    lambda: created({"net": make_model()}),
+    "Got the NNX Linear at net. Use mpjax.nnx.make_train_step",
+  ),
+  "the state of a whole NNX model": (
+    lambda: created(nnx.state(nnx.BatchNorm(4, rngs=nnx.Rngs(0)))),
+    "Got the NNX BatchStat at mean. Use mpjax.nnx.make_train_step",
+  ),
+  "an NNX model for a state": (
+    lambda: mpjax.make_train_step(loss_fn, TX)(make_model(), X),
+    "Got the NNX model Linear. Use mpjax.nnx.make_train_step with nnx.Optimizer",
+  ),
+  "what a step returned for a state": (
+    lambda: stepped(loss_fn, stepped(loss_fn, created(PARAMS))),
+    "Write state, metrics = step(state, batch)",
+  ),
+  "a Linen module for parameters": (
+    lambda: created(nn.Dense(3)),
+    "Got the Linen module Dense. Pass module.init(key, x)['params']",
+  ),
+  "no parameters": (lambda: created(None), "Got None. Pass a pytree of arrays"),
+  "a name among parameters": (
+    lambda: created({"w": jnp.ones(3), "name": "net"}),
+    "Parameters must be arrays. Got 'net' of type str at name",
+  ),
+  "a number for a key": (lambda: created(PARAMS, rng=0), "rng must be one key. Got 0"),
+  "many keys": (
+    lambda: created(PARAMS, rng=jax.random.split(jax.random.key(0), 2)),
+    "rng must be one key. Got key<fry>[2]",
+  ),
+  "streams for a key": (lambda: created(PARAMS, rng=nnx.Rngs(0)), "rng must be one key"),
+  "an integer parameter": (
+    lambda: stepped(a_mean, created({"a": X, "table": {"ids": jnp.arange(3)}})),
+    "Parameters must be floats. Got table/ids: i32[3]. Keep it in model_state or in the batch",
+  ),
+  "a bool parameter": (
+    lambda: stepped(a_mean, created({"a": X, "mask": jnp.ones(3, bool)}), accumulate=3),
+    "Parameters must be floats. Got mask: bool[3]",
+  ),
+  "a key among parameters": (
+    lambda: stepped(
+      a_mean, mpjax.TrainState.create({"a": X, "k": jax.random.key(0)}, optax.sgd(1.0)), tx=SGD
+    ),
+    "Parameters must be floats. Got k: key<fry>[]",
+  ),
+  "an NNX parameter that is an integer": (
+    lambda: nnx_step(*with_integer(), X),
+    "Parameters must be floats. Got ids: i32[3]",
+  ),
+  "a loss that wants a key": (
+    lambda: stepped(lambda params, batch, rng: 0.0, created(PARAMS)),
+    "no model_state and no rng: loss_fn is called as loss_fn(params, batch). Got <lambda>(params",
+  ),
+  "a loss that wants none": (
+    lambda: stepped(lambda params, batch: 0.0, created(PARAMS, rng=jax.random.key(0))),
+    "loss_fn is called as loss_fn(params, batch, rng=key)",
+  ),
+  "a loss that wants no model_state": (
+    lambda: stepped(
+      lambda params, batch: 0.0, created(PARAMS, model_state={"s": X}), policy="mixed_float16"
+    ),
+    "loss_fn is called as loss_fn(params, model_state, batch)",
+  ),
+  "two batches": (
+    lambda: mpjax.make_train_step(loss_fn, TX)(created(PARAMS), X, X),
+    "Got f32[3,4] besides. Pass one batch: step(state, (x, y))",
+  ),
+  "a key beside the batch": (
+    lambda: mpjax.make_train_step(loss_fn, TX)(created(PARAMS), X, rng=jax.random.key(0)),
+    "Got rng besides",
+  ),
+  "16-bit parameters by a policy": (
+    lambda: stepped(loss_fn, created(PARAMS), policy="bfloat16"),
+    "For training write 'mixed_bfloat16', which keeps them in float32",
+  ),
+  "optax.lookahead": (lookahead, "Got those of optax.lookahead"),
+  "parameters of another shape": (
+    lambda: stepped(a_mean, created({"w": X}).replace(params={"w": X.T})),
+    "made for the parameters that it comes with. Got inner_state/0/mu/w: f32[3,4] for f32[4,3]",
+  ),
+  "the optimizer of another model": (
+    lambda: nnx_step(make_model(), optimizer_of(nnx.Linear(4, 2, rngs=nnx.Rngs(0))), X),
+    "Got one of another model, whose state has inner_state/0/mu/bias: f32[2] for f32[1]",
+  ),
+  "the optimizer of a model of other parts": (
+    lambda: nnx_step(make_model(), optimizer_of(nnx.Embed(4, 2, rngs=nnx.Rngs(0))), X),
+    "has inner_state/0/mu/bias: nothing for f32[1]",
+  ),
+  "statistics without their name": (
+    statistics_without_their_name,
+    "Got batch_stats/norm/mean: f32[3] for nothing and norm/mean: nothing for f32[3]",
+  ),
   "a state that was donated": (again, "A step that donates takes a state once"),
   "a limit in a jit": (lambda: in_a_jit(jax.jit), "told on the host"),
   "a limit in a scan": (
@@ -149,3 +277,21 @@ def test_a_wrong_argument_is_one_short_error(case):
 @pytest.mark.parametrize("pred", [True, jnp.array(True), jax.numpy.bool_(True)])
 def test_booleans_select(pred):
   assert mpjax.select(pred, {"a": jnp.ones(())}, {"a": jnp.zeros(())})["a"] == 1
+
+
+def test_the_parameters_of_an_nnx_model_may_be_those_of_a_state():
+  graph, params = nnx.split(make_model(), nnx.Param)
+  loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x))
+  state, metrics = stepped(loss, created(params))
+  assert metrics.applied
+  assert isinstance(state.params, nnx.State)
+
+
+def test_a_type_error_inside_a_loss_is_its_own():
+  with pytest.raises(TypeError, match=r"^unsupported operand"):
+    stepped(lambda params, batch: params + 1, created(PARAMS))
+
+
+def test_raw_keys_are_keys():
+  state = created(PARAMS, rng=jax.random.PRNGKey(0))
+  assert stepped(lambda params, x, rng: loss_fn(params, x), state)[1].applied

@@ -270,6 +270,63 @@ def test_a_frozen_bfloat16_base_keeps_dtype_and_buffer_and_gets_no_gradient(poli
   np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=0.02)
 
 
+BRANCHES = {"train": optax.adam(0.1), "frozen": optax.set_to_zero()}
+FREEZING = {
+  "partition": lambda: optax.partition(BRANCHES, labels),
+  "freeze": lambda: optax.chain(
+    optax.freeze({"base": True, "mask": True, "key": True, "lora_a": False, "lora_b": False}),
+    optax.masked(optax.adam(0.1), lambda p: {name: name.startswith("lora") for name in p}),
+  ),
+}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("make", FREEZING)
+def test_a_frozen_integer_bool_or_key_stays_and_the_others_train(make, scaled, accumulate):
+  tx = mpjax.dynamic_loss_scaling(FREEZING[make]()) if scaled else FREEZING[make]()
+  base, mask, key = jnp.full((4, 3), 3, jnp.int8), jnp.arange(3) > 0, jax.random.key(3)
+  params = {**lora_params(), "base": base, "mask": mask, "key": key}
+
+  def loss(params, x):
+    noise = jax.random.normal(params["key"], (1, 3))
+    hidden = x @ (params["base"] * 0.01 + params["lora_a"] @ params["lora_b"])
+    return jnp.mean(jnp.where(params["mask"][None], hidden - noise, 0.0) ** 2)
+
+  step = make_train_step(loss, tx, policy="mixed_bfloat16", accumulate=accumulate)
+  state, first = step(TrainState.create(params, tx), X)
+  before = pointers(state.params["base"])
+  state, metrics = step(state, X)
+  assert metrics.applied
+  assert jnp.all(state.params["lora_b"][:, 1:] != 0)  # the mask hides the first
+  assert pointers(state.params["base"]) == before
+  for name, value in {"base": base, "mask": mask, "key": key}.items():
+    assert state.params[name].dtype == value.dtype
+    assert jnp.array_equal(state.params[name], value)
+  rest = {name: params[name] for name in ("base", "mask", "key")}
+  grads = jax.grad(lambda own: loss({**rest, **own}, X))(
+    {n: params[n] for n in ("lora_a", "lora_b")}
+  )
+  np.testing.assert_allclose(first.grad_norm, optax.tree.norm(grads), rtol=0.02)
+
+
+def test_a_frozen_integer_base_of_nnx_is_left_where_it_is():
+  model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+  model.base = nnx.Param(jnp.full((4, 3), 3, jnp.int8))
+  label = lambda path, _: "frozen" if "base" in str(path) else "train"
+  tx = optax.partition(BRANCHES, lambda params: jax.tree.map_with_path(label, params))
+  tx = mpjax.dynamic_loss_scaling(tx)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  loss = lambda m, x: jnp.mean((m(x) + x @ (m.base * 0.1)) ** 2)
+  step = mpjax.nnx.make_train_step(loss, policy="mixed_bfloat16")
+  assert step(model, optimizer, X).applied
+  before, bias = pointers(model.base[...]), model.bias[...].copy()
+  assert step(model, optimizer, X).applied
+  assert jnp.all(model.bias[...] != bias)
+  assert model.base.dtype == jnp.int8
+  assert pointers(model.base[...]) == before
+
+
 def test_a_frozen_gradient_that_a_clip_reads_is_part_of_what_it_clips():
   branches = {"train": optax.sgd(1.0), "frozen": optax.set_to_zero()}
   tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.partition(branches, labels))

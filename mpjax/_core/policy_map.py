@@ -180,6 +180,29 @@ class PolicyMap:
         named = text.rpartition("@")[0]
         raise ValueError(_unused(text, named, "operation", "Operations", sorted(seen)))
 
+  def shadowed(self, paths: Iterable[Path]) -> list[tuple[str, tuple[str, ...]]]:
+    """The rules that match modules and win in none, each with the rules above that win there.
+
+    A rule that says what those above it say is none of them.
+
+    Args:
+      paths: Every module path that was seen.
+    """
+    seen = [_heads(path) for path in paths]
+    found = []
+    for index, (text, policy) in enumerate(self.rules):
+      matched = [heads for heads in seen if self._patterns[index].in_module(heads)]
+      winners = {self._above(index, heads) for heads in matched}
+      others = [self.rules[n] for n in sorted(n for n in winners if n is not None)]
+      if None not in winners and any(other != policy for _, other in others):
+        found.append((text, tuple(name for name, _ in others)))
+    return found
+
+  def _above(self, index: int, heads: list[str]) -> int | None:
+    """The first rule above another one that takes a module as a whole."""
+    above = enumerate(self._patterns[:index])
+    return next((n for n, p in above if p.op is None and p.in_module(heads)), None)
+
 
 PolicyLike = Policy | PolicyMap | Preset | str
 """What an argument ``policy`` may be."""

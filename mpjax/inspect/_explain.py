@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpjax._core.policy_map import PolicyLike
 from mpjax.inspect import _flow
 from mpjax.inspect._flow_data import Flow, Remark, Widening
-from mpjax.inspect._flow_remarks import batch_first
+from mpjax.inspect._flow_remarks import batch_first, never_reached, of_float64
 from mpjax.inspect._flow_report import FlowReport, Namer, module_name, rule_name
 from mpjax.inspect._flow_rows import (
   CastFlow,
@@ -54,9 +55,10 @@ def explain(
   Returns:
     The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, nothing
     multiplies as traced, in float32, and ``report.remarks`` holds nothing but matmuls of integers.
-    A remark is made of a ``precision=`` that the policy overrides, of a loop that ends by comparing
-    floats which 16-bit matmuls move, of data that were taken for the parameters, and of regions
-    with a policy of their own, whose leaks are not looked for.
+    A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64, of a rule
+    that never wins, of a loop that ends by comparing floats which 16-bit matmuls move, of data that
+    were taken for the parameters, and of regions with a policy of their own, whose leaks are not
+    looked for.
 
   Raises:
     ValueError: A rule of the policy map matches nothing; a module without a policy came with None;
@@ -79,6 +81,9 @@ def explain(
   decided = subject.decide_abstractly()
   flow = _flow.follow(decided.planner, decided.plan, subject.operand_names())
   flow.remarks.update(batch_first(subject, decided.plan))
+  flow.remarks.update(never_reached(subject, decided))
+  named = [(of_float64(r, subject, decided.plan), n) for r, n in flow.remarks.items()]
+  flow.remarks = Counter(dict(named))
   return _report(subject, flow)
 
 
@@ -165,6 +170,8 @@ def _folded(leaks: Sequence[Leak]) -> tuple[Leak, ...]:
 _KEEPS = 'mpjax.autocast(fn, "float32") around it, or a float32 rule for its module, keeps it'
 _TEXTS = {
   "precision": "{} is overridden by the policy; " + _KEEPS,
+  "float64": "{}",
+  "rule": "the rule {} above it take all that it matches; put it first, or drop it",
   "integers": "{} runs as written; it is counted apart",
   "loop": "a while loop ends by comparing floats that 16-bit matmuls move: it may run more or "
   "fewer times than in float32, or for ever; " + _KEEPS,

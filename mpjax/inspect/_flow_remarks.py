@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 
 from mpjax._core.dtypes import describe
 from mpjax._core.primitives import MATMULS
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of
+from mpjax._engine.execute import Decided
 from mpjax._engine.plan import Plan, Step
 from mpjax._engine.versions import JaxprEqn, Literal
-from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_narrow
+from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_in, runs_narrow
 from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
@@ -31,6 +33,8 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
   if not is_matmul(step):
     return
   path, name = step.place.path, step.eqn.primitive.name
+  if not is_float32 and runs_in(step) == _FLOAT64:
+    yield Remark("float64", path, line, name)
   integer = integer_operand(step.eqn)
   if integer:
     yield Remark("integers", path, line, f"{name} of {integer}")
@@ -41,6 +45,35 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     wanted = _precision(step.eqn)
     if wanted:
       yield Remark("precision", path, line, f"{name} with precision={wanted}")
+
+
+_FLOAT64 = np.dtype(np.float64)
+
+
+def of_float64(remark: Remark, subject: Subject, plan: Plan) -> Remark:
+  """Names the arguments that are float64 in a remark on a matmul of float64, and in no other."""
+  if remark.kind != "float64":
+    return remark
+  inner: Any = versions.open_jaxpr(plan.jaxpr)
+  wide = [
+    f"{name} {describe(var.aval)}"
+    for name, var in zip(subject.operand_names(), inner.invars, strict=True)
+    if var.aval.dtype == _FLOAT64
+  ]
+  source = f"cast {', '.join(wide[:3])} to float32" if wide else "cast what it reads to float32"
+  return remark._replace(
+    what=f"{remark.what} multiplies in float64, which a policy leaves alone; {source}"
+  )
+
+
+def never_reached(subject: Subject, decided: Decided) -> list[Remark]:
+  """Says of rules that they never win: rules above them take all that they match."""
+  policies = subject.policies
+  shadowed = policies.shadowed((*decided.planner.ops, *subject.known))
+  return [
+    Remark("rule", (), UNKNOWN, f"{rule!r} never wins, for {' and '.join(map(repr, others))}")
+    for rule, others in shadowed
+  ]
 
 
 def _precision(eqn: JaxprEqn) -> str:

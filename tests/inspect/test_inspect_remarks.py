@@ -278,3 +278,50 @@ def test_a_number_that_no_format_holds_is_named_by_its_value(fn):
   report = explain(lambda w, x: fn(x @ w, 70001) @ w, "mixed_float16", W, X)
   (cause,) = report.leaks[0].widened_by
   assert cause.startswith("the number 70001")
+
+
+# What no policy narrows, and rules that never win -----------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_matmul_of_float64_is_a_fault_that_names_the_argument(policy, grad):
+  with jax.enable_x64(True):
+    x = np.ones((2, 8))
+    report = explain(lambda w, x: jnp.tanh(x @ w.astype(x.dtype)), policy, W, x, grad=grad)
+    alone = explain(lambda w, x: x @ w, policy, W, x.astype(np.float32))
+  assert set(kinds(report)) == {"float64"} and not is_kept(report)
+  assert "cast x f64[2,8] to float32" in report.summary and not report.wide
+  assert is_kept(alone)
+
+
+def test_a_constant_of_float64_is_named_too():
+  with jax.enable_x64(True):
+    report = explain(lambda w, x: (x @ w).astype(jnp.float64) @ np.ones((8, 2)), BF16, W, X)
+  assert kinds(report) == ["float64"] and "cast what it reads to float32" in report.summary
+
+
+def in_scopes(w, x):
+  for name in ("body", "head"):
+    with jax.named_scope(name):
+      x = x @ w
+  return x
+
+
+@pytest.mark.parametrize(
+  ("rules", "shadowed"),
+  [
+    ({".*": BF16, "head": "float32"}, "'head' never wins, for '.*' above it"),
+    ({"body": BF16, "he.*": BF16, "head|body": "float32"}, "for 'body' and 'he.*' above it"),
+    ({"head": BF16, "add@head|exp@head|dot_general@head": "float32"}, "for 'head' above it"),
+    ({"head": "float32", ".*": BF16}, ""),
+    ({"dot_general@head": BF16, "head": "float32"}, ""),
+    ({"body": BF16, ".*": "float32"}, ""),
+    ({".*": BF16, "head": BF16}, ""),
+  ],
+)
+def test_a_rule_that_never_wins_is_said(rules, shadowed):
+  report = explain(in_scopes, mpjax.PolicyMap(rules, default=BF16), W, X)
+  assert kinds(report) == ["rule"] * bool(shadowed)
+  assert is_kept(report) == (not shadowed)
+  assert shadowed in report.summary

@@ -193,6 +193,11 @@ def _read_matmul_format(policy: Policy) -> str | None:
 
 def _read_assignments(spec: str) -> dict[str, Any]:
   dtypes: dict[str, Any] = {}
+  if ";" in spec:
+    raise ValueError(
+      f"The parts of a policy are set apart by commas. Got {shown(spec)}. Write "
+      f"{shown(spec.replace(';', ','))}."
+    )
   for part in spec.split(","):
     key, equals, name = (piece.strip() for piece in part.partition("="))
     if not equals:

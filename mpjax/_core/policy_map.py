@@ -46,7 +46,7 @@ class PolicyMap:
   Raises:
     ValueError: A pattern is no regular expression, a policy cannot be parsed, or ``ops`` names no
       known primitive or class.
-    TypeError: A pattern is not a string.
+    TypeError: A pattern is not a string, or the default came first.
 
   Example:
     >>> policies = PolicyMap(
@@ -76,6 +76,11 @@ class PolicyMap:
     *,
     ops: Mapping[str, str] | Iterable[tuple[str, str]] = (),
   ) -> None:
+    if isinstance(rules, str | Policy):
+      raise TypeError(
+        f"A PolicyMap takes rules, then the default. Got {shown(str(rules))} for the rules. Write "
+        "mpjax.PolicyMap({'head': 'float32'}, default='mixed_bfloat16')."
+      )
     pairs: Any = tuple(rules.items() if isinstance(rules, Mapping) else map(_pair, rules))
     patterns = tuple(_compiled(pattern) for pattern, _ in pairs)
     changes = {name: rule for name, rule in dict(ops).items() if DEFAULT_OPS.get(name) != rule}
@@ -270,7 +275,7 @@ def _compiled(pattern: str) -> _Pattern:
   except re.error as error:
     raise ValueError(
       f"A rule of a PolicyMap must be a regular expression; {shown(pattern)} is none ({error}). "
-      "Escape special characters with a backslash."
+      "Escape special characters with a backslash, and write '.*' for '*'."
     ) from error
 
 

@@ -96,7 +96,7 @@ def autocast(
   if policies.is_float32():
     return in_a_region(fn)
   numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-  if not all(isinstance(number, int) for number in numbers):
+  if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
     raise TypeError(
       f"argnums must be positions, integers; got {argnums!r}. Give the positions of the arguments "
       "that hold the parameters."

@@ -22,6 +22,9 @@ def keep_float32(x: T) -> T:
   Returns:
     The same values.
 
+  Raises:
+    TypeError: If ``x`` is a function.
+
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
     >>> fn = lambda w, x: mpjax.keep_float32(x @ w) + 1
@@ -29,4 +32,9 @@ def keep_float32(x: T) -> T:
     >>> mpjax.autocast(fn, "p=f32, c=bf16, o=f32")(w, x).dtype.name
     'float32'
   """
+  if callable(x) and jax.tree_util.all_leaves([x]):
+    raise TypeError(
+      f"keep_float32 marks values. Got the function {getattr(x, '__name__', type(x).__name__)}. "
+      'Mark what it returns, or write mpjax.autocast(fn, "float32") for one that runs in float32.'
+    )
   return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEEP_FLOAT32), x)

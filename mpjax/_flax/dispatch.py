@@ -18,6 +18,7 @@ from mpjax._flax import linen_modules, nnx_models
 from mpjax._flax.nnx_calls import has_nodes, is_node, refuses_what_is_no_function, run
 from mpjax._flax.policed import mark
 from mpjax._scaling import scaled_gradients
+from mpjax._train.step_parts import check_is_loss
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -62,6 +63,7 @@ def value_and_grad(
   loss_fn: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
 ) -> Callable[..., Any]:
   """That of functions of pytrees, which refuses NNX models: their Variables would not move."""
+  check_is_loss(loss_fn, "mpjax.value_and_grad takes")
   of_pytrees = scaled_gradients.value_and_grad(loss_fn, argnums, has_aux)
 
   def value_and_scaled_grad(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -74,7 +76,7 @@ def value_and_grad(
         )
     return of_pytrees(*args, **kwargs)
 
-  return value_and_scaled_grad
+  return scaled_gradients.named_after(loss_fn, value_and_scaled_grad)
 
 
 def _is_state(x: Any) -> bool:

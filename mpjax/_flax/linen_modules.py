@@ -24,7 +24,7 @@ from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
 from mpjax._engine.plan import Scoping
 from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
-from mpjax._flax.policed import facts, in_words, plain_class
+from mpjax._flax.policed import facts, in_words, plain_class, refuse_module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,6 +56,7 @@ def apply_policy(module: M, policy: PolicyLike, *, loss_scale: float | None = No
     A submodule taken out of the result with ``bind`` is the plain one.
 
   Raises:
+    TypeError: ``module`` is no Linen module.
     ValueError: A spec cannot be parsed, or ``loss_scale`` is no power of two; or, at ``init`` or a
       call, a rule matches no module.
 
@@ -69,6 +70,8 @@ def apply_policy(module: M, policy: PolicyLike, *, loss_scale: float | None = No
     ('float32', 'bfloat16')
   """
   policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
+  if not isinstance(module, nn.Module):
+    refuse_module(module, "mpjax.linen.apply_policy", "a Linen module", "mpjax.nnx.apply_policy")
   plain = plain_class(type(module))
   fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
   attributes = {key: value for key, value in fields.items() if key not in ("name", "parent")}

@@ -9,7 +9,14 @@ import jax
 from flax import nnx
 
 from mpjax._flax.nnx_calls import is_node
-from mpjax._scaling.scaled_gradients import float32_loss, read_scale, split_aux
+from mpjax._scaling.scaled_gradients import (
+  check_positions,
+  float32_loss,
+  named_after,
+  read_scale,
+  split_aux,
+)
+from mpjax._train.step_parts import check_is_loss
 
 
 def value_and_grad(
@@ -41,7 +48,8 @@ def value_and_grad(
     scaled, for an optimizer made with `mpjax.dynamic_loss_scaling` to unscale.
 
   Raises:
-    TypeError: When called, if the loss is not a real floating-point scalar.
+    TypeError: If ``loss_fn`` is no function, or ``argnums`` a bool; when called, if the loss is not
+      a real floating-point scalar.
     ValueError: When called, if a model to differentiate has no Variable that ``wrt`` names.
 
   Example:
@@ -57,6 +65,8 @@ def value_and_grad(
     >>> loss.dtype.name, grads["kernel"].dtype.name
     ('float32', 'float32')
   """
+  check_is_loss(loss_fn, "mpjax.nnx.value_and_grad takes")
+  check_positions(argnums)
   single = isinstance(argnums, int | nnx.DiffState)
   numbers: tuple[Any, ...] = (argnums,) if single else tuple(argnums)  # pyright: ignore
 
@@ -80,7 +90,7 @@ def value_and_grad(
     grads, (loss, aux) = grad(*args, *kwargs.values())
     return ((loss, aux) if has_aux else loss), grads
 
-  return value_and_scaled_grad
+  return named_after(loss_fn, value_and_scaled_grad)
 
 
 def _place(args: Sequence[Any], number: int | nnx.DiffState, wrt: Any) -> Any:

@@ -16,7 +16,7 @@ from mpjax._engine.autocast import in_a_region
 from mpjax._engine.execute import runs_as_written
 from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
-from mpjax._flax.policed import facts, in_words, plain_class
+from mpjax._flax.policed import facts, in_words, plain_class, refuse_module
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -58,6 +58,7 @@ def apply_policy(
     innermost policy governs.
 
   Raises:
+    TypeError: ``model`` is no NNX model.
     ValueError: A spec cannot be parsed, a rule matches no module of the model, the model has no
       such method, or ``loss_scale`` is no power of two.
 
@@ -70,6 +71,8 @@ def apply_policy(
     ('bfloat16', True)
   """
   policies, scale = as_policy_map(policy), read_loss_scale(loss_scale)
+  if not isinstance(model, nnx.Module):
+    refuse_module(model, "mpjax.nnx.apply_policy", "an NNX model", "mpjax.linen.apply_policy")
   plain = plain_class(type(model))
   chosen = getattr(type(model), _METHODS, ("__call__",)) if methods is None else methods
   names = (chosen,) if isinstance(chosen, str) else tuple(chosen)

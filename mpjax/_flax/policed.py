@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from flax import linen as nn
 from flax import nnx
@@ -49,6 +49,28 @@ def policies_of(x: Any) -> PolicyMap | None:
   holder = type(x) if isinstance(x, nn.Module | nnx.Pytree) else x
   found = getattr(holder, POLICIES, None)
   return found if isinstance(found, PolicyMap) else None
+
+
+def refuse_module(x: Any, function: str, wanted: str, other: str) -> NoReturn:
+  """Refuses what one of the two ``apply_policy`` cannot take, and names what can.
+
+  Args:
+    x: What came.
+    function: Which function it came to.
+    wanted: What that takes.
+    other: The function for modules of the other kind.
+
+  Raises:
+    TypeError: Always.
+  """
+  if isinstance(x, nn.Module | nnx.Module):
+    kind = "Linen module" if isinstance(x, nn.Module) else "NNX model"
+    got, instead = f"the {kind} {type(x).__name__}", f"Use mpjax.apply_policy or {other}"
+  elif isinstance(x, type) and issubclass(x, nn.Module | nnx.Module):
+    got, instead = f"the class {x.__name__}", "Make an instance first"
+  else:
+    got, instead = type(x).__name__, "For a function use mpjax.autocast"
+  raise TypeError(f"{function} takes {wanted}. Got {got}. {instead}.")
 
 
 def mark(fn: Callable[..., Any], policies: PolicyMap) -> None:

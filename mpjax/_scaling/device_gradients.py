@@ -44,7 +44,8 @@ def reduce_gradients(grads: PyTree, axis_name: AxisName, dtype: Any = FLOAT32) -
     same on every device.
 
   Raises:
-    ValueError: If ``dtype`` is none of float32, bfloat16 and float16.
+    ValueError: If ``dtype`` is none of float32, bfloat16 and float16, or no transformation maps the
+      axis.
 
   Example:
     >>> mean = lambda g: reduce_gradients({"w": g}, "data", "bfloat16")
@@ -52,7 +53,7 @@ def reduce_gradients(grads: PyTree, axis_name: AxisName, dtype: Any = FLOAT32) -
     {'w': Array(1.5, dtype=float32)}
   """
   sent = parse_dtype(dtype)
-  axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+  axes = mapped_axes(axis_name)
   count = lax.psum(1, axes)
 
   def mean(leaf: Any) -> Any:
@@ -64,6 +65,24 @@ def reduce_gradients(grads: PyTree, axis_name: AxisName, dtype: Any = FLOAT32) -
     return lax.psum(share.astype(sent), axes).astype(FLOAT32)
 
   return jax.tree.map(mean, grads)
+
+
+def mapped_axes(axis_name: AxisName) -> str | tuple[str, ...]:
+  """Reads the argument ``axis_name`` where it is used.
+
+  Raises:
+    ValueError: If no transformation around maps such an axis.
+  """
+  axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+  try:
+    lax.axis_size(axes)
+  except NameError as error:
+    raise ValueError(
+      f"axis_name must name an axis that jax.shard_map, jax.pmap or jax.vmap maps. Got {axes!r}, "
+      "and none around maps it. Call this inside of one, or drop axis_name: under jax.jit alone, "
+      "sharded or not, it is not needed."
+    ) from error
+  return axes
 
 
 def read_reduce_dtype(value: Any) -> bool:

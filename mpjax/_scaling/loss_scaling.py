@@ -17,7 +17,7 @@ from jax import lax
 from mpjax._core.arguments import positive_integer, power_of_two
 from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import PyTree, leaf_paths
-from mpjax._scaling.device_gradients import AxisName
+from mpjax._scaling.device_gradients import AxisName, mapped_axes
 from mpjax._scaling.finiteness import all_squarable, select
 from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.rounding import seen_parameters
@@ -190,6 +190,7 @@ def _loss_scaling(
     untested: Sequence[bool] = (),
     **extra_args: Any,
   ) -> tuple[optax.Updates, LossScalingState]:
+    _check_is_state(state, params)
     grads = unscaled(updates, state.scale)
     if "grad" in extra_args:
       same = extra_args["grad"] is updates
@@ -210,6 +211,18 @@ def _loss_scaling(
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_is_state(state: PyTree, params: PyTree) -> None:
+  if isinstance(state, LossScalingState):
+    return
+  swapped = isinstance(params, LossScalingState)
+  got = "the state in the place of the parameters" if swapped else type(state).__name__
+  raise TypeError(
+    f"The loss scaler's update takes gradients, its state and parameters. Got {got}"
+    f"{'' if swapped else ' for its state'}. Write tx.update(grads, opt_state, params), with the "
+    "opt_state of tx.init(params)."
+  )
 
 
 def _held_as(new: Any, old: Any) -> Any:
@@ -278,8 +291,7 @@ def unscaled(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
 def _agree(finite: jax.Array, axis_name: AxisName | None) -> jax.Array:
   if axis_name is None:
     return finite
-  axes = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-  return lax.pmin(finite.astype(jnp.int32), axes) == 1
+  return lax.pmin(finite.astype(jnp.int32), mapped_axes(axis_name)) == 1
 
 
 def _optimizer_stepped(old: Any, new: Any) -> jax.Array:

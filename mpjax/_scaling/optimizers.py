@@ -1,6 +1,7 @@
 """Optimizers of optax, as the scaler and the train steps call them."""
 
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mpjax._core.arguments import shown
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.tree_paths import PyTree, leaf_paths
@@ -28,9 +30,10 @@ def as_transformation(inner: Any) -> optax.GradientTransformationExtraArgs:
     update: Any = inner.update
     return optax.GradientTransformationExtraArgs(inner.init, update)
   if not isinstance(inner, optax.GradientTransformation):
+    value = f"{shown(inner)} of type " if isinstance(inner, str | numbers.Number) else ""
     raise TypeError(
       "The optimizer must be an optax.GradientTransformation. Got "
-      f"{inner!r} of type {type(inner).__name__}. Pass for example optax.adam(1e-3)."
+      f"{value}{type(inner).__name__}. Pass for example optax.adam(1e-3)."
     )
   inner = optax.with_extra_args_support(inner)
   if all(_takes(inner, name) for name in OFFERED):

@@ -1,5 +1,6 @@
 """Gradients of a scaled loss."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,14 +29,16 @@ def value_and_grad(
     unscaled.
 
   Raises:
-    TypeError: When called, if the loss is not a real floating-point scalar, or no ``loss_scale``
-      is passed.
+    TypeError: If ``loss_fn`` is no function, or ``argnums`` a bool; when called, if the loss is not
+      a real floating-point scalar, or no ``loss_scale`` is passed.
+    ValueError: When called, if ``loss_scale`` is a number that is not positive.
 
   Example:
     >>> loss_fn = lambda w: (w * w).astype(jnp.float16)
     >>> value_and_grad(loss_fn)(jnp.float32(3), loss_scale=1024.0)
     (Array(9., dtype=float32), Array(6144., dtype=float32))
   """
+  check_positions(argnums)
 
   def scaled_loss(scale: jax.Array, args: Any, kwargs: Any) -> tuple[jax.Array, Any]:
     out = loss_fn(*args, **kwargs)
@@ -54,11 +57,33 @@ def value_and_grad(
   return value_and_scaled_grad
 
 
+def check_positions(argnums: Any) -> None:
+  """Refuses a bool where positions are meant: it would be the position 0 or 1.
+
+  Raises:
+    TypeError: If so.
+  """
+  if isinstance(argnums, bool):
+    raise TypeError(
+      f"argnums must be positions, integers. Got {argnums}. For auxiliary output write "
+      f"has_aux={argnums}."
+    )
+
+
+def named_after(loss_fn: Callable[..., Any], gradient: Callable[..., Any]) -> Callable[..., Any]:
+  """The gradient of a loss, with the name and the docstring of that."""
+  name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+  gradient.__name__ = gradient.__qualname__ = f"value_and_grad({name})"
+  gradient.__doc__ = f"The loss and the scaled gradients of {name}. {loss_fn.__doc__ or ''}".strip()
+  return gradient
+
+
 def read_scale(loss_scale: Any) -> jax.Array:
   """Reads the keyword ``loss_scale`` of a function that returns scaled gradients: f32[].
 
   Raises:
     TypeError: If there is none, or it is not a real scalar.
+    ValueError: If it is a number that is not positive and finite.
   """
   if loss_scale is None:
     raise TypeError(
@@ -71,6 +96,11 @@ def read_scale(loss_scale: Any) -> jax.Array:
       "loss_scale must be a scalar. Got "
       f"{describe(loss_scale) if hasattr(loss_scale, 'dtype') else type(loss_scale).__name__}. "
       "Pass loss_scale=mpjax.loss_scale(opt_state)."
+    )
+  if isinstance(loss_scale, int | float) and not 0 < loss_scale < math.inf:
+    raise ValueError(
+      f"loss_scale must be positive and finite. Got {loss_scale!r}. Pass "
+      "loss_scale=mpjax.loss_scale(opt_state), or 1 for gradients that are not scaled."
     )
   return jnp.asarray(loss_scale, FLOAT32)
 

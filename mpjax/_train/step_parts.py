@@ -82,6 +82,23 @@ class NonFiniteError(FloatingPointError):
     self.paths = tuple(paths)
 
 
+def check_is_loss(loss_fn: Any, what: str) -> None:
+  """Refuses what is no function, and modules.
+
+  Args:
+    loss_fn: What came for a loss function.
+    what: The beginning of the sentence: what takes one.
+
+  Raises:
+    TypeError: If so.
+  """
+  if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
+    raise TypeError(
+      f"{what} a loss function. Got {type(loss_fn).__name__}. Write a function that takes the "
+      "parameters, or the NNX model, and a batch, and returns a scalar."
+    )
+
+
 def autocast_loss(
   loss_fn: Callable[..., Any], policies: PolicyMap | None, autocast: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -93,11 +110,7 @@ def autocast_loss(
   Raises:
     TypeError: If there is no function.
   """
-  if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
-    raise TypeError(
-      f"A train step is made from a loss function. Got {type(loss_fn).__name__}. Write a function "
-      "that takes the parameters, or the NNX model, and a batch, and returns a scalar."
-    )
+  check_is_loss(loss_fn, "A train step is made from")
   if policies is None:
     return loss_fn
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)

@@ -243,3 +243,8 @@ def test_no_message_repeats_what_is_long(call):
   with pytest.raises((ValueError, TypeError)) as error:
     call()
   assert len(str(error.value)) < 600
+
+
+def test_semicolons_are_told_to_be_commas():
+  with pytest.raises(ValueError, match=r"apart by commas. .* Write 'p=f32,c=bf16,o=f32'"):
+    Policy.parse("p=f32;c=bf16;o=f32")

@@ -49,6 +49,10 @@ def test_a_map_cannot_be_changed(policies):
 def test_a_bad_pattern_and_a_bad_policy_say_so():
   with pytest.raises(ValueError, match=r"'\(' is none .* Escape"):
     mpjax.PolicyMap({"(": "float32"}, default="float32")
+  with pytest.raises(ValueError, match=r"'\*/head' is none .* write '\.\*' for '\*'"):
+    mpjax.PolicyMap({"*/head": "float32"}, default="float32")
+  with pytest.raises(TypeError, match=r"rules, then the default. Got 'mixed_bfloat16' for the rul"):
+    mpjax.PolicyMap("mixed_bfloat16", {"head": "float32"})
   with pytest.raises(TypeError, match=r"must be a pair.*got 'head'.*Write a dictionary"):
     mpjax.PolicyMap(["head"], default="mixed_bfloat16")
   with pytest.raises(TypeError, match="must be a path pattern; got 3"):

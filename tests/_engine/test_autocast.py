@@ -353,3 +353,10 @@ def test_a_layer_with_a_dtype_of_its_own_keeps_it_and_the_result_has_the_output_
   model = mpjax.apply_policy(linen.Dense(2, dtype=jnp.bfloat16), "mixed_float16")
   variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
   assert model.apply(variables, jnp.ones((2, 4))).dtype == jnp.float32
+
+
+def test_a_function_is_no_value_to_mark_and_a_bool_no_position():
+  with pytest.raises(TypeError, match=r"marks values. Got the function softmax. Mark what it ret"):
+    mpjax.keep_float32(jax.nn.softmax)
+  with pytest.raises(TypeError, match="must be positions, integers; got True"):
+    mpjax.autocast(lambda w, x: x @ w, "mixed_bfloat16", argnums=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import mpjax
@@ -153,3 +154,28 @@ def test_a_position_that_the_call_has_not_is_refused(model, x):
 def test_a_loss_that_is_no_scalar_is_refused(model, x):
   with pytest.raises(TypeError, match=r"real floating-point scalar. Got f32\[8,2\]"):
     mpjax.nnx.value_and_grad(lambda model, x: model(x))(model, x, loss_scale=1.0)
+
+
+LAYERS = {"Linen": nn.Dense(3), "NNX": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("make", [mpjax.value_and_grad, mpjax.nnx.value_and_grad])
+def test_a_module_is_no_loss(make, kind):
+  name = type(LAYERS[kind]).__name__
+  with pytest.raises(TypeError, match=rf"takes a loss function. Got {name}. Write a function"):
+    make(LAYERS[kind])
+
+
+@pytest.mark.parametrize(
+  ("apply_policy", "module", "text"),
+  [
+    (mpjax.nnx.apply_policy, nn.Dense(3), r"Got the Linen module Dense. .* mpjax.linen.apply_pol"),
+    (mpjax.linen.apply_policy, LAYERS["NNX"], r"Got the NNX model Linear. .* mpjax.nnx.apply_pol"),
+    (mpjax.nnx.apply_policy, nnx.Linear, r"Got the class Linear. Make an instance"),
+    (mpjax.linen.apply_policy, jnp.sin, r"Got .* For a function use mpjax.autocast"),
+  ],
+)
+def test_a_module_of_the_other_kind_is_told_where_to_go(apply_policy, module, text):
+  with pytest.raises(TypeError, match=text):
+    apply_policy(module, "mixed_bfloat16")

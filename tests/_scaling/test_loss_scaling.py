@@ -787,3 +787,63 @@ def test_a_gradient_whose_square_is_inf_is_a_skip(scale):
     assert bool(mpjax.step_is_finite(after)) is applied
     assert bool(mpjax.all_finite((updates, after)))
     assert bool((updates["w"] == 0).all()) is not applied
+
+
+# Wrong arguments ---------------------------------------------------------------------------------
+
+PARAMS = {"w": jnp.ones(3)}
+ADAM = mpjax.dynamic_loss_scaling(optax.adam(0.1))
+
+
+def mean(params, batch=1.0):
+  return jnp.mean(params["w"]) * batch
+
+
+WRONG = {
+  "the parameters before the state": (
+    lambda: ADAM.update(PARAMS, PARAMS, ADAM.init(PARAMS)),
+    "Got the state in the place of the parameters. Write tx.update(grads, opt_state, params)",
+  ),
+  "no state": (lambda: ADAM.update(PARAMS, {}, PARAMS), "Got dict for its state"),
+  "an axis that nothing maps": (
+    lambda: mpjax.dynamic_loss_scaling(optax.sgd(0.1), axis_name="data").update(
+      PARAMS, mpjax.dynamic_loss_scaling(optax.sgd(0.1)).init(PARAMS), PARAMS
+    ),
+    "Got 'data', and none around maps it. Call this inside of one, or drop axis_name",
+  ),
+  "a mean over an axis that nothing maps": (
+    lambda: mpjax.reduce_gradients(PARAMS, ("data", "model")),
+    "Got ('data', 'model'), and none around maps it",
+  ),
+  "a state for an optimizer": (
+    lambda: mpjax.dynamic_loss_scaling(ADAM.init(PARAMS)),
+    "must be an optax.GradientTransformation. Got LossScalingState. Pass",
+  ),
+  "a bool for positions": (
+    lambda: mpjax.value_and_grad(mean, True),
+    "Got True. For auxiliary output write has_aux=True",
+  ),
+  "a scale of zero": (
+    lambda: mpjax.value_and_grad(mean)(PARAMS, loss_scale=0.0),
+    "loss_scale must be positive and finite. Got 0.0",
+  ),
+  "a negative scale": (lambda: mpjax.value_and_grad(mean)(PARAMS, loss_scale=-2), "Got -2"),
+  "no loss": (lambda: mpjax.value_and_grad(None), "takes a loss function. Got NoneType"),
+  "parameters for a loss": (lambda: mpjax.value_and_grad(PARAMS, mean), "Got dict. Write a func"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_one_short_error(case):
+  call, text = WRONG[case]
+  with pytest.raises((TypeError, ValueError)) as caught:
+    call()
+  assert text in str(caught.value)
+  assert len(str(caught.value)) < 400
+
+
+def test_a_gradient_is_named_after_its_loss():
+  """loss_scale is a keyword of it, so it has a signature of its own."""
+  for make in (mpjax.value_and_grad, mpjax.nnx.value_and_grad):
+    assert make(mean).__name__ == "value_and_grad(mean)" in repr(make(mean))
+    assert make(jnp.mean).__doc__.startswith("The loss and the scaled gradients of mean. ")

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Never
+from typing import Any
 
 import jax
 import optax
@@ -53,29 +53,23 @@ class TrainStep:
     self._returned = Returned()
     self._batch_shares = False
 
-  def __call__(
-    self, state: TrainState, batch: PyTree, *others: Never, **keywords: Never
-  ) -> tuple[TrainState, StepMetrics]:
+  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
 
     Args:
       state: The state; donated, so it must not be used again (unless made with
         ``donate=False``).
       batch: What the loss function takes as its last argument.
-      *others: Nothing: what makes a batch comes in one.
-      **keywords: Nothing.
 
     Returns:
       The state after the step, and its metrics.
 
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
-      TypeError: If ``state`` is no ``TrainState``, or there is more than a state and a batch.
+      TypeError: If ``state`` is no ``TrainState``.
       ValueError: If its ``opt_state`` is that of another optimizer, or a step was given ``state``
         before and has taken its buffers.
     """
-    if others or keywords:
-      raise TypeError(_MORE.format(", ".join([*map(describe, others), *keywords])))
     check_is_state(state, batch)
     given = state
     state, where = self._enter(state, batch)
@@ -125,10 +119,6 @@ class TrainStep:
     return traced.lower(lowering_platforms=lowering_platforms)
 
 
-_MORE = (
-  "A step takes a state and one batch. Got {} besides. Pass one batch: step(state, (x, y)); a key "
-  "comes from TrainState.create(params, tx, rng=key)."
-)
 _DELETED = (
   "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
   "with the state that the step returned, or make the step with donate=False."

@@ -147,14 +147,6 @@ WRONG = {
     ),
     "loss_fn is called as loss_fn(params, model_state, batch)",
   ),
-  "two batches": (
-    lambda: mpjax.make_train_step(loss_fn, TX)(created(PARAMS), X, X),
-    "Got f32[3,4] besides. Pass one batch: step(state, (x, y))",
-  ),
-  "a key beside the batch": (
-    lambda: mpjax.make_train_step(loss_fn, TX)(created(PARAMS), X, rng=jax.random.key(0)),
-    "Got rng besides",
-  ),
   "16-bit parameters by a policy": (
     lambda: stepped(loss_fn, created(PARAMS), policy="bfloat16"),
     "For training write 'mixed_bfloat16', which keeps them in float32",

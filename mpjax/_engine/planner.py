@@ -243,7 +243,9 @@ class _Walk:
       decision.bodies,
       parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
-      because=found.because if found is not None and name in MATMULS else "",
+      because=found.because
+      if found is not None and (name in MATMULS or rule is Rule.NAMED)
+      else "",
     )
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)

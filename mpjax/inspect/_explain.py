@@ -55,8 +55,9 @@ def explain(
   Returns:
     The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, nothing
     multiplies as traced, in float32, and ``report.remarks`` holds nothing but matmuls of integers.
-    A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64, of a rule
-    that never wins, of a loop that ends by comparing floats which 16-bit matmuls move, of data that
+    A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64, of sums
+    that a rule for operations keeps in 16 bits although they are small steps, of a rule that never
+    wins, of a loop that ends by comparing floats which 16-bit matmuls move, of data that
     were taken for the parameters, and of regions with a policy of their own, whose leaks are not
     looked for.
 
@@ -172,6 +173,7 @@ _TEXTS = {
   "precision": "{} is overridden by the policy; " + _KEEPS,
   "float64": "{}",
   "rule": "the rule {} above it take all that it matches; put it first, or drop it",
+  "narrowed": "a rule of the map keeps {}",
   "integers": "{} runs as written; it is counted apart",
   "loop": "a while loop ends by comparing floats that 16-bit matmuls move: it may run more or "
   "fewer times than in float32, or for ever; " + _KEEPS,

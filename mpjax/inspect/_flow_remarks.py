@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from mpjax._core.dtypes import describe
-from mpjax._core.primitives import MATMULS
+from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import versions
 from mpjax._engine.bodies import bodies_of
 from mpjax._engine.execute import Decided
@@ -30,9 +30,11 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     line: Its line.
     is_float32: Whether it stands where the policy says float32, or in a region of its own policy.
   """
+  path, name = step.place.path, step.eqn.primitive.name
+  if step.rule is Rule.NAMED and step.because and runs_narrow(step):
+    yield Remark("narrowed", path, line, f"{name} in {runs_in(step).name}. It is a {step.because}")
   if not is_matmul(step):
     return
-  path, name = step.place.path, step.eqn.primitive.name
   if not is_float32 and runs_in(step) == _FLOAT64:
     yield Remark("float64", path, line, name)
   integer = integer_operand(step.eqn)

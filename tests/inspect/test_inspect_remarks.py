@@ -32,6 +32,33 @@ def is_kept(report):
   return report.keeps_promise
 
 
+# What a rule for operations narrows --------------------------------------------------------------
+
+
+def relaxed(w, x):
+  with jax.named_scope("relaxation"):
+    h = x @ w
+    return h + 0.002 * jnp.tanh(h @ w)
+
+
+def biased(w, x):
+  with jax.named_scope("relaxation"):
+    return x @ w + w[:1]
+
+
+@BOTH
+def test_a_small_step_that_a_rule_keeps_in_16_bits_is_named(policy):
+  policies = mpjax.PolicyMap({"add@relaxation": policy}, default=policy)
+  report = explain(relaxed, policies, W, X)
+  (remark,) = report.remarks
+  assert remark.kind == "narrowed" and remark.module == "relaxation"
+  assert "add in" in remark.text and "small step" in remark.text
+  assert not is_kept(report)
+  assert is_kept(explain(relaxed, policy, W, X)) and is_kept(explain(biased, policies, W, X))
+  wide = mpjax.PolicyMap({"add@relaxation": "float32"}, default=policy)
+  assert not explain(relaxed, wide, W, X).remarks
+
+
 # What the author asked for -----------------------------------------------------------------------
 
 

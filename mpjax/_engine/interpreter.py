@@ -299,7 +299,8 @@ def _exact(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> l
   run, _ = _with_float32_sums(step, params, dtype)
 
   def rounded(*operands: Any) -> Any:
-    return run(*(to_dtype(x, dtype) for x in operands))
+    pairs = zip(operands, step.operands, strict=True)  # sizes of groups are no factors
+    return run(*(x if form is None else to_dtype(x, dtype) for x, form in pairs))
 
   def moved(*operands: Any) -> Any:
     return jaxprs.run_with(step.eqn, operands, params)[0]

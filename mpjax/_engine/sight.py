@@ -195,7 +195,8 @@ SHORT = 16
 def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
-  Or whether that multiplies two values that the loop carries, and no layer made.
+  Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
+  nothing that the loop carries, what each turn adds, where no layer is.
   """
   found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
@@ -207,8 +208,9 @@ def hands_on(sight: Sight) -> bool:
   trained = [a for a in read if a in sight.around.sums.pure]
   if len(read) > 1:
     return all(map(_is_data, sight.forms)) and not trained
-  if not read or sight.result not in found.leads:  # what each turn adds is as exact
-    return not has_layer and sight.result in found.leads
+  if not read or sight.result not in found.leads:
+    reads = any(not isinstance(a, Literal) and a in found.reads for a in sight.eqn.invars)
+    return not (has_layer or reads) and sight.result in found.leads
   is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
   return is_state or not trained
 

@@ -120,3 +120,18 @@ def test_data_that_parameters_scale_are_as_exact_as_data(kernel, policy):
   with jax.numpy_rank_promotion("allow"):
     exact, ours = jax.jit(lambda p, x: [f(p, x) for f in fns], compiler_options=ROUNDING)(p, X + 3)
   assert off(ours, exact) < 1e-4
+
+
+@both
+def test_a_variance_by_groups_has_their_sizes(policy):
+  sizes = jnp.array([20, 12, 16])
+
+  def variances(p, x):
+    h = jnp.tanh(x @ p["w"])
+    of_groups = lambda h: jax.lax.ragged_dot(h, p["e"], sizes)
+    return (of_groups(h * h) - of_groups(h) ** 2).sum()
+
+  p = {"w": 0.1 * NET["w1"], "e": jnp.full((3, 64, 8), 1 / 64)}
+  value, grads = jax.value_and_grad(mpjax.autocast(variances, policy))(p, X)
+  want, of_want = jax.value_and_grad(variances)(p, X)
+  assert off(value, want) < 0.01 and off(grads, of_want) < 0.02

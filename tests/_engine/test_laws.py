@@ -1470,6 +1470,19 @@ def test_a_recurrence_of_layers_stays_narrow(fn, policy):
   assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
 
 
+@both
+@cases(
+  residual=lambda b, w, x: lax.scan(lambda h, w: (h + jnp.tanh(h) @ w, None), x, w)[0],
+  biases=lambda b, w, x: lax.scan(
+    lambda h, wb: (h + jax.nn.relu(h / 2 + wb[1]) @ wb[0], None), x, (w, b)
+  )[0],
+)
+def test_frozen_layers_are_layers(fn, policy):
+  w, b = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4)), jnp.ones((24, 4))
+  found = matmuls(mpjax.autocast(fn, policy), b, w, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
 def followed(w, z):
   """A Kalman filter of two numbers: its gain multiplies what it carries, and depends on it."""
   f, h = jnp.array([[1.0, 0.1], [0.0, 1.0]]), jnp.array([[1.0, 0.0], [0.5, 1.0]])

@@ -4,16 +4,19 @@ import shutil
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent / "_ext")]
 
 import mpjax  # noqa: E402  # of this checkout
 
 # Pages that lie elsewhere in the repository: Sphinx reads what is below docs/ only.
-for source, pattern, folder in (
+ELSEWHERE = (
   ("notebooks", "*.ipynb", "notebooks"),
   ("benchmarks/results", "*.md", "results"),
-):
+)
+for source, pattern, folder in ELSEWHERE:
   (ROOT / "docs" / folder).mkdir(exist_ok=True)
   for file in sorted((ROOT / source).glob(pattern)):
     shutil.copy2(file, ROOT / "docs" / folder)
@@ -60,3 +63,15 @@ html_theme_options = {
   "home_page_in_toc": False,
   "navigation_with_keys": False,
 }
+
+
+def links_to_the_copies(app: Sphinx, name: str, content: list[str]) -> None:
+  """Pages link to these files where they lie in the repository; a site has its copies of them."""
+  up = "../" * name.count("/")
+  for source, _, folder in ELSEWHERE:
+    content[0] = content[0].replace(f"]({up}../{source}/", f"]({up}{folder}/")
+
+
+def setup(app: Sphinx) -> None:
+  """Sphinx calls this as it starts."""
+  app.connect("source-read", links_to_the_copies)

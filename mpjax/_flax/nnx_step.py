@@ -32,6 +32,7 @@ from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
+  in_words,
   raise_if_stuck,
 )
 
@@ -50,8 +51,11 @@ class TrainStep:
     (1, True)
   """
 
-  def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
+  def __init__(
+    self, jitted: Any, max_consecutive_skips: int | None, donate: bool, words: str
+  ) -> None:
     self._jitted = jitted
+    self._words = words
     self._limit = max_consecutive_skips
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
@@ -94,6 +98,9 @@ class TrainStep:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
     return metrics
+
+  def __repr__(self) -> str:
+    return f"<{type(self).__name__} of {self._words}>"
 
   def lower(self, model: Any, optimizer: Any = None, *batch: Any, **keywords: Any) -> Any:
     """Lowers the step for these arguments, as ``nnx.jit(...).lower`` does.
@@ -247,7 +254,7 @@ def make_train_step(
     return metrics, bad
 
   jitted = nnx.jit(train_step, donate_argnums=(0, 1) if donate else (), static_argnums=3)
-  return TrainStep(jitted, settings.limit, donate)
+  return TrainStep(jitted, settings.limit, donate, in_words(loss_fn, settings.policies))
 
 
 class Operands(NamedTuple):

@@ -14,6 +14,7 @@ from flax import nnx
 
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe, is_of
+from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.faults import FaultState
@@ -115,6 +116,15 @@ def autocast_loss(
     return loss_fn
   default = dataclasses.replace(policies.default, output_dtype=FLOAT32)
   return autocast(loss_fn, policies.with_default(default))
+
+
+def in_words(loss_fn: Callable[..., Any], policies: PolicyMap | None) -> str:
+  """A loss and its policy, for the repr of a step."""
+  name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+  if policies is None:
+    return name
+  rules = f" and {len(policies.rules)} rules" if policies.rules else ""
+  return f"{name} under {spec(policies.default)}{rules}"
 
 
 def called(

@@ -25,6 +25,7 @@ from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
   called,
+  in_words,
   is_key,
   keep_if_skipped,
   raise_if_stuck,
@@ -45,8 +46,11 @@ class TrainStep:
     [1, 1]
   """
 
-  def __init__(self, jitted: Any, max_consecutive_skips: int | None, donate: bool) -> None:
+  def __init__(
+    self, jitted: Any, max_consecutive_skips: int | None, donate: bool, words: str
+  ) -> None:
     self._jitted = jitted
+    self._words = words
     self._limit = max_consecutive_skips
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
@@ -98,6 +102,9 @@ class TrainStep:
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)
     return state, placement(leaves)
+
+  def __repr__(self) -> str:
+    return f"<{type(self).__name__} of {self._words}>"
 
   def lower(
     self, state: TrainState, batch: PyTree, *, lowering_platforms: tuple[str, ...] | None = None
@@ -273,7 +280,7 @@ def make_train_step(
 
   donated = (0,) if donate else ()
   jitted = jax.jit(train_step, donate_argnums=donated, static_argnums=2)
-  return TrainStep(jitted, settings.limit, donate)
+  return TrainStep(jitted, settings.limit, donate, in_words(loss_fn, settings.policies))
 
 
 def _step_rng(state: TrainState, scaling: LossScalingState | None) -> Any:

@@ -127,7 +127,7 @@ class _Comparison:
   def __init__(
     self, subject: Subject, decided: Decided, double: bool, gradients: bool, loss_scale: float
   ) -> None:
-    self._decided, self._double, self._scale = decided, double, loss_scale
+    self._decided, self._double, self.scale = decided, double, loss_scale
     self._output = subject.policies.default.output_dtype
     self._plans = Pair(self._reference_plan(subject), decided.plan)
     reference = Planner(as_policy_map("float32"), LOCATED)
@@ -208,12 +208,12 @@ class _Comparison:
         for pair, source in zip(changes, self.updates.values(), strict=True)
       ]
       stats = [compare(*pair) for pair in outs], own, moved
-      return _loss_of(outs, self._scale), stats
+      return _loss_of(outs, self.scale), stats
 
     if not self.params:
       return *loss(params)[1], []
     grads, stats = jax.grad(loss, has_aux=True)(params)
-    unscaled = [g.astype(jnp.float32) / self._scale for g in grads.narrow]
+    unscaled = [g.astype(jnp.float32) / self.scale for g in grads.narrow]
     return *stats, [compare(*p) for p in zip(grads.reference, unscaled, strict=True)]
 
   def _returned(self, x: Any) -> Any:
@@ -293,6 +293,7 @@ def _report(
       NotLookedInto(o.what, module_name(o.path, subject.scoping.root), o.line)
       for o in comparison.opaque
     ),
+    comparison.scale,
   )
 
 

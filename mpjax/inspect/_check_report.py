@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpjax._core.dtypes import FLOAT16
 from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax.inspect._report import Report, Table
@@ -128,6 +129,7 @@ class CheckReport(Report):
     rows: What each module hands out, in the order of the program.
     gradients: The gradient of each parameter; empty if they were not asked for.
     not_looked_into: Custom derivatives that were compared from outside only.
+    loss_scale: What the gradients under the policy were scaled with, and unscaled again.
 
   Example:
     >>> import jax.numpy as jnp, mpjax
@@ -147,6 +149,7 @@ class CheckReport(Report):
   rows: tuple[ModuleCheck, ...]
   gradients: tuple[GradientCheck, ...]
   not_looked_into: tuple[NotLookedInto, ...]
+  loss_scale: float = 1.0
 
   @property
   def agrees(self) -> bool:
@@ -199,9 +202,18 @@ class CheckReport(Report):
       text += "" if changes is None else f", what it changes by at most {changes:.2g}"
       text += "." if grads is None else f", gradients by at most {grads:.2g}."
     else:
-      text = f"does not agree: {'; '.join(self.faults[:3])}."
+      text = f"does not agree: {'; '.join(self.faults[:3])}.{self._advice}"
     worst = [f"{row.module} ({row.added:.2g})" for row in self.worst[:3]]
     return head + text + (f"\nMost is lost in {', '.join(worst)}." if worst else "")
+
+  @property
+  def _advice(self) -> str:
+    """What to pass where float16 gradients are off that no loss scale has saved."""
+    counted = [g.gradient for g in self.gradients if g.counts]
+    off = any(g.error > self.tolerance for g in counted) and not any(g.overflow for g in counted)
+    if self.loss_scale != 1 or not off or FLOAT16 not in self.policy.narrow_dtypes():
+      return ""
+    return " Training in float16 scales the loss: pass that scale here, loss_scale=2.0**15."
 
   def tables(self) -> Sequence[Table]:
     """A row a module and a row a parameter."""

@@ -179,7 +179,8 @@ _TEXTS = {
   "fewer times than in float32, or for ever; " + _KEEPS,
   "batch": "the policy {}; pass the parameters first, or set argnums",
   "policy": "a part of it has a policy of its own, which governs there and was not looked into; "
-  "explain the module or function that has it, with None for the policy of a module",
+  "explain the module or function that has it, with None for the policy of a module; of an "
+  "mpjax.autocast or a train step, the plain function or the loss, with its policy",
 }
 
 

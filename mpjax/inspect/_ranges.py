@@ -146,6 +146,7 @@ def range_report(
     The report.
 
   Raises:
+    TypeError: If ``histogram`` is something else.
     ValueError: If the scale is no power of two and not ``"amax"``, the format not known, or the
       histogram empty.
 
@@ -160,6 +161,11 @@ def range_report(
     >>> round(report.total.underflow, 2), report.total.overflow
     (0.33, 0.0)
   """
+  if not isinstance(histogram, Histogram):
+    raise TypeError(
+      f"range_report reads a histogram. Got {type(histogram).__name__}. Count one: "
+      "mpjax.inspect.histogram(tree), or take that of mpjax.inspect.record or statistics."
+    )
   to = read_format(dtype)
   if isinstance(scale, str) and scale != "amax":
     raise ValueError(
@@ -363,6 +369,7 @@ def update_report(collected: Statistics) -> UpdateReport:
     collected: What `statistics` returns.
 
   Raises:
+    TypeError: If ``collected`` is something else.
     ValueError: If no step has been counted.
 
   Example:
@@ -375,6 +382,11 @@ def update_report(collected: Statistics) -> UpdateReport:
     <BLANKLINE>
     ratio: |update / parameter|, rounded to a power of two.
   """
+  if not isinstance(collected, Statistics):
+    raise TypeError(
+      f"update_report reads what was collected. Got {type(collected).__name__}. Pass "
+      "mpjax.inspect.statistics(opt_state), of an optimizer made with collect_statistics."
+    )
   if not int(collected.steps):
     raise ValueError("At least one step must have been counted. Got none. Train a step first.")
   bins, stalls = collected.ratios.bins(), stall_counts(collected)

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.arguments import shown
+from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import leaf_paths
 from mpjax.inspect._explain import explain
-from mpjax.inspect._inspected import subject_of
+from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._policies_by_module import (
   WIDE,
   Assignment,
@@ -76,6 +77,7 @@ def tune(
     ``mpjax.autocast(loss_fn, ...)`` and ``make_train_step(loss_fn, ..., policy=...)``.
 
   Raises:
+    TypeError: If ``candidates`` is a string, or ``loss_fn`` returns no scalar.
     ValueError: If there is no candidate below float32, the tolerance is not positive, or the loss
       or gradients are not finite in float32, or ``loss_fn`` has a 16-bit policy inside.
 
@@ -91,6 +93,11 @@ def tune(
     >>> report.modules, report.policy_map.default.compute_dtype.name
     ((('cancel', 'float32'),), 'bfloat16')
   """
+  if isinstance(candidates, str):
+    raise TypeError(
+      f"candidates must be a list of policies. Got {shown(candidates)}. Write "
+      f"candidates=[{shown(candidates)}]."
+    )
   low = [policy for policy in candidates if not PolicyMap({}, policy).is_float32()]
   if not low:
     raise ValueError(
@@ -126,6 +133,7 @@ class _Lab:
     self.subject = subject_of(loss, WIDE, args, {}, argnums)
     self.tolerance, self.scale = tolerance, loss_scale
     self.compilations = 0
+    _check_is_scalar(self.subject)
     flow = explain(loss, WIDE, *args, argnums=argnums)
     self.flops = float(flow.flops)
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
@@ -166,6 +174,17 @@ class _Lab:
       bytes_moved=moved,
       policy_map=policies,
       within=max(loss_error, gradient_error) <= self.tolerance,
+    )
+
+
+def _check_is_scalar(subject: Subject) -> None:
+  """Refuses what returns something else than one number."""
+  out = subject.results(jax.eval_shape(lambda *args: subject.fn(*args), *subject.args))
+  if getattr(out, "shape", None) != ():
+    raise TypeError(
+      "tune takes a loss that returns a scalar. Got "
+      f"{type(out).__name__ if isinstance(out, tuple) else describe(out)}. Reduce it to a scalar, "
+      "or pass has_aux=True if it is a pair."
     )
 
 

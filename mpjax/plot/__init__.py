@@ -17,6 +17,7 @@ from mpjax.plot._axes import (
   GREY,
   RED,
   SERIES,
+  draws,
   figure_class,
   legend_below,
   legend_beside,
@@ -86,6 +87,7 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``curves`` is no sequence of `Curve`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -95,6 +97,7 @@ def plot_losses(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
     >>> ax.get_xlabel(), ax.get_ylabel()
     ('step', 'training loss')
   """
+  curves = _read_curves(curves)
   ax = new_axes() if ax is None else ax
   for number, curve in enumerate(curves):
     steps, style = _steps(curve), _style(number)
@@ -123,6 +126,7 @@ def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``curves`` is no sequence of `Curve`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -133,7 +137,7 @@ def plot_scales(curves: Sequence[Curve], *, ax: Axes | None = None) -> Axes:
     ['float16', 'skipped']
   """
   ax = new_axes() if ax is None else ax
-  return _draw_scales(ax, list(enumerate(curves)))
+  return _draw_scales(ax, list(enumerate(_read_curves(curves))))
 
 
 def _draw_scales(ax: Axes, numbered: Sequence[tuple[int, Curve]]) -> Axes:
@@ -150,6 +154,7 @@ def _draw_scales(ax: Axes, numbered: Sequence[tuple[int, Curve]]) -> Axes:
   return ax
 
 
+@draws(FlowReport, "mpjax.inspect.explain")
 def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   """Plots how many bytes of activations each module holds in 16 bits and in float32.
 
@@ -163,6 +168,7 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `FlowReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -190,6 +196,7 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+@draws(CheckReport, "mpjax.inspect.check")
 def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   """Plots the relative error of what each module is given and hands out.
 
@@ -206,6 +213,7 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `CheckReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -248,6 +256,7 @@ def plot_check(report: CheckReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+@draws(NonFiniteReport, "mpjax.inspect.locate_nonfinite")
 def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   """Plots what the culprit was given, against the range of the format that it computes in.
 
@@ -259,6 +268,7 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `NonFiniteReport`.
     ValueError: If everything is finite.
     ModuleNotFoundError: If matplotlib is not installed.
 
@@ -411,6 +421,26 @@ def running_mean(values: np.ndarray, width: int) -> np.ndarray:
 def _trailing_sum(values: np.ndarray, width: int) -> np.ndarray:
   total = np.concatenate([np.zeros(width), np.cumsum(values, dtype=float)])
   return total[width:] - total[:-width]
+
+
+def _read_curves(curves: Any) -> list[Curve]:
+  """The runs that a plot was given, what they hold as arrays.
+
+  Raises:
+    TypeError: If they are no sequence of `Curve`.
+  """
+  given = [curves] if isinstance(curves, Curve) else [*curves]
+  strange = [type(curve).__name__ for curve in given if not isinstance(curve, Curve)]
+  if strange or isinstance(curves, Curve):
+    raise TypeError(
+      f"Plots of runs take a list of mpjax.plot.Curve. Got "
+      f"{strange[0] + ' in it' if strange else 'a Curve'}. Write "
+      "[Curve(label, losses, scales, applied)]."
+    )
+  return [
+    Curve(c.label, np.asarray(c.losses), np.asarray(c.scales), np.asarray(c.applied, bool))
+    for c in given
+  ]
 
 
 def _span(curves: Sequence[Curve]) -> float:

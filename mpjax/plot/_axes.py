@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _ROW_INCHES = 0.28
 _LABEL_INCHES = 0.5  # numbers and label of an axis
@@ -17,6 +21,29 @@ PINK, SKY = "#CC79A7", "#56B4E9"
 
 # Of several runs, in this order: neighbors differ in lightness too.
 SERIES = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
+
+
+def draws(kind: type, maker: str) -> Callable[[F], F]:
+  """Makes a plot refuse what is not the report that it draws.
+
+  Args:
+    kind: The class of the report.
+    maker: What makes one.
+  """
+
+  def decorate(plot: F) -> F:
+    @functools.wraps(plot)
+    def checked(report: Any, **kwargs: Any) -> Any:
+      if not isinstance(report, kind):
+        raise TypeError(
+          f"{plot.__name__} draws what {maker} returns, a {kind.__name__}. Got "
+          f"{type(report).__name__}. Pass that."
+        )
+      return plot(report, **kwargs)
+
+    return cast(F, checked)
+
+  return decorate
 
 
 def figure_class() -> type[Figure]:

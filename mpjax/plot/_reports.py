@@ -11,7 +11,7 @@ from mpjax._core.formats import Format, read_format
 from mpjax.inspect._cost_report import CostReport
 from mpjax.inspect._ranges import RangeReport, UpdateReport
 from mpjax.inspect._tune_report import TuneReport
-from mpjax.plot._axes import BLUE, GREEN, GREY, ORANGE, RED, legend_below, new_axes
+from mpjax.plot._axes import BLUE, GREEN, GREY, ORANGE, RED, draws, legend_below, new_axes
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _GIB, _MIB = 2**30, 2**20
 
 
+@draws(RangeReport, "mpjax.inspect.range_report")
 def plot_range(report: RangeReport, *, ax: Axes | None = None) -> Axes:
   """Plots how values spread over the powers of two, and what the format makes of them.
 
@@ -32,6 +33,7 @@ def plot_range(report: RangeReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `RangeReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -76,6 +78,7 @@ def _fates(exponents: np.ndarray, to: Format) -> list[tuple[str, str, np.ndarray
   ]
 
 
+@draws(RangeReport, "mpjax.inspect.range_report")
 def plot_scale_choice(report: RangeReport, *, ax: Axes | None = None) -> Axes:
   """Plots what underflows and what overflows at every loss scale, and the good scales between.
 
@@ -87,6 +90,7 @@ def plot_scale_choice(report: RangeReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `RangeReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -117,6 +121,7 @@ def plot_scale_choice(report: RangeReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+@draws(UpdateReport, "mpjax.inspect.update_report")
 def plot_updates(report: UpdateReport, *, ax: Axes | None = None) -> Axes:
   """Plots ``|update / parameter|`` beside half the spacing of bfloat16 and float16.
 
@@ -128,6 +133,7 @@ def plot_updates(report: UpdateReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `UpdateReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -152,6 +158,7 @@ def plot_updates(report: UpdateReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+@draws(TuneReport, "mpjax.inspect.tune")
 def plot_frontier(report: TuneReport, *, ax: Axes | None = None) -> Axes:
   """Plots error against cost for the policy maps that `mpjax.inspect.tune` tried.
 
@@ -163,6 +170,7 @@ def plot_frontier(report: TuneReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `TuneReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:
@@ -198,6 +206,7 @@ def plot_frontier(report: TuneReport, *, ax: Axes | None = None) -> Axes:
   return ax
 
 
+@draws(CostReport, "mpjax.inspect.cost")
 def plot_cost(report: CostReport, *, ax: Axes | None = None) -> Axes:
   """Plots the memory that a step needs under each policy, and that of the device.
 
@@ -209,6 +218,7 @@ def plot_cost(report: CostReport, *, ax: Axes | None = None) -> Axes:
     The axes.
 
   Raises:
+    TypeError: If ``report`` is no `CostReport`.
     ModuleNotFoundError: If matplotlib is not installed.
 
   Example:

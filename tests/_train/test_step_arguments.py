@@ -287,3 +287,10 @@ def test_a_type_error_inside_a_loss_is_its_own():
 def test_raw_keys_are_keys():
   state = created(PARAMS, rng=jax.random.PRNGKey(0))
   assert stepped(lambda params, x, rng: loss_fn(params, x), state)[1].applied
+
+
+def test_a_step_says_what_it_is_of():
+  step = mpjax.make_train_step(loss_fn, TX, policy="mixed_float16")
+  assert repr(step) == "<TrainStep of loss_fn under mixed_float16>"
+  assert repr(mpjax.make_train_step(loss_fn, TX)) == "<TrainStep of loss_fn>"
+  assert repr(nnx_step) == "<TrainStep of <lambda>>"

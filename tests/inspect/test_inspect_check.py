@@ -446,3 +446,12 @@ def test_the_kernel_of_another_platform_is_not_compiled():
 
   report = check(fn, "mixed_bfloat16", jnp.eye(4), jnp.ones((2, 4)), gradients=False)
   assert report.agrees
+
+
+def test_float16_gradients_that_vanish_ask_for_the_scale_of_training():
+  loss = lambda w, x: jnp.mean((x @ w) ** 2) * 1e-5
+  w, x = jnp.full((8, 8), 0.01), jnp.ones((4, 8))
+  advice = "scales the loss: pass that scale here, loss_scale=2.0**15"
+  assert advice in mpjax.inspect.check(loss, "mixed_float16", w, x).summary
+  scaled = mpjax.inspect.check(loss, "mixed_float16", w, x, loss_scale=2.0**15)
+  assert scaled.agrees and advice not in scaled.summary

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mpjax.inspect
 from mpjax.inspect._report import Report, Table
 
 
@@ -87,3 +88,13 @@ def test_json_is_strict_and_names_what_is_no_number(report):
 
 def test_a_table_without_rows_still_has_its_header():
   assert str(Table(["a", "b"], [])) == "a  b"
+
+
+def test_reports_are_not_made_of_something_else():
+  gradients = {"w": jnp.ones(3)}
+  with pytest.raises(
+    TypeError, match=r"reads a histogram. Got dict. Count one: mpjax.inspect.hist"
+  ):
+    mpjax.inspect.range_report(gradients, "float16")
+  with pytest.raises(TypeError, match=r"Got dict. Pass mpjax.inspect.statistics\(opt_state\)"):
+    mpjax.inspect.update_report(gradients)

@@ -195,3 +195,10 @@ def test_bad_settings_are_refused(settings, words):
 def test_a_loss_that_is_not_finite_in_float32_is_refused():
   with pytest.raises(ValueError, match=r"must be finite in float32.*locate_nonfinite"):
     inspect.tune(lambda w: jnp.sum(jnp.log(w)), (jnp.zeros(3),))
+
+
+def test_a_pair_and_a_string_of_candidates_are_told_what_to_write():
+  with pytest.raises(TypeError, match=r"Got tuple. .* or pass has_aux=True if it is a pair"):
+    mpjax.inspect.tune(lambda w: (jnp.sum(w), {"aux": w}), (jnp.ones(2),))
+  with pytest.raises(TypeError, match=r"Write candidates=\['mixed_bfloat16'\]"):
+    mpjax.inspect.tune(jnp.sum, (jnp.ones(2),), candidates="mixed_bfloat16")

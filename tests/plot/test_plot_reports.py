@@ -85,3 +85,23 @@ def test_cost_is_stacked_and_the_device_shown_when_it_is_near(ax):
   assert [text.get_text().strip() for text in ax.texts] == ["30"]
   far = plot_cost(inspect.CostReport("gpu:h100", 2**40, (row,)), ax=Figure().subplots())
   assert "device memory" not in labels(far)
+
+
+@pytest.mark.parametrize(
+  "name", ["range", "scale_choice", "updates", "frontier", "cost", "flow", "check", "nonfinite"]
+)
+def test_a_plot_names_what_makes_the_report_that_it_draws(name):
+  with pytest.raises(
+    TypeError, match=rf"plot_{name} draws what mpjax.inspect.\w+ returns, a .*dict"
+  ):
+    getattr(mpjax.plot, f"plot_{name}")({"a": 1})
+
+
+@pytest.mark.parametrize("draw", [mpjax.plot.plot_losses, mpjax.plot.plot_scales])
+def test_a_plot_of_runs_takes_a_list_of_curves_and_lists_in_them(draw):
+  curve = mpjax.plot.Curve("a", [1.0, 2.0], [2.0, 2.0], [True, False])
+  assert draw([curve], ax=Figure().subplots()).get_xlabel() == "step"
+  with pytest.raises(TypeError, match=r"a list of mpjax.plot.Curve. Got float in it"):
+    draw([1.0, 0.5])
+  with pytest.raises(TypeError, match=r"a list of mpjax.plot.Curve. Got a Curve. Write \[Curve"):
+    draw(curve)

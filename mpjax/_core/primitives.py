@@ -21,7 +21,7 @@ class Rule(enum.Enum):
 
   LOWER = "operands to the compute dtype; the result is narrow"
   WIDE = "operands to the compute dtype; the result is data, its cotangent narrow"
-  EXACT = "as WIDE, but its cotangent is float32, and so are those of the operands"
+  EXACT = "as WIDE, but read in float32 and rounded inside: all cotangents are float32"
   RANGE = "float32 where the format is float16, whose range it leaves; follows otherwise"
   FULL = "operands to float32; the result is data"
   ALWAYS = "as FULL, whatever a rule for operations says: it has no 16-bit kernel"

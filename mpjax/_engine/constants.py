@@ -197,7 +197,7 @@ class Numbers:
     atoms = [atom for atom in eqn.invars if makes or jaxprs.kind(atom) in _INTEGERS]
     known = [self.of(atom) for atom in atoms]
     if known and all(numbers is not None for numbers in known):
-      self.define(eqn.outvars[0], _after(name, eqn.params, known))
+      self.define(result, _after(name, eqn.params, known))
 
   def form_of_all(self, numbers: NumberSet) -> Form:
     """How floats are held in which certain numbers occur: as data if these are not known."""

@@ -114,7 +114,7 @@ def _is_inexact(number: float, form: Form | None) -> bool:
 def _late(plan: Plan, *, is_whole: bool) -> set[int]:
   """The steps that make or lead on multiples, and whose result float32 alone reads.
 
-  Once, or to add: what is added up and read again besides is most often normalized.
+  Once, or to add or multiply: what is added up and read again besides is most often normalized.
   """
   late = set[int]()
   likely = [(n, s) for n, s in enumerate(plan.steps) if s.eqn.primitive.name in _MAY_LEAD_ON]
@@ -147,8 +147,8 @@ def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: b
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  adds_up = step.eqn.primitive.name in _ADDS_UP or _is_wide_matmul(step)
-  return read.to == FLOAT32 and adds_up and step.outs == ONE_FLOAT32
+  is_end = step.eqn.primitive.name in _ADDS_UP or _is_wide_matmul(step)
+  return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 
 
 def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:

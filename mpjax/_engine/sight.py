@@ -209,8 +209,8 @@ def hands_on(sight: Sight) -> bool:
   if len(read) > 1:
     return all(map(_is_data, sight.forms)) and not trained
   if not read or sight.result not in found.leads:
-    reads = any(not isinstance(a, Literal) and a in found.reads for a in sight.eqn.invars)
-    return not (has_layer or reads) and sight.result in found.leads
+    depends = jaxprs.places_of(sight.eqn.invars, found.reads)
+    return not (has_layer or depends) and sight.result in found.leads
   is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
   return is_state or not trained
 

@@ -30,7 +30,7 @@ class Summing(NamedTuple):
     kin: For each operand from which of these it was computed, a bit for each of them; empty if
       from none.
     of_parameters: Which operands were computed from a parameter at all, or are one.
-    of_layers: Which of those that are none were computed from a matrix of parameters.
+    of_layers: Which operands were computed from a matrix of parameters, and are no parameters.
     gradients: Which results are gradients, if they come out of a backward pass.
     given_back: Which results are a state among the parameters that the function returns.
   """

@@ -77,6 +77,8 @@ class Trait(enum.Flag):
   """Tells which of its numbers are the largest, or in which order they are."""
   MOVES = enum.auto()
   """Each number of its one operand goes to one place of its result."""
+  SPREADS = enum.auto()
+  """Its result holds the numbers of its one operand: spread, cast, or laid out for devices."""
   KEEPS_NUMBERS = enum.auto()
   """Moves, chooses or compares numbers, and makes no new ones."""
   JIT = enum.auto()
@@ -185,8 +187,12 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
     Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.SATURATES | _T.LINEAR_AT_ZERO),
   ),
   (
-    "eq ne lt le gt ge is_finite clamp select_n broadcast_in_dim stop_gradient",
+    "eq ne lt le gt ge is_finite clamp select_n stop_gradient",
     Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.KEEPS_NUMBERS),
+  ),
+  (
+    "broadcast_in_dim",
+    Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.SPREADS | _T.KEEPS_NUMBERS),
   ),
   ("copy", Facts(Rule.FOLLOW, _MOVED, _T.ARITHMETIC | _T.MOVES | _T.KEEPS_NUMBERS)),
   (
@@ -202,8 +208,11 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("approx_top_k", Facts(Rule.FOLLOW, _MOVED, _T.ORDERS)),
   ("eq_to lt_to le_to dimension_as_value", Facts(Rule.FOLLOW, _MOVED)),
   (
-    "sharding_constraint mesh_cast reshard layout_constraint device_put all_gather "
-    "all_gather_invariant all_to_all ppermute pmax pmin pbroadcast pvary pcast",
+    "sharding_constraint mesh_cast reshard layout_constraint device_put pbroadcast pvary pcast",
+    Facts(Rule.FOLLOW, _DEVICES, _T.SPREADS | _T.KEEPS_NUMBERS),
+  ),
+  (
+    "all_gather all_gather_invariant all_to_all ppermute pmax pmin",
     Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS),
   ),
   ("ragged_all_to_all copy_to_host_async", Facts(Rule.FOLLOW, _DEVICES)),
@@ -211,7 +220,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("optimization_barrier mpjax_fixed", Facts(Rule.EACH, _HANDS_ON)),
   (
     "convert_element_type",
-    Facts(Rule.CONVERT, "a change of dtype", _T.ARITHMETIC | _T.KEEPS_NUMBERS),
+    Facts(Rule.CONVERT, "a change of dtype", _T.ARITHMETIC | _T.SPREADS | _T.KEEPS_NUMBERS),
   ),
   ("jit pjit", Facts(Rule.CALL, "a function", _T.JIT)),
   ("remat remat2 checkpoint", Facts(Rule.CALL, "a function", _T.REMAT)),
@@ -310,6 +319,8 @@ def having(traits: Trait) -> frozenset[str]:
 
 MATMULS = having(Trait.MATMUL)
 """Matmuls and convolutions."""
+UNCHANGED = having(Trait.MOVES | Trait.SPREADS)
+"""What hands on the numbers of its one operand: moved, spread, cast, or laid out for devices."""
 KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
 """What moves, chooses or compares numbers, and makes no new ones."""
 

@@ -20,7 +20,7 @@ from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
 from mpjax._engine.contents import Contents
-from mpjax._engine.kinds import PARAM, Kind, fits
+from mpjax._engine.kinds import DATA, PARAM, Kind, fits
 from mpjax._engine.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.lookahead import MOVES, Leading, Needs, totaled
 from mpjax._engine.made_of import Made, Makings, is_computed
@@ -30,7 +30,7 @@ from mpjax._engine.plan import Forms
 from mpjax._engine.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.running_sums import additions
 from mpjax._engine.small_steps import View
-from mpjax._engine.sums import Summing, is_matrix, sums_in
+from mpjax._engine.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -54,6 +54,7 @@ class Known(NamedTuple):
     steady: Which operands are scalars that are the same in every turn of a loop.
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
+    is_to_tolerance: Whether it stands in a loop that ends by a float.
   """
 
   exact: Exact | None = None
@@ -70,6 +71,7 @@ class Known(NamedTuple):
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
+  is_to_tolerance: bool = False
 
 
 NOTHING = Known()
@@ -110,10 +112,11 @@ class Knowledge:
     made: What is made of something alone.
     leading: What leads somewhere.
     iterated: The results of the matmuls of power iterations.
-    moments: Moments of which one is subtracted from another.
+    moments: Moments of which one is subtracted from another, and their derivatives.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
+    is_to_tolerance: Whether it stands in a loop that ends by a float.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
     computed: Operands that the program makes of numbers alone.
@@ -151,7 +154,7 @@ class Knowledge:
     self.moments = moments(inner, makers, known.moments, is_sum, pure)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
-    self.is_test = known.is_test
+    self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
     self.computed = frozenset(inner.invars[n] for n in known.computed)
@@ -225,14 +228,17 @@ class Knowledge:
     own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
     known = self._entering(eqn, body, forms, own, exact)
     pairs = zip(versions.open_jaxpr(body.jaxpr).invars, forms, strict=True)
-    weights = [n for n, (v, form) in enumerate(pairs) if form == PARAM and is_matrix(v)]
+    others = {n: var for n, (var, form) in enumerate(pairs) if form in (PARAM, DATA)}
+    matrices = [n for n, var in others.items() if forms[n] == PARAM and is_matrix(var)]
+    weights = multiplied(body.jaxpr, matrices, range(body.carry.start))
     is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
     recurrences = self._analyses.recurrences
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
-      sums=known.sums.every_turn(body.carry, has_layers=bool(weights)),
+      sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
+      is_to_tolerance=known.is_to_tolerance or _ends_by_float(eqn),
       recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
       steady=tuple(
         n
@@ -260,7 +266,7 @@ class Knowledge:
       sums=sums,
       made=analyses.makings.entering(eqn, body, self.made),
       leading=analyses.needs.entering(eqn, self.leading),
-      moments=jaxprs.ordered_places(eqn.outvars, self.moments),
+      moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
       computed=self._computed_in(body, atoms, forms, sums.of_parameters),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
@@ -269,6 +275,7 @@ class Knowledge:
       steady=jaxprs.ordered_places(atoms, self.view.steady),
       recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
+      is_to_tolerance=self.is_to_tolerance,
     )
 
   def _computed_in(
@@ -287,6 +294,16 @@ class Knowledge:
       return frozenset()
     makers = self.view.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
+
+
+def _ends_by_float(loop: JaxprEqn) -> bool:
+  """Whether a loop goes on or ends by a float that it carries."""
+  test, *_ = bodies_of(loop)
+  if not test.is_test:
+    return False
+  carry = test.split(range(len(loop.invars))).carry
+  floats = [jaxprs.is_float32(loop.invars[n]) and n in carry for n in test.operands]
+  return any(jaxprs.depending(test.jaxpr, floats))
 
 
 def _whole(inner: Jaxpr) -> Leading[int]:

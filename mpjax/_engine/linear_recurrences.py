@@ -18,7 +18,7 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
+from mpjax._core.primitives import MATMULS, RULES, UNCHANGED, Rule
 from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
@@ -29,8 +29,8 @@ from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
 
-_ADDS = having(Trait.MOVES) | {
-  *("add", "sub", "add_any", "neg", "reduce_sum", "convert_element_type", "broadcast_in_dim"),
+_ADDS = UNCHANGED | {
+  *("add", "sub", "add_any", "neg", "reduce_sum"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
 }
 
@@ -76,10 +76,12 @@ class Recurrences:
     if body.carry and turns > FEW:
       start = body.carry.start
       masks = self._linear(body.jaxpr, body.carry, {n: 1 << n - start for n in body.carry})
-      made = versions.open_jaxpr(body.jaxpr).outvars[: len(body.carry)]
+      inner = versions.open_jaxpr(body.jaxpr)
+      floats = tuple(n for n in body.carry if jaxprs.is_float32(inner.invars[n]))  # no counters
+      made = inner.outvars[: len(body.carry)]
       after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
       again = _that_return(after)
-      own = Recurrence((*body.carry,), tuple(start + n for n in again), again, turns)
+      own = Recurrence(floats, tuple(start + n for n in again), again, turns)
     if own.turns > TERMS or not around.leads:
       return own
     outer = self.entering(eqn, body, around)
@@ -214,12 +216,13 @@ def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
 def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   """Whether an equation is linear in those of its operands that depend on what a loop carries.
 
-  A matmul is in each of two, as in a state that a gain of the same turn multiplies.
+  A matmul is in each of two, as in a state that a gain of the same turn multiplies. A quotient
+  hands on what rounds below its line as what rounds above: Sinkhorn's ``u = a / (k @ v)``.
   """
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
-  if name == "mul":
+  if name in ("mul", "div"):
     return len(places) == 1
-  return name in _ADDS or name in MATMULS or (name == "div" and 1 not in places)
+  return name in _ADDS or name in MATMULS
 
 
 def _is_entered(eqn: JaxprEqn) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
-from mpjax._core.primitives import MATMULS, RULES, Rule, Trait, having
+from mpjax._core.primitives import MATMULS, RULES, UNCHANGED, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.contents import Contents
@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 _REMATS = having(Trait.REMAT)
 MOVES = having(Trait.MOVES)
-_MOVED = MOVES | {"convert_element_type", "broadcast_in_dim"}
 _STREAMS = frozenset({"add", "sub"})
 
 # What a value passes on its way to where it is added up.
@@ -291,7 +290,7 @@ def _of_layers(inner: Jaxpr, question: Question, contents: Contents) -> tuple[se
   operands, found = set(inner.invars if question.is_inside else ()), set[Var]()
   for eqn in inner.eqns:
     name, read = eqn.primitive.name, variables_of(eqn.invars)
-    if read and read <= operands and name in _MOVED:
+    if read and read <= operands and name in UNCHANGED:
       operands |= set() if name == "broadcast_in_dim" else {*eqn.outvars}
     elif (
       name in MATMULS

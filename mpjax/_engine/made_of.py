@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import UNCHANGED, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.constants import LOOKED_AT, is_here
@@ -33,13 +33,10 @@ _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
   *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
 }
 _MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})
-_STAYS_SOLVED = having(Trait.MOVES) | {
-  *("convert_element_type", "neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div"),
-  *("add", "sub"),
+_STAYS_SOLVED = UNCHANGED | {
+  *("neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div", "add", "sub")
 }
-_STAYS_SKIPPED = having(Trait.MOVES) | {
-  *("slice", "broadcast_in_dim", "convert_element_type", "pad", "concatenate")
-}
+_STAYS_SKIPPED = UNCHANGED | {"slice", "pad", "concatenate"}
 
 
 class MadeOf:

@@ -2,33 +2,52 @@
 
 ``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``, ``h.T @ h / n - outer(m, m)``:
 what is left is small beside both, smaller than what 16 bits round of either, and a variance comes
-out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. Where the sums are
-matmuls or convolutions, these are float32; those of operands that are narrow already multiply in
-16 bits, but return float32, and so does their derivative: what comes back to x by way of the
-product and of ``|x|**2`` is a small difference, too. The same holds of a matmul that a constant is
-subtracted from which it is near: ``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
+out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. The law: to a
+matmul is added, or from it subtracted, what is computed of the same values by products and sums
+alone. Where the sums are matmuls or convolutions, these are float32; those of operands that are
+narrow already multiply in 16 bits, but return float32, and so does their derivative: what comes
+back to x by way of the product and of ``|x|**2`` is a small difference, too. The same holds of a
+matmul that a constant is subtracted from which it is near: ``1 - a @ b.T`` of unit vectors,
+``w.T @ w - eye(n)``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import UNCHANGED
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of
+from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.jaxprs import operation, variables_of
 from mpjax._engine.made_of import is_computed
 from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
-_MOVED = having(Trait.MOVES) | {
-  *("convert_element_type", "broadcast_in_dim", "neg", "slice", "dynamic_slice")
-}
+Source = Callable[[Atom], Any]
+"""Tells what an operand was moved from, or is a multiple of."""
+
+_MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
 _SCALED = frozenset({"mul", "div"})
-_ADDS = frozenset({"add", "sub", "add_any"})
-_SQUARES = ("mul", "square", "integer_pow")
+_ADDS = frozenset({"add", "sub"})
+_PRODUCTS = frozenset({"mul", "square", "integer_pow"})
+_LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "reduce_sum"}
+
+_LOOKS = 64
+"""How many equations behind a term are looked at."""
+
+
+class Moments(NamedTuple):
+  """The variables of a jaxpr that are moments.
+
+  Attributes:
+    values: Those of which one is subtracted from another.
+    derivatives: Matmuls that are tangents or cotangents of such, of derivatives taken inside.
+  """
+
+  values: frozenset[Var] = frozenset()
+  derivatives: frozenset[Var] = frozenset()
 
 
 def moments(
@@ -37,8 +56,8 @@ def moments(
   outs: Collection[int],
   is_sum: Callable[[JaxprEqn], bool],
   pure: Collection[Var],
-) -> frozenset[Var]:
-  """The variables of a jaxpr that are moments of which one is subtracted from another.
+) -> Moments:
+  """The moments of a jaxpr of which one is subtracted from another.
 
   Args:
     inner: The jaxpr, open.
@@ -49,127 +68,186 @@ def moments(
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
   same = functools.cache(functools.partial(same_values, inner))
+  source = _source_in(inner)
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
-      found |= _of_difference(second, product, makers, is_sum, same)
-      found |= _near_constant(second, product, makers, pure)
-  found |= _of_distances(inner, makers)
-  return frozenset(var for start in found for var in _chain(start, makers))
+      found |= _of_difference(second, product, makers, is_sum, source, same)
+      found |= _near_constant(second, product, makers, source, pure)
+  found |= _beside_their_own(inner, makers, source, pure)
+  if not found:
+    return Moments()
+  values = frozenset(var for start in found for var in _chain(start, makers))
+  return Moments(values, _derivatives(inner, values, source, pure))
 
 
-def _of_distances(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> set[Var]:
-  """The matmuls of values to which, or from which, sums of squares of these are added.
+def _source_in(inner: Jaxpr) -> Source:
+  """What tells in a jaxpr what an operand was moved from, or is a multiple of."""
+  known: dict[Any, Any] = {}
+  for eqn in inner.eqns:
+    before = eqn.invars[:1] if eqn.primitive.name in _MOVED else _multiplied(eqn)
+    for atom in before:
+      known[eqn.outvars[0]] = atom if isinstance(atom, Literal) else known.get(atom, atom)
+  return lambda atom: atom if isinstance(atom, Literal) else known.get(atom, atom)
 
-  Or the diagonal of the matmul itself, which holds such sums. All have a product twice.
+
+def _multiplied(eqn: JaxprEqn) -> list[Atom]:
+  """What an equation multiplies by a single number or divides by one; none if it does not."""
+  name = eqn.primitive.name
+  if name not in _SCALED:
+    return []
+  read = [atom for atom in eqn.invars if jaxprs.shape(atom)]
+  return read if len(read) == 1 and (name == "mul" or read[0] is eqn.invars[0]) else []
+
+
+def _beside_their_own(
+  inner: Jaxpr, makers: Mapping[Any, JaxprEqn], source: Source, pure: Collection[Var]
+) -> set[Var]:
+  """The matmuls to which sums of products of what they multiply are added, as in a distance.
+
+  Or the diagonal of the matmul itself, which holds such sums.
   """
-  scaled = [eqn for eqn in inner.eqns if eqn.primitive.name == "mul"]
-  if not any(isinstance(a, Literal) and abs(a.val) == 2 for eqn in scaled for a in eqn.invars):
-    return set()
-  dots = [eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"]
-  lengths, _ = _lengths(inner, makers) if dots else ({}, {})
-  of = set(lengths.values())
-  products = {
-    eqn.outvars[0]: own
-    for eqn in (dots if of else ())
-    if (own := of & {*variables_of(_source(atom, makers) for atom in eqn.invars), *eqn.outvars})
-  }
-  terms: dict[Any, set[Any]] = {}
-  for eqn in inner.eqns if products else ():
-    if eqn.primitive.name in _ADDS:
-      read = variables_of(_source(atom, makers) for atom in eqn.invars)
-      terms[eqn.outvars[0]] = set[Any]().union(*(terms.get(atom, {atom}) for atom in read))
-  return {
-    product
-    for own in terms.values()
-    for product in own & products.keys()
-    if any(lengths.get(term) in products[product] for term in own)
-  }
+  products: dict[Any, set[Var]] = {}  # by the sums that they are terms of
+  layers, found = set[Var](), set[Var]()
+  for eqn in inner.eqns:
+    name = eqn.primitive.name
+    if name == "dot_general":
+      products[eqn.outvars[0]] = {*eqn.outvars}
+      is_layer = not variables_of(eqn.invars).isdisjoint(pure)
+      layers |= {*eqn.outvars} if is_layer else set()
+    elif name in _ADDS and products:
+      terms = [source(atom) for atom in eqn.invars]
+      terms = [atom for atom in terms if not isinstance(atom, Literal)]
+      inside = [products.get(atom, set[Var]()) for atom in terms]
+      for term, others in zip(terms, reversed(inside), strict=True):
+        if others and term in makers:
+          found |= {var for var in others if _is_of_the_same(term, makers[var], makers, source)}
+      if own := set[Var]().union(*inside) - layers:  # a residual stream is a sum of layers
+        products[eqn.outvars[0]] = own
+  return found
+
+
+def _is_of_the_same(
+  term: Var, product: JaxprEqn, makers: Mapping[Any, JaxprEqn], source: Source
+) -> bool:
+  """Whether sums of products of what a matmul multiplies make a term, and nothing else does so."""
+  multiplied = variables_of(map(source, product.invars))
+  for before in _behind(term, makers, source):
+    if before.value in (multiplied if before.is_sum and before.is_product else ()):
+      return True
+    if before.is_entry and before.value is product.outvars[0]:
+      return True
+  return False
+
+
+class _Before(NamedTuple):
+  """What stands behind a term.
+
+  Attributes:
+    value: It.
+    is_sum: Whether what it is made to is summed up on the way to the term.
+    is_product: Whether it, or that, is multiplied with another on the way.
+    is_entry: Whether entries of it are picked last.
+  """
+
+  value: Var
+  is_sum: bool = False
+  is_product: bool = False
+  is_entry: bool = False
+
+
+def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterator[_Before]:
+  """What sums, products, quotients and roots make a term of, in the bodies of calls, too."""
+  waiting = [_Before(term)]
+  for _ in range(_LOOKS):
+    if not waiting:
+      return
+    yield (before := waiting.pop())
+    if (made := makers.get(before.value)) is None:
+      continue
+    name, read = operation(made), made.invars
+    is_inner = name == "dot_general" and jaxprs.is_inner(made)
+    if name in HAVE_BODIES:
+      waiting += _behind_call(made, before, source)
+    elif name == "gather":
+      waiting += [before._replace(value=var, is_entry=True) for var in _sources(read[:1], source)]
+    elif is_inner or name in _LEADS_ON:
+      is_sum = before.is_sum or is_inner or name == "reduce_sum"
+      is_product = before.is_product or is_inner or name in _PRODUCTS
+      waiting += [_Before(var, is_sum, is_product) for var in _sources(read, source)]
+
+
+def _sources(atoms: Sequence[Atom], source: Source) -> set[Var]:
+  return variables_of(map(source, atoms))
+
+
+def _behind_call(eqn: JaxprEqn, result: _Before, around: Source) -> list[_Before]:
+  """What of its operands stands behind the result of a call; nothing behind that of a loop."""
+  *_, body = bodies_of(eqn)  # of a choice the one that runs everywhere else
+  inner = versions.open_jaxpr(body.jaxpr)
+  made = inner.outvars[eqn.outvars.index(result.value)] if not body.carry else None
+  if made is None or isinstance(made, Literal):
+    return []
+  read, source = body.take(eqn.invars), _source_in(inner)
+  outside = dict(zip(inner.invars, read, strict=True))
+  return [
+    _Before(
+      around(outside[own.value]),
+      result.is_sum or own.is_sum,
+      result.is_product or own.is_product,
+      own.is_entry,
+    )
+    for own in _behind(source(made), jaxprs.makers_of(inner), source)
+    if own.value in outside and not isinstance(around(outside[own.value]), Literal)
+  ]
+
+
+def _derivatives(
+  inner: Jaxpr, values: Collection[Var], source: Source, pure: Collection[Var]
+) -> frozenset[Var]:
+  """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
+  sizes: dict[Any, set[int]] = {}  # of the moments so far that multiply a value
+  found = set[Var]()
+  for eqn in (eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"):
+    result = eqn.outvars[0]
+    for value, other in (eqn.invars, eqn.invars[::-1]):
+      for var in variables_of([source(value)]):
+        if result in values:
+          sizes.setdefault(var, set()).add(jaxprs.size(result))
+        elif variables_of([other]).isdisjoint(pure):
+          sized = {jaxprs.size(other), jaxprs.size(result)}
+          found |= set() if sized.isdisjoint(sizes.get(var, ())) else {result}
+  return frozenset(found)
 
 
 def _near_constant(
-  constant: Atom, value: Atom, makers: Mapping[Any, JaxprEqn], pure: Collection[Var]
+  constant: Atom,
+  value: Atom,
+  makers: Mapping[Any, JaxprEqn],
+  source: Source,
+  pure: Collection[Var],
 ) -> set[Var]:
   """A matmul less one, or of a value with itself less a matrix that the program computes.
 
   Or entries of it, as its diagonal. One less than what a layer gives is as far from it as any.
   """
-  is_number = isinstance(constant, Literal)
-  if isinstance(value, Literal) or (is_number and abs(constant.val) != 1):
+  number = source(constant)
+  is_number = isinstance(number, Literal)
+  if isinstance(value, Literal) or (is_number and abs(number.val) != 1):
     return set()
   if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
     return set()
-  source = _variable(value, makers)
-  made = makers.get(source)
+  product = source(value)
+  made = None if isinstance(product, Literal) else makers.get(product)
   if made is not None and made.primitive.name == "gather":
-    source = _variable(made.invars[0], makers)
-    made = makers.get(source)
+    product = source(made.invars[0])
+    made = None if isinstance(product, Literal) else makers.get(product)
   if made is None or made.primitive.name != "dot_general":
     return set()
   if is_number:
-    return set() if any(a in pure for a in variables_of(made.invars)) else {source}
-  return {source} if _same(made.invars, makers) and is_computed(constant, makers) else set()
-
-
-def _lengths(inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> tuple[dict[Any, Any], dict[Any, Any]]:
-  """What holds sums of squares of a value, by that value, and what holds their roots.
-
-  Or entries of a value, as a diagonal does.
-  """
-  found: dict[Any, Any] = {}
-  roots: dict[Any, Any] = {}
-  for eqn in inner.eqns:
-    name, result = eqn.primitive.name, eqn.outvars[0] if eqn.outvars else None
-    if name == "gather":
-      found[result] = _variable(eqn.invars[0], makers)
-    elif name == "reduce_sum":
-      found[result] = _of_square(_source(eqn.invars[0], makers), makers)
-    elif name == "dot_general" and jaxprs.is_inner(eqn):
-      found[result] = _same(eqn.invars, makers)
-    elif name == "sqrt" and found:
-      roots[result] = found.get(_variable(eqn.invars[0], makers))
-    elif name in _SQUARES and roots:
-      found[result] = roots.get(_of_square(result, makers))
-    elif name in HAVE_BODIES:
-      for body in bodies_of(eqn)[-1:]:  # of a choice the one that runs everywhere else
-        inside = () if body.carry else _lengths_inside(eqn, body, makers)
-        for outside, of in zip((found, roots), inside, strict=False):
-          outside |= of
-  return _without_none(found), _without_none(roots)
-
-
-def _lengths_inside(
-  eqn: JaxprEqn, body: Body, makers: Mapping[Any, JaxprEqn]
-) -> list[dict[Any, Any]]:
-  """What the results of a body hold of its operands, by the results of its equation."""
-  own, read = versions.open_jaxpr(body.jaxpr), body.take(eqn.invars)
-  values = {var: _variable(atom, makers) for var, atom in zip(own.invars, read, strict=True)}
-  inside = _lengths(own, jaxprs.makers_of(own))
-  return [
-    {eqn.outvars[n]: values.get(of[own.outvars[n]]) for n in jaxprs.places_of(own.outvars, of)}
-    for of in inside
-  ]
-
-
-def _variable(atom: Any, makers: Mapping[Any, JaxprEqn]) -> Any:
-  """What an operand was moved from, or is a multiple of; None if that is a number."""
-  source = _source(atom, makers)
-  return None if isinstance(source, Literal) else source
-
-
-def _without_none(values: Mapping[Any, Any]) -> dict[Any, Any]:
-  return {key: value for key, value in values.items() if value is not None}
-
-
-def _of_square(atom: Any, makers: Mapping[Any, JaxprEqn]) -> Any:
-  """The value that an operand is the square of; None if it is none."""
-  return _same(_factors(atom, makers), makers)
-
-
-def _same(factors: Sequence[Any], makers: Mapping[Any, JaxprEqn]) -> Any:
-  """What two factors were both moved from, or are multiples of; None if they are no such two."""
-  values = [_source(factor, makers) for factor in factors]
-  is_one = len(values) == 2 and values[0] is values[1] and not isinstance(values[0], Literal)
-  return values[0] if is_one else None
+    return set() if any(a in pure for a in variables_of(made.invars)) else {*made.outvars}
+  first, second = map(source, made.invars)
+  is_own = first is second and not isinstance(first, Literal)
+  return {*made.outvars} if is_own and is_computed(constant, makers) else set()
 
 
 def _of_difference(
@@ -177,31 +255,34 @@ def _of_difference(
   product: Atom,
   makers: Mapping[Any, JaxprEqn],
   is_sum: Callable[[JaxprEqn], bool],
+  source: Source,
   same: Callable[[], Mapping[Any, int]],
 ) -> set[Var]:
   """The moments of a second one less a product of two first ones; none if it is none."""
-  factors = _factors(_source(product, makers), makers)
-  sums = [_source(atom, makers) for atom in (second, *factors)] if factors else []
+  factors = _factors(source(product), makers)
+  sums = [source(atom) for atom in (second, *factors)] if factors else []
   made = [None if isinstance(atom, Literal) else makers.get(atom) for atom in sums]
   known = [eqn for eqn in made if eqn is not None and is_sum(eqn)]
   if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
     return set()
-  return variables_of(sums) if _are_moments(*known, makers=makers, same=same) else set()
+  matches = _are_moments(*known, makers=makers, source=source, same=same)
+  return variables_of(sums) if matches else set()
 
 
 def _are_moments(
   second: JaxprEqn,
   *firsts: JaxprEqn,
   makers: Mapping[Any, JaxprEqn],
+  source: Source,
   same: Callable[[], Mapping[Any, int]],
 ) -> bool:
   """Whether sums are one of products, ``a * b``, and the same of the factors, of a and of b.
 
   With the same weights beside them; or a matmul of a and b, and their sums.
   """
-  read, *of_firsts = [[_source(atom, makers) for atom in eqn.invars] for eqn in (second, *firsts)]
+  read, *of_firsts = [[*map(source, eqn.invars)] for eqn in (second, *firsts)]
   for n, atom in enumerate(read):
-    factors = [_source(factor, makers) for factor in _factors(atom, makers)]
+    factors = [*map(source, _factors(atom, makers))]
     weights = [other for m, other in enumerate(read) if m != n]
     if factors and _match(factors, of_firsts, weights, same):
       return True
@@ -246,25 +327,13 @@ def _factors(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   return list(made.invars) if name == "mul" else []
 
 
-def _source(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> Any:
-  """What an operand was moved from, or is a multiple of."""
-  return _chain(atom, makers)[-1]
-
-
 def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   """An operand, and one after the other what it was moved from or is a multiple of."""
   found = [atom]
-  while not isinstance(atom, Literal) and atom in makers:
-    made = makers[atom]
-    name, read = made.primitive.name, made.invars
-    if name in _SCALED:
-      read = [a for a in made.invars if jaxprs.shape(a)]
-      if len(read) > 1 or (name == "div" and read[:1] != made.invars[:1]):
-        return found
-    elif name not in _MOVED:
-      return found
-    if not read:
-      return found
-    found += read[:1]
-    atom = read[0]
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+    before = made.invars[:1] if made.primitive.name in _MOVED else _multiplied(made)
+    if not before:
+      break
+    (atom,) = before
+    found.append(atom)
   return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mpjax._core.primitives import MATMULS, Trait, having
+from mpjax._core.primitives import MATMULS, UNCHANGED
 from mpjax._engine import jaxprs
 from mpjax._engine.kinds import DATA, PARAM, Form, Kind
 from mpjax._engine.plan import Forms
@@ -22,14 +22,7 @@ from mpjax._engine.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
 _JOINS = frozenset({"add", "sub", "mul", "dot_general"})
-_LEADS_ON = (
-  having(Trait.MOVES)
-  | _JOINS
-  | {
-    *("neg", "broadcast_in_dim", "convert_element_type"),
-    *("slice", "dynamic_slice", "gather", "split", "unstack"),
-  }
-)
+_LEADS_ON = UNCHANGED | _JOINS | {"neg", "slice", "dynamic_slice", "gather", "split", "unstack"}
 
 _LOOKS = 64
 """How many equations behind a matrix are looked at."""

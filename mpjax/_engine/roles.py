@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, UNCHANGED, Trait, having
 from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
 from mpjax._engine.jaxprs import kind, operation, places_of, sources, variables_of
@@ -35,7 +35,6 @@ RECUR = KEEPS_NUMBERS | having(Trait.ARITHMETIC)
 HAND_ON = RECUR | MATMULS
 """What a recurrence makes of its state; of ``0.99 * (transitions @ values)`` both."""
 
-_KEEP_ONE = having(Trait.MOVES) | {"broadcast_in_dim", "convert_element_type"}
 POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})
 """Of a gate they are near one where it is."""
 
@@ -126,7 +125,7 @@ class RoleFinder:
     key = id(jaxpr)
     if key not in self._subtracted:
       inner = versions.open_jaxpr(jaxpr)
-      source = functools.cache(functools.partial(sources, inner, _KEEP_ONE))
+      source = functools.cache(functools.partial(sources, inner, UNCHANGED))
       found = _multiplies_often(inner, source)
       for eqn in inner.eqns:
         if eqn.primitive.name == "sub" and _is_one(source()(eqn.invars[0])):
@@ -257,7 +256,7 @@ def _multiplies_carry(body: Body) -> set[int]:
   inner, found = versions.open_jaxpr(body.jaxpr), set[int]()
   products = [e for e in inner.eqns if operation(e) == "mul"] if body.carry else []
   if products:
-    source, own = sources(inner, _KEEP_ONE), inner.invars[: body.carry.stop]
+    source, own = sources(inner, UNCHANGED), inner.invars[: body.carry.stop]
     operands = {var: n for n, var in enumerate(own)}
     for eqn in products:
       places = [operands[v] for v in variables_of(map(source, eqn.invars)) if v in operands]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import UNCHANGED
 from mpjax._engine import jaxprs
 from mpjax._engine.small_steps import SMALL
 from mpjax._engine.versions import Atom, JaxprEqn, Literal
@@ -24,7 +24,7 @@ what is added to it is computed from it, which reads it, too.
 
 _ADDS = frozenset({"add", "sub"})
 _WEIGHTS = frozenset({"mul", "div"})
-_HANDS_ON = having(Trait.MOVES) | {"neg", "convert_element_type", "sharding_constraint"}
+_HANDS_ON = UNCHANGED | {"neg"}
 
 
 def additions(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[Any]:

@@ -202,11 +202,16 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "phase",
     {Rule.LOWER},
-    lambda s: (
-      s.result in s.around.leading.phases and not s.has_layer and not sight.is_of_parameters(s)
-    ),
+    sight.is_phase,
     Rule.FULL,
     "only what is left of it modulo a period counts: of 100 that is 6",
+  ),
+  Sharpening(
+    "derivative of a distance or variance",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.moments.derivatives,
+    Rule.FULL,
+    "what comes back to the ends of a distance, or to a variance, is a small difference, too",
   ),
   Sharpening(
     "what is added up",
@@ -221,6 +226,20 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.around.is_test,
     Rule.FULL,
     "a residual is a small difference: rounded, it never falls below a tolerance",
+  ),
+  Sharpening(
+    "loop to a tolerance",
+    {Rule.LOWER},
+    lambda s: s.around.is_to_tolerance and sight.is_of_float32(s),
+    Rule.FULL,
+    "float32 by float32, of which a loop's end depends: rounded, it never comes near enough",
+  ),
+  Sharpening(
+    "matrix times a vector",
+    {Rule.LOWER},
+    lambda s: sight.is_of_float32(s) and sight.multiplies_vector(s),
+    Rule.FULL,
+    "each number of a computed matrix is read once: to cast it costs as much as to multiply it",
   ),
   Sharpening(
     "linear recurrence",
@@ -252,7 +271,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     {Rule.LOWER},
     lambda s: s.name in MATMULS and sight.is_amplified(s),
     Rule.EXACT,
-    "what comes back to the ends of a distance, or to a variance, is a small difference, too",
+    "a distance or variance of these is a small difference, and so is what comes back to them",
   ),
   Sharpening(
     "layer before a linear system",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
-from mpjax._engine import jaxprs
+from mpjax._core.primitives import MATMULS, UNCHANGED, Rule, Trait, having
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import bodies_of
 from mpjax._engine.contents import weights_of
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
@@ -77,7 +78,7 @@ def is_amplified(sight: Sight) -> bool:
 
   A layer before a linear system is a layer.
   """
-  if sight.result in sight.around.moments:
+  if sight.result in sight.around.moments.values:
     return True
   return sight.result in sight.around.leading.factored and PARAM not in sight.forms
 
@@ -89,13 +90,54 @@ def is_amplified_later(sight: Sight) -> bool:
 
 
 def is_of_data(sight: Sight) -> bool:
-  """Whether it is so of an operand that is float32, and that no layer made."""
-  if sight.result not in sight.around.moments:
-    return any(map(_is_data, sight.forms))
-  sums, read = sight.around.sums, sight.eqn.invars
-  pairs = zip(read, sight.forms, strict=True)
-  is_data = [_is_data(form) and not sums.may_be_of_layers([atom]) for atom, form in pairs]
-  return any(is_data) or all(not isinstance(a, Literal) and a in sums.pure for a in read)
+  """Whether it is so of an operand that is float32, or constant, or of parameters alone."""
+  pure, read = sight.around.sums.pure, sight.eqn.invars
+  return any(form is not None and form.kind in _NOT_NARROW for form in sight.forms) or all(
+    not isinstance(a, Literal) and a in pure for a in read
+  )
+
+
+_NOT_NARROW = (Kind.DATA, Kind.CONSTANT)
+
+
+def is_of_float32(sight: Sight) -> bool:
+  """Whether its operands are float32 that was meant, or numbers: no layer's, and no parameters."""
+  return sight.name in MATMULS and all(
+    form is not None and form.kind in _NOT_NARROW for form in sight.forms
+  )
+
+
+def multiplies_vector(sight: Sight) -> bool:
+  """Whether a matmul multiplies a matrix and a vector that were computed here; no batch of such.
+
+  What was given may be the frozen layer of a network, and its one example. Those of a batch are
+  kept for the backward pass, in 16 bits, as what the experts of a router say.
+  """
+  if sight.name != "dot_general" or any(sight.eqn.params["dimension_numbers"][1]):
+    return False
+  has_vector = any(jaxprs.size_of(jaxprs.free(sight.eqn, n)) == 1 for n in (0, 1))
+  return has_vector and all(_was_computed(a, sight.around.view.makers) for a in sight.eqn.invars)
+
+
+def _was_computed(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
+  """Whether the program made a value, and did not only move it."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)):
+    if made.primitive.name not in UNCHANGED:
+      return True
+    atom = made.invars[0]
+  return isinstance(atom, Literal)
+
+
+def is_phase(sight: Sight) -> bool:
+  """Whether a sine is taken of a matmul of data, with what is trained if that has few terms.
+
+  As random features of coordinates have, which stand among the parameters; a layer has more.
+  """
+  if sight.result not in sight.around.leading.phases or sight.has_narrow:
+    return False
+  if sight.name == "dot_general" and jaxprs.terms(sight.eqn) <= jaxprs.DIMENSIONS:
+    return True
+  return not sight.has_layer and not is_of_parameters(sight)
 
 
 def is_of_parameters(sight: Sight) -> bool:
@@ -243,27 +285,49 @@ def adds_much(sight: Sight) -> bool:
   if any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known):
     return True
   others = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
-  return len(others) == 1 and _is_output(others[0], sight.around)
+  around = sight.around
+  return len(others) == 1 and _is_output(others[0], around.view.makers, around.sums.pure)
 
 
-def _is_output(atom: Atom, around: Knowledge) -> bool:
-  """Whether a value is what a matmul gave, with a bias or as a multiple, be it moved."""
-  makers, is_scaled = around.view.makers, False
+def _is_output(
+  atom: Atom, makers: Mapping[Var, JaxprEqn], pure: Collection[Any], *, is_scaled: bool = False
+) -> bool:
+  """Whether a value is what a matmul gave, with a bias or as a multiple, be it moved or in a call.
+
+  Args:
+    atom: The value.
+    makers: The equations of its jaxpr, by what they make.
+    pure: What is made of parameters alone.
+    is_scaled: Whether it has had a bias or a scale behind it.
+  """
   while not isinstance(atom, Literal) and (made := makers.get(atom)):
     name, read = made.primitive.name, made.invars
     if name in MATMULS:
       return is_scaled
+    if name in _CALLS:
+      return _is_output_of_call(made, made.outvars.index(atom), pure, is_scaled)
     if name in _SCALES:
       is_scaled = True
-      read = [a for a in read if not isinstance(a, Literal) and a not in around.sums.pure]
-    if len(read) != 1 or name not in _MOVED | _SCALES:
+      read = [a for a in read if not isinstance(a, Literal) and a not in pure]
+    if len(read) != 1 or name not in _LEADS_ON:
       return False
     (atom,) = read
   return False
 
 
-_MOVED = having(Trait.MOVES) | {"convert_element_type"}
+def _is_output_of_call(call: JaxprEqn, place: int, pure: Collection[Any], is_scaled: bool) -> bool:
+  """The same of a result of a call."""
+  (body,) = bodies_of(call)
+  inner = versions.open_jaxpr(body.jaxpr)
+  own = {inner.invars[n] for n in jaxprs.places_of(call.invars, pure)}
+  for eqn in inner.eqns:
+    own |= {*eqn.outvars} if jaxprs.variables_of(eqn.invars) <= own else set()
+  return _is_output(inner.outvars[place], jaxprs.makers_of(inner), own, is_scaled=is_scaled)
+
+
+_CALLS = having(Trait.JIT | Trait.REMAT)
 _SCALES = frozenset({"add", "sub", "mul", "div"})
+_LEADS_ON = UNCHANGED | _SCALES | {"neg", "slice", "dynamic_slice"}
 
 UNIT, MASKS = 2, 2**24
 """From where on numbers are those of a unit, and from where on those of a mask."""

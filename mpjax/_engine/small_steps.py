@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import MATMULS, Trait, having
+from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.constants import numbers_of, only
@@ -24,12 +24,7 @@ from mpjax._engine.versions import Atom, JaxprEqn, Literal, Var
 SMALL = 1 / 32
 """Numbers below it are small. The cube in a gelu has 0.0447, residuals of large models 0.1."""
 
-_KEEPS_SIZE = having(Trait.MOVES) | {
-  "neg",
-  "convert_element_type",
-  "broadcast_in_dim",
-  "sharding_constraint",
-}
+_KEEPS_SIZE = UNCHANGED | {"neg"}
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
 _SCALES = _KEEPS_SIZE | {"mul", "div"}
 _SUMS = frozenset({"add", "sub"})

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Trait, having
-from mpjax._engine import jaxprs
-from mpjax._engine.bodies import Body
+from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
+from mpjax._engine import jaxprs, versions
+from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
+from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.kinds import PARAM
 from mpjax._engine.lookahead import Needs
 from mpjax._engine.plan import Forms
-from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
 
@@ -30,7 +31,8 @@ class Summing(NamedTuple):
     kin: For each operand from which of these it was computed, a bit for each of them; empty if
       from none.
     of_parameters: Which operands were computed from a parameter at all, or are one.
-    of_layers: Which operands were computed from a matrix of parameters, and are no parameters.
+    of_layers: Which operands are weights of a layer, or were computed from such; None where
+      every matrix of parameters is.
     gradients: Which results are gradients, if they come out of a backward pass.
     given_back: Which results are a state among the parameters that the function returns.
   """
@@ -38,22 +40,30 @@ class Summing(NamedTuple):
   parameters: Indices = ()
   kin: Indices = ()
   of_parameters: frozenset[int] = frozenset()
-  of_layers: frozenset[int] = frozenset()
+  of_layers: frozenset[int] | None = None
   gradients: Indices = ()
   given_back: Indices = ()
 
-  def every_turn(self, carry: range, *, has_layers: bool) -> Summing:
+  def every_turn(self, body: Body, others: Collection[int]) -> Summing:
     """The same for a loop's body, of which this is known in the first turn.
 
     Args:
-      carry: Which operands it hands on.
-      has_layers: Whether a matrix of parameters is among them all.
+      body: The body.
+      others: Which parameters among its operands are no weights of a layer; and what is float32.
     """
-    found, layers = self.of_parameters, self.of_layers
+    found, carry = self.of_parameters, body.carry
+    own = [n in (self.of_layers or ()) and n not in others for n in range(len(body.operands))]
+
+    def turn(carried: Sequence[bool]) -> Sequence[bool]:
+      own[carry.start : carry.stop] = carried
+      return jaxprs.depending(body.jaxpr, own)
+
+    if any(own):
+      settled(own[carry.start : carry.stop], turn, any)
     return self._replace(
       kin=(),
       of_parameters=found.union(carry if found else ()),
-      of_layers=layers.union(carry if layers or has_layers else ()),
+      of_layers=frozenset([n for n, is_of_layers in enumerate(own) if is_of_layers]),
     )
 
 
@@ -72,11 +82,11 @@ def sums_in(
   for n in known.of_parameters:
     origins[inner.invars[n]] |= _OUTSIDE
   pure: dict[Any, int] = {}
-  for n in known.of_layers:
-    origins[inner.invars[n]] |= _LAYER
   for n in known.parameters:
     pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
-    origins[inner.invars[n]] |= _LAYER if is_matrix(inner.invars[n]) else 0
+  matrices = [n for n in known.parameters if is_matrix(inner.invars[n])]
+  for n in matrices if known.of_layers is None else known.of_layers:
+    origins[inner.invars[n]] |= _LAYER
   updates: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
   stack, born = None, 0
@@ -162,11 +172,7 @@ class Sums(NamedTuple):
       tuple(n for n, form in enumerate(forms) if form == PARAM),
       self.kin(atoms),
       self.of_parameters(atoms),
-      frozenset(
-        n
-        for n, (bits, form) in enumerate(zip(self.origins_of(atoms), forms, strict=True))
-        if bits & _LAYER and form != PARAM
-      ),
+      frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits & _LAYER]),
       jaxprs.ordered_places(eqn.outvars, self.leading),
       jaxprs.ordered_places(eqn.outvars, self.given_back),
     )
@@ -217,6 +223,45 @@ _OUTSIDE = 1 << 4097
 """The bit of what was computed from a parameter that is no operand of the jaxpr."""
 _LAYER = 1 << 4098
 """The bit of a matrix of parameters, and of what was computed from one."""
+
+
+def multiplied(
+  jaxpr: AnyJaxpr, matrices: Collection[int], given: Collection[int]
+) -> frozenset[int]:
+  """Which of a loop's operands are multiplied as the weights of a layer are.
+
+  Moved, sliced or cast. One that each turn has of its own, multiplied with what is given, is none:
+  ``b @ u`` of a system that is driven by a row of controls u.
+
+  Args:
+    jaxpr: The body.
+    matrices: Which operands may be such weights.
+    given: Which are the same in every turn.
+  """
+  inner, found = versions.open_jaxpr(jaxpr), set[int]()
+  of = {inner.invars[n]: n for n in matrices}
+  same = {*inner.constvars, *(inner.invars[n] for n in given)}
+  for eqn in inner.eqns if of else ():
+    name, read = eqn.primitive.name, variables_of(eqn.invars)
+    mine = [a for a in read if a in of]
+    if name in MATMULS:
+      drives = any(a not in same for a in mine) and not read.isdisjoint(same - of.keys())
+      found |= set() if drives else {of[a] for a in mine if is_matrix(a)}
+    elif name in HAVE_BODIES and mine:
+      for body in bodies_of(eqn):
+        taken = body.take(eqn.invars)
+        places = [n for n, a in enumerate(taken) if a in mine]
+        fixed = [n for n in jaxprs.places_of(taken, same) if n not in body.carry]
+        found |= {
+          of[var] for n in multiplied(body.jaxpr, places, fixed) for var in mine if var is taken[n]
+        }
+    elif name in _STAYS and not isinstance(first := eqn.invars[0], Literal):
+      of |= dict.fromkeys(eqn.outvars, of[first]) if first in of else {}
+      same |= {*eqn.outvars} if read <= same else set()
+  return frozenset(found)
+
+
+_STAYS = UNCHANGED | {"slice", "dynamic_slice", "gather"}
 
 
 def is_matrix(var: Var) -> bool:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import mpjax
 from _backends import ROUNDING
@@ -57,6 +59,27 @@ DISTANCES = {
   "variance": lambda e: (lambda p: jnp.log(p @ e**2 - (p @ e) ** 2).sum())(
     jax.nn.softmax(X[:48, :1] * 4, axis=0).T
   ),
+  "mean": lambda e: (lambda p: jnp.log(p @ (e * e) - jnp.square(p @ e)).sum())(
+    jnp.full((1, 48), 1 / 48)
+  ),
+  "covariance": lambda e: (
+    lambda m: jnp.linalg.slogdet(e.T @ e / 48 - jnp.outer(m, m) + 0.1 * jnp.eye(32))[1]
+  )(e.mean(0)),
+  "normalized": lambda e: (lambda u: spread(squares(u)[:, None] + squares(u) - 2 * u @ u.T))(
+    e / jnp.linalg.norm(e, axis=1, keepdims=True)
+  ),
+  "doubled": lambda e: (lambda g: spread(squares(e)[:, None] + squares(e) - (g + g)))(e @ e.T),
+  "halved": lambda e: spread(-(e @ e.T - 0.5 * squares(e)[:, None] - 0.5 * squares(e))),
+  "norm": lambda e: (lambda n: spread(n[:, None] ** 2 + n**2 - 2 * e @ e.T))(
+    jnp.linalg.norm(e, axis=1)
+  ),
+  "diagonal": lambda e: (lambda g: spread(jnp.diag(g)[:, None] + jnp.diag(g) - 2 * g))(e @ e.T),
+  "on_devices": lambda e: jax.shard_map(
+    lambda e: jax.lax.pmean(spread(squares(e)[:, None] + squares(e) - 2 * e @ e.T), "d"),
+    mesh=jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,)),
+    in_specs=P("d"),
+    out_specs=P(),
+  )(e),
 }
 
 
@@ -83,6 +106,31 @@ def test_gradients_through_distances_are_as_exact_as_by_hand(distances, policy):
   with jax.numpy_rank_promotion("allow"):
     exact, hand, ours = jax.device_get(run(NET, X))
   assert off(ours, exact) <= 1.3 * off(hand, exact) + 1e-4
+
+
+INSIDE = {
+  "grad": lambda loss: jax.grad(loss),
+  "rematerialized": lambda loss: jax.grad(jax.checkpoint(loss)),
+  "per_example": lambda loss: (
+    lambda net, x: jax.vmap(jax.grad(loss), (None, 0))(net, x.reshape(4, 12, 32))
+  ),
+  "tangents": lambda loss: (
+    lambda net, x: jax.jvp(lambda net: loss(net, x), (net,), (jax.tree.map(jnp.ones_like, net),))[1]
+  ),
+}
+
+
+@both
+@pytest.mark.parametrize("derivative", INSIDE.values(), ids=INSIDE.keys())
+def test_derivatives_inside_are_as_exact_as_by_hand(derivative, policy):
+  distances = DISTANCES["twice"]
+  loss = derivative(lambda net, x: distances(embed(net, x)))
+  by_hand = derivative(lambda net, x: distances(embed(net, x, POLICIES[policy])))
+  fns = loss, by_hand, mpjax.autocast(loss, policy)
+  run = jax.jit(lambda *args: [f(*args) for f in fns], compiler_options=ROUNDING)
+  with jax.numpy_rank_promotion("allow"):
+    exact, hand, ours = jax.device_get(run(NET, X))
+  assert off(ours, exact) <= 1.3 * off(hand, exact) + 3e-4
 
 
 @both

@@ -1426,6 +1426,22 @@ def driven(turns, u):
 
 WITHOUT_LAYERS = {
   "controls": (lambda u, x: driven(60, u[:, None])[0] - jnp.array([6.0, 4.0]), jnp.full(60, 2.0)),
+  "controls_by_index": (
+    lambda u, x: (
+      lax.fori_loop(0, 60, lambda i, s: STEP @ s + CONTROL @ u[i], jnp.array([1.0, 0.5])) - 6
+    ),
+    jnp.full((60, 1), 2.0),
+  ),
+  "controls_of_a_batch": (
+    lambda u, x: jax.vmap(lambda u: driven(60, u)[0])(u) - jnp.array([6.0, 4.0]),
+    jnp.stack([jnp.full((60, 1), 2.0), jnp.full((60, 1), 1.0)]),
+  ),
+  "filter": (
+    lambda k, x: lax.scan(
+      lambda s, y: (STEP @ s + k * (y - s[0]), None), jnp.ones(2), jnp.arange(60.0)
+    )[0],
+    jnp.array([0.4, 0.3]),
+  ),
   "controls_long": (lambda u, x: driven(200, u[:, None])[0] - 30, jnp.full(200, 2.0)),
   "path": (lambda u, x: driven(40, u[:, None])[1], jnp.full(40, 2.0)),
   "learned_damping": (
@@ -1453,6 +1469,17 @@ def test_a_recurrence_in_which_no_layer_is_is_exact_though_parameters_drive_it(f
   assert not report.leaks and {row.reason.split(":")[0] for row in report.wide} == {
     "linear recurrence"
   }
+
+
+@both
+def test_a_learned_readout_makes_no_layer_of_what_it_reads(policy):
+  turn = lambda w: lambda s, u: (STEP @ s + CONTROL @ u, w @ s)
+  fn = lambda p: lax.scan(turn(p["w"]), jnp.ones(2), p["u"])[1]
+  p = {"w": jnp.ones((3, 2)), "u": jnp.ones((60, 1))}
+  found = [
+    {a.aval.dtype.itemsize for a in e.invars} for e in matmuls(mpjax.autocast(fn, policy), p)
+  ]
+  assert sorted(map(tuple, found)) == [(2,), (4,)]
 
 
 @both
@@ -2189,6 +2216,81 @@ def test_a_layer_of_whitened_values_stays_narrow(policy):
   assert {atom.aval.dtype.itemsize for atom in whitened.invars} == {2}
 
 
+@both
+@cases(
+  plain=lambda w, x: jnp.exp(x).T @ jnp.sin(x[:, 0]),
+  einsum=lambda w, x: jnp.einsum("ij,i->j", x + 1, x[:, 1] / 3),
+  one_row=lambda w, x: jnp.sin(x[:1]) @ jnp.sin(x.T),
+  of_layers=lambda w, x: jnp.exp(-(x @ w)) @ (1 / x[0]),
+)
+def test_a_float32_matrix_times_a_vector_is_float32(fn, policy):
+  x = 3 + jnp.sin(jnp.arange(64.0)).reshape(16, 4)
+  *_, product = matmuls(mpjax.autocast(fn, policy), 0.1 * jnp.eye(4), x)
+  assert {v.aval.dtype for v in (*product.invars, *product.outvars)} == {np.dtype(jnp.float32)}
+
+
+@both
+@cases(
+  one_example=lambda w, x: jnp.tanh(x[0] @ w) @ w,
+  a_row_of_weights=lambda w, x: x @ w[0],
+  given=lambda w, x: jnp.tanh(x.T @ x[:, 0]) @ w,
+  one_query=lambda w, x: (lambda h: jax.nn.softmax(h[:1] @ h.T) @ h)(x @ w),
+)
+def test_a_vector_of_a_layer_is_multiplied_in_16_bits(fn, policy):
+  found = matmuls(mpjax.autocast(fn, policy), W, jnp.ones((16, 4)))
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
+def sinkhorn(cost):
+  """A plan of transport, and how many rounds it took."""
+  kernel, n = jnp.exp(-cost / 0.05), len(cost)
+
+  def turn(state):
+    u, v, _, rounds = state
+    u = 1 / n / (kernel @ v)
+    v = 1 / n / (kernel.T @ u)
+    return u, v, jnp.abs(u * (kernel @ v) - 1 / n).sum(), rounds + 1
+
+  start = jnp.ones(n), jnp.ones(n), jnp.inf, 0
+  u, v, _, rounds = lax.while_loop(lambda s: (s[2] > 1e-5) & (s[3] < 2000), turn, start)
+  return u[:, None] * kernel * v, rounds
+
+
+def inverse_root(a):
+  """Of Denman and Beavers 1976, by products; and how many rounds it took."""
+  a = a + a.T + 16 * jnp.eye(len(a))
+  size = jnp.linalg.norm(a)
+
+  def turn(state):
+    y, z, _, rounds = state
+    middle = 1.5 * jnp.eye(len(a)) - 0.5 * (z @ y)
+    next_y = y @ middle
+    return next_y, middle @ z, jnp.abs(next_y - y).max(), rounds + 1
+
+  start = a / size, jnp.eye(len(a)), jnp.inf, 0
+  _, z, _, rounds = lax.while_loop(lambda s: (s[2] > 1e-6) & (s[3] < 200), turn, start)
+  return z / jnp.sqrt(size), rounds
+
+
+@both
+@pytest.mark.parametrize("fn", [sinkhorn, inverse_root])
+def test_a_loop_to_a_tolerance_takes_as_many_rounds_as_in_float32(fn, policy):
+  draw = jax.random.uniform(jax.random.key(0), (16, 16))
+  (got, rounds), (want, of_float32) = in_both_formats(lambda w, x: fn(x), policy, W, draw)
+  assert abs(rounds - of_float32) <= 1
+  np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+
+@both
+def test_an_equilibrium_of_layers_is_sought_in_16_bits(policy):
+  def fn(w, x):
+    turn = lambda s: (jnp.tanh(s[0] @ w + x), jnp.abs(jnp.tanh(s[0] @ w + x) - s[0]).max())
+    return lax.while_loop(lambda s: s[1] > 0.1, turn, (x, jnp.inf))[0]
+
+  found = matmuls(mpjax.autocast(fn, policy), 0.1 * W, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
 ORDERED = {
   "top_k": lambda f, h: lax.top_k(f(h).ravel(), 20)[1],
   "approximate": lambda f, h: lax.approx_max_k(f(h).ravel(), 20)[1],
@@ -2257,6 +2359,9 @@ def test_phases_of_data_are_exact(fn, policy):
   frequencies = 10 * jax.random.normal(jax.random.key(1), (3, 16))
   found, want = in_both_formats(lambda w, x, b: w * fn(x, b), policy, 1.0, points, frequencies)
   np.testing.assert_allclose(found, want, atol=1e-3)
+  of_parameters = lambda b, x: fn(x, lax.stop_gradient(b))
+  found, want = in_both_formats(of_parameters, policy, frequencies, points)
+  np.testing.assert_allclose(found, want, atol=1e-3)
 
 
 @both
@@ -2279,6 +2384,7 @@ def test_an_output_comes_back_in_its_own_unit(fn, policy):
 
 
 IN_PIXELS = jnp.array([1003.0, 2.0, 511.0, 77.0])
+affine = lambda p, x: x @ p["w"] + p["b"]
 
 
 @both
@@ -2287,6 +2393,10 @@ IN_PIXELS = jnp.array([1003.0, 2.0, 511.0, 77.0])
   with_a_bias=lambda p, x: p["corners"][None] + (x @ p["w"] + p["b"]),
   reshaped=lambda p, x: p["corners"].reshape(2, 2) - (x @ p["w"] + p["b"]).reshape(8, 2, 2),
   jitted=lambda p, x: jax.jit(lambda x: p["corners"] + (x @ p["w"]) / 8)(x),
+  of_a_jitted_network=lambda p, x: p["corners"] + jax.jit(affine)(p, x),
+  of_a_checkpoint=lambda p, x: p["corners"] + jax.checkpoint(affine)(p, x),
+  negative=lambda p, x: p["corners"] + -affine(p, x),
+  of_a_slice=lambda p, x: p["corners"][:2] + affine(p, x)[:, :2],
 )
 def test_an_output_to_which_a_parameter_is_added_comes_back_in_its_unit(fn, policy):
   x = jnp.arange(32.0).reshape(8, 4) / 16 - 1

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import UNCHANGED, Rule
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of
 from mpjax._engine.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
@@ -45,6 +45,7 @@ class Known(NamedTuple):
     moments: Which results are moments of which one is subtracted from another, see `moments`.
     computed: Which operands are matrices that the program makes of numbers alone, if there are
       matmuls.
+    results: Which operands equations made, in float32, or loops hand on, if there are matmuls.
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
@@ -63,6 +64,7 @@ class Known(NamedTuple):
   leading: Leading[int] = Leading()
   moments: tuple[int, ...] = ()
   computed: frozenset[int] = frozenset()
+  results: frozenset[int] = frozenset()
   numbers: tuple[NumberSet, ...] = ()
   own: Own[int] = Own()
   logarithms: tuple[int, ...] = ()
@@ -92,7 +94,7 @@ class Analyses:
     self.adapting = Adapting(formats)
     self.contents = Contents()
     self.needs, self.makings = Needs(table, self.contents), Makings(self.contents)
-    self.near_one, self.recurrences = NearOne(table, formats), Recurrences()
+    self.near_one, self.recurrences = NearOne(table, formats), Recurrences(self.contents)
     self.in_float8 = in_float8
 
 
@@ -120,6 +122,7 @@ class Knowledge:
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
     computed: Operands that the program makes of numbers alone.
+    results: Operands that equations made in float32, or loops hand on.
     powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
@@ -151,13 +154,14 @@ class Knowledge:
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     is_sum, pure = analyses.contents.is_sum, self.sums.pure
-    self.moments = moments(inner, makers, known.moments, is_sum, pure)
+    self.moments = moments(inner, makers, known.moments, is_sum, pure, is_backward)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
     self.computed = frozenset(inner.invars[n] for n in known.computed)
+    self.results = frozenset(inner.invars[n] for n in known.results)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.adapting = analyses.adapting
     self.numbers = _numbers(analyses.adapting, jaxpr, known)
@@ -230,7 +234,7 @@ class Knowledge:
     pairs = zip(versions.open_jaxpr(body.jaxpr).invars, forms, strict=True)
     others = {n: var for n, (var, form) in enumerate(pairs) if form in (PARAM, DATA)}
     matrices = [n for n, var in others.items() if forms[n] == PARAM and is_matrix(var)]
-    weights = multiplied(body.jaxpr, matrices, range(body.carry.start))
+    weights = multiplied(body.jaxpr, matrices, range(body.carry.start), body.carry)
     is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
     recurrences = self._analyses.recurrences
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
@@ -268,6 +272,7 @@ class Knowledge:
       leading=analyses.needs.entering(eqn, self.leading),
       moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
       computed=self._computed_in(body, atoms, forms, sums.of_parameters),
+      results=self._results_in(body, atoms, forms),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
@@ -295,14 +300,50 @@ class Knowledge:
     makers = self.view.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
 
+  def is_result(self, atom: Atom) -> bool:
+    """Whether a value was computed, and not only moved, cut or scaled since it was given.
+
+    As the weights of a quantized layer are, times their scale. Nor of parameters alone: what is
+    made of these may be weights, as an orthogonal matrix.
+    """
+    if not isinstance(atom, Literal) and atom in self.sums.pure:
+      return False
+    waiting, makers = [atom], self.view.makers
+    for _ in range(_LOOKS):
+      if not waiting:
+        return isinstance(atom, Literal)
+      before = waiting.pop()
+      if isinstance(before, Literal):
+        continue
+      made = makers.get(before)
+      if before in self.results or (made is not None and made.primitive.name not in _SCALED):
+        return True
+      waiting += () if made is None else made.invars
+    return False
+
+  def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
+    if not self._analyses.contents.matmuls(body.jaxpr):
+      return frozenset()
+    pairs = enumerate(zip(atoms, forms, strict=True))
+    found = (n for n, (atom, form) in pairs if form == DATA and self.is_result(atom))
+    return frozenset(found).union(body.carry)
+
+
+_SCALED = UNCHANGED | {
+  *("slice", "dynamic_slice", "gather", "split", "concatenate", "select_n"),
+  *("mul", "div", "add", "sub", "neg"),
+}
+_LOOKS = 16
+"""How many equations behind a value are looked at."""
+
 
 def _ends_by_float(loop: JaxprEqn) -> bool:
-  """Whether a loop goes on or ends by a float that it carries."""
+  """Whether a loop goes on or ends by a float that it carries, or by what it says of one."""
   test, *_ = bodies_of(loop)
   if not test.is_test:
     return False
   carry = test.split(range(len(loop.invars))).carry
-  floats = [jaxprs.is_float32(loop.invars[n]) and n in carry for n in test.operands]
+  floats = [n in carry and jaxprs.kind(loop.invars[n]) in "fb" for n in test.operands]
   return any(jaxprs.depending(test.jaxpr, floats))
 
 

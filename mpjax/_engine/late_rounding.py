@@ -8,7 +8,8 @@ linear, so that the backward pass stores nothing of it in either format. A multi
 
 So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 * e`` and ``e.T`` of
 a distance: what comes back to e from there and from its squares is a small difference, which adds
-up in float32.
+up in float32. And so is what is made of a value for float32 alone if that is read in float32
+besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mpjax._engine import versions
 from mpjax._engine.constants import NumberSet
 from mpjax._engine.jaxprs import variables_of
 from mpjax._engine.kinds import CONSTANT, DATA, Form, Kind
-from mpjax._engine.plan import AS_HELD, ONE_FLOAT32, Plan, Read, Step
+from mpjax._engine.plan import AS_HELD, FUNCTIONS, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.versions import Atom, Literal, Var
 
 _MULTIPLIES = frozenset({"mul", "div"})
@@ -32,7 +33,7 @@ _ADDS = frozenset({"add", "sub"})
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
 _MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
-_ADDS_UP = _ADDS | {"reduce_sum"}
+_ENDS = FUNCTIONS | _ADDS | {"reduce_sum", "reduce_max", "reduce_min", "exp", "exp2", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
 
@@ -45,9 +46,6 @@ def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole:
     numbers: The numbers that occur in a constant of it.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  likely = [s for s in plan.steps if s.because or s.eqn.primitive.name in _MULTIPLIES]
-  if not any(_is_inexact_multiple(step, numbers) or _is_wide_matmul(step) for step in likely):
-    return plan
   late = _late(plan, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
@@ -55,6 +53,7 @@ def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole:
     if (
       _is_inexact_multiple(step, numbers)
       or _leads_to_matmul(plan, step)
+      or _is_read_besides(plan, n, late)
       or made & variables_of(step.eqn.invars)
     ):
       wide.add(n)
@@ -91,6 +90,16 @@ def _leads_to_matmul(plan: Plan, step: Step) -> bool:
   return any(n != _RESULT and _is_wide_matmul(plan.steps[n]) for n, _ in readers)
 
 
+def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
+  """Whether the narrow value that a step reads is read in float32 by others, too."""
+  return any(
+    read.to == FLOAT32 and n not in late
+    for atom, form in zip(plan.steps[reader].eqn.invars, plan.steps[reader].operands, strict=True)
+    if not isinstance(atom, Literal) and form is not None and form.kind is Kind.NARROW
+    for n, read in plan.readers[atom]
+  )
+
+
 def _is_multiple(step: Step) -> bool:
   """Whether a step multiplies a narrow value by a number, or divides it by one, and rounds."""
   first, second = step.operands
@@ -116,26 +125,34 @@ def _late(plan: Plan, *, is_whole: bool) -> set[int]:
 
   Once, or to add or multiply: what is added up and read again besides is most often normalized.
   """
-  late = set[int]()
-  likely = [(n, s) for n, s in enumerate(plan.steps) if s.eqn.primitive.name in _MAY_LEAD_ON]
+  late, exact = set[int](), set[int]()
+  likely = [
+    (n, step)
+    for n, step in enumerate(plan.steps)
+    if step.eqn.primitive.name in _MAY_LEAD_ON
+    and step.rule is Rule.FOLLOW
+    and (form := step.outs[0]) is not None
+    and form.kind is Kind.NARROW
+  ]
   for n, step in reversed(likely):
-    reads = plan.readers.get(step.eqn.outvars[0], []) if _leads_on(step) else []
+    leads_on = step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
+    reads = plan.readers.get(step.eqn.outvars[0], []) if leads_on else []
     is_late = reads and all(_is_late(plan, *read, late, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
+      rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
+      if rounds_inside and step.eqn.primitive.name in _ADDS:
+        continue  # others would read the sum as it was before
       late.add(n)
+      exact |= {n} if rounds_inside else set()
   return late
+
+
+def _is_exact(plan: Plan, reader: int) -> bool:
+  return reader != _RESULT and plan.steps[reader].rule is Rule.EXACT
 
 
 def _is_total(plan: Plan, reader: int) -> bool:
   return reader != _RESULT and plan.steps[reader].eqn.primitive.name == "reduce_sum"
-
-
-def _leads_on(step: Step) -> bool:
-  """Whether a step multiplies a narrow value by a number, or adds or moves narrow ones."""
-  name = step.eqn.primitive.name
-  return len(step.outs) == 1 and (
-    (name in _LEADS_ON and _is_narrow(step)) or (name in _MULTIPLIES and _is_multiple(step))
-  )
 
 
 def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: bool) -> bool:
@@ -147,7 +164,7 @@ def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: b
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  is_end = step.eqn.primitive.name in _ADDS_UP or _is_wide_matmul(step)
+  is_end = step.eqn.primitive.name in _ENDS or _is_wide_matmul(step)
   return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 
 

@@ -18,10 +18,11 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from mpjax._core.primitives import MATMULS, RULES, UNCHANGED, Rule
+from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, RULES, UNCHANGED, Rule, Trait, having
 from mpjax._core.scopes import is_backward
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import Body, bodies_of, repetitions
+from mpjax._engine.contents import SOLVES, Contents
 from mpjax._engine.jaxprs import ordered_places, places_of, variables_of
 from mpjax._engine.kinds import FEW
 from mpjax._engine.loop_carries import TERMS
@@ -40,15 +41,18 @@ class Recurrence(NamedTuple, Generic[T]):
 
   Attributes:
     reads: What depends on what the loop carries.
-    linear: What depends on it linearly, on some way.
+    linear: What depends on it linearly, on some way; by products, quotients and roots, too, where
+      the loop solves.
     leads: What linear operations lead from to what the next turn is given.
     turns: How often that is handed on.
+    solves: Whether a linear system of what the loop carries is solved in every turn.
   """
 
   reads: Collection[T] = ()
   linear: Collection[T] = ()
   leads: Collection[T] = ()
   turns: float = 0
+  solves: bool = False
 
   def is_long(self, *, has_layer: bool) -> bool:
     """Whether what rounds of it adds up to more than other values lose in 16 bits."""
@@ -56,9 +60,14 @@ class Recurrence(NamedTuple, Generic[T]):
 
 
 class Recurrences:
-  """Finds what loops hand on in jaxprs; what is known of one is kept."""
+  """Finds what loops hand on in jaxprs; what is known of one is kept.
 
-  def __init__(self) -> None:
+  Args:
+    contents: Tells what jaxprs hold.
+  """
+
+  def __init__(self, contents: Contents) -> None:
+    self._contents = contents
     self._found: dict[Any, Recurrence[Any]] = {}
     self._bits: dict[Any, Mapping[Var, int]] = {}
 
@@ -81,7 +90,8 @@ class Recurrences:
       made = inner.outvars[: len(body.carry)]
       after = [0 if isinstance(var, Literal) else masks.get(var, 0) for var in made]
       again = _that_return(after)
-      own = Recurrence(floats, tuple(start + n for n in again), again, turns)
+      solves = self._contents.solutions(body.jaxpr) and self._solves(body.jaxpr, floats)
+      own = Recurrence(floats, tuple(start + n for n in again), again, turns, solves)
     if own.turns > TERMS or not around.leads:
       return own
     outer = self.entering(eqn, body, around)
@@ -103,6 +113,7 @@ class Recurrences:
       ordered_places(atoms, around.linear),
       ordered_places(eqn.outvars, around.leads),
       around.turns,
+      around.solves,
     )
     inner, carry = versions.open_jaxpr(body.jaxpr), body.carry
     while carry:
@@ -118,6 +129,18 @@ class Recurrences:
         break
       inside = grown
     return inside
+
+  def _solves(self, jaxpr: AnyJaxpr, carried: Collection[int]) -> bool:
+    """Whether a linear system, or a factorization, of what a loop carries stands in its body."""
+    inner = versions.open_jaxpr(jaxpr)
+    reads = {inner.invars[n] for n in carried}
+    for eqn in inner.eqns:
+      if not reads.isdisjoint(variables_of(eqn.invars)):
+        reads |= {*eqn.outvars}
+        held = (self._contents.solutions(own.jaxpr) for own in bodies_of(eqn))
+        if eqn.primitive.name in SOLVES or any(held):
+          return True
+    return False
 
   def variables(self, jaxpr: AnyJaxpr, known: Recurrence[int]) -> Recurrence[Any]:
     """The variables of a jaxpr that stand between what a loop is given and what it hands on.
@@ -135,13 +158,24 @@ class Recurrences:
       for eqn in inner.eqns:
         if not reads.isdisjoint(variables_of(eqn.invars)):
           reads.update(eqn.outvars)
-      linear = self._linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys()
+      linear: Collection[Var] = self._algebraic(inner, known.linear) if known.solves else ()
+      linear = linear or self._linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys()
       leads = variables_of(inner.outvars[n] for n in known.leads)
       for eqn in reversed(inner.eqns):
         if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
           leads |= variables_of(self._leading_operands(eqn, Recurrence(reads, linear, leads)))
-      self._found[key] = Recurrence(reads, linear, leads, known.turns)
+      self._found[key] = Recurrence(reads, linear, leads, known.turns, known.solves)
     return self._found[key]
+
+  def _algebraic(self, inner: Jaxpr, carried: Collection[int]) -> set[Var]:
+    """What depends on what a loop carries by arithmetic and linear systems, and no activation."""
+    found = {inner.invars[n] for n in carried}
+    for eqn in inner.eqns:
+      if not found.isdisjoint(variables_of(eqn.invars)):
+        held = [self._contents.primitives(body.jaxpr) for body in bodies_of(eqn)]
+        if all(map(_solves_or_computes, held)) if held else eqn.primitive.name in _ALGEBRAIC:
+          found |= {*eqn.outvars}
+    return found
 
   def _linear(
     self, jaxpr: AnyJaxpr, carried: Collection[int], masks: Mapping[int, int]
@@ -198,6 +232,21 @@ class Recurrences:
       invars = versions.open_jaxpr(body.jaxpr).invars
       return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
     return eqn.invars if _is_linear(eqn, around.reads) else ()
+
+
+def _solves_or_computes(held: set[str]) -> bool:
+  """Whether a function with these primitives solves a linear system, or has no activation."""
+  return not held.isdisjoint(SOLVES) or held.isdisjoint(_ACTIVATIONS)
+
+
+_ALGEBRAIC = (
+  KEEPS_NUMBERS
+  | SOLVES
+  | MATMULS
+  | _ADDS
+  | {"mul", "div", "sqrt", "rsqrt", "integer_pow", "square"}
+)
+_ACTIVATIONS = (having(Trait.TRANSCENDENTAL) | {"max"}) - _ALGEBRAIC
 
 
 def _that_return(made: Sequence[int]) -> tuple[int, ...]:

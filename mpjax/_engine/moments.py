@@ -17,9 +17,9 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import UNCHANGED
+from mpjax._core.primitives import UNCHANGED, Trait, having
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.bodies import HAVE_BODIES, made_in
 from mpjax._engine.jaxprs import operation, variables_of
 from mpjax._engine.made_of import is_computed
 from mpjax._engine.recomputed import same_values
@@ -30,12 +30,16 @@ Source = Callable[[Atom], Any]
 
 _MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
 _SCALED = frozenset({"mul", "div"})
+_HANDS_ON = _MOVED | _SCALED
 _ADDS = frozenset({"add", "sub"})
-_PRODUCTS = frozenset({"mul", "square", "integer_pow"})
-_LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "reduce_sum"}
+_PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
+_LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "pow", "reduce_sum"}
 
-_LOOKS = 64
+_LOOKS = 32
 """How many equations behind a term are looked at."""
+
+_PRODUCTS_OF_A_SUM = 4
+"""How many matmuls a sum has whose terms are looked at: a distance has one or two."""
 
 
 class Moments(NamedTuple):
@@ -56,6 +60,7 @@ def moments(
   outs: Collection[int],
   is_sum: Callable[[JaxprEqn], bool],
   pure: Collection[Var],
+  is_backward: Callable[[JaxprEqn], bool],
 ) -> Moments:
   """The moments of a jaxpr of which one is subtracted from another.
 
@@ -65,6 +70,7 @@ def moments(
     outs: Which of its results are such moments outside.
     is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
     pure: What is made of parameters alone.
+    is_backward: Whether an equation stands in a backward pass.
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
   same = functools.cache(functools.partial(same_values, inner))
@@ -77,17 +83,31 @@ def moments(
   if not found:
     return Moments()
   values = frozenset(var for start in found for var in _chain(start, makers))
-  return Moments(values, _derivatives(inner, values, source, pure))
+  return Moments(values, _derivatives(inner, values, source, pure, is_backward))
 
 
 def _source_in(inner: Jaxpr) -> Source:
-  """What tells in a jaxpr what an operand was moved from, or is a multiple of."""
+  """What tells in a jaxpr what an operand was moved from, or is a multiple of.
+
+  Of a part that is cut twice, what was cut first.
+  """
   known: dict[Any, Any] = {}
+  parts: dict[Any, Var] = {}
   for eqn in inner.eqns:
-    before = eqn.invars[:1] if eqn.primitive.name in _MOVED else _multiplied(eqn)
-    for atom in before:
-      known[eqn.outvars[0]] = atom if isinstance(atom, Literal) else known.get(atom, atom)
+    if eqn.primitive.name not in _HANDS_ON:  # most; this is asked of every equation
+      continue
+    for atom in _handed_on(eqn):
+      before = atom if isinstance(atom, Literal) else known.get(atom, atom)
+      if eqn.primitive.name == "slice" and not isinstance(before, Literal):
+        place = before, eqn.params["start_indices"], eqn.params["limit_indices"]
+        before = parts.setdefault(place, eqn.outvars[0])
+      known[eqn.outvars[0]] = before
   return lambda atom: atom if isinstance(atom, Literal) else known.get(atom, atom)
+
+
+def _handed_on(eqn: JaxprEqn) -> list[Atom]:
+  """What an equation moves, or multiplies by a number; none if it does something else."""
+  return eqn.invars[:1] if eqn.primitive.name in _MOVED else _multiplied(eqn)
 
 
 def _multiplied(eqn: JaxprEqn) -> list[Atom]:
@@ -95,8 +115,22 @@ def _multiplied(eqn: JaxprEqn) -> list[Atom]:
   name = eqn.primitive.name
   if name not in _SCALED:
     return []
-  read = [atom for atom in eqn.invars if jaxprs.shape(atom)]
+  read: list[Any] = [atom for atom in eqn.invars if getattr(atom.aval, "shape", ())]
   return read if len(read) == 1 and (name == "mul" or read[0] is eqn.invars[0]) else []
+
+
+class _Product(NamedTuple):
+  """A matmul, or a call of one.
+
+  Attributes:
+    result: What it makes.
+    operands: What it multiplies, as it was before it was moved.
+    is_layer: Whether that has parameters.
+  """
+
+  result: Var
+  operands: tuple[Any, Any]
+  is_layer: bool
 
 
 def _beside_their_own(
@@ -106,36 +140,79 @@ def _beside_their_own(
 
   Or the diagonal of the matmul itself, which holds such sums.
   """
-  products: dict[Any, set[Var]] = {}  # by the sums that they are terms of
-  layers, found = set[Var](), set[Var]()
+  products: dict[Any, dict[Var, _Product]] = {}  # by the sums that they are terms of, a few
+  found = set[Var]()
   for eqn in inner.eqns:
     name = eqn.primitive.name
-    if name == "dot_general":
-      products[eqn.outvars[0]] = {*eqn.outvars}
-      is_layer = not variables_of(eqn.invars).isdisjoint(pure)
-      layers |= {*eqn.outvars} if is_layer else set()
+    if name == "dot_general" or name in _CALLS:
+      if operands := _multiplies(eqn, source):
+        is_layer = not variables_of(eqn.invars).isdisjoint(pure)
+        product = _Product(eqn.outvars[0], operands, is_layer)
+        products[product.result] = {product.result: product}
+      elif products and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
+        whole = [products[var] for var in variables_of([source(eqn.invars[0])]) if var in products]
+        is_part = jaxprs.size(eqn.outvars[0]) < jaxprs.size(eqn.invars[0])  # as a diagonal
+        products |= dict.fromkeys(eqn.outvars, whole[0]) if whole and is_part else {}
     elif name in _ADDS and products:
       terms = [source(atom) for atom in eqn.invars]
       terms = [atom for atom in terms if not isinstance(atom, Literal)]
-      inside = [products.get(atom, set[Var]()) for atom in terms]
+      inside = [products.get(atom, {}) for atom in terms]
       for term, others in zip(terms, reversed(inside), strict=True):
         if others and term in makers:
-          found |= {var for var in others if _is_of_the_same(term, makers[var], makers, source)}
-      if own := set[Var]().union(*inside) - layers:  # a residual stream is a sum of layers
+          new = (product for var, product in others.items() if var not in found)
+          found |= {p.result for p in new if _is_of_the_same(term, p, makers, source)}
+      # A residual stream is a sum of layers.
+      own = {v: product for of in inside for v, product in of.items() if not product.is_layer}
+      if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
         products[eqn.outvars[0]] = own
   return found
 
 
+def _multiplies(eqn: JaxprEqn, source: Source) -> tuple[Any, Any] | None:
+  """What a matmul multiplies, or one that a call is of; None of any other call."""
+  if eqn.primitive.name == "dot_general":
+    first, second = map(source, eqn.invars)
+    return first, second
+  if len(eqn.outvars) != 1:
+    return None
+  body, result = made_in(eqn, eqn.outvars[0])
+  inner = versions.open_jaxpr(body.jaxpr)
+  if result is None or len(inner.eqns) > _EQUATIONS_OF_A_PRODUCT:
+    return None
+  within = _source_in(inner)
+  made = jaxprs.makers_of(inner).get(within(result))
+  if made is None or made.primitive.name != "dot_general":
+    return None
+  outside = dict(zip(inner.invars, map(source, body.take(eqn.invars)), strict=True))
+  read = [outside.get(var) for var in variables_of(map(within, made.invars))]
+  return (read[0], read[-1]) if read and None not in read else None
+
+
+_CALLS = having(Trait.JIT | Trait.REMAT)
+_EQUATIONS_OF_A_PRODUCT = 8
+
+
 def _is_of_the_same(
-  term: Var, product: JaxprEqn, makers: Mapping[Any, JaxprEqn], source: Source
+  term: Var, product: _Product, makers: Mapping[Any, JaxprEqn], source: Source
 ) -> bool:
-  """Whether sums of products of what a matmul multiplies make a term, and nothing else does so."""
-  multiplied = variables_of(map(source, product.invars))
+  """Whether a term sums up squares of what a matmul multiplies, or multiplies sums of it.
+
+  Of a layer no sums of what it multiplies: a pool of its input, and of its weights, is no moment.
+  Entries of a product are its diagonal if it is one of a value with itself.
+  """
+  first, second = product.operands
+  multiplied, sides = variables_of(product.operands), set[tuple[int, int]]()
   for before in _behind(term, makers, source):
-    if before.value in (multiplied if before.is_sum and before.is_product else ()):
+    if before.is_entry and before.value is product.result and first is second:
       return True
-    if before.is_entry and before.value is product.outvars[0]:
-      return True
+    if before.value in multiplied:
+      if before.is_sum and before.is_square:
+        return True
+      if before.factor and before.is_mean and not product.is_layer:
+        node, side = before.factor
+        sides.add((node, side))
+        if (node, 1 - side) in sides:
+          return True
   return False
 
 
@@ -144,15 +221,30 @@ class _Before(NamedTuple):
 
   Attributes:
     value: It.
-    is_sum: Whether what it is made to is summed up on the way to the term.
-    is_product: Whether it, or that, is multiplied with another on the way.
+    is_sum: Whether what is made of it is summed up on the way to the term.
+    is_square: Whether it, or what is made of it, is squared on the way.
+    factor: Of which product on the way it makes a factor, the last one, and which.
+    is_mean: Whether that factor is a sum of it.
     is_entry: Whether entries of it are picked last.
   """
 
   value: Var
   is_sum: bool = False
-  is_product: bool = False
+  is_square: bool = False
+  factor: tuple[int, int] | None = None
+  is_mean: bool = False
   is_entry: bool = False
+
+  def within(self, result: _Before, value: Var) -> _Before:
+    """The same of an operand of a call, behind whose result this stands in its body."""
+    return _Before(
+      value,
+      self.is_sum or result.is_sum,
+      self.is_square or result.is_square,
+      self.factor or result.factor,
+      self.is_mean if self.factor else result.is_mean or bool(result.factor and self.is_sum),
+      self.is_entry,
+    )
 
 
 def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterator[_Before]:
@@ -164,59 +256,70 @@ def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterat
     yield (before := waiting.pop())
     if (made := makers.get(before.value)) is None:
       continue
-    name, read = operation(made), made.invars
+    name, read = operation(made), [*map(source, made.invars)]
     is_inner = name == "dot_general" and jaxprs.is_inner(made)
+    if name == "dot_general" and any(isinstance(atom, Literal) for atom in read):
+      name = "reduce_sum"  # by a vector of ones
     if name in HAVE_BODIES:
       waiting += _behind_call(made, before, source)
     elif name == "gather":
-      waiting += [before._replace(value=var, is_entry=True) for var in _sources(read[:1], source)]
+      waiting += [before._replace(value=var, is_entry=True) for var in variables_of(read[:1])]
     elif is_inner or name in _LEADS_ON:
-      is_sum = before.is_sum or is_inner or name == "reduce_sum"
-      is_product = before.is_product or is_inner or name in _PRODUCTS
-      waiting += [_Before(var, is_sum, is_product) for var in _sources(read, source)]
+      if is_inner or name == "reduce_sum":
+        before = before._replace(is_sum=True, is_mean=before.factor is not None)
+      if is_inner or name in _PRODUCTS:
+        waiting += _factors_of(before, made, read)
+      else:
+        waiting += [before._replace(value=var, is_entry=False) for var in variables_of(read)]
 
 
-def _sources(atoms: Sequence[Atom], source: Source) -> set[Var]:
-  return variables_of(map(source, atoms))
+def _factors_of(product: _Before, made: JaxprEqn, read: Sequence[Any]) -> list[_Before]:
+  """What stands behind the factors of a product, a square among them."""
+  pairs = [(n, var) for n, var in enumerate(read) if not isinstance(var, Literal)]
+  if len(pairs) == 2 and pairs[0][1] is not pairs[1][1]:
+    return [_Before(v, product.is_sum, product.is_square, (id(made), n)) for n, v in pairs]
+  is_square = product.is_square or len(pairs) == len(read)  # and not times a mask
+  return [product._replace(value=v, is_square=is_square, is_entry=False) for _, v in pairs[:1]]
 
 
 def _behind_call(eqn: JaxprEqn, result: _Before, around: Source) -> list[_Before]:
   """What of its operands stands behind the result of a call; nothing behind that of a loop."""
-  *_, body = bodies_of(eqn)  # of a choice the one that runs everywhere else
-  inner = versions.open_jaxpr(body.jaxpr)
-  made = inner.outvars[eqn.outvars.index(result.value)] if not body.carry else None
-  if made is None or isinstance(made, Literal):
+  body, made = made_in(eqn, result.value)
+  if made is None:
     return []
-  read, source = body.take(eqn.invars), _source_in(inner)
-  outside = dict(zip(inner.invars, read, strict=True))
-  return [
-    _Before(
-      around(outside[own.value]),
-      result.is_sum or own.is_sum,
-      result.is_product or own.is_product,
-      own.is_entry,
-    )
-    for own in _behind(source(made), jaxprs.makers_of(inner), source)
-    if own.value in outside and not isinstance(around(outside[own.value]), Literal)
-  ]
+  inner = versions.open_jaxpr(body.jaxpr)
+  outside = dict(zip(inner.invars, map(around, body.take(eqn.invars)), strict=True))
+  source = _source_in(inner)
+  found = [*_behind(source(made), jaxprs.makers_of(inner), source)]
+  pairs = [(own, outside[own.value]) for own in found if own.value in outside]
+  return [own.within(result, value) for own, value in pairs if not isinstance(value, Literal)]
 
 
 def _derivatives(
-  inner: Jaxpr, values: Collection[Var], source: Source, pure: Collection[Var]
+  inner: Jaxpr,
+  values: Collection[Var],
+  source: Source,
+  pure: Collection[Var],
+  is_backward: Callable[[JaxprEqn], bool],
 ) -> frozenset[Var]:
   """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
-  sizes: dict[Any, set[int]] = {}  # of the moments so far that multiply a value
+  shapes: dict[Any, set[tuple[int, ...]]] = {}  # of the moments so far that multiply a value
   found = set[Var]()
   for eqn in (eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"):
     result = eqn.outvars[0]
     for value, other in (eqn.invars, eqn.invars[::-1]):
       for var in variables_of([source(value)]):
         if result in values:
-          sizes.setdefault(var, set()).add(jaxprs.size(result))
-        elif variables_of([other]).isdisjoint(pure):
-          sized = {jaxprs.size(other), jaxprs.size(result)}
-          found |= set() if sized.isdisjoint(sizes.get(var, ())) else {result}
+          shapes.setdefault(var, set()).add(_sorted_shape(result))
+        elif var in shapes and variables_of([other]).isdisjoint(pure):
+          like = other if is_backward(eqn) else result
+          is_inside = is_backward(eqn) or "jvp(" in str(eqn.source_info.name_stack)
+          found |= {result} if is_inside and _sorted_shape(like) in shapes[var] else set()
   return frozenset(found)
+
+
+def _sorted_shape(atom: Atom) -> tuple[int, ...]:
+  return tuple(sorted(map(int, jaxprs.shape(atom))))
 
 
 def _near_constant(
@@ -232,7 +335,7 @@ def _near_constant(
   """
   number = source(constant)
   is_number = isinstance(number, Literal)
-  if isinstance(value, Literal) or (is_number and abs(number.val) != 1):
+  if isinstance(value, Literal) or (is_number and abs(number.val) not in (1, 2)):
     return set()
   if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
     return set()
@@ -331,8 +434,7 @@ def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   """An operand, and one after the other what it was moved from or is a multiple of."""
   found = [atom]
   while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    before = made.invars[:1] if made.primitive.name in _MOVED else _multiplied(made)
-    if not before:
+    if not (before := _handed_on(made)):
       break
     (atom,) = before
     found.append(atom)

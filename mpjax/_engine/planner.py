@@ -350,10 +350,13 @@ class _Walk:
     cast = self.cast.among(eqn.invars[1:])
     known = self.around.of_branches(eqn, rest)
     pairs = [(b.jaxpr, k) for b, k in zip(bodies_of(eqn), known, strict=True)]
+    if eqn.params.get("branches_platforms"):  # the one that all devices have but a few stays
+      rest = widened(self.planner.plan(pairs[-1][0], rest, place, None, pairs[-1][1], cast))
     free = [self.planner.plan(b, rest, place, None, k, cast).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
     bodies = tuple(self.planner.plan(b, rest, place, outs, k, cast) for b, k in pairs)
-    return Decision([None] * len(forms), outs, eqn.params, bodies)
+    wanted = [form and form.dtype for form in rest]
+    return Decision([None, *wanted], outs, eqn.params, bodies)
 
 
 _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {

@@ -230,9 +230,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "loop to a tolerance",
     {Rule.LOWER},
-    lambda s: s.around.is_to_tolerance and sight.is_of_float32(s),
+    lambda s: (
+      s.around.is_to_tolerance
+      and sight.is_of_float32(s)
+      and all(map(s.around.is_result, s.eqn.invars))
+    ),
     Rule.FULL,
-    "float32 by float32, of which a loop's end depends: rounded, it never comes near enough",
+    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
   ),
   Sharpening(
     "matrix times a vector",
@@ -256,6 +260,20 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),
   Sharpening(
+    "distance or variance",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.moments.values and sight.is_of_data(s),
+    Rule.FULL,
+    "a small difference of this and of what is added to it: what rounds in either is large beside",
+  ),
+  Sharpening(
+    "distance or variance of narrow values",
+    {Rule.LOWER},
+    lambda s: s.name in MATMULS and s.result in s.around.moments.values,
+    Rule.EXACT,
+    "they round no more, but what comes back to them is a small difference, too",
+  ),
+  Sharpening(
     "amplified",
     {Rule.LOWER},
     lambda s: (
@@ -264,14 +282,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
       or sight.reads_solution(s)
     ),
     Rule.FULL,
-    "a linear system multiplies what rounds by its condition, and a variance is a small difference",
-  ),
-  Sharpening(
-    "amplified, of narrow values",
-    {Rule.LOWER},
-    lambda s: s.name in MATMULS and sight.is_amplified(s),
-    Rule.EXACT,
-    "a distance or variance of these is a small difference, and so is what comes back to them",
+    "a linear system multiplies what rounds by its condition",
   ),
   Sharpening(
     "layer before a linear system",

@@ -11,7 +11,7 @@ import numpy as np
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import MATMULS, UNCHANGED, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import bodies_of
+from mpjax._engine.bodies import made_in
 from mpjax._engine.contents import weights_of
 from mpjax._engine.kinds import PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
@@ -74,12 +74,10 @@ class Sight(NamedTuple):
 
 
 def is_amplified(sight: Sight) -> bool:
-  """Whether what rounds in a matmul, or comes back to it, is many times as much where it is used.
+  """Whether what rounds in a matmul is many times as much where a linear system uses it.
 
   A layer before a linear system is a layer.
   """
-  if sight.result in sight.around.moments.values:
-    return True
   return sight.result in sight.around.leading.factored and PARAM not in sight.forms
 
 
@@ -108,30 +106,28 @@ def is_of_float32(sight: Sight) -> bool:
 
 
 def multiplies_vector(sight: Sight) -> bool:
-  """Whether a matmul multiplies a matrix and a vector that were computed here; no batch of such.
+  """Whether a matmul multiplies a matrix and a vector that were computed; no batch of such.
 
   What was given may be the frozen layer of a network, and its one example. Those of a batch are
   kept for the backward pass, in 16 bits, as what the experts of a router say.
   """
   if sight.name != "dot_general" or any(sight.eqn.params["dimension_numbers"][1]):
     return False
-  has_vector = any(jaxprs.size_of(jaxprs.free(sight.eqn, n)) == 1 for n in (0, 1))
-  return has_vector and all(_was_computed(a, sight.around.view.makers) for a in sight.eqn.invars)
-
-
-def _was_computed(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
-  """Whether the program made a value, and did not only move it."""
-  while not isinstance(atom, Literal) and (made := makers.get(atom)):
-    if made.primitive.name not in UNCHANGED:
-      return True
-    atom = made.invars[0]
-  return isinstance(atom, Literal)
+  around, pairs = sight.around, zip(sight.eqn.invars, sight.eqn.invars[::-1], strict=True)
+  return any(
+    not around.sums.may_be_of_layers([vector])  # the keys of a fast weight programmer are
+    if not isinstance(matrix, Literal) and matrix in around.carried
+    else around.is_result(matrix) and around.is_result(vector)
+    for n, (vector, matrix) in enumerate(pairs)
+    if jaxprs.size_of(jaxprs.free(sight.eqn, n)) == 1
+  )
 
 
 def is_phase(sight: Sight) -> bool:
   """Whether a sine is taken of a matmul of data, with what is trained if that has few terms.
 
-  As random features of coordinates have, which stand among the parameters; a layer has more.
+  As random features of coordinates have, which stand among the parameters, and the first layer of
+  a network of sines.
   """
   if sight.result not in sight.around.leading.phases or sight.has_narrow:
     return False
@@ -238,11 +234,14 @@ def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
   Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
-  nothing that the loop carries, what each turn adds, where no layer is.
+  nothing that the loop carries, what each turn adds, where no layer is. Or reads what the loop
+  carries where that solves a linear system of it, as filters and regulators do.
   """
   found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
     return False
+  if found.solves and not sight.has_narrow:
+    return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
   has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(sight.eqn.invars)
   if not found.is_long(has_layer=has_layer):
     return False
@@ -305,7 +304,7 @@ def _is_output(
     if name in MATMULS:
       return is_scaled
     if name in _CALLS:
-      return _is_output_of_call(made, made.outvars.index(atom), pure, is_scaled)
+      return _is_output_of_call(made, atom, pure, is_scaled)
     if name in _SCALES:
       is_scaled = True
       read = [a for a in read if not isinstance(a, Literal) and a not in pure]
@@ -315,14 +314,15 @@ def _is_output(
   return False
 
 
-def _is_output_of_call(call: JaxprEqn, place: int, pure: Collection[Any], is_scaled: bool) -> bool:
+def _is_output_of_call(call: JaxprEqn, result: Any, pure: Collection[Any], is_scaled: bool) -> bool:
   """The same of a result of a call."""
-  (body,) = bodies_of(call)
+  body, made = made_in(call, result)
   inner = versions.open_jaxpr(body.jaxpr)
   own = {inner.invars[n] for n in jaxprs.places_of(call.invars, pure)}
   for eqn in inner.eqns:
     own |= {*eqn.outvars} if jaxprs.variables_of(eqn.invars) <= own else set()
-  return _is_output(inner.outvars[place], jaxprs.makers_of(inner), own, is_scaled=is_scaled)
+  makers = jaxprs.makers_of(inner)
+  return made is not None and _is_output(made, makers, own, is_scaled=is_scaled)
 
 
 _CALLS = having(Trait.JIT | Trait.REMAT)

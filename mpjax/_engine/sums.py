@@ -226,39 +226,43 @@ _LAYER = 1 << 4098
 
 
 def multiplied(
-  jaxpr: AnyJaxpr, matrices: Collection[int], given: Collection[int]
+  jaxpr: AnyJaxpr, matrices: Collection[int], given: Collection[int], carry: range
 ) -> frozenset[int]:
   """Which of a loop's operands are multiplied as the weights of a layer are.
 
-  Moved, sliced or cast. One that each turn has of its own, multiplied with what is given, is none:
-  ``b @ u`` of a system that is driven by a row of controls u.
+  Moved, sliced or cast. One that each turn has of its own, multiplied with what is given, is none
+  where what the loop carries is, too: ``a @ x + b @ u`` of a system that controls u drive.
 
   Args:
     jaxpr: The body.
     matrices: Which operands may be such weights.
     given: Which are the same in every turn.
+    carry: Which the loop hands on.
   """
   inner, found = versions.open_jaxpr(jaxpr), set[int]()
+  carried, driving, is_system = {inner.invars[n] for n in carry}, set[int](), False
   of = {inner.invars[n]: n for n in matrices}
   same = {*inner.constvars, *(inner.invars[n] for n in given)}
   for eqn in inner.eqns if of else ():
     name, read = eqn.primitive.name, variables_of(eqn.invars)
     mine = [a for a in read if a in of]
     if name in MATMULS:
-      drives = any(a not in same for a in mine) and not read.isdisjoint(same - of.keys())
-      found |= set() if drives else {of[a] for a in mine if is_matrix(a)}
+      is_given = not read.isdisjoint(same - of.keys())
+      is_system = is_system or (is_given and not read.isdisjoint(carried - of.keys()))
+      drives = is_given and any(a not in same for a in mine)
+      (driving if drives else found).update(of[a] for a in mine if is_matrix(a))
     elif name in HAVE_BODIES and mine:
       for body in bodies_of(eqn):
         taken = body.take(eqn.invars)
         places = [n for n, a in enumerate(taken) if a in mine]
         fixed = [n for n in jaxprs.places_of(taken, same) if n not in body.carry]
-        found |= {
-          of[var] for n in multiplied(body.jaxpr, places, fixed) for var in mine if var is taken[n]
-        }
+        weights = multiplied(body.jaxpr, places, fixed, range(0))
+        found |= {of[var] for n in weights for var in mine if var is taken[n]}
     elif name in _STAYS and not isinstance(first := eqn.invars[0], Literal):
       of |= dict.fromkeys(eqn.outvars, of[first]) if first in of else {}
       same |= {*eqn.outvars} if read <= same else set()
-  return frozenset(found)
+      carried |= {*eqn.outvars} if first in carried else set()
+  return frozenset(found if is_system else found | driving)
 
 
 _STAYS = UNCHANGED | {"slice", "dynamic_slice", "gather"}

@@ -94,6 +94,23 @@ def normalized(w, rows):
   return h
 
 
+def summed(w, rows):
+  """A polynomial of products."""
+  total = jnp.zeros((4, 4))
+  for row in rows:
+    h = jnp.outer(row, row) @ w
+    total = total + h @ h.T + (total * total + total)
+  return total
+
+
+def orthogonalized(w, rows):
+  """What is left of a value without its parts along others."""
+  h = rows[0]
+  for row in rows:
+    h = h - row @ jnp.tanh(jnp.outer(row, row)) - (row * h).sum() * h
+  return h @ w
+
+
 def gradient(fn):
   return jax.grad(lambda w, rows: jnp.sum(fn(w, rows)))
 
@@ -128,6 +145,8 @@ PROGRAMS = (
   read_by_all,
   powers,
   normalized,
+  summed,
+  orthogonalized,
 )
 
 

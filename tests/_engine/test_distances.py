@@ -183,3 +183,56 @@ def test_a_variance_by_groups_has_their_sizes(policy):
   value, grads = jax.value_and_grad(mpjax.autocast(variances, policy))(p, X)
   want, of_want = jax.value_and_grad(variances)(p, X)
   assert off(value, want) < 0.01 and off(grads, of_want) < 0.02
+
+
+def cell(weights, x, adjacency):
+  """A layer of GraphSAGE: the mean of the neighbors beside a layer."""
+  pooled = (adjacency[:, :, None] * x[None]).sum(1) / adjacency.sum(1, keepdims=True)
+  return jax.nn.gelu(x @ weights + pooled)
+
+
+def attended(q, k, v, back):
+  """The backward pass of attention, as flash attention writes it."""
+  p = jax.nn.softmax(q @ k.T)
+  return (p * (back @ v.T - (back * (p @ v)).sum(-1, keepdims=True))) @ k
+
+
+def quantized(w, x):
+  """What the nearest codes of a layer's values give, softly."""
+  h = jax.nn.relu(x @ w[0])
+  return jax.nn.softmax(2 * h @ w[1].T - squares(h)[:, None] - squares(w[1])) @ w[1] @ w[2]
+
+
+LAYERS = {
+  "neighbors": lambda w, x: cell(w[1], cell(w[0], x, jnp.ones((32, 32))), jnp.ones((32, 32))),
+  "masked_mean": lambda w, x: x @ w[0] - (x * jnp.ones((32, 1))).sum(0) / 32,
+  "context": lambda w, x: (lambda h: h @ w[1] + (jax.nn.softmax(h @ w[2][0])[:, None] * h).sum(0))(
+    jax.nn.relu(x @ w[0])
+  ),
+  "residual": lambda w, x: x + x @ w[0] + (x @ w[1]) ** 2,
+  "attention": lambda w, x: attended(x @ w[0], x @ w[1], x @ w[2], x @ w[0]),
+  "logits": lambda w, x: (
+    lambda z: jax.nn.logsumexp(z - z[jnp.arange(32), jnp.arange(32)][:, None], 1)
+  )(jax.nn.relu(x @ w[0]) @ w[1]),
+  "hinge": lambda w, x: (lambda s: jnp.maximum(0, 0.2 + s - jnp.diag(s)[:, None]))(
+    (x @ w[0]) @ (x @ w[1]).T
+  ),
+}
+
+
+@both
+@pytest.mark.parametrize("fn", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_beside_pools_of_what_they_multiply_are_layers(fn, policy):
+  w, x = jax.random.normal(KEYS[3], (3, 32, 32)) / 8, X[:32]
+  with jax.numpy_rank_promotion("allow"):
+    jaxpr = jax.make_jaxpr(jax.grad(lambda w, x: mpjax.autocast(fn, policy)(w, x).sum()))(w, x)
+  products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert {v.aval.dtype.itemsize for e in products for v in e.invars} == {2}
+
+
+@both
+def test_the_codes_that_a_distance_chooses_are_multiplied_in_16_bits(policy):
+  w = jax.random.normal(KEYS[3], (3, 32, 32)) / 8
+  with jax.numpy_rank_promotion("allow"):
+    report = explain(quantized, policy, w, X)
+  assert report.narrow_share == 1 and not [op for op in report.wide if "derivative" in op.reason]

@@ -6,6 +6,7 @@ What the matmuls give here both formats hold, so that whatever is off is off by 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,6 +17,7 @@ from _jaxprs import equations
 from _turns import in_turns
 
 POLICIES = ("mixed_bfloat16", "mixed_float16")
+DTYPES = dict(zip(POLICIES, (jnp.bfloat16, jnp.float16), strict=True))
 both = pytest.mark.parametrize("policy", POLICIES)
 
 X = jnp.arange(32.0).reshape(8, 4) / 16 - 1
@@ -43,6 +45,35 @@ MULTIPLES = {
   "returned": lambda k: 0.18215 * k,
   "returned_moved": lambda k: (0.7 * k).T,
 }
+
+
+OWN = jnp.arange(8)
+picked = lambda s: jnp.take_along_axis(s, OWN[:, None], 1)[:, 0]
+CONTRASTS = {
+  "diagonal": lambda g: jax.nn.logsumexp(g / 0.07, 1) - jnp.diag(g / 0.07),
+  "masked": lambda g: (lambda s: jax.nn.logsumexp(s, 1) - (s * jnp.eye(8)).sum(1))(g / 0.07),
+  "index": lambda g: (lambda s: jax.nn.logsumexp(s, 1) - s[OWN, OWN])(g / 0.07),
+  "along": lambda g: (lambda s: jax.nn.logsumexp(s, 1) - picked(s))(g / 0.07),
+  "log_softmax": lambda g: -jnp.diag(jax.nn.log_softmax(g / 0.07)),
+  "optax": lambda g: optax.softmax_cross_entropy_with_integer_labels(g / 0.07, OWN),
+  "exponentials": lambda g: (lambda e: -jnp.log(jnp.diag(e) / e.sum(1)))(jnp.exp(g / 0.07)),
+}
+
+
+@in_turns(("fn", "policy"), CONTRASTS, POLICIES)
+def test_scores_over_a_temperature_round_once_and_so_do_their_cotangents(fn, policy):
+  """Of a confident choice there come back the probability and -1, which cancel but for 1e-3."""
+  h = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (8, 8)))[0] + 0.06
+  rounded = lambda a, b: (
+    lambda g: g + lax.stop_gradient(g.astype(DTYPES[policy]).astype(jnp.float32) - g)
+  )(a @ b.T)
+  h = h.astype(DTYPES[policy]).astype(jnp.float32)
+  by_hand = lambda a, b: jnp.mean(fn(rounded(a, b)))
+  ours = mpjax.autocast(lambda a, b: jnp.mean(fn(a @ b.T)), policy)
+  run = lambda f: jax.jit(jax.value_and_grad(f), compiler_options=ROUNDING)(h, h)
+  (value, grad), (want, of_want) = run(ours), run(by_hand)
+  np.testing.assert_allclose(value, want, rtol=1e-4)
+  np.testing.assert_allclose(grad, of_want, atol=0.02 * float(jnp.abs(of_want).max()))
 
 
 @in_turns(("fn", "policy"), MULTIPLES, POLICIES)

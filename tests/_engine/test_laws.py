@@ -1471,6 +1471,83 @@ def test_a_recurrence_in_which_no_layer_is_is_exact_though_parameters_drive_it(f
   }
 
 
+def joseph(p, x):
+  """A Kalman filter with learned dynamics, in the form that keeps its covariance symmetric."""
+
+  def turn(state, y):
+    s, c = p["f"] @ state[0], p["f"] @ state[1] @ p["f"].T + 0.1 * jnp.eye(3)
+    gain = jnp.linalg.solve(p["h"] @ c @ p["h"].T + 0.1 * jnp.eye(2), p["h"] @ c).T
+    rest = jnp.eye(3) - gain @ p["h"]
+    s = s + gain @ (y - p["h"] @ s)
+    return (s, rest @ c @ rest.T + 0.1 * (gain @ gain.T)), s
+
+  return lax.scan(turn, (jnp.zeros(3), jnp.eye(3)), x[:48].reshape(24, 2))[1]
+
+
+def regulator(p, x):
+  """The cost to go of a linear regulator, by Riccati's recursion."""
+  a, b = p["f"], p["h"].T
+
+  def turn(c, _):
+    gain = jnp.linalg.solve(jnp.eye(2) + b.T @ c @ b, b.T @ c @ a)
+    return jnp.eye(3) + a.T @ c @ (a - b @ gain), None
+
+  return lax.scan(turn, jnp.eye(3), None, length=60)[0]
+
+
+def least_squares(p, x):
+  """Recursive least squares, whose covariance nothing but division keeps small."""
+
+  def turn(state, row):
+    c, w = state
+    cx = c @ row
+    gain = cx / (p["forget"] + row @ cx)
+    return ((c - jnp.outer(gain, cx)) / p["forget"], w + gain * (row.sum() - row @ w)), w
+
+  return lax.scan(turn, (100 * jnp.eye(4), jnp.zeros(4)), x.reshape(-1, 4))[1]
+
+
+@both
+@pytest.mark.parametrize("fn", [joseph, regulator, least_squares])
+def test_a_recursion_that_solves_is_float32_with_learned_matrices_too(fn, policy):
+  f = jnp.array([[0.99, 0.1, 0.0], [0.0, 0.98, 0.1], [0.0, 0.0, 0.97]])
+  p = {"f": f, "h": jnp.array([[1.0, 0.0, 0.5], [0.3, 1.0, 0.0]]), "forget": jnp.array(0.99)}
+  loss = lambda p, x: jnp.sum(fn(p, x) ** 2)
+  x = jax.random.normal(jax.random.key(0), (120,))
+  fns = [jax.value_and_grad(f) for f in (mpjax.autocast(loss, policy), loss)]
+  got, want = jax.jit(lambda p, x: [f(p, x) for f in fns], compiler_options=ROUNDING)(p, x)
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+
+
+@both
+@cases(
+  heads=lambda w, x: lax.scan(
+    lambda a, w: (a + jax.nn.softmax((x @ w) @ (x @ w).T) @ (x @ w), None), jnp.zeros((8, 4)), w
+  )[0],
+  latents=lambda w, x: lax.scan(
+    lambda h, w: (h + jax.nn.softmax(nn.standardize(h) @ (x @ w).T) @ (x @ w), None), x[:2], w
+  )[0],
+  modulated=lambda w, x: lax.scan(lambda h, w: (h + jnp.tanh(h) * (x @ w), None), x, w)[0],
+  ensemble=lambda w, x: lax.scan(lambda a, w: (a + x @ w, None), jnp.zeros((8, 4)), w)[0],
+)
+def test_layers_of_what_every_turn_is_given_stay_narrow(fn, policy):
+  w = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4))
+  found = matmuls(mpjax.autocast(fn, policy), w, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
+@both
+def test_a_frozen_network_in_a_loop_to_a_time_stays_narrow(policy):
+  def flow(p, base, x):
+    layer = lambda h: h + 0.1 * jnp.tanh(nn.standardize(h) @ base[0] + h @ p) @ base[1]
+    return lax.while_loop(lambda s: s[1] < 1.0, lambda s: (layer(s[0]), s[1] + 0.1), (x, 0.0))[0]
+
+  w = 0.1 * jax.random.normal(jax.random.key(0), (2, 4, 4))
+  found = matmuls(mpjax.autocast(flow, policy), W, w, DATA)
+  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+
+
 @both
 def test_a_learned_readout_makes_no_layer_of_what_it_reads(policy):
   turn = lambda w: lambda s, u: (STEP @ s + CONTROL @ u, w @ s)
@@ -2219,9 +2296,9 @@ def test_a_layer_of_whitened_values_stays_narrow(policy):
 @both
 @cases(
   plain=lambda w, x: jnp.exp(x).T @ jnp.sin(x[:, 0]),
-  einsum=lambda w, x: jnp.einsum("ij,i->j", x + 1, x[:, 1] / 3),
+  einsum=lambda w, x: jnp.einsum("ij,i->j", x**2, jnp.exp(x[:, 1])),
   one_row=lambda w, x: jnp.sin(x[:1]) @ jnp.sin(x.T),
-  of_layers=lambda w, x: jnp.exp(-(x @ w)) @ (1 / x[0]),
+  of_layers=lambda w, x: jnp.exp(-(x @ w)) @ jnp.sin(x[0]),
 )
 def test_a_float32_matrix_times_a_vector_is_float32(fn, policy):
   x = 3 + jnp.sin(jnp.arange(64.0)).reshape(16, 4)
@@ -2256,6 +2333,21 @@ def sinkhorn(cost):
   return u[:, None] * kernel * v, rounds
 
 
+def until_done(cost):
+  """The same, which carries whether it is done."""
+  kernel, n = jnp.exp(-cost / 0.05), len(cost)
+
+  def turn(state):
+    u, v, _, rounds = state
+    u = 1 / n / (kernel @ v)
+    v = 1 / n / (kernel.T @ u)
+    return u, v, jnp.abs(u * (kernel @ v) - 1 / n).sum() < 1e-5, rounds + 1
+
+  start = jnp.ones(n), jnp.ones(n), False, 0
+  u, v, _, rounds = lax.while_loop(lambda s: ~s[2] & (s[3] < 2000), turn, start)
+  return u[:, None] * kernel * v, rounds
+
+
 def inverse_root(a):
   """Of Denman and Beavers 1976, by products; and how many rounds it took."""
   a = a + a.T + 16 * jnp.eye(len(a))
@@ -2273,7 +2365,7 @@ def inverse_root(a):
 
 
 @both
-@pytest.mark.parametrize("fn", [sinkhorn, inverse_root])
+@pytest.mark.parametrize("fn", [sinkhorn, until_done, inverse_root])
 def test_a_loop_to_a_tolerance_takes_as_many_rounds_as_in_float32(fn, policy):
   draw = jax.random.uniform(jax.random.key(0), (16, 16))
   (got, rounds), (want, of_float32) = in_both_formats(lambda w, x: fn(x), policy, W, draw)

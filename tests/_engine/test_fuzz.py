@@ -181,9 +181,10 @@ def runs_and_keeps_its_types(program, policy, transform):
 
 def says_why(program, policy, transform):
   """Whether `explain` lists matmuls of the program that are float32 for what they compute."""
-  fn = program if transform in ("forward", "batched") else program.loss
-  fn = jax.grad(fn, allow_int=True) if transform == "grad_inside" else fn
-  return bool(mpjax.inspect.explain(fn, policy, *program.split(is_param)).wide)
+  is_forward = transform in ("forward", "batched")
+  fns = [program] if is_forward else [program.loss, jax.grad(program.loss, allow_int=True)]
+  operands = program.split(is_param)
+  return any(mpjax.inspect.explain(fn, policy, *operands).wide for fn in fns)
 
 
 def equations_of(traced):
@@ -373,6 +374,10 @@ def is_close(program, policy):
 
   grad = lambda loss: jax.grad(loss, has_aux=True)  # the means of what is normalized cancel
   fns = [grad(with_values())]
+  try:
+    jax.make_jaxpr(fns[0])(*example(program))
+  except TypeError:  # as of a custom_vjp in forward mode, which JAX takes where it is jitted
+    assume(False)
   fns += [grad(with_values(rounding(UNIT[policy], n))) for n in range(SAMPLES)]
   fns += [
     grad(mpjax.autocast(with_values(), policy)),

@@ -1,45 +1,26 @@
 """Second moments that the product of first ones is subtracted from: variances and covariances.
 
-``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``, ``h.T @ h / n - outer(m, m)``:
-what is left is small beside both, smaller than what 16 bits round of either, and a variance comes
-out negative. So does the square of a distance, ``|x|**2 + |y|**2 - 2 * x @ y``. The law: to a
-matmul is added, or from it subtracted, what is computed of the same values by products and sums
-alone. Where the sums are matmuls or convolutions, these are float32; those of operands that are
-narrow already multiply in 16 bits, but return float32, and so does their derivative: what comes
-back to x by way of the product and of ``|x|**2`` is a small difference, too. The same holds of a
-matmul that a constant is subtracted from which it is near: ``1 - a @ b.T`` of unit vectors,
-``w.T @ w - eye(n)``.
+``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``: what is left is small beside
+both, smaller than what 16 bits round of either, and a variance comes out negative. So does the
+square of a distance, see `distances`. Where the sums are matmuls or convolutions, these are
+float32; those of operands that are narrow already multiply in 16 bits, but return float32, and so
+does their derivative: what comes back to x by way of the product and of ``|x|**2`` is a small
+difference, too. The same holds of a matmul that a constant is subtracted from which it is near:
+``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import UNCHANGED, Trait, having
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, made_in
+from mpjax._engine import jaxprs
+from mpjax._engine.distances import Source, beside_their_squares, handed_on, source_in
 from mpjax._engine.jaxprs import operation, variables_of
 from mpjax._engine.made_of import is_computed
 from mpjax._engine.recomputed import same_values
 from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
-
-Source = Callable[[Atom], Any]
-"""Tells what an operand was moved from, or is a multiple of."""
-
-_MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
-_SCALED = frozenset({"mul", "div"})
-_HANDS_ON = _MOVED | _SCALED
-_ADDS = frozenset({"add", "sub"})
-_PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
-_LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "pow", "reduce_sum"}
-
-_LOOKS = 32
-"""How many equations behind a term are looked at."""
-
-_PRODUCTS_OF_A_SUM = 4
-"""How many matmuls a sum has whose terms are looked at: a distance has one or two."""
 
 
 class Moments(NamedTuple):
@@ -74,225 +55,16 @@ def moments(
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
   same = functools.cache(functools.partial(same_values, inner))
-  source = _source_in(inner)
+  source = source_in(inner)
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
       found |= _of_difference(second, product, makers, is_sum, source, same)
       found |= _near_constant(second, product, makers, source, pure)
-  found |= _beside_their_own(inner, makers, source, pure)
+  found |= beside_their_squares(inner, makers, source, pure)
   if not found:
     return Moments()
   values = frozenset(var for start in found for var in _chain(start, makers))
   return Moments(values, _derivatives(inner, values, source, pure, is_backward))
-
-
-def _source_in(inner: Jaxpr) -> Source:
-  """What tells in a jaxpr what an operand was moved from, or is a multiple of.
-
-  Of a part that is cut twice, what was cut first.
-  """
-  known: dict[Any, Any] = {}
-  parts: dict[Any, Var] = {}
-  for eqn in inner.eqns:
-    if eqn.primitive.name not in _HANDS_ON:  # most; this is asked of every equation
-      continue
-    for atom in _handed_on(eqn):
-      before = atom if isinstance(atom, Literal) else known.get(atom, atom)
-      if eqn.primitive.name == "slice" and not isinstance(before, Literal):
-        place = before, eqn.params["start_indices"], eqn.params["limit_indices"]
-        before = parts.setdefault(place, eqn.outvars[0])
-      known[eqn.outvars[0]] = before
-  return lambda atom: atom if isinstance(atom, Literal) else known.get(atom, atom)
-
-
-def _handed_on(eqn: JaxprEqn) -> list[Atom]:
-  """What an equation moves, or multiplies by a number; none if it does something else."""
-  return eqn.invars[:1] if eqn.primitive.name in _MOVED else _multiplied(eqn)
-
-
-def _multiplied(eqn: JaxprEqn) -> list[Atom]:
-  """What an equation multiplies by a single number or divides by one; none if it does not."""
-  name = eqn.primitive.name
-  if name not in _SCALED:
-    return []
-  read: list[Any] = [atom for atom in eqn.invars if getattr(atom.aval, "shape", ())]
-  return read if len(read) == 1 and (name == "mul" or read[0] is eqn.invars[0]) else []
-
-
-class _Product(NamedTuple):
-  """A matmul, or a call of one.
-
-  Attributes:
-    result: What it makes.
-    operands: What it multiplies, as it was before it was moved.
-    is_layer: Whether that has parameters.
-  """
-
-  result: Var
-  operands: tuple[Any, Any]
-  is_layer: bool
-
-
-def _beside_their_own(
-  inner: Jaxpr, makers: Mapping[Any, JaxprEqn], source: Source, pure: Collection[Var]
-) -> set[Var]:
-  """The matmuls to which sums of products of what they multiply are added, as in a distance.
-
-  Or the diagonal of the matmul itself, which holds such sums.
-  """
-  products: dict[Any, dict[Var, _Product]] = {}  # by the sums that they are terms of, a few
-  found = set[Var]()
-  for eqn in inner.eqns:
-    name = eqn.primitive.name
-    if name == "dot_general" or name in _CALLS:
-      if operands := _multiplies(eqn, source):
-        is_layer = not variables_of(eqn.invars).isdisjoint(pure)
-        product = _Product(eqn.outvars[0], operands, is_layer)
-        products[product.result] = {product.result: product}
-      elif products and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
-        whole = [products[var] for var in variables_of([source(eqn.invars[0])]) if var in products]
-        is_part = jaxprs.size(eqn.outvars[0]) < jaxprs.size(eqn.invars[0])  # as a diagonal
-        products |= dict.fromkeys(eqn.outvars, whole[0]) if whole and is_part else {}
-    elif name in _ADDS and products:
-      terms = [source(atom) for atom in eqn.invars]
-      terms = [atom for atom in terms if not isinstance(atom, Literal)]
-      inside = [products.get(atom, {}) for atom in terms]
-      for term, others in zip(terms, reversed(inside), strict=True):
-        if others and term in makers:
-          new = (product for var, product in others.items() if var not in found)
-          found |= {p.result for p in new if _is_of_the_same(term, p, makers, source)}
-      # A residual stream is a sum of layers.
-      own = {v: product for of in inside for v, product in of.items() if not product.is_layer}
-      if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
-        products[eqn.outvars[0]] = own
-  return found
-
-
-def _multiplies(eqn: JaxprEqn, source: Source) -> tuple[Any, Any] | None:
-  """What a matmul multiplies, or one that a call is of; None of any other call."""
-  if eqn.primitive.name == "dot_general":
-    first, second = map(source, eqn.invars)
-    return first, second
-  if len(eqn.outvars) != 1:
-    return None
-  body, result = made_in(eqn, eqn.outvars[0])
-  inner = versions.open_jaxpr(body.jaxpr)
-  if result is None or len(inner.eqns) > _EQUATIONS_OF_A_PRODUCT:
-    return None
-  within = _source_in(inner)
-  made = jaxprs.makers_of(inner).get(within(result))
-  if made is None or made.primitive.name != "dot_general":
-    return None
-  outside = dict(zip(inner.invars, map(source, body.take(eqn.invars)), strict=True))
-  read = [outside.get(var) for var in variables_of(map(within, made.invars))]
-  return (read[0], read[-1]) if read and None not in read else None
-
-
-_CALLS = having(Trait.JIT | Trait.REMAT)
-_EQUATIONS_OF_A_PRODUCT = 8
-
-
-def _is_of_the_same(
-  term: Var, product: _Product, makers: Mapping[Any, JaxprEqn], source: Source
-) -> bool:
-  """Whether a term sums up squares of what a matmul multiplies, or multiplies sums of it.
-
-  Of a layer no sums of what it multiplies: a pool of its input, and of its weights, is no moment.
-  Entries of a product are its diagonal if it is one of a value with itself.
-  """
-  first, second = product.operands
-  multiplied, sides = variables_of(product.operands), set[tuple[int, int]]()
-  for before in _behind(term, makers, source):
-    if before.is_entry and before.value is product.result and first is second:
-      return True
-    if before.value in multiplied:
-      if before.is_sum and before.is_square:
-        return True
-      if before.factor and before.is_mean and not product.is_layer:
-        node, side = before.factor
-        sides.add((node, side))
-        if (node, 1 - side) in sides:
-          return True
-  return False
-
-
-class _Before(NamedTuple):
-  """What stands behind a term.
-
-  Attributes:
-    value: It.
-    is_sum: Whether what is made of it is summed up on the way to the term.
-    is_square: Whether it, or what is made of it, is squared on the way.
-    factor: Of which product on the way it makes a factor, the last one, and which.
-    is_mean: Whether that factor is a sum of it.
-    is_entry: Whether entries of it are picked last.
-  """
-
-  value: Var
-  is_sum: bool = False
-  is_square: bool = False
-  factor: tuple[int, int] | None = None
-  is_mean: bool = False
-  is_entry: bool = False
-
-  def within(self, result: _Before, value: Var) -> _Before:
-    """The same of an operand of a call, behind whose result this stands in its body."""
-    return _Before(
-      value,
-      self.is_sum or result.is_sum,
-      self.is_square or result.is_square,
-      self.factor or result.factor,
-      self.is_mean if self.factor else result.is_mean or bool(result.factor and self.is_sum),
-      self.is_entry,
-    )
-
-
-def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterator[_Before]:
-  """What sums, products, quotients and roots make a term of, in the bodies of calls, too."""
-  waiting = [_Before(term)]
-  for _ in range(_LOOKS):
-    if not waiting:
-      return
-    yield (before := waiting.pop())
-    if (made := makers.get(before.value)) is None:
-      continue
-    name, read = operation(made), [*map(source, made.invars)]
-    is_inner = name == "dot_general" and jaxprs.is_inner(made)
-    if name == "dot_general" and any(isinstance(atom, Literal) for atom in read):
-      name = "reduce_sum"  # by a vector of ones
-    if name in HAVE_BODIES:
-      waiting += _behind_call(made, before, source)
-    elif name == "gather":
-      waiting += [before._replace(value=var, is_entry=True) for var in variables_of(read[:1])]
-    elif is_inner or name in _LEADS_ON:
-      if is_inner or name == "reduce_sum":
-        before = before._replace(is_sum=True, is_mean=before.factor is not None)
-      if is_inner or name in _PRODUCTS:
-        waiting += _factors_of(before, made, read)
-      else:
-        waiting += [before._replace(value=var, is_entry=False) for var in variables_of(read)]
-
-
-def _factors_of(product: _Before, made: JaxprEqn, read: Sequence[Any]) -> list[_Before]:
-  """What stands behind the factors of a product, a square among them."""
-  pairs = [(n, var) for n, var in enumerate(read) if not isinstance(var, Literal)]
-  if len(pairs) == 2 and pairs[0][1] is not pairs[1][1]:
-    return [_Before(v, product.is_sum, product.is_square, (id(made), n)) for n, v in pairs]
-  is_square = product.is_square or len(pairs) == len(read)  # and not times a mask
-  return [product._replace(value=v, is_square=is_square, is_entry=False) for _, v in pairs[:1]]
-
-
-def _behind_call(eqn: JaxprEqn, result: _Before, around: Source) -> list[_Before]:
-  """What of its operands stands behind the result of a call; nothing behind that of a loop."""
-  body, made = made_in(eqn, result.value)
-  if made is None:
-    return []
-  inner = versions.open_jaxpr(body.jaxpr)
-  outside = dict(zip(inner.invars, map(around, body.take(eqn.invars)), strict=True))
-  source = _source_in(inner)
-  found = [*_behind(source(made), jaxprs.makers_of(inner), source)]
-  pairs = [(own, outside[own.value]) for own in found if own.value in outside]
-  return [own.within(result, value) for own, value in pairs if not isinstance(value, Literal)]
 
 
 def _derivatives(
@@ -434,7 +206,7 @@ def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
   """An operand, and one after the other what it was moved from or is a multiple of."""
   found = [atom]
   while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
-    if not (before := _handed_on(made)):
+    if not (before := handed_on(made)):
       break
     (atom,) = before
     found.append(atom)

@@ -132,11 +132,12 @@ def _multiplies(eqn: JaxprEqn, source: Source) -> tuple[Any, Any] | None:
   if result is None or len(inner.eqns) > _EQUATIONS_OF_A_PRODUCT:
     return None
   within = source_in(inner)
-  made = jaxprs.makers_of(inner).get(within(result))
-  if made is None or made.primitive.name != "dot_general":
+  makers = jaxprs.makers_of(inner)
+  makes = [makers[var] for var in variables_of([within(result)]) if var in makers]
+  if not makes or makes[0].primitive.name != "dot_general":
     return None
   outside = dict(zip(inner.invars, map(source, body.take(eqn.invars)), strict=True))
-  read = [outside.get(var) for var in variables_of(map(within, made.invars))]
+  read = [outside.get(var) for var in variables_of(map(within, makes[0].invars))]
   return (read[0], read[-1]) if read and None not in read else None
 
 
@@ -238,6 +239,7 @@ def _behind_call(eqn: JaxprEqn, result: _Before, around: Source) -> list[_Before
   inner = versions.open_jaxpr(body.jaxpr)
   outside = dict(zip(inner.invars, map(around, body.take(eqn.invars)), strict=True))
   source = source_in(inner)
-  found = [*_behind(source(made), jaxprs.makers_of(inner), source)]
+  makers = jaxprs.makers_of(inner)
+  found = [own for var in variables_of([source(made)]) for own in _behind(var, makers, source)]
   pairs = [(own, outside[own.value]) for own in found if own.value in outside]
   return [own.within(result, value) for own, value in pairs if not isinstance(value, Literal)]

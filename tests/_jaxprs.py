@@ -14,13 +14,15 @@ CONTRACTIONS = frozenset(
 class Contraction(NamedTuple):
   """A matmul or convolution: its primitive, and the dtypes of its factors and of its result.
 
-  Inner products add up all that they multiply: each number is read once.
+  Inner products add up all that they multiply: each number is read once. One with weights
+  multiplies with a vector, or with one for each matrix of a batch.
   """
 
   primitive: str
   factors: tuple[str, ...]
   result: str
   is_inner: bool
+  has_weights: bool
 
 
 def sub_jaxprs(value: Any) -> Iterator[Jaxpr]:
@@ -51,11 +53,12 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
         yield from equations(inner)
 
 
-def _is_inner(eqn: JaxprEqn) -> bool:
+def _are_vectors(eqn: JaxprEqn) -> list[bool]:
+  """Whether an operand of a matmul has no dimensions of its own, for each."""
   if eqn.primitive.name != "dot_general":
-    return False
+    return [False]
   (left, _), (batch, _) = eqn.params["dimension_numbers"]
-  return all(atom.aval.ndim == len(left) + len(batch) for atom in eqn.invars)
+  return [atom.aval.ndim == len(left) + len(batch) for atom in eqn.invars]
 
 
 def contractions(jaxpr: Any) -> list[Contraction]:
@@ -65,7 +68,8 @@ def contractions(jaxpr: Any) -> list[Contraction]:
       eqn.primitive.name,
       tuple(atom.aval.dtype.name for atom in eqn.invars[:2]),
       eqn.outvars[0].aval.dtype.name,
-      _is_inner(eqn),
+      all(_are_vectors(eqn)),
+      any(_are_vectors(eqn)),
     )
     for eqn in equations(jaxpr)
     if eqn.primitive.name in CONTRACTIONS

@@ -308,7 +308,7 @@ class Knowledge:
     """
     if not isinstance(atom, Literal) and atom in self.sums.pure:
       return False
-    waiting, makers = [atom], self.view.makers
+    waiting, makers, primitives = [atom], self.view.makers, self._analyses.contents.primitives
     for _ in range(_LOOKS):
       if not waiting:
         return isinstance(atom, Literal)
@@ -316,9 +316,13 @@ class Knowledge:
       if isinstance(before, Literal):
         continue
       made = makers.get(before)
-      if before in self.results or (made is not None and made.primitive.name not in _SCALED):
+      if before in self.results:
         return True
-      waiting += () if made is None else made.invars
+      if made is None or any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
+        continue  # given, or drawn, as weights are
+      if made.primitive.name not in _SCALED:
+        return True
+      waiting += _as_large(made, makers)
     return False
 
   def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
@@ -335,6 +339,16 @@ _SCALED = UNCHANGED | {
 }
 _LOOKS = 16
 """How many equations behind a value are looked at."""
+
+
+def _as_large(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> list[Atom]:
+  """The operands of an equation that are no smaller than its result: what is scaled, no scale."""
+  size, found = jaxprs.size(eqn.outvars[0]), list[Atom]()
+  for atom in eqn.invars:
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    is_spread = made is not None and made.primitive.name == "broadcast_in_dim"
+    found += [] if is_spread or jaxprs.size(atom) < size else [atom]
+  return found or list(eqn.invars)
 
 
 def _ends_by_float(loop: JaxprEqn) -> bool:

@@ -14,7 +14,7 @@ besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -33,20 +33,29 @@ _ADDS = frozenset({"add", "sub"})
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
 _MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
+_ADDS_UP = _ADDS | {"reduce_sum"}
 _ENDS = FUNCTIONS | _ADDS | {"reduce_sum", "reduce_max", "reduce_min", "exp", "exp2", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
 
 
-def rounding_late(plan: Plan, numbers: Callable[[Atom], NumberSet], *, is_whole: bool) -> Plan:
+def rounding_late(
+  plan: Plan,
+  numbers: Callable[[Atom], NumberSet],
+  multiplied: Collection[Var],
+  *,
+  is_whole: bool,
+) -> Plan:
   """A plan in which such multiples are float32.
 
   Args:
     plan: The plan of one jaxpr.
     numbers: The numbers that occur in a constant of it.
+    multiplied: What leads into a matmul: weights of an attention round with their scale, as by
+      hand, and no loss does.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  late = _late(plan, is_whole=is_whole)
+  late = _late(plan, multiplied, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -120,7 +129,7 @@ def _is_inexact(number: float, form: Form | None) -> bool:
   return form is not None and float(np.asarray(number).astype(form.dtype)) != number
 
 
-def _late(plan: Plan, *, is_whole: bool) -> set[int]:
+def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int]:
   """The steps that make or lead on multiples, and whose result float32 alone reads.
 
   Once, or to add or multiply: what is added up and read again besides is most often normalized.
@@ -136,8 +145,10 @@ def _late(plan: Plan, *, is_whole: bool) -> set[int]:
   ]
   for n, step in reversed(likely):
     leads_on = step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
-    reads = plan.readers.get(step.eqn.outvars[0], []) if leads_on else []
-    is_late = reads and all(_is_late(plan, *read, late, is_whole=is_whole) for read in reads)
+    (result,) = step.eqn.outvars
+    reads = plan.readers.get(result, []) if leads_on else []
+    ends = _ADDS_UP if result in multiplied else _ENDS
+    is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
       rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
       if rounds_inside and step.eqn.primitive.name in _ADDS:
@@ -155,7 +166,15 @@ def _is_total(plan: Plan, reader: int) -> bool:
   return reader != _RESULT and plan.steps[reader].eqn.primitive.name == "reduce_sum"
 
 
-def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: bool) -> bool:
+def _is_late(
+  plan: Plan,
+  reader: int,
+  read: Read,
+  late: set[int],
+  ends: Collection[str],
+  *,
+  is_whole: bool,
+) -> bool:
   """Whether a narrow value is read in float32, or by what is itself."""
   if read.via is not None:
     return False
@@ -164,7 +183,7 @@ def _is_late(plan: Plan, reader: int, read: Read, late: set[int], *, is_whole: b
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  is_end = step.eqn.primitive.name in _ENDS or _is_wide_matmul(step)
+  is_end = step.eqn.primitive.name in ends or _is_wide_matmul(step)
   return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 
 

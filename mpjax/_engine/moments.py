@@ -75,7 +75,7 @@ def _derivatives(
   is_backward: Callable[[JaxprEqn], bool],
 ) -> frozenset[Var]:
   """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
-  shapes: dict[Any, set[tuple[int, ...]]] = {}  # of the moments so far that multiply a value
+  shapes: dict[Any, set[tuple[str, ...]]] = {}  # of the moments so far that multiply a value
   found = set[Var]()
   for eqn in (eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"):
     result = eqn.outvars[0]
@@ -90,8 +90,8 @@ def _derivatives(
   return frozenset(found)
 
 
-def _sorted_shape(atom: Atom) -> tuple[int, ...]:
-  return tuple(sorted(map(int, jaxprs.shape(atom))))
+def _sorted_shape(atom: Atom) -> tuple[str, ...]:
+  return tuple(sorted(map(str, jaxprs.shape(atom))))
 
 
 def _near_constant(

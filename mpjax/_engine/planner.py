@@ -196,7 +196,10 @@ class _Walk:
       jaxprs.ordered_places(inner.outvars, self.borders.lasting),
     )
     return rounding_late(
-      rounding_early(plan), self.around.numbers.of, is_whole=self.is_whole and out_forms is None
+      rounding_early(plan),
+      self.around.numbers.of,
+      self.around.leading.multiplied,
+      is_whole=self.is_whole and out_forms is None,
     )
 
   def is_backward(self, eqn: JaxprEqn) -> bool:

@@ -13,7 +13,7 @@ from mpjax._core.primitives import MATMULS, UNCHANGED, Rule, Trait, having
 from mpjax._engine import jaxprs, versions
 from mpjax._engine.bodies import made_in
 from mpjax._engine.contents import weights_of
-from mpjax._engine.kinds import PARAM, Form, Kind, join
+from mpjax._engine.kinds import FEW, PARAM, Form, Kind, join
 from mpjax._engine.knowledge import Knowledge
 from mpjax._engine.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.plan import Forms, Place
@@ -234,13 +234,13 @@ def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
   Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
-  nothing that the loop carries, what each turn adds, where no layer is. Or reads what the loop
-  carries where that solves a linear system of it, as filters and regulators do.
+  nothing that the loop carries, what each turn adds, where no layer is. Or reads a few numbers that
+  the loop carries where that solves a linear system of them, as filters and regulators do.
   """
   found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
     return False
-  if found.solves and not sight.has_narrow:
+  if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
     return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
   has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(sight.eqn.invars)
   if not found.is_long(has_layer=has_layer):
@@ -254,6 +254,13 @@ def hands_on(sight: Sight) -> bool:
     return not (has_layer or depends) and sight.result in found.leads
   is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
   return is_state or not trained
+
+
+def is_of_few(eqn: JaxprEqn) -> bool:
+  """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  return max([jaxprs.terms(eqn), *jaxprs.free(eqn, 0), *jaxprs.free(eqn, 1)]) <= FEW
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

@@ -1538,6 +1538,32 @@ def test_layers_of_what_every_turn_is_given_stay_narrow(fn, policy):
 
 
 @both
+@cases(
+  soap=lambda w, x: lax.fori_loop(0, 20, lambda _, s: soap(*s, x), (w, jnp.eye(32)))[0],
+  decoded=lambda w, x: lax.scan(
+    lambda s, _: (jnp.linalg.qr(s)[0], jax.nn.gelu(s[:8] @ w[0]) @ w[1]), w[0], None, length=20
+  )[1],
+  equilibrium=lambda w, x: lax.while_loop(
+    lambda s: s[1] > 0.1,
+    lambda s: (h := jnp.tanh(s[0] @ (w[0] / jnp.linalg.norm(w[0])) + x), jnp.abs(h - s[0]).max()),
+    (x, jnp.inf),
+  )[0],
+)
+def test_networks_in_loops_that_factor_matrices_stay_narrow(fn, policy):
+  w, x = 0.1 * jax.random.normal(jax.random.key(0), (2, 32, 32)), jnp.ones((8, 32))
+  found = matmuls(mpjax.autocast(lambda p, w, x: fn(w * p, x), policy), 1.0, w, x)
+  layers = [e for e in found if 8 in e.outvars[0].aval.shape]
+  assert layers and {atom.aval.dtype.itemsize for eqn in layers for atom in eqn.invars} == {2}
+
+
+def soap(w, basis, x):
+  """A training step in a basis that is factored anew in each of them."""
+  loss = lambda w: jnp.mean((jax.nn.gelu(x @ w[0]) @ w[1]) ** 2)
+  grad = jax.grad(loss)(w)
+  return w - 0.1 * basis @ (basis.T @ grad), jnp.linalg.qr(basis + 0.1 * w[0])[0]
+
+
+@both
 def test_a_frozen_network_in_a_loop_to_a_time_stays_narrow(policy):
   def flow(p, base, x):
     layer = lambda h: h + 0.1 * jnp.tanh(nn.standardize(h) @ base[0] + h @ p) @ base[1]

@@ -49,6 +49,9 @@ FUNCTIONS = {
   "norm": normalized,
   "attention": lambda w, x: jax.nn.softmax((x @ w) @ x.T / x.shape[0]) @ x,
   "step": lambda w, x: w - 1e-3 * jax.grad(lambda w: jnp.tanh(x @ w).mean())(w),
+  "distance": lambda w, x: (lambda h: (h * h).sum(1)[:, None] + (h * h).sum(1) - 2 * h @ h.T)(
+    x @ w
+  ),
   "embedding": lambda w, x: w[jnp.arange(x.shape[0]) % WIDTH] @ w,
 }
 

@@ -103,7 +103,10 @@ def counts(jaxpr: Any, dtype: str) -> tuple[int, int]:
 @either_way
 def test_loss_and_gradient_hold_no_wide_matmul(model, policy, way):
   jaxpr = under(model, policy, way).jaxpr
-  assert narrowable(wide_contractions(jaxpr, COMPUTE[policy])) == []
+  found = narrowable(wide_contractions(jaxpr, COMPUTE[policy]))
+  if model.kind == "differential equations":  # a solver's sums of its stages, by a law
+    found = [one for one in found if not one.has_weights]
+  assert found == []
   assert as_many_matmuls(jaxpr, plain(model).jaxpr)
 
 

@@ -93,6 +93,7 @@ def beside_their_squares(
   Or the diagonal of the matmul itself, which holds such sums.
   """
   products: dict[Any, dict[Var, _Product]] = {}  # by the sums that they are terms of, a few
+  squares: dict[Var, set[Var]] = {}  # of what they multiply, that are terms of these sums
   found = set[Var]()
   for eqn in inner.eqns:
     name = eqn.primitive.name
@@ -102,19 +103,29 @@ def beside_their_squares(
         product = _Product(eqn.outvars[0], operands, is_layer)
         products[product.result] = {product.result: product}
       elif products and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
-        whole = [products[var] for var in variables_of([source(eqn.invars[0])]) if var in products]
-        is_part = jaxprs.size(eqn.outvars[0]) < jaxprs.size(eqn.invars[0])  # as a diagonal
-        products |= dict.fromkeys(eqn.outvars, whole[0]) if whole and is_part else {}
+        entries = {
+          b.value for b in _behind_call(eqn, _Before(eqn.outvars[0]), source) if b.is_entry
+        }
+        whole = [products[var] for var in entries if var in products]  # of which this is a diagonal
+        products |= dict.fromkeys(eqn.outvars, whole[0]) if whole else {}
     elif name in _ADDS and products:
       terms = [source(atom) for atom in eqn.invars]
       terms = [atom for atom in terms if not isinstance(atom, Literal)]
       inside = [products.get(atom, {}) for atom in terms]
       for term, others in zip(terms, reversed(inside), strict=True):
         if others and term in makers:
-          new = (product for var, product in others.items() if var not in found)
-          found |= {p.result for p in new if _is_of_the_same(term, p, makers, source)}
-      # A residual stream is a sum of layers.
-      own = {v: product for of in inside for v, product in of.items() if not product.is_layer}
+          for product in others.values():
+            squared = _squared(term, product, makers, source)
+            squares.setdefault(product.result, set()).update(squared)
+            of = variables_of(product.operands) if product.is_layer else squared
+            found |= {product.result} if squared and of <= squares[product.result] else set()
+      # A residual stream is a sum of layers, none of which has the squares of anything beside it.
+      own = {
+        var: product
+        for of in inside
+        for var, product in of.items()
+        if not product.is_layer or squares.get(var)
+      }
       if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
         products[eqn.outvars[0]] = own
   return found
@@ -141,28 +152,29 @@ def _multiplies(eqn: JaxprEqn, source: Source) -> tuple[Any, Any] | None:
   return (read[0], read[-1]) if read and None not in read else None
 
 
-def _is_of_the_same(
+def _squared(
   term: Var, product: _Product, makers: Mapping[Any, JaxprEqn], source: Source
-) -> bool:
-  """Whether a term sums up squares of what a matmul multiplies, or multiplies sums of it.
+) -> set[Var]:
+  """Of which of the values that a matmul multiplies a term sums up squares, or multiplies sums.
 
-  Of a layer no sums of what it multiplies: a pool of its input, and of its weights, is no moment.
-  Entries of a product are its diagonal if it is one of a value with itself.
+  Of a layer no sums of what it multiplies: a pool of its input, and of its weights, is no moment;
+  and of both the squares: a distance from codes. Entries of a product are its diagonal if it is
+  one of a value with itself.
   """
   first, second = product.operands
   multiplied, sides = variables_of(product.operands), set[tuple[int, int]]()
+  found = set[Var]()
   for before in _behind(term, makers, source):
     if before.is_entry and before.value is product.result and first is second:
-      return True
-    if before.value in multiplied:
+      found |= multiplied
+    elif before.value in multiplied:
       if before.is_sum and before.is_square:
-        return True
+        found.add(before.value)
       if before.factor and before.is_mean and not product.is_layer:
         node, side = before.factor
         sides.add((node, side))
-        if (node, 1 - side) in sides:
-          return True
-  return False
+        found |= {before.value} if (node, 1 - side) in sides else set()
+  return found
 
 
 class _Before(NamedTuple):

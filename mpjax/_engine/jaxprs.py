@@ -116,6 +116,15 @@ def is_inner(eqn: JaxprEqn) -> bool:
   )
 
 
+def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:
+  """The vectors that a matmul multiplies, each with what it does so by; none of a batch."""
+  if eqn.primitive.name != "dot_general" or any(eqn.params["dimension_numbers"][1]):
+    return
+  for n, pair in enumerate((eqn.invars, eqn.invars[::-1])):
+    if size_of(free(eqn, n)) == 1:
+      yield pair[0], pair[1]
+
+
 def is_square_product(eqn: JaxprEqn) -> bool:
   """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
   (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])

@@ -9,6 +9,7 @@ gathered for one jaxpr, and handed on to the bodies that this holds.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -323,6 +324,29 @@ class Knowledge:
       if made.primitive.name not in _SCALED:
         return True
       waiting += _as_large(made, makers)
+    return False
+
+  def multiplies_vectors(self, matrix: Atom) -> bool:
+    """Whether several equations multiply a matrix by a vector."""
+    return self._by_vectors[id(self._source(matrix))] > 1
+
+  @functools.cached_property
+  def _by_vectors(self) -> Counter[int]:
+    pairs = (pair for eqn in self._inner.eqns for pair in jaxprs.vectors(eqn))
+    return Counter(id(self._source(matrix)) for _, matrix in pairs)
+
+  def depends_on_carry(self, atom: Atom) -> bool:
+    """Whether a value is made of what a loop hands on, a few equations before."""
+    waiting = [atom]
+    for _ in range(_LOOKS):
+      if not waiting or not self.carried:
+        return False
+      before = waiting.pop()
+      if not isinstance(before, Literal):
+        if before in self.carried:
+          return True
+        made = self.view.makers.get(before)
+        waiting += made.invars if made is not None else ()
     return False
 
   def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:

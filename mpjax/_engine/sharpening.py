@@ -239,11 +239,11 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
   ),
   Sharpening(
-    "matrix times a vector",
+    "iteration",
     {Rule.LOWER},
-    lambda s: sight.is_of_float32(s) and sight.multiplies_vector(s),
+    lambda s: sight.is_of_float32(s) and sight.iterates(s),
     Rule.FULL,
-    "each number of a computed matrix is read once: to cast it costs as much as to multiply it",
+    "a float32 matrix times a vector, again and again: to cast it costs as much as to multiply it",
   ),
   Sharpening(
     "linear recurrence",

@@ -105,22 +105,20 @@ def is_of_float32(sight: Sight) -> bool:
   )
 
 
-def multiplies_vector(sight: Sight) -> bool:
-  """Whether a matmul multiplies a matrix and a vector that were computed; no batch of such.
+def iterates(sight: Sight) -> bool:
+  """Whether a computed matrix is multiplied by a vector, as it is by others or in a loop.
 
-  What was given may be the frozen layer of a network, and its one example. Those of a batch are
-  kept for the backward pass, in 16 bits, as what the experts of a router say.
+  Or a matrix that a loop carries by a vector, if no layer made that: the keys of a fast weight
+  programmer. What was given may be the frozen layer of a network, and its one example. Those of a
+  batch are kept for the backward pass, in 16 bits, as what the experts of a router say.
   """
-  if sight.name != "dot_general" or any(sight.eqn.params["dimension_numbers"][1]):
-    return False
-  around, pairs = sight.around, zip(sight.eqn.invars, sight.eqn.invars[::-1], strict=True)
-  return any(
-    not around.sums.may_be_of_layers([vector])  # the keys of a fast weight programmer are
-    if not isinstance(matrix, Literal) and matrix in around.carried
-    else around.is_result(matrix) and around.is_result(vector)
-    for n, (vector, matrix) in enumerate(pairs)
-    if jaxprs.size_of(jaxprs.free(sight.eqn, n)) == 1
-  )
+  around, carried = sight.around, sight.around.carried
+  for vector, matrix in jaxprs.vectors(sight.eqn):
+    if not isinstance(matrix, Literal) and matrix in carried:
+      return not around.sums.may_be_of_layers([vector])
+    if around.is_result(matrix) and around.is_result(vector):
+      return around.multiplies_vectors(matrix) or around.depends_on_carry(vector)
+  return False
 
 
 def is_phase(sight: Sight) -> bool:

@@ -209,6 +209,11 @@ LAYERS = {
   "context": lambda w, x: (lambda h: h @ w[1] + (jax.nn.softmax(h @ w[2][0])[:, None] * h).sum(0))(
     jax.nn.relu(x @ w[0])
   ),
+  "decayed": lambda w, x: (
+    jax.checkpoint(lambda z: jax.nn.logsumexp(z, -1).mean())(jax.nn.relu(x @ w[0]) @ w[1])
+    + 1e-4 * (w**2).sum()
+  ),
+  "energy": lambda w, x: x @ w[0] + squares(x)[:, None],
   "residual": lambda w, x: x + x @ w[0] + (x @ w[1]) ** 2,
   "attention": lambda w, x: attended(x @ w[0], x @ w[1], x @ w[2], x @ w[0]),
   "logits": lambda w, x: (

@@ -1539,7 +1539,6 @@ def test_layers_of_what_every_turn_is_given_stay_narrow(fn, policy):
 
 @both
 @cases(
-  soap=lambda w, x: lax.fori_loop(0, 20, lambda _, s: soap(*s, x), (w, jnp.eye(32)))[0],
   decoded=lambda w, x: lax.scan(
     lambda s, _: (jnp.linalg.qr(s)[0], jax.nn.gelu(s[:8] @ w[0]) @ w[1]), w[0], None, length=20
   )[1],
@@ -1558,9 +1557,16 @@ def test_networks_in_loops_that_factor_matrices_stay_narrow(fn, policy):
 
 def soap(w, basis, x):
   """A training step in a basis that is factored anew in each of them."""
-  loss = lambda w: jnp.mean((jax.nn.gelu(x @ w[0]) @ w[1]) ** 2)
-  grad = jax.grad(loss)(w)
-  return w - 0.1 * basis @ (basis.T @ grad), jnp.linalg.qr(basis + 0.1 * w[0])[0]
+  grad = jax.grad(lambda w: jnp.mean((jax.nn.gelu(x @ w[0]) @ w[1]) ** 2))(w)
+  return w - 0.1 * basis @ (basis.T @ grad), jnp.linalg.qr(jnp.tanh(basis) + 0.1)[0]
+
+
+def test_a_network_that_is_trained_in_a_basis_of_its_own_stays_narrow():
+  w, x = 0.1 * jax.random.normal(jax.random.key(0), (2, 32, 32)), jnp.ones((8, 32))
+  fn = lambda w, x: lax.fori_loop(0, 20, lambda _, s: soap(*s, x), (w, jnp.eye(32)))[0]
+  found = matmuls(mpjax.autocast(fn, "mixed_bfloat16"), w, x)
+  layers = [e for e in found if 8 in e.outvars[0].aval.shape]
+  assert layers and {atom.aval.dtype.itemsize for eqn in layers for atom in eqn.invars} == {2}
 
 
 @both
@@ -2319,14 +2325,26 @@ def test_a_layer_of_whitened_values_stays_narrow(policy):
   assert {atom.aval.dtype.itemsize for atom in whitened.invars} == {2}
 
 
+def power_iteration(a):
+  """The largest eigenvalue, in a few turns."""
+  v = jnp.sin(jnp.arange(1.0, 1 + len(a)))
+  for _ in range(4):
+    v = a @ (v / jnp.linalg.norm(a @ v))
+  return v
+
+
 @both
 @cases(
-  plain=lambda w, x: jnp.exp(x).T @ jnp.sin(x[:, 0]),
-  einsum=lambda w, x: jnp.einsum("ij,i->j", x**2, jnp.exp(x[:, 1])),
-  one_row=lambda w, x: jnp.sin(x[:1]) @ jnp.sin(x.T),
-  of_layers=lambda w, x: jnp.exp(-(x @ w)) @ jnp.sin(x[0]),
+  powers=lambda w, x: power_iteration(jnp.exp(-((x[:4, None] - x[None, :4]) ** 2).sum(-1))),
+  transposed=lambda w, x: (lambda k: k.T @ (1 / (k @ jnp.sin(x[0]))))(jnp.exp(x)),
+  einsum=lambda w, x: (
+    lambda k: jnp.einsum("ij,j->i", k, jnp.einsum("ij,i->j", k, jnp.sin(x[:, 0])))
+  )(jnp.exp(-(x @ w))),
+  in_a_loop=lambda w, x: (
+    lambda k: lax.fori_loop(0, 8, lambda _, v: 1 / (k.T @ (1 / (k @ v))), x[0])
+  )(jnp.exp(x)),
 )
-def test_a_float32_matrix_times_a_vector_is_float32(fn, policy):
+def test_a_float32_matrix_times_what_it_made_is_float32(fn, policy):
   x = 3 + jnp.sin(jnp.arange(64.0)).reshape(16, 4)
   *_, product = matmuls(mpjax.autocast(fn, policy), 0.1 * jnp.eye(4), x)
   assert {v.aval.dtype for v in (*product.invars, *product.outvars)} == {np.dtype(jnp.float32)}
@@ -2337,6 +2355,9 @@ def test_a_float32_matrix_times_a_vector_is_float32(fn, policy):
   one_example=lambda w, x: jnp.tanh(x[0] @ w) @ w,
   a_row_of_weights=lambda w, x: x @ w[0],
   given=lambda w, x: jnp.tanh(x.T @ x[:, 0]) @ w,
+  normalizer=lambda w, x: (lambda q, k: q @ k.sum(0))(
+    jax.nn.elu(x @ w) + 1, jax.nn.elu(x @ w.T) + 1
+  ),
   one_query=lambda w, x: (lambda h: jax.nn.softmax(h[:1] @ h.T) @ h)(x @ w),
 )
 def test_a_vector_of_a_layer_is_multiplied_in_16_bits(fn, policy):

@@ -218,6 +218,7 @@ def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterat
     if (made := makers.get(before.value)) is None:
       continue
     name, read = operation(made), [*map(source, made.invars)]
+    read = read[:1] if name == "pow" else read  # to a power that is a number
     is_inner = name == "dot_general" and jaxprs.is_inner(made)
     if name == "dot_general" and any(isinstance(atom, Literal) for atom in read):
       name = "reduce_sum"  # by a vector of ones

@@ -44,7 +44,7 @@ for name in ("float32", "mixed_bfloat16", "mixed_float16"):
 # ## What a policy does to a function
 #
 # `autocast` traces your function in float32 and decides for every operation. Look at the program that comes out: the
-# matmul takes `bf16`, the softmax works in `f32`, and the parameters `a` and `b` are `f32` at the door.
+# matmul takes `bf16`, the scale and the softmax work in `f32`, and the parameters `a` and `b` are `f32` at the door.
 
 
 # %%
@@ -58,7 +58,8 @@ x = jnp.linspace(-1, 1, 4 * 16).reshape(4, 16)
 print(jax.make_jaxpr(mpjax.autocast(attention_scores, "mixed_bfloat16"))(params, x))
 
 # %% [markdown]
-# NumPy's `np.sqrt(8.0)` would have pulled everything after it to float32 in plain 16-bit code; here it cannot.
+# NumPy's `np.sqrt(8.0)` would have pulled everything after it to float32 in plain 16-bit code; here the scale is
+# float32 only because the softmax that reads it is: so the scores round once.
 
 # %% [markdown]
 # ## A Linen model

@@ -314,8 +314,8 @@ class Knowledge:
       if not waiting:
         return isinstance(atom, Literal)
       before = waiting.pop()
-      if isinstance(before, Literal):
-        continue
+      if isinstance(before, Literal) or not jaxprs.is_float32(before):
+        continue  # a mask, or the integers of a quantized layer
       made = makers.get(before)
       if before in self.results:
         return True

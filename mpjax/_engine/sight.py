@@ -258,7 +258,8 @@ def is_of_few(eqn: JaxprEqn) -> bool:
   """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
   if eqn.primitive.name != "dot_general":
     return False
-  return max([jaxprs.terms(eqn), *jaxprs.free(eqn, 0), *jaxprs.free(eqn, 1)]) <= FEW
+  free = [jaxprs.size_of([dim]) for n in (0, 1) for dim in jaxprs.free(eqn, n)]
+  return max([jaxprs.terms(eqn), *free]) <= FEW
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

@@ -52,6 +52,15 @@ FUNCTIONS = {
   "distance": lambda w, x: (lambda h: (h * h).sum(1)[:, None] + (h * h).sum(1) - 2 * h @ h.T)(
     x @ w
   ),
+  "filter": lambda w, x: (
+    lax.scan(
+      lambda c, u: (jnp.linalg.solve(w @ c @ w.T + jnp.eye(WIDTH), c), u @ c), jnp.eye(WIDTH), x
+    )[1]
+    @ x.T
+  ),
+  "batches": lambda w, x: lax.fori_loop(
+    0, 20, lambda _, h: (h @ w) @ jnp.linalg.inv(jnp.eye(WIDTH) + h.T @ h), x
+  ),
   "embedding": lambda w, x: w[jnp.arange(x.shape[0]) % WIDTH] @ w,
 }
 

@@ -77,7 +77,7 @@ class _Product(NamedTuple):
   Attributes:
     result: What it makes.
     operands: What it multiplies, as it was before it was moved.
-    is_layer: Whether that has parameters.
+    is_layer: Whether that has weights: parameters, or what gradient steps make of them.
   """
 
   result: Var
@@ -86,7 +86,7 @@ class _Product(NamedTuple):
 
 
 def beside_their_squares(
-  inner: Jaxpr, makers: Mapping[Any, JaxprEqn], source: Source, pure: Collection[Var]
+  inner: Jaxpr, makers: Mapping[Any, JaxprEqn], source: Source, weights: Collection[Var]
 ) -> set[Var]:
   """The matmuls to which sums of products of what they multiply are added, as in a distance.
 
@@ -99,7 +99,7 @@ def beside_their_squares(
     name = eqn.primitive.name
     if name == "dot_general" or name in _CALLS:
       if operands := _multiplies(eqn, source):
-        is_layer = not variables_of(eqn.invars).isdisjoint(pure)
+        is_layer = not variables_of(eqn.invars).isdisjoint(weights)
         product = _Product(eqn.outvars[0], operands, is_layer)
         products[product.result] = {product.result: product}
       elif products and len(eqn.invars) == 1 and len(eqn.outvars) == 1:

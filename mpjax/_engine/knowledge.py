@@ -154,8 +154,9 @@ class Knowledge:
     self.leading = needs.leading(jaxpr, outside)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    is_sum, pure = analyses.contents.is_sum, self.sums.pure
-    self.moments = moments(inner, makers, known.moments, is_sum, pure, is_backward)
+    weights = self.sums.weights(inner)
+    is_sum = analyses.contents.is_sum
+    self.moments = moments(inner, makers, known.moments, is_sum, weights, is_backward)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance

@@ -40,7 +40,7 @@ def moments(
   makers: Mapping[Any, JaxprEqn],
   outs: Collection[int],
   is_sum: Callable[[JaxprEqn], bool],
-  pure: Collection[Var],
+  weights: Collection[Var],
   is_backward: Callable[[JaxprEqn], bool],
 ) -> Moments:
   """The moments of a jaxpr of which one is subtracted from another.
@@ -50,7 +50,7 @@ def moments(
     makers: Its equations, by what they make.
     outs: Which of its results are such moments outside.
     is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
-    pure: What is made of parameters alone.
+    weights: What is made of parameters alone, or of gradient steps from these.
     is_backward: Whether an equation stands in a backward pass.
   """
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
@@ -59,19 +59,19 @@ def moments(
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
       found |= _of_difference(second, product, makers, is_sum, source, same)
-      found |= _near_constant(second, product, makers, source, pure)
-  found |= beside_their_squares(inner, makers, source, pure)
+      found |= _near_constant(second, product, makers, source, weights)
+  found |= beside_their_squares(inner, makers, source, weights)
   if not found:
     return Moments()
   values = frozenset(var for start in found for var in _chain(start, makers))
-  return Moments(values, _derivatives(inner, values, source, pure, is_backward))
+  return Moments(values, _derivatives(inner, values, source, weights, is_backward))
 
 
 def _derivatives(
   inner: Jaxpr,
   values: Collection[Var],
   source: Source,
-  pure: Collection[Var],
+  weights: Collection[Var],
   is_backward: Callable[[JaxprEqn], bool],
 ) -> frozenset[Var]:
   """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
@@ -83,7 +83,7 @@ def _derivatives(
       for var in variables_of([source(value)]):
         if result in values:
           shapes.setdefault(var, set()).add(_sorted_shape(result))
-        elif var in shapes and variables_of([other]).isdisjoint(pure):
+        elif var in shapes and variables_of([other]).isdisjoint(weights):
           like = other if is_backward(eqn) else result
           is_inside = is_backward(eqn) or "jvp(" in str(eqn.source_info.name_stack)
           found |= {result} if is_inside and _sorted_shape(like) in shapes[var] else set()
@@ -99,7 +99,7 @@ def _near_constant(
   value: Atom,
   makers: Mapping[Any, JaxprEqn],
   source: Source,
-  pure: Collection[Var],
+  weights: Collection[Var],
 ) -> set[Var]:
   """A matmul less one, or of a value with itself less a matrix that the program computes.
 
@@ -119,7 +119,7 @@ def _near_constant(
   if made is None or made.primitive.name != "dot_general":
     return set()
   if is_number:
-    return set() if any(a in pure for a in variables_of(made.invars)) else {*made.outvars}
+    return set() if any(a in weights for a in variables_of(made.invars)) else {*made.outvars}
   first, second = map(source, made.invars)
   is_own = first is second and not isinstance(first, Literal)
   return {*made.outvars} if is_own and is_computed(constant, makers) else set()

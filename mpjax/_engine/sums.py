@@ -101,7 +101,7 @@ def sums_in(
       origins[var] = origin
     if read and pure.keys() >= {*read}:
       pure |= dict.fromkeys(eqn.outvars, origin & ~(_BORN | _LAYER))
-    elif eqn.primitive.name in ("add", "sub", "add_any") and len(read) == 2:
+    elif eqn.primitive.name in _STEPS and len(read) == 2:
       for target, change in (read, read[::-1]):
         if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
           related = origins.get(change, 0) & (pure[target] | _BORN)
@@ -189,6 +189,17 @@ class Sums(NamedTuple):
     """Whether a value was computed in a backward pass."""
     return not isinstance(atom, Literal) and bool(self.origins.get(atom, 0) & _BORN)
 
+  def weights(self, inner: Jaxpr) -> Collection[Var]:
+    """What is made of parameters alone, and what gradient steps make of that."""
+    found: Collection[Var] = self.pure
+    for eqn in inner.eqns if self.updates else ():
+      if variables_of(eqn.invars).isdisjoint(found):
+        continue
+      is_step = eqn.outvars[0] in self.updates or any(map(self.is_cotangent, eqn.invars))
+      if eqn.primitive.name in UNCHANGED or (eqn.primitive.name in _STEPS and is_step):
+        found = {*found, *eqn.outvars}
+    return found
+
   def is_of_no_parameter(self, var: Var) -> bool:
     """Whether a value was computed from no parameter, be it in a backward pass."""
     return not self.origins.get(var, 0) & ~_BORN
@@ -217,6 +228,7 @@ class Sums(NamedTuple):
     return tuple(related) if mixed else ()
 
 
+_STEPS = frozenset({"add", "sub", "add_any"})
 _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 _OUTSIDE = 1 << 4097

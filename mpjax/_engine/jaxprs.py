@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
@@ -197,6 +197,26 @@ def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
 def makers_of(inner: Jaxpr) -> dict[Var, JaxprEqn]:
   """What makes each variable of a jaxpr that an equation makes."""
   return {var: eqn for eqn in inner.eqns for var in eqn.outvars}
+
+
+def behind(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], known: Collection[Var] = frozenset()
+) -> Iterator[tuple[Var, JaxprEqn | None]]:
+  """A value and what it is made of, by and by, each with what makes it; None if no equation does.
+
+  Args:
+    atom: A variable or literal of a jaxpr.
+    makers: The equations of that, by what they make.
+    known: What is left out, with what it is made of.
+  """
+  queue, seen = [atom], set[Var](known)
+  while queue:
+    before = queue.pop()
+    if not isinstance(before, Literal) and before not in seen:
+      seen.add(before)
+      made = makers.get(before)
+      yield before, made
+      queue += made.invars if made is not None else ()
 
 
 def variables_of(atoms: Iterable[Atom]) -> set[Var]:

@@ -9,6 +9,7 @@ gathered for one jaxpr, and handed on to the bodies that this holds.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -338,17 +339,10 @@ class Knowledge:
 
   def depends_on_carry(self, atom: Atom) -> bool:
     """Whether a value is made of what a loop hands on, a few equations before."""
-    waiting = [atom]
-    for _ in range(_LOOKS):
-      if not waiting or not self.carried:
-        return False
-      before = waiting.pop()
-      if not isinstance(before, Literal):
-        if before in self.carried:
-          return True
-        made = self.view.makers.get(before)
-        waiting += made.invars if made is not None else ()
-    return False
+    if not self.carried:
+      return False
+    found = itertools.islice(jaxprs.behind(atom, self.view.makers), _LOOKS)
+    return any(var in self.carried for var, _ in found)
 
   def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
     if not self._analyses.contents.matmuls(body.jaxpr):

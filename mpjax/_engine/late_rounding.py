@@ -34,7 +34,7 @@ _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
 _MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
 _ADDS_UP = _ADDS | {"reduce_sum"}
-_ENDS = FUNCTIONS | _ADDS | {"reduce_sum", "reduce_max", "reduce_min", "exp", "exp2", "gather"}
+_ENDS = _ADDS_UP | FUNCTIONS | {"reduce_max", "reduce_min", "exp", "exp2", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
 
@@ -110,19 +110,11 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
 
 
 def _is_multiple(step: Step) -> bool:
-  """Whether a step multiplies a narrow value by a number, or divides it by one, and rounds."""
+  """Whether a step with a narrow result multiplies by a number, or divides by one."""
   first, second = step.operands
   kinds = {form and form.kind for form in (first, second)}
-  return (
-    kinds == {Kind.CONSTANT, Kind.NARROW}
-    and _is_narrow(step)
-    and not (step.eqn.primitive.name == "div" and first == CONSTANT)
-  )
-
-
-def _is_narrow(step: Step) -> bool:
-  (form,) = step.outs
-  return step.rule is Rule.FOLLOW and form is not None and form.kind is Kind.NARROW
+  is_reciprocal = step.eqn.primitive.name == "div" and first == CONSTANT
+  return kinds == {Kind.CONSTANT, Kind.NARROW} and not is_reciprocal
 
 
 def _is_inexact(number: float, form: Form | None) -> bool:

@@ -12,7 +12,7 @@ of nothing but numbers is no layer either: it interpolates, differentiates or tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from mpjax._engine import versions
 from mpjax._engine.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.constants import LOOKED_AT, is_here
 from mpjax._engine.contents import SOLVES, Contents, skips_entries
-from mpjax._engine.jaxprs import kind
+from mpjax._engine.jaxprs import behind, kind
 from mpjax._engine.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
@@ -191,7 +191,7 @@ def is_computed(
     makers: The equations of that, by what they make.
     known: Operands of it that are so made.
   """
-  found = _made(atom, makers, known)
+  found = (eqn for _, eqn in behind(atom, makers, known))
   return not any(eqn is None or eqn.primitive.name.startswith(_FROM_OUTSIDE) for eqn in found)
 
 
@@ -200,24 +200,7 @@ _FROM_OUTSIDE = "random_", "rng_", "pure_callback", "io_callback"
 
 def depends_on_more_than_numbers(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> bool:
   """Whether a value is made of an operand of its jaxpr, or of what that captured."""
-  return None in _made(atom, makers)
-
-
-def _made(
-  atom: Atom, makers: Mapping[Any, JaxprEqn], known: Collection[Var] = frozenset()
-) -> Iterator[JaxprEqn | None]:
-  """What makes a value, and what it is made of, by and by; None for what no equation makes.
-
-  Without what is known already.
-  """
-  queue, seen = [atom], set[Var](known)
-  while queue:
-    before = queue.pop()
-    if not isinstance(before, Literal) and before not in seen:
-      seen.add(before)
-      made = makers.get(before)
-      yield made
-      queue += made.invars if made is not None else ()
+  return any(eqn is None for _, eqn in behind(atom, makers))
 
 
 def _are_whole(value: Any) -> bool:

@@ -14,6 +14,7 @@ from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine import jaxprs, sight
 from mpjax._engine.bodies import RULES_WITH_BODIES
 from mpjax._engine.keep_float32 import KEEP_FLOAT32
+from mpjax._engine.own_unit import adds_much
 from mpjax._engine.points import transforms_points
 from mpjax._engine.roles import GATES
 from mpjax._engine.running_sums import adds_neighbors
@@ -308,7 +309,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "own unit",
     {"add", "sub"},
-    lambda s: s.is_narrow and sight.adds_much(s),
+    lambda s: s.is_narrow and adds_much(s),
     Rule.FULL,
     "300, or a parameter, and what a model says: its output comes back in its own unit",
     lasts=True,

@@ -191,13 +191,15 @@ class Sums(NamedTuple):
 
   def weights(self, inner: Jaxpr) -> Collection[Var]:
     """What is made of parameters alone, and what gradient steps make of that."""
-    found: Collection[Var] = self.pure
-    for eqn in inner.eqns if self.updates else ():
+    if not self.updates:  # as nearly always
+      return self.pure
+    found = {*self.pure}
+    for eqn in inner.eqns:
       if variables_of(eqn.invars).isdisjoint(found):
         continue
       is_step = eqn.outvars[0] in self.updates or any(map(self.is_cotangent, eqn.invars))
       if eqn.primitive.name in UNCHANGED or (eqn.primitive.name in _STEPS and is_step):
-        found = {*found, *eqn.outvars}
+        found.update(eqn.outvars)
     return found
 
   def is_of_no_parameter(self, var: Var) -> bool:

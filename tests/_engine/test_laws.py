@@ -42,6 +42,11 @@ def in_both_formats(fn, policy, *args):
   return jax.device_get(run(*args))
 
 
+def operand_bytes(found):
+  """How many bytes the numbers have that some matmuls multiply."""
+  return {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars}
+
+
 def matmuls(fn, *args):
   found = equations(jax.make_jaxpr(fn)(*args))
   return [e for e in found if e.primitive.name == "dot_general"]
@@ -1534,7 +1539,7 @@ def test_a_recursion_that_solves_is_float32_with_learned_matrices_too(fn, policy
 def test_layers_of_what_every_turn_is_given_stay_narrow(fn, policy):
   w = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4))
   found = matmuls(mpjax.autocast(fn, policy), w, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 @both
@@ -1552,7 +1557,7 @@ def test_networks_in_loops_that_factor_matrices_stay_narrow(fn, policy):
   w, x = 0.1 * jax.random.normal(jax.random.key(0), (2, 32, 32)), jnp.ones((8, 32))
   found = matmuls(mpjax.autocast(lambda p, w, x: fn(w * p, x), policy), 1.0, w, x)
   layers = [e for e in found if 8 in e.outvars[0].aval.shape]
-  assert layers and {atom.aval.dtype.itemsize for eqn in layers for atom in eqn.invars} == {2}
+  assert layers and operand_bytes(layers) == {2}
 
 
 def soap(w, basis, x):
@@ -1566,7 +1571,7 @@ def test_a_network_that_is_trained_in_a_basis_of_its_own_stays_narrow():
   fn = lambda w, x: lax.fori_loop(0, 20, lambda _, s: soap(*s, x), (w, jnp.eye(32)))[0]
   found = matmuls(mpjax.autocast(fn, "mixed_bfloat16"), w, x)
   layers = [e for e in found if 8 in e.outvars[0].aval.shape]
-  assert layers and {atom.aval.dtype.itemsize for eqn in layers for atom in eqn.invars} == {2}
+  assert layers and operand_bytes(layers) == {2}
 
 
 @both
@@ -1577,7 +1582,7 @@ def test_a_frozen_network_in_a_loop_to_a_time_stays_narrow(policy):
 
   w = 0.1 * jax.random.normal(jax.random.key(0), (2, 4, 4))
   found = matmuls(mpjax.autocast(flow, policy), W, w, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 @both
@@ -1603,7 +1608,7 @@ def test_a_learned_readout_makes_no_layer_of_what_it_reads(policy):
 def test_a_recurrence_of_layers_stays_narrow(fn, policy):
   w = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4))
   found = matmuls(mpjax.autocast(fn, policy), w, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 @both
@@ -1616,7 +1621,7 @@ def test_a_recurrence_of_layers_stays_narrow(fn, policy):
 def test_frozen_layers_are_layers(fn, policy):
   w, b = 0.1 * jax.random.normal(jax.random.key(0), (24, 4, 4)), jnp.ones((24, 4))
   found = matmuls(mpjax.autocast(fn, policy), b, w, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 def followed(w, z):
@@ -2362,7 +2367,7 @@ def test_a_float32_matrix_times_what_it_made_is_float32(fn, policy):
 )
 def test_a_vector_of_a_layer_is_multiplied_in_16_bits(fn, policy):
   found = matmuls(mpjax.autocast(fn, policy), W, jnp.ones((16, 4)))
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 def sinkhorn(cost):
@@ -2427,7 +2432,7 @@ def test_an_equilibrium_of_layers_is_sought_in_16_bits(policy):
     return lax.while_loop(lambda s: s[1] > 0.1, turn, (x, jnp.inf))[0]
 
   found = matmuls(mpjax.autocast(fn, policy), 0.1 * W, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 ORDERED = {
@@ -2507,7 +2512,7 @@ def test_phases_of_data_are_exact(fn, policy):
 def test_phases_of_layers_stay_narrow(policy):
   network = lambda w, x: jnp.sin(30 * jnp.sin(30 * x @ w) @ w) @ w
   found = matmuls(mpjax.autocast(network, policy), W, DATA)
-  assert {atom.aval.dtype.itemsize for eqn in found for atom in eqn.invars} == {2}
+  assert operand_bytes(found) == {2}
 
 
 @both

@@ -49,7 +49,8 @@ def _notes(report: Comparison, width: int) -> list[str]:
     f"{report.job}: {report.plan.steps} steps of {report.plan.batch_size}, "
     f"seed {report.plan.seed}. loss: mean of the last applied training steps; "
     f"{report.metric.name.replace('_', ' ')}: on held-out data.",
-    "args, temp: memory of the compiled step, as the compiler states it; "
+    "args, temp: memory of the compiled step, as the compiler states it, which for a CPU says "
+    "nothing of a GPU's (mpjax cost --target asks for that); "
     "ratio: step time to the first row's.",
   )
   return ["\n".join(textwrap.fill(note, min(width, _WIDEST_NOTE)) for note in notes)]

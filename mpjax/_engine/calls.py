@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,16 @@ class Call:
     self.hidden = escapes.hidden(self.out_leaves, self.out_tree)
     return [*filter(is_traced, out), *(value for _, value in self.hidden)]
 
+  def flat_and_named(self) -> Callable[..., list[Any]]:
+    """`flat` for a trace, whose errors name the user's function and its line by it."""
+
+    def flat(*arrays: Any) -> list[Any]:
+      return self.flat(*arrays)
+
+    flat.__name__ = getattr(self.fn, "__name__", type(self.fn).__name__)
+    flat.__dict__ |= {"__wrapped__": self.fn, "__signature__": _OF_ARRAYS}
+    return flat
+
   def given_back(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Which results are a tree of parameters again: as a state is that a function updates.
 
@@ -121,6 +132,9 @@ class Call:
     rest = iter(zip(arrays, forms, strict=True))
     pairs = [next(rest) if x is None else (x, None) for x in self.out_leaves]
     return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
+
+
+_OF_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])
 
 
 def spread_flags(flag: Flag, value: Any) -> list[bool | str]:

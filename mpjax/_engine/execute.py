@@ -118,7 +118,7 @@ def decide(
     TypeError: A result holds arrays outside of its pytree.
   """
   call = Call(fn, args, kwargs, flags)
-  jaxpr = captured.trace(call.flat, call.operands)
+  jaxpr = captured.trace(call.flat_and_named(), call.operands)
   escapes.check(call.hidden, jaxpr)
   outs = versions.open_jaxpr(jaxpr).outvars
   of_call = Known(

@@ -360,3 +360,13 @@ def test_a_function_is_no_value_to_mark_and_a_bool_no_position():
     mpjax.keep_float32(jax.nn.softmax)
   with pytest.raises(TypeError, match="must be positions, integers; got True"):
     mpjax.autocast(lambda w, x: x @ w, "mixed_bfloat16", argnums=True)
+
+
+def test_an_error_of_a_trace_names_the_function_and_its_line():
+  def reads_a_value(params, x):
+    return float((x @ params["w"]).sum())
+
+  line = reads_a_value.__code__.co_firstlineno
+  with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+    mpjax.autocast(reads_a_value, "mixed_bfloat16")({"w": jnp.ones((3, 3))}, jnp.ones((2, 3)))
+  assert f"tracing the function reads_a_value at {__file__}:{line} " in str(caught.value)

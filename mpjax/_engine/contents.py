@@ -66,7 +66,7 @@ class Contents:
       found |= {_WEIGHTED} if any(map(weights_of, weighing)) else set()
       slices = eqns if "slice" in found else ()
       found |= {_SKIPS} if any(map(skips_entries, slices)) else set()
-      holding = [] if found.isdisjoint(HAVE_BODIES) else eqns
+      holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
       for body in (body for eqn in holding for body in bodies_of(eqn)):
         found |= self.primitives(body.jaxpr)
     return found

@@ -8,21 +8,16 @@ input beside a layer is no such thing, nor is one of its outputs that is subtrac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import UNCHANGED, Trait, having
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import HAVE_BODIES, made_in
+from mpjax._core.primitives import Trait, having
+from mpjax._engine import jaxprs
+from mpjax._engine.bodies import HAVE_BODIES
 from mpjax._engine.jaxprs import operation, variables_of
-from mpjax._engine.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.origins import Origins
+from mpjax._engine.versions import Jaxpr, JaxprEqn, Literal, Var
 
-Source = Callable[[Atom], Any]
-"""Tells what an operand was moved from, or is a multiple of."""
-
-_MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
-_SCALED = frozenset({"mul", "div"})
-_HANDS_ON = _MOVED | _SCALED
 _ADDS = frozenset({"add", "sub"})
 _PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
 _LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
@@ -38,37 +33,24 @@ _EQUATIONS_OF_A_PRODUCT = 8
 """How many equations a function has that is taken for a matmul."""
 
 
-def source_in(inner: Jaxpr) -> Source:
-  """What tells in a jaxpr what an operand was moved from, or is a multiple of.
+def beside_their_squares(inner: Jaxpr, origins: Origins, weights: Collection[Var]) -> set[Var]:
+  """The matmuls to which sums of products of what they multiply are added, as in a distance.
 
-  Of a part that is cut twice, what was cut first.
+  Or the diagonal of the matmul itself, which holds such sums.
+
+  Args:
+    inner: The jaxpr, open.
+    origins: The origins of its values.
+    weights: What makes a matmul a layer: parameters, or what gradient steps make of them.
   """
-  known: dict[Any, Any] = {}
-  parts: dict[Any, Var] = {}
+  seen = _Seen(origins, weights)
   for eqn in inner.eqns:
-    if eqn.primitive.name not in _HANDS_ON:  # most; this is asked of every equation
-      continue
-    for atom in handed_on(eqn):
-      before = atom if isinstance(atom, Literal) else known.get(atom, atom)
-      if eqn.primitive.name == "slice" and not isinstance(before, Literal):
-        place = before, *(eqn.params[key] for key in ("start_indices", "limit_indices", "strides"))
-        before = parts.setdefault(place, eqn.outvars[0])
-      known[eqn.outvars[0]] = before
-  return lambda atom: atom if isinstance(atom, Literal) else known.get(atom, atom)
-
-
-def handed_on(eqn: JaxprEqn) -> list[Atom]:
-  """What an equation moves, or multiplies by a number; none if it does something else."""
-  return eqn.invars[:1] if eqn.primitive.name in _MOVED else _multiplied(eqn)
-
-
-def _multiplied(eqn: JaxprEqn) -> list[Atom]:
-  """What an equation multiplies by a single number or divides by one; none if it does not."""
-  name = eqn.primitive.name
-  if name not in _SCALED:
-    return []
-  read: list[Any] = [atom for atom in eqn.invars if getattr(atom.aval, "shape", ())]
-  return read if len(read) == 1 and (name == "mul" or read[0] is eqn.invars[0]) else []
+    name = eqn.primitive.name
+    if name == "dot_general" or name in _CALLS:
+      seen.product(eqn)
+    elif name in _ADDS and seen.products:
+      seen.sum(eqn)
+  return seen.found
 
 
 class _Product(NamedTuple):
@@ -77,7 +59,7 @@ class _Product(NamedTuple):
   Attributes:
     result: What it makes.
     operands: What it multiplies, as it was before it was moved.
-    is_layer: Whether that has weights: parameters, or what gradient steps make of them.
+    is_layer: Whether that has weights.
   """
 
   result: Var
@@ -85,76 +67,74 @@ class _Product(NamedTuple):
   is_layer: bool
 
 
-def beside_their_squares(
-  inner: Jaxpr, makers: Mapping[Any, JaxprEqn], source: Source, weights: Collection[Var]
-) -> set[Var]:
-  """The matmuls to which sums of products of what they multiply are added, as in a distance.
+class _Seen:
+  """The matmuls of a jaxpr so far, and what is added to them.
 
-  Or the diagonal of the matmul itself, which holds such sums.
+  Attributes:
+    products: They, by the sums that they are terms of, a few to a sum.
+    found: Those beside the squares of what they multiply.
   """
-  products: dict[Any, dict[Var, _Product]] = {}  # by the sums that they are terms of, a few
-  squares: dict[Var, set[Var]] = {}  # of what they multiply, that are terms of these sums
-  found = set[Var]()
-  for eqn in inner.eqns:
-    name = eqn.primitive.name
-    if name == "dot_general" or name in _CALLS:
-      if operands := _multiplies(eqn, source):
-        is_layer = not variables_of(eqn.invars).isdisjoint(weights)
-        product = _Product(eqn.outvars[0], operands, is_layer)
-        products[product.result] = {product.result: product}
-      elif products and len(eqn.invars) == 1 and len(eqn.outvars) == 1:
-        entries = {
-          b.value for b in _behind_call(eqn, _Before(eqn.outvars[0]), source) if b.is_entry
-        }
-        whole = [products[var] for var in entries if var in products]  # of which this is a diagonal
-        products |= dict.fromkeys(eqn.outvars, whole[0]) if whole else {}
-    elif name in _ADDS and products:
-      terms = [source(atom) for atom in eqn.invars]
-      terms = [atom for atom in terms if not isinstance(atom, Literal)]
-      inside = [products.get(atom, {}) for atom in terms]
-      for term, others in zip(terms, reversed(inside), strict=True):
-        if others and term in makers:
-          for product in others.values():
-            squared = _squared(term, product, makers, source)
-            squares.setdefault(product.result, set()).update(squared)
-            of = variables_of(product.operands) if product.is_layer else squared
-            found |= {product.result} if squared and of <= squares[product.result] else set()
-      # A residual stream is a sum of layers, none of which has the squares of anything beside it.
-      own = {
-        var: product
-        for of in inside
-        for var, product in of.items()
-        if not product.is_layer or squares.get(var)
-      }
-      if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
-        products[eqn.outvars[0]] = own
-  return found
+
+  def __init__(self, origins: Origins, weights: Collection[Var]) -> None:
+    self._origins, self._weights = origins, weights
+    self.products: dict[Any, dict[Var, _Product]] = {}
+    self.found = set[Var]()
+    self._squares: dict[Var, set[Var]] = {}  # of what they multiply, that are added to them
+
+  def product(self, eqn: JaxprEqn) -> None:
+    """Notes a matmul, a call of one, or a call that picks entries of one: its diagonal."""
+    if operands := _multiplies(eqn, self._origins):
+      is_layer = not variables_of(eqn.invars).isdisjoint(self._weights)
+      product = _Product(eqn.outvars[0], operands, is_layer)
+      self.products[product.result] = {product.result: product}
+    elif self.products and len(eqn.invars) == len(eqn.outvars) == 1:
+      behind = _behind_call(eqn, _Before(eqn.outvars[0]), self._origins)
+      entries = {before.value for before in behind if before.is_entry}
+      whole = [self.products[var] for var in entries if var in self.products]
+      self.products |= dict.fromkeys(eqn.outvars, whole[0]) if whole else {}
+
+  def sum(self, eqn: JaxprEqn) -> None:
+    """Notes what is added to matmuls, or subtracted."""
+    terms = [atom for atom in self._origins.of_all(eqn.invars) if not isinstance(atom, Literal)]
+    inside = [self.products.get(atom, {}) for atom in terms]
+    for term, others in zip(terms, reversed(inside), strict=True):
+      for product in others.values() if term in self._origins.makers else ():
+        self._add(product, _squared(term, product, self._origins))
+    # A residual stream is a sum of layers, none of which has the squares of anything beside it.
+    own = {
+      var: product
+      for of in inside
+      for var, product in of.items()
+      if not product.is_layer or self._squares.get(var)
+    }
+    if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
+      self.products[eqn.outvars[0]] = own
+
+  def _add(self, product: _Product, squared: set[Var]) -> None:
+    """Adds what a term sums up squares of to what others did; a layer needs those of both."""
+    known = self._squares.setdefault(product.result, set())
+    known |= squared
+    wanted = variables_of(product.operands) if product.is_layer else squared
+    if squared and wanted <= known:
+      self.found.add(product.result)
 
 
-def _multiplies(eqn: JaxprEqn, source: Source) -> tuple[Any, Any] | None:
+def _multiplies(eqn: JaxprEqn, origins: Origins) -> tuple[Any, Any] | None:
   """What a matmul multiplies, or one that a call is of; None of any other call."""
   if eqn.primitive.name == "dot_general":
-    first, second = map(source, eqn.invars)
+    first, second = origins.of_all(eqn.invars)
     return first, second
-  if len(eqn.outvars) != 1:
+  called = origins.in_call(eqn, eqn.outvars[0]) if len(eqn.outvars) == 1 else None
+  if called is None or len(called.origins.makers) > _EQUATIONS_OF_A_PRODUCT:
     return None
-  body, result = made_in(eqn, eqn.outvars[0])
-  inner = versions.open_jaxpr(body.jaxpr)
-  if result is None or len(inner.eqns) > _EQUATIONS_OF_A_PRODUCT:
+  made = called.origins.maker(called.made)
+  if made is None or made.primitive.name != "dot_general":
     return None
-  within = source_in(inner)
-  makers = jaxprs.makers_of(inner)
-  makes = [makers[var] for var in variables_of([within(result)]) if var in makers]
-  if not makes or makes[0].primitive.name != "dot_general":
-    return None
-  outside = dict(zip(inner.invars, map(source, body.take(eqn.invars)), strict=True))
-  read = [outside.get(var) for var in variables_of(map(within, makes[0].invars))]
+  read = [called.outside.get(var) for var in variables_of(called.origins.of_all(made.invars))]
   return (read[0], read[-1]) if read and None not in read else None
 
 
-def _squared(
-  term: Var, product: _Product, makers: Mapping[Any, JaxprEqn], source: Source
-) -> set[Var]:
+def _squared(term: Var, product: _Product, origins: Origins) -> set[Var]:
   """Of which of the values that a matmul multiplies a term sums up squares, or multiplies sums.
 
   Of a layer no sums of what it multiplies: a pool of its input, and of its weights, is no moment;
@@ -164,7 +144,7 @@ def _squared(
   first, second = product.operands
   multiplied, sides = variables_of(product.operands), set[tuple[int, int]]()
   found = set[Var]()
-  for before in _behind(term, makers, source):
+  for before in _behind(term, origins):
     if before.is_entry and before.value is product.result and first is second:
       found |= multiplied
     elif before.value in multiplied:
@@ -208,22 +188,22 @@ class _Before(NamedTuple):
     )
 
 
-def _behind(term: Var, makers: Mapping[Any, JaxprEqn], source: Source) -> Iterator[_Before]:
+def _behind(term: Var, origins: Origins) -> Iterator[_Before]:
   """What sums, products, quotients and roots make a term of, in the bodies of calls, too."""
   waiting = [_Before(term)]
   for _ in range(_LOOKS):
     if not waiting:
       return
     yield (before := waiting.pop())
-    if (made := makers.get(before.value)) is None:
+    if (made := origins.makers.get(before.value)) is None:
       continue
-    name, read = operation(made), [*map(source, made.invars)]
+    name, read = operation(made), origins.of_all(made.invars)
     read = read[:1] if name == "pow" else read  # to a power that is a number
     is_inner = name == "dot_general" and jaxprs.is_inner(made)
     if name == "dot_general" and any(isinstance(atom, Literal) for atom in read):
       name = "reduce_sum"  # by a vector of ones
     if name in HAVE_BODIES:
-      waiting += _behind_call(made, before, source)
+      waiting += _behind_call(made, before, origins)
     elif name == "gather":
       waiting += [before._replace(value=var, is_entry=True) for var in variables_of(read[:1])]
     elif is_inner or name in _LEADS_ON:
@@ -244,15 +224,14 @@ def _factors_of(product: _Before, made: JaxprEqn, read: Sequence[Any]) -> list[_
   return [product._replace(value=v, is_square=is_square, is_entry=False) for _, v in pairs[:1]]
 
 
-def _behind_call(eqn: JaxprEqn, result: _Before, around: Source) -> list[_Before]:
+def _behind_call(eqn: JaxprEqn, result: _Before, origins: Origins) -> list[_Before]:
   """What of its operands stands behind the result of a call; nothing behind that of a loop."""
-  body, made = made_in(eqn, result.value)
-  if made is None:
+  called = origins.in_call(eqn, result.value)
+  if called is None or isinstance(called.made, Literal):
     return []
-  inner = versions.open_jaxpr(body.jaxpr)
-  outside = dict(zip(inner.invars, map(around, body.take(eqn.invars)), strict=True))
-  source = source_in(inner)
-  makers = jaxprs.makers_of(inner)
-  found = [own for var in variables_of([source(made)]) for own in _behind(var, makers, source)]
-  pairs = [(own, outside[own.value]) for own in found if own.value in outside]
-  return [own.within(result, value) for own, value in pairs if not isinstance(value, Literal)]
+  found = [
+    (own, called.outside[own.value])
+    for own in _behind(called.made, called.origins)
+    if own.value in called.outside
+  ]
+  return [own.within(result, value) for own, value in found if not isinstance(value, Literal)]

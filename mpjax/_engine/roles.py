@@ -151,7 +151,8 @@ class RoleFinder:
       found = Forward(roles, inside := {}, self._dtypes)
       makers: dict[Var, JaxprEqn] = {}
       for eqn in inner.eqns:
-        read, name = [found.of(atom) for atom in eqn.invars], operation(eqn)
+        name = operation(eqn)
+        read = [found.of(a) if isinstance(a, Literal) else roles.get(a, NONE) for a in eqn.invars]
         if name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
         elif eqn.outvars and (name in _FROM_ANYTHING or read.count(NONE) < len(read)):

@@ -12,7 +12,7 @@ from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import DEFAULT_OPS
 from mpjax._engine.cast_inputs import cast_inputs
-from mpjax._engine.keep_float32 import keep_float32
+from mpjax._engine.program.keep_float32 import keep_float32
 from mpjax._flax.dispatch import apply_policy, autocast, value_and_grad
 from mpjax._flax.policed import policy_of
 from mpjax._scaling.bfloat16_states import bfloat16_states

@@ -32,7 +32,7 @@ COLUMNS = {
 @contextmanager
 def everything_stored() -> Iterator[None]:
   """Without islands: the interpreter executes every step by itself."""
-  from mpjax._engine import islands
+  from mpjax._engine.running import islands
 
   find = islands.find
   islands.find = lambda plan: {}

@@ -12,7 +12,7 @@ import jax
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.scopes import POLICY_REGION
 from mpjax._engine.execute import decide
-from mpjax._engine.scaled_cotangents import read_loss_scale
+from mpjax._engine.running.scaled_cotangents import read_loss_scale
 
 P = ParamSpec("P")
 R = TypeVar("R")

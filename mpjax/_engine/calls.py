@@ -13,10 +13,9 @@ from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine import escapes
-from mpjax._engine.environment import to_dtype
-from mpjax._engine.kinds import DATA, PARAM, Form
-from mpjax._engine.plan import Forms
-from mpjax._engine.power_iteration import Own
+from mpjax._engine.analyses.power_iteration import Own
+from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms
+from mpjax._engine.running.environment import to_dtype
 
 STATE = "state"
 """The flag of what a model holds beside its parameters."""

@@ -12,8 +12,8 @@ import numpy as np
 from jax.core import Tracer
 
 from mpjax._core.dtypes import FLOAT32, describe
-from mpjax._engine.kernel_derivatives import cast_inputs_p
-from mpjax._engine.kernels import traced
+from mpjax._engine.program.kernels import traced
+from mpjax._engine.running.kernel_derivatives import cast_inputs_p
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from mpjax._engine import versions
-from mpjax._engine.versions import AnyJaxpr
+from mpjax._engine.program import versions
+from mpjax._engine.program.versions import AnyJaxpr
 
 _MOST = 500
 """Objects that are looked at in one result: what users make is small, what it refers to may not."""

@@ -12,21 +12,18 @@ from jax.extend import source_info_util
 
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
-from mpjax._engine import (
-  captured,
-  escapes,
-  jaxprs,
-  versions,
-)
+from mpjax._engine import escapes
+from mpjax._engine.analyses.knowledge import Known
+from mpjax._engine.analyses.sums import Summing
 from mpjax._engine.calls import Call, Flags, Result
-from mpjax._engine.environment import to_dtype
 from mpjax._engine.kept_plans import Planned, Program, planned
-from mpjax._engine.kinds import PARAM
-from mpjax._engine.knowledge import Known
-from mpjax._engine.plan import PLAIN, Plan, Scoping
-from mpjax._engine.planner import Planner
-from mpjax._engine.scaled_cotangents import UNSCALED, into, out_of
-from mpjax._engine.sums import Summing
+from mpjax._engine.planning.plan import PLAIN, Plan, Scoping
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.kinds import PARAM
+from mpjax._engine.running import captured
+from mpjax._engine.running.environment import to_dtype
+from mpjax._engine.running.scaled_cotangents import UNSCALED, into, out_of
 
 
 class Decided(NamedTuple):

@@ -21,13 +21,14 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 
 from mpjax._core.policy_map import PolicyMap
-from mpjax._engine import versions
-from mpjax._engine.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
-from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.knowledge import Known
-from mpjax._engine.plan import Forms, Plan, Scoping
-from mpjax._engine.planner import Planner
-from mpjax._engine.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from mpjax._engine.analyses.knowledge import Known
+from mpjax._engine.planning.plan import Plan, Scoping
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import versions
+from mpjax._engine.program.kinds import Forms
+from mpjax._engine.program.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from mpjax._engine.running.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
+from mpjax._engine.running.interpreter import Interpreter
 
 PROGRAMS = 32
 """How many programs are kept: those that were called last."""

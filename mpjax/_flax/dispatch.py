@@ -13,7 +13,7 @@ from flax import nnx
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.autocast import autocast as autocast_of_pytrees
 from mpjax._engine.autocast import which
-from mpjax._engine.scaled_cotangents import read_loss_scale
+from mpjax._engine.running.scaled_cotangents import read_loss_scale
 from mpjax._flax import linen_modules, nnx_models
 from mpjax._flax.nnx_calls import has_nodes, is_node, refuses_what_is_no_function, run
 from mpjax._flax.policed import mark

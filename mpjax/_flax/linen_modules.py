@@ -22,8 +22,8 @@ from mpjax._core.tree_paths import PyTree, path_str
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
-from mpjax._engine.plan import Scoping
-from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
+from mpjax._engine.planning.plan import Scoping
+from mpjax._engine.running.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.policed import facts, in_words, plain_class, refuse_module
 
 M = TypeVar("M", bound=nn.Module)

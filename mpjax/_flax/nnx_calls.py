@@ -20,8 +20,8 @@ from mpjax._core.scopes import AS_WRITTEN, POLICY_REGION, Path, has_policy, is_a
 from mpjax._core.tree_paths import PyTree
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
-from mpjax._engine.plan import Scoping
-from mpjax._engine.scaled_cotangents import UNSCALED
+from mpjax._engine.planning.plan import Scoping
+from mpjax._engine.running.scaled_cotangents import UNSCALED
 from mpjax._flax.policed import plain_class
 
 _PATH = "mpjax_path"

@@ -14,7 +14,7 @@ from mpjax._core.casting import cast_floating
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.execute import runs_as_written
-from mpjax._engine.scaled_cotangents import UNSCALED, read_loss_scale
+from mpjax._engine.running.scaled_cotangents import UNSCALED, read_loss_scale
 from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
 from mpjax._flax.policed import facts, in_words, plain_class, refuse_module
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from mpjax._core.policy import Policy, spec
 from mpjax._core.policy_map import PolicyMap
-from mpjax._engine.scaled_cotangents import UNSCALED
+from mpjax._engine.running.scaled_cotangents import UNSCALED
 
 PLAIN, POLICIES = "mpjax_plain_class", "mpjax_policies"
 

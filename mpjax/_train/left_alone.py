@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.tree_paths import PyTree
-from mpjax._engine import versions
-from mpjax._engine.jaxprs import variables_of
-from mpjax._engine.versions import Jaxpr, JaxprEqn, Literal
+from mpjax._engine.program import versions
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Literal
 
 
 def left_alone(update: Callable[[Any], tuple[Any, Any]], grads: PyTree) -> tuple[bool, ...]:

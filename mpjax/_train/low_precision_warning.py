@@ -11,9 +11,9 @@ from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import is_backward
 from mpjax._core.tree_paths import PyTree, leaf_paths
-from mpjax._engine import versions
-from mpjax._engine.scaled_cotangents import border_p
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.program import versions
+from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.running.scaled_cotangents import border_p
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.master_weights import MasterWeightsState
 from mpjax._scaling.rounding import StochasticRoundingState, is_16_bit

@@ -13,10 +13,10 @@ from jax.sharding import AxisType, get_abstract_mesh
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.execute import Decided
-from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.kinds import DATA, Kind
-from mpjax._engine.plan import LOCATED, Plan
-from mpjax._engine.planner import Planner
+from mpjax._engine.planning.plan import LOCATED, Plan
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program.kinds import DATA, Kind
+from mpjax._engine.running.interpreter import Interpreter
 from mpjax.inspect._check_report import (
   Change,
   CheckReport,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._engine.environment import brought_here
+from mpjax._engine.running.environment import brought_here
 
 
 class Stats(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.primitives import MATMULS
-from mpjax._engine import versions
-from mpjax._engine.bodies import repetitions
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import repetitions
+from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 from mpjax.inspect._compiled_text import Card
 from mpjax.inspect._flow_costs import flops, is_float
 from mpjax.inspect._targets import card_of

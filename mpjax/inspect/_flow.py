@@ -15,12 +15,12 @@ import numpy as np
 
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.primitives import Rule
-from mpjax._engine import versions
-from mpjax._engine.bodies import bodies_of, repetitions, settled
-from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.plan import Plan, Step
-from mpjax._engine.planner import Planner
-from mpjax._engine.versions import JaxprEqn, Literal
+from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import bodies_of, repetitions, settled
+from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.versions import JaxprEqn, Literal
 from mpjax.inspect._flow_costs import (
   bytes_of,
   dtype_inside,

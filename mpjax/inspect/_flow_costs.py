@@ -11,13 +11,13 @@ import numpy as np
 
 from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.primitives import MATMULS, Rule
-from mpjax._engine import versions
-from mpjax._engine.bodies import repetitions
-from mpjax._engine.decisions import PRODUCTS
-from mpjax._engine.float8 import FORWARD
-from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.plan import Step
-from mpjax._engine.versions import Jaxpr, JaxprEqn
+from mpjax._engine.planning.decisions import PRODUCTS
+from mpjax._engine.planning.plan import Step
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import repetitions
+from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.versions import Jaxpr, JaxprEqn
+from mpjax._engine.running.float8 import FORWARD
 
 
 def is_float(aval: Any) -> bool:

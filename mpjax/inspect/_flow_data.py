@@ -11,9 +11,9 @@ import numpy as np
 
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.scopes import Path
-from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.plan import Read
-from mpjax._engine.versions import Literal
+from mpjax._engine.planning.plan import Read
+from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.versions import Literal
 from mpjax.inspect._source_lines import UNKNOWN, Line
 
 

@@ -11,11 +11,11 @@ from jax import lax
 
 from mpjax._core.dtypes import describe
 from mpjax._core.primitives import MATMULS, Rule
-from mpjax._engine import versions
-from mpjax._engine.bodies import bodies_of
 from mpjax._engine.execute import Decided
-from mpjax._engine.plan import Plan, Step
-from mpjax._engine.versions import JaxprEqn, Literal
+from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import bodies_of
+from mpjax._engine.program.versions import JaxprEqn, Literal
 from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_in, runs_narrow
 from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape

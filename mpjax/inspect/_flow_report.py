@@ -15,7 +15,7 @@ from mpjax._core.policy import spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._core.scopes import Path
-from mpjax._engine.float8 import FORWARD
+from mpjax._engine.running.float8 import FORWARD
 from mpjax.inspect._flow_rows import (
   CastFlow,
   Float8Flow,

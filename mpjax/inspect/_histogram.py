@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec, auto_axes, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._engine.jaxprs import is_sharded_explicitly
+from mpjax._engine.program.jaxprs import is_sharded_explicitly
 from mpjax.inspect._report import Table
 
 LOWEST = -150

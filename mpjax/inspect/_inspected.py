@@ -19,7 +19,7 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
-from mpjax._engine.plan import LOCATED, Scoping
+from mpjax._engine.planning.plan import LOCATED, Scoping
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 from mpjax._flax.policed import PLAIN, POLICIES
 

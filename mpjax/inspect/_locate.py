@@ -13,13 +13,13 @@ import jax.numpy as jnp
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.tree_paths import leaf_paths
-from mpjax._engine import jaxprs
 from mpjax._engine.calls import is_traced
 from mpjax._engine.execute import Decided
-from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.kinds import Kind
-from mpjax._engine.plan import Scoping
-from mpjax._engine.planner import Planner
+from mpjax._engine.planning.plan import Scoping
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.kinds import Kind
+from mpjax._engine.running.interpreter import Interpreter
 from mpjax._flax.policed import POLICIES
 from mpjax.inspect._flow_report import TOP, module_name
 from mpjax.inspect._inspected import Subject, concrete, is_real, subject_of

@@ -21,11 +21,11 @@ from jax.extend.core import jaxprs_in_params
 from mpjax._core.dtypes import describe, is_of
 from mpjax._core.primitives import RULES, Rule
 from mpjax._core.scopes import Path
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import after_turn, bodies_of
-from mpjax._engine.jaxprs import variables_of
-from mpjax._engine.planner import Planner
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn, Literal
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import after_turn, bodies_of
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn, Literal
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 PATIENCE = 10_000

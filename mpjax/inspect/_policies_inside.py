@@ -13,10 +13,10 @@ from jax.extend.core import jaxprs_in_params
 from mpjax._core.dtypes import is_of
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
-from mpjax._engine import jaxprs, versions
 from mpjax._engine.calls import Call
-from mpjax._engine.plan import Plan
-from mpjax._engine.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.planning.plan import Plan
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 

@@ -13,12 +13,12 @@ from jax import lax
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path, is_recomputed
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import after_turn, bodies_of
-from mpjax._engine.environment import brought_here
-from mpjax._engine.kinds import Kind
-from mpjax._engine.plan import Plan, Step
-from mpjax._engine.versions import Literal, Var
+from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import after_turn, bodies_of
+from mpjax._engine.program.kinds import Kind
+from mpjax._engine.program.versions import Literal, Var
+from mpjax._engine.running.environment import brought_here
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
 from mpjax.inspect._inspected import subject_of
 from mpjax.inspect._policies_by_module import spelled

@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec
 from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._core.primitives import Rule
 from mpjax._core.scopes import Path
-from mpjax._engine import jaxprs, versions
-from mpjax._engine.bodies import after_turn, bodies_of, mapped
-from mpjax._engine.environment import Environment, Key
-from mpjax._engine.interpreter import Interpreter
-from mpjax._engine.kinds import Form, Kind
-from mpjax._engine.module_exits import common_depth
-from mpjax._engine.plan import Plan, Read, Step
-from mpjax._engine.versions import Literal
+from mpjax._engine.planning.module_exits import common_depth
+from mpjax._engine.planning.plan import Plan, Read, Step
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import after_turn, bodies_of, mapped
+from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.versions import Literal
+from mpjax._engine.running.environment import Environment, Key
+from mpjax._engine.running.interpreter import Interpreter
 from mpjax.inspect._differences import Stats, compare, nothing, worse_of
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 

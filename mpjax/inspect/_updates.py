@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mpjax._engine import versions
-from mpjax._engine.bodies import Body, bodies_of, repetitions
-from mpjax._engine.versions import AnyJaxpr, Jaxpr, JaxprEqn, Literal
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import Body, bodies_of, repetitions
+from mpjax._engine.program.versions import AnyJaxpr, Jaxpr, JaxprEqn, Literal
 
 _ADDS = frozenset({"add", "sub", "add_any"})
 _SCALES = frozenset({"mul", "div"})

@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from mpjax._core.primitives import RULES, Rule
-from mpjax._engine.kinds import CONSTANT, DATA, PARAM, fits, join, narrow, saturated
+from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, fits, join, narrow, saturated
 
 BF16, F16 = np.dtype(jnp.bfloat16), np.dtype(np.float16)
 FORMS = [None, CONSTANT, PARAM, narrow(BF16), narrow(F16), DATA]

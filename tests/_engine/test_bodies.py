@@ -8,9 +8,9 @@ from jax.sharding import PartitionSpec
 
 import mpjax
 from _jaxprs import equations
-from mpjax._engine import versions
-from mpjax._engine.bodies import bodies_of, mapped, repetitions, settled
-from mpjax._engine.linear_recurrences import Recurrences
+from mpjax._engine.analyses.linear_recurrences import Recurrences
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import bodies_of, mapped, repetitions, settled
 
 
 @jax.custom_jvp

@@ -8,7 +8,7 @@ from jax import lax
 
 import mpjax
 from _turns import in_turns
-from mpjax._engine.float32_products import fixed, unfolded
+from mpjax._engine.running.float32_products import fixed, unfolded
 
 # Both factors of a matmul, and which of their dimensions are contracted and which are a batch's.
 # XLA takes a transposition beside them into all of them, and cannot run most of them then on a CPU.

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import mpjax
 from _jaxprs import equations
-from mpjax._engine.float8 import BACKWARD, FORWARD, Scaled, in_float8, scaled
-from mpjax._engine.matmul_derivatives import Contraction
+from mpjax._engine.running.float8 import BACKWARD, FORWARD, Scaled, in_float8, scaled
+from mpjax._engine.running.matmul_derivatives import Contraction
 
 CASES = {
   "rows": ("ij", "jk", "ik"),

@@ -30,8 +30,8 @@ def test_no_other_module_has_something_for_a_platform():
   root = Path(mpjax.__file__).parent
   texts = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
   assert {name for name, text in texts.items() if "platform_dependent(" in text} == {
-    "_engine/float32_products.py",
-    "_engine/softmax.py",
+    "_engine/running/float32_products.py",
+    "_engine/running/softmax.py",
     "inspect/_histogram.py",
     "inspect/_side_by_side.py",  # hands on what a program has
   }

@@ -12,7 +12,7 @@ import mpjax
 from _jaxprs import equations, primitives
 from _turns import in_turns
 from mpjax._core.scopes import module_path
-from mpjax._engine import interpreter
+from mpjax._engine.running import interpreter
 
 ACTIVATIONS = {
   "gelu": nn.gelu,

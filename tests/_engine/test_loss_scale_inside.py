@@ -9,7 +9,7 @@ from jax import lax
 
 import mpjax
 from _turns import in_turns
-from mpjax._engine.scaled_cotangents import into, out_of
+from mpjax._engine.running.scaled_cotangents import into, out_of
 
 SCALE = 2.0**15
 POLICY = "mixed_float16"

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import mpjax
 from _jaxprs import contractions, equations, result_dtypes
 from _turns import in_turns
-from mpjax._engine.matmul_derivatives import Contraction, with_wide_cotangent
+from mpjax._engine.running.matmul_derivatives import Contraction, with_wide_cotangent
 
 # The dimensions of both operands and of the result, whose batch stands first, by letters.
 CASES = {

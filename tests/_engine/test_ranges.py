@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 import mpjax
-from mpjax._engine import versions
-from mpjax._engine.ranges import ANYWHERE, ONE, Range
-from mpjax._engine.roles import NONE, RoleFinder
+from mpjax._engine.analyses.ranges import ANYWHERE, ONE, Range
+from mpjax._engine.analyses.roles import NONE, RoleFinder
+from mpjax._engine.program import versions
 
 sigmoid = jax.nn.sigmoid
 KNOWN = {

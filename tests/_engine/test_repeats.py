@@ -10,10 +10,10 @@ import pytest
 
 import mpjax
 from _jaxprs import sub_jaxprs
-from mpjax._engine import repeats
-from mpjax._engine.islands import Island
-from mpjax._engine.plan import Step
-from mpjax._engine.softmax import Softmax
+from mpjax._engine.planning.plan import Step
+from mpjax._engine.running import repeats
+from mpjax._engine.running.islands import Island
+from mpjax._engine.running.softmax import Softmax
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

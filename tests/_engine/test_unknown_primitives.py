@@ -14,9 +14,9 @@ import mpjax
 from _jaxprs import equations, wide_contractions
 from _turns import in_turns
 from mpjax._core.policy_map import as_policy_map
-from mpjax._engine import jaxprs
-from mpjax._engine.kinds import DATA, PARAM
-from mpjax._engine.planner import Planner
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.kinds import DATA, PARAM
 
 COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 NAME = "foreign_scale"

@@ -10,7 +10,7 @@ import graphlib
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,9 @@ FLOORS = (
   ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# The floors of the engine, in the same order; what stands beside its folders leads into it.
+ENGINE = ("program", "analyses", "planning", "running", "doors")
 
 # The rooms that may import a package: what has to do with Flax or a picture stays above.
 FIRST_FLOOR = {
@@ -68,6 +71,14 @@ def imported_names(path: Path) -> Iterator[str]:
 def room_of(module: str) -> str:
   """The folder or face of mpjax that a module stands in."""
   return module.split(".")[0].replace("__main__", "cli")
+
+
+def engine_floor(module: str) -> int | None:
+  """On which floor of the engine a module stands; None for one that stands elsewhere."""
+  if room_of(module) != "_engine":
+    return None
+  _, *folders, _ = module.split(".")
+  return ENGINE.index(folders[0] if folders else "doors")
 
 
 @functools.cache
@@ -144,6 +155,16 @@ def test_an_import_points_down_or_stays_in_its_room() -> None:
   assert not upward
 
 
+def test_an_import_inside_the_engine_points_down() -> None:
+  pairs = [(module, other) for module, others in imports().items() for other in others]
+  floors = [(a, b, engine_floor(a), engine_floor(b)) for a, b in pairs]
+  upward = [
+    f"{a} -> {b}" for a, b, at, to in floors if at is not None and to is not None and to > at
+  ]
+  assert not upward
+  assert {floor for _, _, floor, _ in floors} == {None, *range(len(ENGINE))}
+
+
 def test_no_module_imports_itself_by_way_of_others() -> None:
   assert len(list(graphlib.TopologicalSorter(imports()).static_order())) == len(imports())
 
@@ -213,8 +234,8 @@ def test_what_differs_between_jax_versions_is_in_one_short_file() -> None:
     for path in MODULES
     if re.search(r"\bjax\.__version|\bversion_info\b", path.read_text())
   ]
-  assert set(asking) <= {"_engine.versions"}
-  assert len((PACKAGE / "_engine" / "versions.py").read_text().splitlines()) < 100
+  assert set(asking) <= {"_engine.program.versions"}
+  assert len((PACKAGE / "_engine" / "program" / "versions.py").read_text().splitlines()) < 100
 
 
 def test_the_package_ships_its_type_marker() -> None:
@@ -223,16 +244,25 @@ def test_the_package_ships_its_type_marker() -> None:
 
 def drawing() -> str:
   """The rooms, the highest floor first, each with how many modules it has and what it imports."""
-  lines = []
-  for number, rooms in reversed([*enumerate(FLOORS, 1)]):
-    for room in rooms:
-      inside = [module for module in imports() if room_of(module) == room]
-      arrows = Counter(room_of(o) for m in inside for o in imports()[m] if room_of(o) != room)
-      below = ", ".join(f"{other} {count}" for other, count in arrows.most_common())
-      lines.append(
-        f"{number:2}  {room:11} {len(inside):3}  {f'-> {below}' if below else ''}".rstrip()
-      )
+  floors = reversed([*enumerate(FLOORS, 1)])
+  lines = [f"{number:2}  {drawn(room, room_of)}" for number, rooms in floors for room in rooms]
+  lines += ["", "The engine:"]
+  lines += [f"{n + 1:2}  {drawn(n, engine_floor)}" for n in reversed(range(len(ENGINE)))]
   return "\n".join(lines)
+
+
+def drawn(place: str | int, place_of: Callable[[str], str | int | None]) -> str:
+  """A place, how many modules it has, and what these import from elsewhere."""
+  inside = [module for module in imports() if place_of(module) == place]
+  arrows = Counter(place_of(other) for module in inside for other in imports()[module])
+  named = [
+    (ENGINE[other] if isinstance(other, int) else other, count)
+    for other, count in arrows.most_common()
+    if other not in (place, None)
+  ]
+  below = ", ".join(f"{other} {count}" for other, count in named)
+  name = ENGINE[place] if isinstance(place, int) else place
+  return f"{name:11} {len(inside):3}  {f'-> {below}' if below else ''}".rstrip()
 
 
 def annotations(path: Path) -> list[ast.expr]:

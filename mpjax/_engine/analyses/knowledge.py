@@ -1,0 +1,394 @@
+"""What is known of the values of a jaxpr before any of its equations is decided.
+
+Some is found in the jaxpr: what leads into a logarithm, what is added up, what comes near one. The
+rest comes from outside, as `Known`, through the equation that holds the jaxpr: so a body knows what
+is done to its results behind it. Each kind of knowledge is found in a room of its own; here it is
+gathered for one jaxpr, and handed on to the bodies that this holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT16
+from mpjax._core.primitives import UNCHANGED, Rule
+from mpjax._engine.analyses.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
+from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
+from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, totaled
+from mpjax._engine.analyses.made_of import Made, Makings, is_computed
+from mpjax._engine.analyses.moments import moments
+from mpjax._engine.analyses.near_one import Exact, NearOne
+from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
+from mpjax._engine.analyses.running_sums import additions
+from mpjax._engine.analyses.small_steps import View
+from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import Body, bodies_of
+from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits
+from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
+
+
+class Known(NamedTuple):
+  """What the equation that holds a jaxpr knows of its operands and results, by index.
+
+  Attributes:
+    exact: What in it is needed exactly, see `near_one`; None where that is to be found.
+    sums: What is known of sums, see `sums`.
+    made: Which operands are made of something alone, see `made_of`.
+    leading: Which results lead somewhere, see `lookahead`.
+    moments: Which results are moments of which one is subtracted from another, see `moments`.
+    computed: Which operands are matrices that the program makes of numbers alone, if there are
+      matmuls.
+    results: Which operands equations made, in float32, or loops hand on, if there are matmuls.
+    numbers: For each operand the numbers that occur in it, None where they are not known; empty
+      if they are known of none.
+    own: Which operands depend on nothing but a model's parameters and state.
+    logarithms: Which results lead into a logarithm.
+    heads: Which operands are multiplied into one, in it or outside.
+    carry: Which operands a loop hands on from turn to turn.
+    steady: Which operands are scalars that are the same in every turn of a loop.
+    recurrence: What a long loop hands on with linear operations.
+    is_test: Whether it tells a loop to go on.
+    is_to_tolerance: Whether it stands in a loop that ends by a float.
+  """
+
+  exact: Exact | None = None
+  sums: Summing = Summing()
+  made: Made[int] = Made()
+  leading: Leading[int] = Leading()
+  moments: tuple[int, ...] = ()
+  computed: frozenset[int] = frozenset()
+  results: frozenset[int] = frozenset()
+  numbers: tuple[NumberSet, ...] = ()
+  own: Own[int] = Own()
+  logarithms: tuple[int, ...] = ()
+  heads: tuple[int, ...] = ()
+  carry: range = range(0)
+  steady: tuple[int, ...] = ()
+  recurrence: Recurrence[int] = Recurrence()
+  is_test: bool = False
+  is_to_tolerance: bool = False
+
+
+NOTHING = Known()
+
+
+class Analyses:
+  """What finds things out about jaxprs, under one policy map; what is found of one is kept.
+
+  Args:
+    table: The rule of each primitive.
+    formats: The 16-bit formats of the policies.
+    in_float8: Whether one of them multiplies in float8: then logarithms are looked for.
+  """
+
+  def __init__(
+    self, table: Mapping[str, Rule], formats: frozenset[np.dtype], in_float8: bool
+  ) -> None:
+    self.adapting = Adapting(formats)
+    self.contents = Contents()
+    self.needs, self.makings = Needs(table, self.contents), Makings(self.contents)
+    self.near_one, self.recurrences = NearOne(table, formats), Recurrences(self.contents)
+    self.in_float8 = in_float8
+
+
+class Knowledge:
+  """What is known of one jaxpr.
+
+  Args:
+    analyses: What finds it out.
+    jaxpr: The jaxpr.
+    in_forms: How its operands are held.
+    known: What is known of them and of its results outside.
+    is_backward: Whether an equation stands in a backward pass.
+
+  Attributes:
+    exact: The variables that are needed exactly and may come near one.
+    sums: What is added up.
+    made: What is made of something alone.
+    leading: What leads somewhere.
+    iterated: The results of the matmuls of power iterations.
+    moments: Moments of which one is subtracted from another, and their derivatives.
+    running: The results of additions that are written out term by term.
+    recurrence: What stands between what a long loop is given and what it hands on.
+    is_test: Whether the jaxpr tells a loop to go on.
+    is_to_tolerance: Whether it stands in a loop that ends by a float.
+    in_float16: Whether a format is float16.
+    totaled: What a sum, a root or a logarithm is taken of, if one is.
+    computed: Operands that the program makes of numbers alone.
+    results: Operands that equations made in float32, or loops hand on.
+    powers: Products of powers of a matrix.
+    numbers: The values of what is constant, followed as equations are decided.
+    view: What makes each variable, and which are a number.
+    carried: The variables that a loop hands on from turn to turn.
+    logarithms: The variables that lead into a logarithm, if float8 asks.
+    adapting: Which numbers adapt to the formats of the policies.
+  """
+
+  def __init__(
+    self,
+    analyses: Analyses,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    known: Known,
+    is_backward: Callable[[JaxprEqn], bool],
+  ) -> None:
+    inner = versions.open_jaxpr(jaxpr)
+    self._analyses, self._jaxpr, self._inner, needs = analyses, jaxpr, inner, analyses.needs
+    makers = jaxprs.makers_of(inner)
+    exact = known.exact
+    if exact is None:
+      parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
+      exact = analyses.near_one.exact(jaxpr, parameters=parameters)
+    self.exact, self._exact_inside = exact.values, dict(exact.inside)
+    self.sums = sums_in(inner, known.sums, is_backward, needs)
+    self.made = analyses.makings.variables(jaxpr, known.made)
+    outside = known.leading if known.exact is not None else _whole(inner)
+    self.leading = needs.leading(jaxpr, outside)
+    self._own = own_variables(inner, known.own)
+    self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
+    weights = self.sums.weights(inner)
+    is_sum = analyses.contents.is_sum
+    self.moments = moments(inner, makers, known.moments, is_sum, weights, is_backward)
+    self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
+    self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
+    self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
+    self.in_float16 = FLOAT16 in analyses.adapting.formats
+    self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
+    self.computed = frozenset(inner.invars[n] for n in known.computed)
+    self.results = frozenset(inner.invars[n] for n in known.results)
+    self.carried = frozenset(inner.invars[n] for n in known.carry)
+    self.adapting = analyses.adapting
+    self.numbers = _numbers(analyses.adapting, jaxpr, known)
+    self.view = View(
+      makers,
+      self.numbers.number,
+      is_backward,
+      steady=frozenset(inner.invars[n] for n in known.steady),
+    )
+    self.logarithms, self._heads = frozenset[Var](), frozenset[Var]()
+    if analyses.in_float8:
+      outs = frozenset(known.logarithms)
+      self.logarithms = needs.logarithms(jaxpr, outs)
+      self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
+
+  def leaves_float16(self, atom: Atom) -> bool:
+    """Whether a matmul's operand, as far as it is known, is infinite or nothing in float16."""
+    numbers = self.numbers.of(atom)
+    if numbers is None and self._captured:
+      numbers = self._captured.get(self._source(atom))
+    return bool(numbers) and not fits(max(map(abs, numbers)), FLOAT16)
+
+  @functools.cached_property
+  def _captured(self) -> dict[Any, NumberSet]:
+    """The largest numbers of the arrays that the jaxpr captured."""
+    pairs = zip(self._inner.constvars, versions.constants(self._jaxpr), strict=True)
+    return {var: largest_of(value) for var, value in pairs}
+
+  def is_head(self, atom: Atom) -> bool:
+    """Whether a value is multiplied into a logarithm, however it was moved before."""
+    source = self._source(atom) if self._heads else None
+    return not isinstance(source, Literal) and source in self._heads
+
+  @functools.cached_property
+  def powers(self) -> frozenset[Var]:
+    """Products of powers of a matrix, see `linear_recurrences`."""
+    return powers(self._inner, self.carried)
+
+  @functools.cached_property
+  def _source(self) -> Callable[[Any], Any]:
+    return jaxprs.sources(self._inner, MOVES)
+
+  # What enters a body ---------------------------------------------------------------------------
+
+  def of_call(self, eqn: JaxprEqn, body: Body, forms: Forms, is_plain: bool) -> Known:
+    """What is known in a body that runs once.
+
+    Args:
+      eqn: The equation.
+      body: Its body.
+      forms: How the body's operands are held.
+      is_plain: Whether no rules stand beside it, as a user's own derivative.
+    """
+    own: Own[int] = self._own.among(eqn.invars) if is_plain else Own()
+    return self._entering(eqn, body, forms, own, *self._exact_of(eqn))
+
+  def of_branches(self, eqn: JaxprEqn, forms: Forms) -> list[Known]:
+    """What is known in each branch of a ``cond``, whose own operands are held so."""
+    pairs = zip(bodies_of(eqn), self._exact_of(eqn), strict=True)
+    own = self._own.among(eqn.invars[1:])
+    return [self._entering(eqn, body, forms, own, exact) for body, exact in pairs]
+
+  def of_loop(self, eqn: JaxprEqn, forms: Forms) -> Known:
+    """What is known in every turn of the body of a loop, whose own operands are held so."""
+    body, exact = bodies_of(eqn)[-1], self._exact_of(eqn)[-1]
+    # Only a scan has the state of a model in it.
+    is_scan = eqn.primitive.name == "scan"
+    own: Own[int] = self._own.among(eqn.invars).without(body.carry) if is_scan else Own()
+    known = self._entering(eqn, body, forms, own, exact)
+    pairs = zip(versions.open_jaxpr(body.jaxpr).invars, forms, strict=True)
+    others = {n: var for n, (var, form) in enumerate(pairs) if form in (PARAM, DATA)}
+    matrices = [n for n, var in others.items() if forms[n] == PARAM and is_matrix(var)]
+    weights = multiplied(body.jaxpr, matrices, range(body.carry.start), body.carry)
+    is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
+    recurrences = self._analyses.recurrences
+    consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
+    return known._replace(
+      sums=known.sums.every_turn(body, others.keys() - weights),
+      numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
+      carry=body.carry,
+      is_to_tolerance=known.is_to_tolerance or _ends_by_float(eqn),
+      recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
+      steady=tuple(
+        n
+        for n, (atom, form) in consts
+        if not is_stack and form is not None and not jaxprs.shape(atom)
+      ),
+    )
+
+  def of_test(self, eqn: JaxprEqn, test: Body) -> Known:
+    """What is known in the test of a loop."""
+    made = self._analyses.makings.entering(eqn, test, self.made)
+    return Known(self._exact_of(eqn)[0], made=made, is_test=True)
+
+  def _exact_of(self, eqn: JaxprEqn) -> tuple[Exact, ...]:
+    return self._exact_inside.get(id(eqn)) or (Exact(),) * len(bodies_of(eqn))
+
+  def _entering(
+    self, eqn: JaxprEqn, body: Body, forms: Forms, own: Own[int], exact: Exact
+  ) -> Known:
+    atoms, analyses = body.take(eqn.invars), self._analyses
+    numbers = tuple(self.numbers.of(atom) for atom in atoms)
+    sums = self.sums.entering(eqn, body, forms)
+    return Known(
+      exact=exact,
+      sums=sums,
+      made=analyses.makings.entering(eqn, body, self.made),
+      leading=analyses.needs.entering(eqn, self.leading),
+      moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
+      computed=self._computed_in(body, atoms, forms, sums.of_parameters),
+      results=self._results_in(body, atoms, forms),
+      numbers=numbers if any(n is not None for n in numbers) else (),
+      own=own,
+      logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
+      heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
+      steady=jaxprs.ordered_places(atoms, self.view.steady),
+      recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
+      is_test=self.is_test,
+      is_to_tolerance=self.is_to_tolerance,
+    )
+
+  def _computed_in(
+    self, body: Body, atoms: Sequence[Atom], forms: Forms, of_parameters: frozenset[int]
+  ) -> frozenset[int]:
+    matrices = [
+      n
+      for n, form in enumerate(forms)
+      if form is not None
+      and form.kind in (Kind.CONSTANT, Kind.DATA)
+      and n not in of_parameters
+      and n not in body.carry
+      and len(jaxprs.shape(atoms[n])) > 1
+    ]
+    if not matrices or not self._analyses.contents.matmuls(body.jaxpr):
+      return frozenset()
+    makers = self.view.makers
+    return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
+
+  def is_result(self, atom: Atom) -> bool:
+    """Whether a value was computed, and not only moved, cut or scaled since it was given.
+
+    As the weights of a quantized layer are, times their scale. Nor of parameters alone: what is
+    made of these may be weights, as an orthogonal matrix.
+    """
+    if not isinstance(atom, Literal) and atom in self.sums.pure:
+      return False
+    waiting, makers, primitives = [atom], self.view.makers, self._analyses.contents.primitives
+    for _ in range(_LOOKS):
+      if not waiting:
+        return isinstance(atom, Literal)
+      before = waiting.pop()
+      if isinstance(before, Literal) or not jaxprs.is_float32(before):
+        continue  # a mask, or the integers of a quantized layer
+      made = makers.get(before)
+      if before in self.results:
+        return True
+      if made is None or any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
+        continue  # given, or drawn, as weights are
+      if made.primitive.name not in _SCALED:
+        return True
+      waiting += _as_large(made, makers)
+    return False
+
+  def multiplies_vectors(self, matrix: Atom) -> bool:
+    """Whether several equations multiply a matrix by a vector."""
+    return self._by_vectors[id(self._source(matrix))] > 1
+
+  @functools.cached_property
+  def _by_vectors(self) -> Counter[int]:
+    pairs = (pair for eqn in self._inner.eqns for pair in jaxprs.vectors(eqn))
+    return Counter(id(self._source(matrix)) for _, matrix in pairs)
+
+  def depends_on_carry(self, atom: Atom) -> bool:
+    """Whether a value is made of what a loop hands on, a few equations before."""
+    if not self.carried:
+      return False
+    found = itertools.islice(jaxprs.behind(atom, self.view.makers), _LOOKS)
+    return any(var in self.carried for var, _ in found)
+
+  def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
+    if not self._analyses.contents.matmuls(body.jaxpr):
+      return frozenset()
+    pairs = enumerate(zip(atoms, forms, strict=True))
+    found = (n for n, (atom, form) in pairs if form == DATA and self.is_result(atom))
+    return frozenset(found).union(body.carry)
+
+
+_SCALED = UNCHANGED | {
+  *("slice", "dynamic_slice", "gather", "split", "concatenate", "select_n"),
+  *("mul", "div", "add", "sub", "neg"),
+}
+_LOOKS = 16
+"""How many equations behind a value are looked at."""
+
+
+def _as_large(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> list[Atom]:
+  """The operands of an equation that are no smaller than its result: what is scaled, no scale."""
+  size, found = jaxprs.size(eqn.outvars[0]), list[Atom]()
+  for atom in eqn.invars:
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    is_spread = made is not None and made.primitive.name == "broadcast_in_dim"
+    found += [] if is_spread or jaxprs.size(atom) < size else [atom]
+  return found or list(eqn.invars)
+
+
+def _ends_by_float(loop: JaxprEqn) -> bool:
+  """Whether a loop goes on or ends by a float that it carries, or by what it says of one."""
+  test, *_ = bodies_of(loop)
+  if not test.is_test:
+    return False
+  carry = test.split(range(len(loop.invars))).carry
+  floats = [n in carry and jaxprs.kind(loop.invars[n]) in "fb" for n in test.operands]
+  return any(jaxprs.depending(test.jaxpr, floats))
+
+
+def _whole(inner: Jaxpr) -> Leading[int]:
+  """Where the results of a whole function lead: they are returned."""
+  return Leading(returned=frozenset(range(len(inner.outvars))))
+
+
+def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:
+  """The numbers that are known of a jaxpr's operands and constants."""
+  inner, found = versions.open_jaxpr(jaxpr), Numbers(adapting)
+  for var, numbers in zip(inner.invars, known.numbers, strict=False):
+    found.define(var, numbers)
+  for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
+    found.define(var, numbers_of(value))
+  return found

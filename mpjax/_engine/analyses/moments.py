@@ -1,0 +1,204 @@
+"""Second moments that the product of first ones is subtracted from: variances and covariances.
+
+``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``: what is left is small beside
+both, smaller than what 16 bits round of either, and a variance comes out negative. So does the
+square of a distance, see `distances`. Where the sums are matmuls or convolutions, these are
+float32; those of operands that are narrow already multiply in 16 bits, but return float32, and so
+does their derivative: what comes back to x by way of the product and of ``|x|**2`` is a small
+difference, too. The same holds of a matmul that a constant is subtracted from which it is near:
+``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mpjax._engine.analyses.distances import beside_their_squares
+from mpjax._engine.analyses.made_of import is_computed
+from mpjax._engine.analyses.origins import Origins, handed_on
+from mpjax._engine.analyses.recomputed import same_values
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.jaxprs import operation, variables_of
+from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+
+
+class Moments(NamedTuple):
+  """The variables of a jaxpr that are moments.
+
+  Attributes:
+    values: Those of which one is subtracted from another.
+    derivatives: Matmuls that are tangents or cotangents of such, of derivatives taken inside.
+  """
+
+  values: frozenset[Var] = frozenset()
+  derivatives: frozenset[Var] = frozenset()
+
+
+def moments(
+  inner: Jaxpr,
+  makers: Mapping[Any, JaxprEqn],
+  outs: Collection[int],
+  is_sum: Callable[[JaxprEqn], bool],
+  weights: Collection[Var],
+  is_backward: Callable[[JaxprEqn], bool],
+) -> Moments:
+  """The moments of a jaxpr of which one is subtracted from another.
+
+  Args:
+    inner: The jaxpr, open.
+    makers: Its equations, by what they make.
+    outs: Which of its results are such moments outside.
+    is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
+    weights: What is made of parameters alone, or of gradient steps from these.
+    is_backward: Whether an equation stands in a backward pass.
+  """
+  search = _Search(inner, makers, is_sum, weights)
+  found = variables_of(inner.outvars[n] for n in outs) if outs else set()
+  for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
+    for second, product in (eqn.invars, eqn.invars[::-1]):
+      found |= search.of_difference(second, product)
+      found |= search.near_constant(second, product)
+  found |= beside_their_squares(inner, search.origins, weights)
+  if not found:
+    return Moments()
+  values = frozenset(var for start in found for var in _chain(start, makers))
+  return Moments(values, search.derivatives(values, is_backward))
+
+
+class _Search:
+  """Looks for moments in a jaxpr; its arguments are those of `moments`.
+
+  Attributes:
+    origins: The origins of its values.
+  """
+
+  def __init__(
+    self,
+    inner: Jaxpr,
+    makers: Mapping[Any, JaxprEqn],
+    is_sum: Callable[[JaxprEqn], bool],
+    weights: Collection[Var],
+  ) -> None:
+    self._inner, self._is_sum, self._weights = inner, is_sum, weights
+    self.origins = Origins(inner, makers)
+
+  def derivatives(
+    self, values: Collection[Var], is_backward: Callable[[JaxprEqn], bool]
+  ) -> frozenset[Var]:
+    """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
+    shapes: dict[Any, set[tuple[str, ...]]] = {}  # of the moments so far that multiply a value
+    found = set[Var]()
+    for eqn in (eqn for eqn in self._inner.eqns if eqn.primitive.name == "dot_general"):
+      result = eqn.outvars[0]
+      for value, other in (eqn.invars, eqn.invars[::-1]):
+        for var in variables_of([self.origins.of(value)]):
+          if result in values:
+            shapes.setdefault(var, set()).add(_sorted_shape(result))
+          elif var in shapes and variables_of([other]).isdisjoint(self._weights):
+            like = other if is_backward(eqn) else result
+            is_inside = is_backward(eqn) or "jvp(" in str(eqn.source_info.name_stack)
+            found |= {result} if is_inside and _sorted_shape(like) in shapes[var] else set()
+    return frozenset(found)
+
+  def near_constant(self, constant: Atom, value: Atom) -> set[Var]:
+    """A matmul less one, or of a value with itself less a matrix that the program computes.
+
+    Or entries of it, as its diagonal. One less than what a layer gives is as far from it as any.
+    """
+    number = self.origins.of(constant)
+    is_number = isinstance(number, Literal)
+    if is_number and abs(number.val) not in (1, 2):
+      return set()
+    if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
+      return set()
+    made = self.origins.maker(value)
+    if made is not None and made.primitive.name == "gather":
+      made = self.origins.maker(made.invars[0])
+    if made is None or made.primitive.name != "dot_general":
+      return set()
+    if is_number:
+      is_layer = not variables_of(made.invars).isdisjoint(self._weights)
+      return set() if is_layer else {*made.outvars}
+    first, second = self.origins.of_all(made.invars)
+    is_own = first is second and not isinstance(first, Literal)
+    return {*made.outvars} if is_own and is_computed(constant, self.origins.makers) else set()
+
+  def of_difference(self, second: Atom, product: Atom) -> set[Var]:
+    """The moments of a second one less a product of two first ones; none if it is none."""
+    factors = _factors(self.origins.maker(product))
+    sums = self.origins.of_all((second, *factors)) if factors else []
+    made = [self.origins.maker(atom) for atom in sums]
+    known = [eqn for eqn in made if eqn is not None and self._is_sum(eqn)]
+    if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
+      return set()
+    return variables_of(sums) if self._are_moments(*known) else set()
+
+  def _are_moments(self, second: JaxprEqn, *firsts: JaxprEqn) -> bool:
+    """Whether sums are one of products, ``a * b``, and the same of the factors, of a and of b.
+
+    With the same weights beside them; or a matmul of a and b, and their sums.
+    """
+    read, *of_firsts = [self.origins.of_all(eqn.invars) for eqn in (second, *firsts)]
+    for n, atom in enumerate(read):
+      factors = self.origins.of_all(_factors(self.origins.maker(atom)))
+      weights = [other for m, other in enumerate(read) if m != n]
+      if factors and self._match(factors, of_firsts, weights):
+        return True
+    sums = all(len(own) == 1 for own in of_firsts)
+    return sums and len(read) == 2 and self._match(read, of_firsts, [])
+
+  def _match(
+    self, factors: Sequence[Any], of_firsts: Sequence[Sequence[Any]], weights: Sequence[Any]
+  ) -> bool:
+    """Whether each of two sums is of one of two factors, and has all the weights."""
+    return any(
+      all(
+        _is_in(factor, own) and all(self._is_same_in(x, own) for x in weights)
+        for factor, own in zip(pair, of_firsts, strict=True)
+      )
+      for pair in (factors, factors[::-1])
+    )
+
+  def _is_same_in(self, value: Any, own: Sequence[Any]) -> bool:
+    """Whether a value is among the operands of a sum, or what is computed of the same things is."""
+    if _is_in(value, own) or isinstance(value, Literal):
+      return _is_in(value, own)
+    return self._same[value] in map(self._same.get, variables_of(own))
+
+  @functools.cached_property
+  def _same(self) -> Mapping[Any, int]:
+    return same_values(self._inner)
+
+
+def _sorted_shape(atom: Atom) -> tuple[str, ...]:
+  return tuple(sorted(map(str, jaxprs.shape(atom))))
+
+
+def _is_in(value: Any, own: Sequence[Any]) -> bool:
+  """Whether a value is among the operands of a sum."""
+  if isinstance(value, Literal):
+    return any(isinstance(x, Literal) and x.val == value.val for x in own)
+  return value in variables_of(own)
+
+
+def _factors(made: JaxprEqn | None) -> list[Any]:
+  """The two values that an equation multiplies; none if it multiplies no two."""
+  if made is None:
+    return []
+  name = operation(made)
+  if name == "square" or (name == "integer_pow" and made.params["y"] == 2):
+    return [made.invars[0]] * 2
+  return list(made.invars) if name == "mul" else []
+
+
+def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
+  """An operand, and one after the other what it was moved from or is a multiple of."""
+  found = [atom]
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+    if not (before := handed_on(made)):
+      break
+    (atom,) = before
+    found.append(atom)
+  return found

@@ -1,0 +1,397 @@
+"""Which values 16 bits would make 1 or 0, found before any equation is decided.
+
+``log(sigmoid(x))``, ``1 - sigmoid(x)``, a gate that multiplies itself or what a long loop carries:
+the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6 on, and 0.999 is 1 in
+bfloat16. A hard sigmoid, ``clip((x + 3) / 6, 0, 1)``, is arithmetic that is cut off: all of that
+runs in float32. The sigmoid may stand in another body than what needs it, as the gates
+do that are computed for all steps at once before the loop that they rule. A gate that is computed
+twice is needed as exactly at both places: the second may be what a derivative multiplies by.
+
+The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
+number. Where the highest number that a value may be (`ranges`) is about the number that it is
+subtracted from or compared with, it is needed exactly; so is the gate g of ``v - g * v``, and so
+are two sigmoids of which one is subtracted from the other: both lie near the end that they share.
+What is put in order is, too, for the best scores of a detector are all 1 in 16 bits, and what is
+divided by a sigmoid: in float16 that is zero from an argument of -17 on.
+
+A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
+that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
+and 0.99 would forget a sixth faster. Where what it multiplies recurs, the product is in float32.
+
+So a jaxpr is read twice. Forwards, for what its values are made of (`roles`). Backwards, from
+what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
+read with the roles of their operands and the needs of their results; a loop's carry is a fixed
+point of both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine.analyses.ranges import ONE
+from mpjax._engine.analyses.recomputed import same_values
+from mpjax._engine.analyses.roles import (
+  GATES,
+  HAND_ON,
+  NONE,
+  OWN,
+  POWERS,
+  RECUR,
+  Forward,
+  Indices,
+  Role,
+  RoleFinder,
+  Roles,
+)
+from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
+from mpjax._engine.program.jaxprs import operation, places_of, variables_of
+from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
+
+TURNS = 8
+"""How often a loop may hand on a product with a gate in 16 bits.
+
+In bfloat16 a gate near one is off by up to 1/512, in each turn in the same direction: eight turns
+by a sixty-fourth, as much as other values in 16 bits are.
+"""
+
+_COMPARES = frozenset({"gt", "lt", "ge", "le"})
+"""A comparison subtracts."""
+
+_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | _COMPARES
+"""In what a gate may meet another value near which it lies, which recurs, or which it divides."""
+
+_BOUNDS = frozenset({"max", "min", "clamp"})
+_SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
+_STEEP = having(Trait.STEEP)
+_PASS_ON = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
+
+
+class Exact(NamedTuple):
+  """What of a jaxpr is needed exactly and may come near one: sigmoids, and sums with one.
+
+  Attributes:
+    values: The results of such equations.
+    inside: The same of the bodies of equations, by the equation's identity; without those in
+      which there are none.
+  """
+
+  values: frozenset[Var] = frozenset()
+  inside: frozenset[tuple[int, tuple[Exact, ...]]] = frozenset()
+
+
+class Needed(NamedTuple):
+  """Which results of a jaxpr, or which of its operands, are needed exactly.
+
+  Attributes:
+    exact: Those that are.
+    bounded: Those of them that only arithmetic and a bound lead on from, as ``x + 3`` in a hard
+      sigmoid: what is lost of them is lost of it.
+  """
+
+  exact: Indices = frozenset()
+  bounded: Indices = frozenset()
+
+
+class NearOne:
+  """Finds what is needed exactly in jaxprs; what is known of one is kept.
+
+  Args:
+    table: The rule of each primitive.
+    dtypes: The 16-bit formats.
+  """
+
+  def __init__(self, table: Mapping[str, Rule], dtypes: frozenset[np.dtype]) -> None:
+    self._table, self._roles = table, RoleFinder(dtypes)
+    self._leads: dict[Any, tuple[set[Var], Indices]] = {}
+    self._backwards: dict[Any, tuple[Exact, Needed]] = {}
+
+  def exact(
+    self, jaxpr: AnyJaxpr, outs: Iterable[int] | None = None, parameters: Iterable[int] = ()
+  ) -> Exact:
+    """The sigmoids from which elementwise operations lead to where 16 bits would be 1 or 0.
+
+    Args:
+      jaxpr: A closed or open jaxpr that nothing else is known of the operands of.
+      outs: Which of its results are needed exactly; by default those that are sigmoids, which who
+        called it compares, orders or subtracts from one, but for those of a loop.
+      parameters: Which of its operands are parameters.
+    """
+    roles = [NONE] * len(versions.open_jaxpr(jaxpr).invars)
+    for n in self._roles.from_one(jaxpr)[1].intersection(parameters):
+      roles[n] = OWN
+    operands = tuple(roles)
+    needed = frozenset(self._roles.sigmoids(jaxpr, operands) if outs is None else outs)
+    return self._backward(jaxpr, operands, Needed(needed), frozenset())[0]
+
+  # Backwards: what is needed exactly ------------------------------------------------------------
+
+  def _leading(self, jaxpr: AnyJaxpr, recurring: Indices) -> tuple[set[Var], Indices]:
+    """What arithmetic leads from to results that recur, in a jaxpr and among its operands."""
+    key = id(jaxpr), recurring
+    if key not in self._leads:
+      inner = versions.open_jaxpr(jaxpr)
+      found = variables_of(inner.outvars[n] for n in recurring)
+      for eqn in reversed(inner.eqns):
+        read = []
+        if eqn.primitive.name in HAVE_BODIES:
+          bodies = bodies_of(eqn)
+          for body, outs in zip(bodies, _recurring(eqn, bodies, found), strict=True):
+            read += [eqn.invars[body.operands[n]] for n in self._leading(body.jaxpr, outs)[1]]
+        elif not found.isdisjoint(eqn.outvars) and operation(eqn) in HAND_ON:
+          read = eqn.invars
+        if read:
+          found |= variables_of(read)
+      self._leads[key] = found, frozenset(n for n, v in enumerate(inner.invars) if v in found)
+    return self._leads[key]
+
+  def _backward(
+    self, jaxpr: AnyJaxpr, operands: Roles, outs: Needed, recurring: Indices
+  ) -> tuple[Exact, Needed]:
+    """What is needed exactly in a jaxpr, and which of its operands are.
+
+    Args:
+      jaxpr: The jaxpr.
+      operands: The roles of its operands.
+      outs: Which of its results are needed exactly.
+      recurring: Which of them a loop around it hands on, whatever is done to them before.
+    """
+    key = id(jaxpr), operands, outs, recurring
+    if key not in self._backwards:
+      inner, forward = versions.open_jaxpr(jaxpr), self._roles.forward(jaxpr, operands)
+      leading, _ = self._leading(jaxpr, recurring)
+      found = variables_of(inner.outvars[n] for n in outs.exact)
+      near, forgetting = self._near_one(inner, forward, leading)
+      found |= near
+      bounded = variables_of(inner.outvars[n] for n in outs.bounded)
+      inside, gates = self._swept(inner, forward, leading, found, bounded)
+      while (inside or gates & found) and (again := _computed_again(inner, found)):
+        found |= again
+        inside, gates = self._swept(inner, forward, leading, found, bounded)
+      exact = Exact(frozenset(gates & found | forgetting), frozenset(inside.items()))
+      places = (places_of(inner.invars, variables) for variables in (found, bounded & found))
+      self._backwards[key] = exact, Needed(*places)
+    return self._backwards[key]
+
+  def _swept(
+    self,
+    inner: Jaxpr,
+    forward: Forward,
+    leading: Collection[Var],
+    found: set[Var],
+    bounded: set[Var],
+  ) -> tuple[dict[int, tuple[Exact, ...]], set[Var]]:
+    """Adds to what is needed exactly what leads to it; returns what of bodies is, and the gates."""
+    inside, gates = {}, set()
+    for eqn in reversed(inner.eqns):
+      if id(eqn) in forward.inside:
+        results = Needed(*(places_of(eqn.outvars, variables) for variables in (found, bounded)))
+        entering = forward.inside[id(eqn)]
+        exact, needed = self._of_bodies(eqn, entering, results, leading)
+        inside |= {id(eqn): exact} if any(map(any, exact)) else {}
+        found |= variables_of(eqn.invars[n] for n in needed.exact)
+        bounded |= variables_of(eqn.invars[n] for n in needed.bounded)
+        continue
+      is_needed = not found.isdisjoint(eqn.outvars)
+      if (is_needed and _is_bound(eqn, forward)) or (bounded and _is_within(eqn, bounded)):
+        bounded |= variables_of(eqn.invars)
+        gates.add(eqn.outvars[0])
+      elif _comes_near_one(eqn, forward):
+        gates.add(eqn.outvars[0])
+      if needed := self._needed(eqn, forward, is_needed=is_needed):
+        found |= variables_of(needed)
+    return inside, gates
+
+  def _needed(self, eqn: JaxprEqn, forward: Forward, *, is_needed: bool) -> Sequence[Any]:
+    """The operands of an equation that are needed exactly, given whether a result is."""
+    name = eqn.primitive.name
+    if name in _NEED:
+      return eqn.invars
+    if name in _STEEP and forward.of(eqn.invars[0]).gates:
+      return eqn.invars
+    if not is_needed:
+      return ()
+    passes = name in POWERS or self._table.get(operation(eqn)) in _PASS_ON
+    passes = passes or (name in _SUMMARIES and forward.of(eqn.outvars[0]).range.high < math.inf)
+    return eqn.invars if passes else ()
+
+  def _of_bodies(
+    self, eqn: JaxprEqn, entering: Sequence[Roles], results: Needed, leading: Collection[Var]
+  ) -> tuple[tuple[Exact, ...], Needed]:
+    """What is needed exactly in an equation's bodies, and which of its operands are."""
+    bodies = bodies_of(eqn)
+    recurring = _recurring(eqn, bodies, leading)
+    while True:
+      found = [
+        self._backward(body.jaxpr, roles, Needed() if body.is_test else results, again)
+        for body, roles, again in zip(bodies, entering, recurring, strict=True)
+      ]
+      pairs = list(zip(bodies, found, strict=True))
+      needed = Needed(
+        frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands.exact),
+        frozenset(body.operands[n] for body, (_, operands) in pairs for n in operands.bounded),
+      )
+      carries = ((n, body.operands[c]) for body in bodies for n, c in enumerate(body.carry))
+      grown = results.exact | {n for n, operand in carries if operand in needed.exact}
+      if grown == results.exact:
+        return tuple(exact for exact, _ in found), needed
+      results = results._replace(exact=grown)
+
+  def _near_one(
+    self, inner: Jaxpr, forward: Forward, leading: Collection[Var]
+  ) -> tuple[set[Var], set[Var]]:
+    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
+
+    And the products of decays with what they made, and quotients by a gate.
+    """
+    found, forgetting = set(), set()
+    readers = functools.cache(functools.partial(_readers, inner))
+    products = functools.cache(functools.partial(_products, inner))
+    same = functools.cache(functools.partial(same_values, inner))
+    for eqn in inner.eqns if forward.roles else ():
+      name = operation(eqn) if eqn.primitive.name in _MEET else ""
+      name = "sub" if (compares := name in _COMPARES) else name
+      if name == "div" and _divides_up(forward.of(eqn.invars[1])):
+        found |= variables_of(eqn.invars[1:])
+        forgetting.update(eqn.outvars)
+      if name not in ("add", "sub", "mul"):
+        continue
+      pair = [(atom, forward.of(atom)) for atom in eqn.invars]
+      for (atom, role), (_, other) in (pair, pair[::-1]):
+        if name != "mul":
+          near = _is_near(role, other, name) and not _is_slope(eqn, atom, readers())
+        else:
+          recurs = other.turns > TURNS and eqn.outvars[0] in leading
+          again, decays = role.products & other.products, role.is_own != other.is_own
+          is_number = recurs and role.products and isinstance(atom, Literal)
+          forgetting.update(eqn.outvars if is_number or (again and decays) else ())
+          near = recurs or (again and not decays)
+        found |= variables_of([atom]) if near else set()
+      if name == "sub" and not compares:
+        found |= _part_left(eqn, forward, products, same)
+    return found, forgetting
+
+
+def _divides_up(role: Role) -> bool:
+  """Whether a value is a sigmoid that may be near zero, as a probability is that one divides by."""
+  return bool(role.gates) and role.range.low == 0 and role.range.high < math.inf
+
+
+def _is_near(role: Role, other: Role, name: str) -> bool:
+  """Whether a value comes near what it is subtracted from, or what is subtracted from it.
+
+  What is added to a value below zero is such a value.
+  """
+  ranges = role.range, other.range
+  if name == "add":
+    below = [r.high <= 0 for r in ranges]
+    if sum(below) != 1:
+      return False
+    ranges = tuple(r.negated if is_below else r for r, is_below in zip(ranges, below, strict=True))
+  own, others = ranges
+  is_from_one = others == ONE and bool(role.gates)
+  of_two = bool(role.products and other.products) and own.crowds_with(others)
+  return is_from_one or of_two or own.comes_near(others)
+
+
+def _computed_again(inner: Jaxpr, found: set[Var]) -> set[Var]:
+  """The variables that hold a value which is needed exactly, and are not known to."""
+  values = same_values(inner)
+  needed = {values[var] for var in found}
+  return {var for var, value in values.items() if value in needed} - found
+
+
+def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) -> list[Indices]:
+  """Which results of each body recur: a loop's carry, and what leads on to what does outside."""
+  outer = {n for n, var in enumerate(eqn.outvars) if var in leading}
+  return [
+    frozenset() if body.is_test else frozenset(outer | set(range(len(body.carry))))
+    for body in bodies
+  ]
+
+
+def _is_bound(eqn: JaxprEqn, forward: Forward) -> bool:
+  """Whether an equation cuts off, as ``x / (1 + |x|)`` and clips do, what is needed exactly."""
+  name = eqn.primitive.name
+  if name != "div":
+    return name in _BOUNDS
+  return forward.of(eqn.outvars[0]).range.high < forward.of(eqn.invars[0]).range.high == math.inf
+
+
+def _is_within(eqn: JaxprEqn, bounded: Set[Any]) -> bool:
+  """Whether an equation is part of the arithmetic that a bound cuts off."""
+  return not bounded.isdisjoint(eqn.outvars) and operation(eqn) in RECUR
+
+
+def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
+  """Whether an equation is a sigmoid, or adds to one, as a decay ``1 - rate * x`` does.
+
+  Or divides an exponential, as a softmax does by the sum of all.
+  """
+  name = eqn.primitive.name
+  if name in ("add", "sub"):
+    return ONE in [forward.of(atom).range for atom in eqn.invars]
+  return name in GATES or (name == "div" and bool(forward.of(eqn.invars[0]).gates))
+
+
+def _products(inner: Any) -> dict[Any, JaxprEqn]:
+  likely = (eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general"))
+  return {eqn.outvars[0]: eqn for eqn in likely if operation(eqn) == "mul"}
+
+
+def _part_left(
+  eqn: JaxprEqn,
+  forward: Forward,
+  products: Callable[[], Mapping[Var, JaxprEqn]],
+  same: Callable[[], Mapping[Var, int]],
+) -> set[Var]:
+  """The gate g of ``v - g * v``, which is ``(1 - g) * v``."""
+  operands = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+  if len(operands) < 2:
+    return set()
+  for whole, part in (operands, operands[::-1]):
+    product = products().get(part)
+    factors = [] if product is None else product.invars
+    for factor, gate in zip(factors, factors[::-1], strict=True):
+      if isinstance(factor, Literal) or not forward.of(gate).range.comes_near(ONE):
+        continue
+      if same()[factor] == same()[whole]:
+        return variables_of([gate])
+  return set()
+
+
+def _readers(inner: Jaxpr) -> dict[Any, list[JaxprEqn | None]]:
+  readers: dict[Any, list[JaxprEqn | None]] = {}
+  for eqn in inner.eqns:
+    for atom in eqn.invars:
+      if not isinstance(atom, Literal):
+        readers.setdefault(atom, []).append(eqn)
+  for atom in inner.outvars:
+    if not isinstance(atom, Literal):
+      readers.setdefault(atom, []).append(None)
+  return readers
+
+
+def _is_slope(eqn: JaxprEqn, gate: Atom, readers: Mapping[Var, Sequence[JaxprEqn | None]]) -> bool:
+  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
+
+  That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.
+  """
+
+  def multiplies(user: JaxprEqn | None) -> bool:
+    return user is not None and user.primitive.name == "mul" and gate in user.invars
+
+  def leads_on(user: JaxprEqn | None) -> bool:
+    if user is None or user.primitive.name != "mul":
+      return False
+    return multiplies(user) or any(map(multiplies, readers.get(user.outvars[0], [])))
+
+  users = readers.get(eqn.outvars[0], [])
+  return bool(users) and all(map(leads_on, users))

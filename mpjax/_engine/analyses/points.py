@@ -1,0 +1,129 @@
+"""Rotations, projections and other small transforms of points.
+
+``x @ rotation.T``, ``points @ camera.T``, ``einsum("bij,nj->bni", theta, grid)``: sums of two or
+three products each, which are coordinates. They are written as matmuls, and no layers: where a
+pixel lies at 500, bfloat16 tells it in steps of 2, and no hardware multiplies so few numbers
+faster. So they are float32, as if they were written out. The weights of a layer may be as small;
+those are parameters as they came, which such a matrix is not: it is made of fewer, as of angles, or
+by a layer, or is given. One of four rows and columns is put together from a rotation and a shift.
+What a layer gave for points has rounded before, and is multiplied in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mpjax._core.primitives import MATMULS, UNCHANGED
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, Kind
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
+
+_PUTS_TOGETHER = frozenset({"concatenate", "stack"})
+_JOINS = frozenset({"add", "sub", "mul", "dot_general"})
+_LEADS_ON = UNCHANGED | _JOINS | {"neg", "slice", "dynamic_slice", "gather", "split", "unstack"}
+
+_LOOKS = 64
+"""How many equations behind a matrix are looked at."""
+
+
+def transforms_points(
+  eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn], pure: Collection[Any]
+) -> bool:
+  """Whether a matmul multiplies points by a matrix as small, which is no layer's.
+
+  Args:
+    eqn: The matmul.
+    forms: How its operands are held.
+    makers: The equations of its jaxpr, by what they make.
+    pure: What is made of parameters alone.
+  """
+  if eqn.primitive.name != "dot_general":
+    return False
+  terms = jaxprs.terms(eqn)
+  if terms > jaxprs.DIMENSIONS + 1:
+    return False
+  for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
+    of_matrix, of_points = forms[n], forms[1 - n]
+    if (
+      not _has_few_rows(jaxprs.free(eqn, n), terms)
+      or (of_points is not None and of_points.kind is Kind.NARROW)
+      or _are_weights(matrix, of_matrix, makers)
+    ):
+      continue
+    if terms > jaxprs.DIMENSIONS:
+      found = _is_put_together(matrix, makers, by_rows_and_columns=True)
+    else:
+      found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, makers)
+    is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
+    are_many = max(jaxprs.free(eqn, 1 - n), default=1) > jaxprs.DIMENSIONS >= terms
+    are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
+    if found or (is_given and are_many and not are_weights):
+      return True
+  return False
+
+
+def _has_few_rows(free: list[int], terms: int) -> bool:
+  """Whether a matrix has as few rows as a rotation, or the three or four of a homogeneous one."""
+  if terms > jaxprs.DIMENSIONS:
+    return jaxprs.DIMENSIONS in free or terms in free
+  return bool(free) and 1 < min(free) <= jaxprs.DIMENSIONS
+
+
+def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a matrix came in, or a layer made it; moved, or with a number added or multiplied."""
+  if form is not None and form.kind is Kind.NARROW:
+    return True
+  for _ in range(_LOOKS):
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    if made is None or made.primitive.name in MATMULS:
+      return True
+    if made.primitive.name not in _LEADS_ON:
+      return False
+    atom = made.invars[0]
+  return False
+
+
+def _is_put_together(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], *, by_rows_and_columns: bool = False
+) -> bool:
+  """Whether a value was made of others that are parts of it, or is a sum or product with such.
+
+  Args:
+    atom: The value.
+    makers: The equations of its jaxpr, by what they make.
+    by_rows_and_columns: Whether some of the parts must have been, too: not so the two halves of
+      what a rotary embedding turns.
+  """
+  waiting = [atom]
+  for _ in range(_LOOKS):
+    if not waiting:
+      return False
+    atom = waiting.pop()
+    made = None if isinstance(atom, Literal) else makers.get(atom)
+    name = "" if made is None else made.primitive.name
+    if made is not None and name in _PUTS_TOGETHER:
+      return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
+    if made is not None and name in _LEADS_ON:
+      waiting += reversed(made.invars) if name in _JOINS else made.invars[:1]
+  return False
+
+
+def _are_weights(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:
+  """Whether a value is a parameter, spread or not, or made of one that has as many numbers."""
+  if form != PARAM:
+    return False
+  waiting, seen = [(atom, 1)], set[Any]()
+  while waiting:
+    before, copies = waiting.pop()
+    if isinstance(before, Literal) or before in seen:
+      continue
+    seen.add(before)
+    made = makers.get(before)
+    if made is not None:
+      spread = made.primitive.name == "broadcast_in_dim"
+      copies *= jaxprs.size(before) // max(1, jaxprs.size(made.invars[0])) if spread else 1
+      waiting += [(operand, copies) for operand in made.invars]
+    if len(seen) > _LOOKS or (made is None and copies * jaxprs.size(before) >= jaxprs.size(atom)):
+      return True
+  return False

@@ -1,0 +1,194 @@
+"""Multiples of narrow values that are added to float32 are float32 themselves.
+
+``x + h / 6 * k``: 16 bits hold no 1 / 60, so that as a number of theirs each step would be 0.4%
+longer than it is, and an integral from 0 to 1 end at 1.004. Where nothing but float32 reads the
+multiple, it is multiplied in float32, and so is what adds or moves it on the way. All of this is
+linear, so that the backward pass stores nothing of it in either format. A multiple that goes on in
+16 bits rounds with its number, as by hand.
+
+So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 * e`` and ``e.T`` of
+a distance: what comes back to e from there and from its squares is a small difference, which adds
+up in float32. And so is what is made of a value for float32 alone if that is read in float32
+besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine.analyses.constants import NumberSet
+from mpjax._engine.planning.plan import AS_HELD, FUNCTIONS, ONE_FLOAT32, Plan, Read, Step
+from mpjax._engine.program import versions
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Kind
+from mpjax._engine.program.versions import Atom, Literal, Var
+
+_MULTIPLIES = frozenset({"mul", "div"})
+_ADDS = frozenset({"add", "sub"})
+_MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
+_LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
+_MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
+_ADDS_UP = _ADDS | {"reduce_sum"}
+_ENDS = _ADDS_UP | FUNCTIONS | {"reduce_max", "reduce_min", "exp", "exp2", "gather"}
+_RESULT = -1
+"""What reads the results of a plan, among the indices of steps."""
+
+
+def rounding_late(
+  plan: Plan,
+  numbers: Callable[[Atom], NumberSet],
+  multiplied: Collection[Var],
+  *,
+  is_whole: bool,
+) -> Plan:
+  """A plan in which such multiples are float32.
+
+  Args:
+    plan: The plan of one jaxpr.
+    numbers: The numbers that occur in a constant of it.
+    multiplied: What leads into a matmul: weights of an attention round with their scale, as by
+      hand, and no loss does.
+    is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
+  """
+  late = _late(plan, multiplied, is_whole=is_whole)
+  wide, made = set[int](), set[Var]()
+  for n in sorted(late):
+    step = plan.steps[n]
+    if (
+      _is_inexact_multiple(step, numbers)
+      or _leads_to_matmul(plan, step)
+      or _is_read_besides(plan, n, late)
+      or made & variables_of(step.eqn.invars)
+    ):
+      wide.add(n)
+      made |= {*step.eqn.outvars}
+  if not wide:
+    return plan
+  readers = {n for var in made for n, _ in plan.readers[var]}
+  steps = [*plan.steps]
+  for n in wide | readers - {_RESULT}:
+    steps[n] = _reading(steps[n], made, is_wide=n in wide)
+  results = zip(versions.open_jaxpr(plan.jaxpr).outvars, plan.out_forms, strict=True)
+  out_forms = tuple(DATA if not isinstance(v, Literal) and v in made else f for v, f in results)
+  return replace(plan, steps=tuple(steps), out_forms=out_forms)
+
+
+def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
+  """Whether a step multiplies a narrow value by a number that its format does not hold."""
+  if step.eqn.primitive.name not in _MULTIPLIES or not _is_multiple(step):
+    return False
+  found = numbers(step.eqn.invars[step.operands.index(CONSTANT)])
+  if found is not None and step.eqn.primitive.name == "div":  # 16 bits hold 60, and no 1 / 60
+    found = {1 / number if number else 0.0 for number in found}
+  return found is None or any(_is_inexact(number, step.outs[0]) for number in found)
+
+
+def _is_wide_matmul(step: Step) -> bool:
+  """Whether a step is a matmul that needs its operands' cotangents in float32."""
+  return bool(step.because) and step.rule in (Rule.FULL, Rule.EXACT)
+
+
+def _leads_to_matmul(plan: Plan, step: Step) -> bool:
+  """Whether such matmuls read what a step makes."""
+  readers = plan.readers[step.eqn.outvars[0]]
+  return any(n != _RESULT and _is_wide_matmul(plan.steps[n]) for n, _ in readers)
+
+
+def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
+  """Whether the narrow value that a step reads is read in float32 by others, too."""
+  return any(
+    read.to == FLOAT32 and n not in late
+    for atom, form in zip(plan.steps[reader].eqn.invars, plan.steps[reader].operands, strict=True)
+    if not isinstance(atom, Literal) and form is not None and form.kind is Kind.NARROW
+    for n, read in plan.readers[atom]
+  )
+
+
+def _is_multiple(step: Step) -> bool:
+  """Whether a step with a narrow result multiplies by a number, or divides by one."""
+  first, second = step.operands
+  kinds = {form and form.kind for form in (first, second)}
+  is_reciprocal = step.eqn.primitive.name == "div" and first == CONSTANT
+  return kinds == {Kind.CONSTANT, Kind.NARROW} and not is_reciprocal
+
+
+def _is_inexact(number: float, form: Form | None) -> bool:
+  return form is not None and float(np.asarray(number).astype(form.dtype)) != number
+
+
+def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int]:
+  """The steps that make or lead on multiples, and whose result float32 alone reads.
+
+  Once, or to add or multiply: what is added up and read again besides is most often normalized.
+  """
+  late, exact = set[int](), set[int]()
+  likely = [
+    (n, step)
+    for n, step in enumerate(plan.steps)
+    if step.eqn.primitive.name in _MAY_LEAD_ON
+    and step.rule is Rule.FOLLOW
+    and (form := step.outs[0]) is not None
+    and form.kind is Kind.NARROW
+  ]
+  for n, step in reversed(likely):
+    leads_on = step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
+    (result,) = step.eqn.outvars
+    reads = plan.readers.get(result, []) if leads_on else []
+    ends = _ADDS_UP if result in multiplied else _ENDS
+    is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
+    if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
+      rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
+      if rounds_inside and step.eqn.primitive.name in _ADDS:
+        continue  # others would read the sum as it was before
+      late.add(n)
+      exact |= {n} if rounds_inside else set()
+  return late
+
+
+def _is_exact(plan: Plan, reader: int) -> bool:
+  return reader != _RESULT and plan.steps[reader].rule is Rule.EXACT
+
+
+def _is_total(plan: Plan, reader: int) -> bool:
+  return reader != _RESULT and plan.steps[reader].eqn.primitive.name == "reduce_sum"
+
+
+def _is_late(
+  plan: Plan,
+  reader: int,
+  read: Read,
+  late: set[int],
+  ends: Collection[str],
+  *,
+  is_whole: bool,
+) -> bool:
+  """Whether a narrow value is read in float32, or by what is itself."""
+  if read.via is not None:
+    return False
+  if reader == _RESULT:
+    return is_whole
+  if reader in late:
+    return read.to is None
+  step = plan.steps[reader]
+  is_end = step.eqn.primitive.name in ends or _is_wide_matmul(step)
+  return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
+
+
+def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:
+  """A step that reads as it is held what is float32 now; if it is wide itself, all in float32."""
+  reads: list[Read] = []
+  operands = []
+  for atom, form, read in zip(step.eqn.invars, step.operands, step.reads, strict=True):
+    if not isinstance(atom, Literal) and atom in made:
+      form, read = DATA, AS_HELD
+    elif is_wide and form is not None:
+      read = Read(read.via, FLOAT32) if form.dtype != FLOAT32 or read.via else AS_HELD
+    reads.append(read)
+    operands.append(form)
+  outs = step.outs if not is_wide else ONE_FLOAT32
+  return replace(step, reads=tuple(reads), operands=tuple(operands), outs=outs)

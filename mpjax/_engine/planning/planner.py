@@ -1,0 +1,385 @@
+"""Decides, for every equation of a jaxpr, in which dtype it runs. Moves no data.
+
+The plan is made by abstract interpretation: each float32 of the trace gets a `Form`, equations
+join the forms of their operands as the primitive table says, and the carry of a loop is the least
+fixed point. Executing a plan is `interpreter`'s work, reporting one is `inspect`'s.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend import source_info_util
+
+from mpjax._core import scopes
+from mpjax._core.policy import FLOAT32_POLICY, Policy
+from mpjax._core.policy_map import PolicyMap
+from mpjax._core.primitives import MATMULS, Rule, Trait, having
+from mpjax._core.scopes import Path
+from mpjax._engine.analyses.knowledge import NOTHING, Analyses, Knowledge, Known
+from mpjax._engine.analyses.loop_carries import accumulators, carried
+from mpjax._engine.planning import decisions
+from mpjax._engine.planning.decisions import NAMEABLE, Decision
+from mpjax._engine.planning.early_rounding import rounding_early
+from mpjax._engine.planning.late_rounding import rounding_late
+from mpjax._engine.planning.module_exits import Borders
+from mpjax._engine.planning.parameter_gradients import CastParameters, parameter_of, why_not_float8
+from mpjax._engine.planning.plan import (
+  AS_HELD,
+  ONE_FLOAT32,
+  PLAIN,
+  ROOT,
+  Float8,
+  Place,
+  Plan,
+  Read,
+  Scoping,
+  Step,
+  multiplies,
+  narrowed,
+  widened,
+)
+from mpjax._engine.planning.sharpening import Sharpening, sharpening_of
+from mpjax._engine.planning.sight import Sight
+from mpjax._engine.planning.streams import SUMS, Streams
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
+from mpjax._engine.program.kinds import PARAM, Form, Forms, Kind, join
+from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
+
+
+class Planner:
+  """Plans jaxprs under one policy map.
+
+  Attributes:
+    policies: The map that answers what governs a path.
+    adapting: Which numbers adapt to its formats.
+    ops: The primitives that were planned in each module.
+    unknown: How often each primitive was met that autocast cannot rewrite.
+
+  Args:
+    policies: The map.
+    scoping: How scopes lead to the paths of modules.
+  """
+
+  def __init__(self, policies: PolicyMap, scoping: Scoping = PLAIN) -> None:
+    self.policies = policies
+    self._scoping = scoping._replace(located=scoping.located or bool(policies.rules))
+    self.ops: dict[Path, set[str]] = {}
+    self.unknown: Counter[str] = Counter()
+    self.table = policies.table()
+    in_float8 = policies.multiplies_in_float8()
+    self.analyses = Analyses(self.table, policies.narrow_dtypes(), in_float8)
+    self.adapting = self.analyses.adapting
+    self.wide_gradients = not scopes.has_narrow_sums(source_info_util.current_name_stack())
+    self._rules: dict[tuple[Path, str | None], tuple[int | None, Policy]] = {}
+    self._plans: dict[Any, Plan] = {}
+    self._names: dict[int, tuple[Any, Place]] = {}  # by identity: many equations share a stack
+
+  def plan(
+    self,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    place: Place = ROOT,
+    out_forms: Forms | None = None,
+    known: Known = NOTHING,
+    cast: tuple[int, ...] = (),
+  ) -> Plan:
+    """Plan a closed or open jaxpr.
+
+    Args:
+      jaxpr: What to plan.
+      in_forms: How each operand is held, None for what is not float32.
+      place: Where the jaxpr stands.
+      out_forms: How the results must be held; as they come out when None.
+      known: What else is known of its operands and results.
+      cast: Which operands are parameters that their author cast to 16 bits.
+    """
+    where = place if self._scoping.located else place._replace(path=())
+    key = (id(jaxpr), in_forms, where, out_forms, known, cast)
+    if key not in self._plans:
+      self._plans[key] = _Walk(self, jaxpr, in_forms, place, known, cast).plan(out_forms)
+    return self._plans[key]
+
+  def rule_of(
+    self,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    place: Place,
+    primals: Forms,
+    out_forms: Forms | None = None,
+  ) -> Plan:
+    """Plan a user's rule whose first results are those of the function that it is for.
+
+    Args:
+      jaxpr: The rule.
+      in_forms: How each operand is held.
+      place: Where the function stands.
+      primals: How the function's results are held: those in float32 are needed as exactly here.
+      out_forms: How the rule's results must be held; as they come out when None.
+    """
+    outs = (n for n, form in enumerate(primals) if form is not None and form.kind is Kind.DATA)
+    return self.plan(
+      jaxpr, in_forms, place, out_forms, Known(self.analyses.near_one.exact(jaxpr, outs))
+    )
+
+  def governs(self, path: Path, op: str | None = None) -> tuple[int | None, Policy]:
+    """The rule that governs a path, or an operation there: its index, None for the default.
+
+    And its policy.
+    """
+    key = path, op
+    if key not in self._rules:
+      relative = path[self._scoping.root :]
+      rule = self.policies.rule_at(relative, op)
+      self._rules[key] = rule, self.policies.policy_of(rule)
+      self.ops.setdefault(relative, set()).update(() if op is None else (op,))
+    return self._rules[key]
+
+  def place_of(self, eqn: JaxprEqn, base: Path) -> Place:
+    """The place of an equation, relative to that of the jaxpr that it stands in."""
+    stack = eqn.source_info.name_stack
+    _, place = self._names.get(id(stack), (None, None))
+    if place is None:
+      place = Place(
+        scopes.module_path(stack),
+        scopes.is_backward(stack),
+        scopes.has_policy(stack),
+        scopes.is_forward_again(stack),
+      )
+      self._names[id(stack)] = stack, place
+    if self._scoping.absolute and base and place.path[: len(base)] == base:
+      return place._replace(path=place.path[len(base) :])
+    return place
+
+
+class _Walk:
+  """One pass over the equations of one jaxpr."""
+
+  def __init__(
+    self,
+    planner: Planner,
+    jaxpr: AnyJaxpr,
+    in_forms: Forms,
+    place: Place,
+    known: Known,
+    cast: tuple[int, ...],
+  ) -> None:
+    inner = versions.open_jaxpr(jaxpr)
+    self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
+    self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
+    self.cast = CastParameters(inner.invars[n] for n in cast)
+    self.is_whole = known.exact is None
+    self.borders = Borders(self.governs)
+    multiplied, makers = self.around.leading.multiplied, self.around.view.makers
+    self.streams = Streams(multiplied, self.borders.lasting, makers)
+    self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
+    for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
+      self.forms[var] = self.around.adapting.form(value) if jaxprs.is_float32(var) else None
+
+  def plan(self, out_forms: Forms | None) -> Plan:
+    inner = versions.open_jaxpr(self.jaxpr)
+    steps = tuple([self.step(eqn) for eqn in inner.eqns])
+    vias, forms = self.look_up(inner.outvars, ())
+    held = forms if out_forms is None else out_forms
+    reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
+    plan = Plan(
+      self.jaxpr,
+      self.in_forms,
+      steps,
+      reads,
+      held,
+      self.cast.among(inner.outvars),
+      jaxprs.ordered_places(inner.outvars, self.borders.lasting),
+    )
+    return rounding_late(
+      rounding_early(plan),
+      self.around.numbers.of,
+      self.around.leading.multiplied,
+      is_whole=self.is_whole and out_forms is None,
+    )
+
+  def is_backward(self, eqn: JaxprEqn) -> bool:
+    return self.place.backward or self.planner.place_of(eqn, self.place.path).backward
+
+  def step(self, eqn: JaxprEqn) -> Step:
+    inner = self.planner.place_of(eqn, self.place.path)
+    path, place = inner.path, inner.within(self.place)
+    vias, forms = self.look_up(eqn.invars, path)
+    name = eqn.primitive.name
+    if name in SUMS:
+      vias, forms = self.streams.joined(eqn, vias, forms)
+    won, policy = None, FLOAT32_POLICY
+    if not place.has_policy:
+      won, policy = self.planner.governs(place.path, name)
+    table_rule = self.planner.table.get(name, Rule.FOREIGN)
+    sight = Sight(eqn, name, table_rule, forms, policy.compute_dtype, self.around, place)
+    rule, found = self.rule(sight)
+    if won is not None and self.planner.policies.is_for_op(won) and rule in NAMEABLE:
+      rule, decision = Rule.NAMED, decisions.named(sight, policy)
+    elif rule in _WAYS:
+      decision = _WAYS[rule](self, eqn, forms, place)
+    else:
+      decision = decisions.decide(rule, sight)
+    pairs = zip(vias, forms, decision.wanted, strict=True)
+    reads = tuple([_read(v, f, w) if v or w else AS_HELD for v, f, w in pairs])
+    self.around.numbers.follow(eqn)
+    lasts = found is not None and found.lasts
+    self.leave(eqn, () if place.backward or place.has_policy else path, decision, lasts=lasts)
+    for var, form in zip(eqn.outvars, decision.outs, strict=True):
+      self.forms[var] = form
+    if self.planner.analyses.in_float8:
+      called = decision.bodies[0].cast if rule is Rule.CALL else ()
+      self.cast.follow(eqn, self.forms, called)
+    step = Step(
+      eqn,
+      rule,
+      won,
+      place,
+      reads,
+      forms,
+      decision.outs,
+      decision.params,
+      decision.bodies,
+      parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
+      float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
+      because=found.because
+      if found is not None and (name in MATMULS or rule is Rule.NAMED)
+      else "",
+    )
+    if decision.outs == ONE_FLOAT32:
+      self.streams.settle(step)
+    return step
+
+  def leave(self, eqn: JaxprEqn, home: Path, decision: Decision, *, lasts: bool) -> None:
+    """Note what the results of an equation are to become where they leave their module."""
+    bodies = decision.bodies
+    lasting = _lasting(eqn, bodies) if bodies and not lasts else ()
+    self.borders.settle(
+      eqn,
+      home,
+      multiplies=multiplies(eqn, bodies) if bodies else eqn.primitive.name in MATMULS,
+      lasts=(*eqn.outvars,) if lasts else lasting,
+    )
+
+  def float8(self, eqn: JaxprEqn, rule: Rule, forms: Forms, place: Place) -> Float8 | None:
+    """Whether a matmul of a policy that asks for float8 multiplies in it, or why it does not."""
+    if eqn.primitive.name not in MATMULS or rule is Rule.MULTIPLY:
+      return None
+    backward, parameter = place.has_cotangents, self.cast.sole(eqn, self.forms)
+    is_head = backward and parameter is not None and self.around.is_head(eqn.invars[parameter])
+    if reason := why_not_float8(eqn, rule, forms, parameter, self.around.logarithms, is_head):
+      return Float8(backward=backward, reason=reason)
+    return Float8(parameter, backward)
+
+  def rule(self, sight: Sight) -> tuple[Rule, Sharpening | None]:
+    """The table's rule, or that of what only the equation shows, and this."""
+    if sight.rule is Rule.FOREIGN:
+      if sight.has_float32:
+        self.planner.unknown[sight.name] += 1
+      return Rule.TRACED, None
+    found = sharpening_of(sight)
+    return (sight.rule if found is None else found.rule), found
+
+  # Reading a value where it is used ---------------------------------------------------------
+
+  def look_up(self, atoms: Sequence[Atom], path: Path) -> tuple[list[np.dtype | None], Forms]:
+    """How each operand is held where it is read, and the cast that leaving its module made."""
+    known, numbers = self.forms, self.around.numbers
+    held = [numbers.form_of(a) if isinstance(a, Literal) else known[a] for a in atoms]
+    forms = [self.borders.cross(*pair, path) for pair in zip(atoms, held, strict=True)]
+    pairs = zip(forms, held, strict=True)
+    vias = [None if form is None or form == before else form.dtype for form, before in pairs]
+    return vias, tuple(forms)
+
+  def governs(self, path: Path) -> tuple[int | None, Policy]:
+    """The rule and the policy of a path, as it stands in this jaxpr."""
+    return self.planner.governs(self.place.path + path)
+
+  # Deciding an equation that has bodies -------------------------------------------------------
+
+  def call(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
+    (held,) = bodies_of(eqn)
+    is_plain = self.planner.table[eqn.primitive.name] is Rule.CALL
+    known = self.around.of_call(eqn, held, forms, is_plain)
+    cast = self.cast.among(eqn.invars)
+    body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
+    if eqn.primitive.name in _SHARES_READS:
+      body = self.planner.plan(held.jaxpr, widened(body), place, None, known, cast)
+    elif eqn.primitive.name in _STORES_OPERANDS:
+      stored = narrowed(body, range(len(held.operands)))
+      body = self.planner.plan(held.jaxpr, stored, place, None, known, cast)
+    wanted = [form and form.dtype for form in body.in_forms]
+    return Decision(wanted, body.out_forms, eqn.params, (body,))
+
+  def loop(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
+    *tests, body = bodies_of(eqn)
+    count = len(body.carry)
+    taken = body.split(forms)
+    known = self.around.of_loop(eqn, tuple(body.take(forms)))
+    given = self.cast.among(body.take(eqn.invars))
+    cast = tuple(n for n in given if n not in body.carry)
+    slices = tuple(taken.slices)
+
+    def plan(held: Sequence[Form | None], outs: Forms | None = None) -> Plan:
+      operands = (*taken.consts, *held, *slices)
+      return self.planner.plan(body.jaxpr, operands, place, outs, known, cast)
+
+    def turn(held: Sequence[Form | None]) -> Sequence[Form | None]:
+      """A parameter that a loop changes is a sum from then on."""
+      outs = plan(held).out_forms
+      return [carried(*pair) for pair in zip(held, outs[:count], strict=True)]
+
+    has_matmuls = self.planner.analyses.contents.matmuls(body.jaxpr)
+    begun = accumulators(body, taken.carry, repetitions(eqn), has_matmuls=has_matmuls)
+    held = tuple(settled(begun, turn, join))
+    slices = narrowed(plan(held), range(body.carry.stop, len(body.operands)))
+    stacked = plan(held).out_forms[count:]
+    bodies = [plan(held, (*held, *stacked))]
+    operands = list(forms)
+    for n, form in enumerate((*held, *slices), body.carry.start):
+      operands[body.operands[n]] = form
+    for test in tests:
+      own, of_test = tuple(test.take(operands)), self.around.of_test(eqn, test)
+      bodies.insert(0, self.planner.plan(test.jaxpr, own, place, known=of_test))
+    wanted = [form and form.dtype for form in operands]
+    return Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
+
+  def cond(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
+    rest = forms[1:]
+    cast = self.cast.among(eqn.invars[1:])
+    known = self.around.of_branches(eqn, rest)
+    pairs = [(b.jaxpr, k) for b, k in zip(bodies_of(eqn), known, strict=True)]
+    if eqn.params.get("branches_platforms"):  # the one that all devices have but a few stays
+      rest = widened(self.planner.plan(pairs[-1][0], rest, place, None, pairs[-1][1], cast))
+    free = [self.planner.plan(b, rest, place, None, k, cast).out_forms for b, k in pairs]
+    outs = tuple(join(column) for column in zip(*free, strict=True))
+    bodies = tuple(self.planner.plan(b, rest, place, outs, k, cast) for b, k in pairs)
+    wanted = [form and form.dtype for form in rest]
+    return Decision([None, *wanted], outs, eqn.params, bodies)
+
+
+_WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
+  **dict.fromkeys(RULES_WITH_BODIES, _Walk.call),
+  Rule.SCAN: _Walk.loop,
+  Rule.WHILE: _Walk.loop,
+  Rule.COND: _Walk.cond,
+}
+# A checkpoint stores its operands, so they are as narrow as they are read; a jit may get them so.
+_SHARES_READS = having(Trait.JIT)
+_STORES_OPERANDS = having(Trait.REMAT)
+
+
+def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:
+  """Which results of an equation are, in one of its bodies, float32 behind their module."""
+  same = [body for body in bodies if len(body.out_forms) == len(eqn.outvars)]
+  return [eqn.outvars[n] for n in {n for body in same for n in body.lasting}]
+
+
+def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:
+  if form is None or wanted is None or wanted == form.dtype:
+    return AS_HELD if via is None else Read(via)
+  return Read(via, wanted)

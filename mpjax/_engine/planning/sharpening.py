@@ -1,0 +1,384 @@
+"""What an equation shows beyond its primitive's name: squares, lookups, sums, outer products.
+
+`SHARPENINGS` is the list: the first that fits an equation replaces the rule of its primitive.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from mpjax._core.dtypes import FLOAT16, FLOAT32
+from mpjax._core.primitives import MATMULS, Rule
+from mpjax._engine.analyses.points import transforms_points
+from mpjax._engine.analyses.roles import GATES
+from mpjax._engine.analyses.running_sums import adds_neighbors
+from mpjax._engine.analyses.small_steps import is_small_step
+from mpjax._engine.planning import sight
+from mpjax._engine.planning.own_unit import adds_much
+from mpjax._engine.planning.sight import Sight
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.bodies import RULES_WITH_BODIES
+from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
+
+
+class Sharpening(NamedTuple):
+  """A rule for equations that their primitive's rule does not fit.
+
+  Attributes:
+    name: What they are.
+    of: Among which they are: names of primitives, or rules that primitives have.
+    fits: Whether one of these is such an equation.
+    rule: The rule.
+    reason: Why.
+    lasts: Whether what such an equation makes is float32 behind the module that it stands in, too:
+      it was computed for what others do with it.
+  """
+
+  name: str
+  of: Collection[str | Rule]
+  fits: Callable[[Sight], bool]
+  rule: Rule
+  reason: str
+  lasts: bool = False
+
+  @property
+  def because(self) -> str:
+    """Both in words."""
+    return f"{self.name}: {self.reason}"
+
+
+SHARPENINGS: tuple[Sharpening, ...] = (
+  Sharpening(
+    "number that does not adapt",
+    {"gather"},
+    sight.fills_with_another,
+    Rule.FULL,
+    "what an index out of bounds gives would be another number in 16 bits",
+  ),
+  Sharpening(
+    "body of references",
+    RULES_WITH_BODIES,
+    lambda s: not all(hasattr(a.aval, "dtype") for a in s.eqn.invars),
+    Rule.TRACED,
+    "a mutable reference cannot change its dtype",
+  ),
+  Sharpening(
+    "keep_float32",
+    {"name"},
+    lambda s: s.eqn.params["name"] == KEEP_FLOAT32,
+    Rule.FULL,
+    "its author said so",
+  ),
+  Sharpening(
+    "scatter of a function",
+    {"scatter"},
+    lambda s: s.eqn.params.get("update_jaxpr") is not None,
+    Rule.ALWAYS,
+    "the function was traced in float32",
+  ),
+  Sharpening(
+    "float32 policy",
+    {Rule.LOWER, Rule.RANGE, Rule.FOLLOW},
+    lambda s: s.compute == FLOAT32,
+    Rule.FULL,
+    "the policy computes in float32",
+  ),
+  Sharpening(
+    "near one or into a logarithm",
+    frozenset(Rule),
+    lambda s: (
+      not s.around.exact.isdisjoint(s.eqn.outvars)
+      and (s.name in GATES or s.name == "div" or s.is_narrow)
+    ),
+    Rule.FULL,
+    "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
+    lasts=True,
+  ),
+  Sharpening(
+    "square",
+    {"integer_pow", "mul"},
+    sight.is_square,
+    Rule.FULL,
+    "nearly always feeds a sum: a variance, a norm",
+  ),
+  Sharpening(
+    "term of a total",
+    {"mul"},
+    lambda s: all(s.are_float16) and s.result in s.around.totaled,
+    Rule.FULL,
+    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
+  ),
+  Sharpening(
+    "picked numbers",
+    {"gather"},
+    sight.picks_numbers,
+    Rule.FULL,
+    "their cotangents meet those of the logsumexp before they round",
+  ),
+  Sharpening(
+    "matmul with another format",
+    {Rule.LOWER},
+    sight.has_foreign_float,
+    Rule.TRACED,
+    "float64, complex and 8-bit operands are their author's",
+  ),
+  Sharpening(
+    "matmul without float32",
+    {Rule.LOWER},
+    lambda s: not s.has_float32,
+    Rule.LOWER,
+    "there is nothing to cast",
+  ),
+  Sharpening(
+    "numbers that float16 does not hold",
+    {Rule.LOWER},
+    lambda s: s.compute == FLOAT16 and any(map(s.around.leaves_float16, s.eqn.invars)),
+    Rule.FULL,
+    "a matrix of 100000s would be one of infinities, and one of 1e-9s of zeros",
+  ),
+  Sharpening(
+    "inner product",
+    {Rule.LOWER},
+    lambda s: jaxprs.is_inner(s.eqn),
+    Rule.FULL,
+    "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
+  ),
+  Sharpening(
+    "weighted sum",
+    {Rule.LOWER},
+    sight.is_weighted_sum,
+    Rule.MULTIPLY,
+    "terms times numbers of which some cancel: an error estimate, an expectation",
+  ),
+  Sharpening(
+    "stencil",
+    {Rule.LOWER},
+    lambda s: s.name == "conv_general_dilated" and sight.has_constant_weights(s),
+    Rule.FULL,
+    "differences of neighbors are small beside these",
+  ),
+  Sharpening(
+    "power iteration",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.iterated,
+    Rule.FULL,
+    "every weight is divided by the norm that it finds",
+  ),
+  Sharpening(
+    "quantized layer",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.made.whole and sight.is_of_parameters(s),
+    Rule.WIDE,
+    "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
+  ),
+  Sharpening(
+    "whole numbers",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.made.whole,
+    Rule.FULL,
+    "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
+  ),
+  Sharpening(
+    "outer product",
+    {Rule.LOWER},
+    lambda s: jaxprs.contracts_nothing(s.eqn) and not s.is_narrow,
+    Rule.MULTIPLY,
+    "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
+    "rotation or projection",
+    {Rule.LOWER},
+    lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers, s.around.sums.pure),
+    Rule.FULL,
+    "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
+  ),
+  Sharpening(
+    "fixed transform",
+    {Rule.LOWER},
+    sight.is_fixed_transform,
+    Rule.FULL,
+    "it interpolates or differentiates data, as what is no matmul would: labels survive",
+  ),
+  Sharpening(
+    "phase",
+    {Rule.LOWER},
+    sight.is_phase,
+    Rule.FULL,
+    "only what is left of it modulo a period counts: of 100 that is 6",
+  ),
+  Sharpening(
+    "derivative of a distance or variance",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.moments.derivatives,
+    Rule.FULL,
+    "what comes back to the ends of a distance, or to a variance, is a small difference, too",
+  ),
+  Sharpening(
+    "what is added up",
+    {Rule.LOWER},
+    lambda s: s.around.sums.is_sum(s.eqn),
+    Rule.WIDE,
+    "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
+  ),
+  Sharpening(
+    "test of a loop",
+    {Rule.LOWER},
+    lambda s: s.around.is_test,
+    Rule.FULL,
+    "a residual is a small difference: rounded, it never falls below a tolerance",
+  ),
+  Sharpening(
+    "loop to a tolerance",
+    {Rule.LOWER},
+    lambda s: (
+      s.around.is_to_tolerance
+      and sight.is_of_float32(s)
+      and all(map(s.around.is_result, s.eqn.invars))
+    ),
+    Rule.FULL,
+    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
+  ),
+  Sharpening(
+    "iteration",
+    {Rule.LOWER},
+    lambda s: sight.is_of_float32(s) and sight.iterates(s),
+    Rule.FULL,
+    "a float32 matrix times a vector, again and again: to cast it costs as much as to multiply it",
+  ),
+  Sharpening(
+    "linear recurrence",
+    {Rule.LOWER},
+    sight.hands_on,
+    Rule.FULL,
+    "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
+  ),
+  Sharpening(
+    "product of neighbors, or power",
+    {Rule.LOWER},
+    lambda s: sight.multiplies_neighbors(s) or (not s.has_layer and s.result in s.around.powers),
+    Rule.FULL,
+    "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
+  ),
+  Sharpening(
+    "distance or variance",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.moments.values and sight.is_of_data(s),
+    Rule.FULL,
+    "a small difference of this and of what is added to it: what rounds in either is large beside",
+  ),
+  Sharpening(
+    "distance or variance of narrow values",
+    {Rule.LOWER},
+    lambda s: s.name in MATMULS and s.result in s.around.moments.values,
+    Rule.EXACT,
+    "they round no more, but what comes back to them is a small difference, too",
+  ),
+  Sharpening(
+    "amplified",
+    {Rule.LOWER},
+    lambda s: (
+      (sight.is_amplified(s) and sight.is_of_data(s))
+      or sight.is_amplified_later(s)
+      or sight.reads_solution(s)
+    ),
+    Rule.FULL,
+    "a linear system multiplies what rounds by its condition",
+  ),
+  Sharpening(
+    "layer before a linear system",
+    {Rule.LOWER},
+    lambda s: s.result in s.around.leading.factored,
+    Rule.WIDE,
+    "what rounds in a matrix makes its eigenvalues negative, however much its diagonal is damped",
+  ),
+  Sharpening(
+    "integers",
+    {Rule.LOWER},
+    lambda s: s.name in MATMULS and sight.has_integer(s),
+    Rule.WIDE,
+    "the scale of integers stands behind the matmul: its sums leave the range of float16",
+  ),
+  Sharpening(
+    "few outputs",
+    {Rule.LOWER},
+    lambda s: s.name in MATMULS and sight.is_head(s),
+    Rule.WIDE,
+    "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
+  ),
+  Sharpening(
+    "own unit",
+    {"add", "sub"},
+    lambda s: s.is_narrow and adds_much(s),
+    Rule.FULL,
+    "300, or a parameter, and what a model says: its output comes back in its own unit",
+    lasts=True,
+  ),
+  Sharpening(
+    "small step",
+    {"add", "sub"},
+    lambda s: s.is_narrow and is_small_step(s.eqn, s.around.view, s.around.carried),
+    Rule.FULL,
+    "0.002 times what a value gave, or its gradient, is lost where 16 bits add it to that value",
+    lasts=True,
+  ),
+  Sharpening(
+    "running sum",
+    {"add", "sub"},
+    lambda s: (
+      s.is_narrow and (s.result in s.around.running or adds_neighbors(s.eqn, s.around.view.makers))
+    ),
+    Rule.FULL,
+    "a sum of many terms that a Python loop or an associative scan writes out, as a cumsum",
+    lasts=True,
+  ),
+  Sharpening(
+    "merged parameter",
+    {"add", "sub"},
+    lambda s: s.is_narrow and sight.merges(s),
+    Rule.FULL,
+    "a parameter with a low-rank change merged into it is a parameter, in float32",
+    lasts=True,
+  ),
+  Sharpening(
+    "divides by a narrow value",
+    {"div"},
+    lambda s: s.rule is Rule.FOLLOW and s.are_float16[1],
+    Rule.FULL,
+    "its derivative divides by the square of that, which leaves the range of float16",
+  ),
+  Sharpening(
+    "large number",
+    {"mul", "div"},
+    lambda s: any(s.are_float16) and sight.multiplies_by_much(s),
+    Rule.FULL,
+    "times 30000 a value of 3 exceeds float16: an output comes back in its own unit",
+    lasts=True,
+  ),
+  Sharpening(
+    "leaves the range of float16",
+    {Rule.RANGE},
+    lambda s: sight.held_together(s) == FLOAT16,
+    Rule.FULL,
+    "256 squared exceeds float16",
+  ),
+  Sharpening(
+    "within range", {Rule.RANGE}, lambda s: True, Rule.FOLLOW, "bfloat16 has float32's range"
+  ),
+)
+"""What replaces the rule of a primitive where an equation shows more than its name, in order."""
+
+
+def sharpening_of(seen: Sight) -> Sharpening | None:
+  """The first sharpening that fits an equation; None where the rule of its primitive holds."""
+  for sharpening in _of(seen.name, seen.rule):
+    if sharpening.fits(seen):
+      return sharpening
+  return None
+
+
+@functools.cache
+def _of(name: str, rule: Rule) -> tuple[Sharpening, ...]:
+  """The sharpenings that an equation with this primitive, which has this rule, may have."""
+  return tuple(s for s in SHARPENINGS if name in s.of or rule in s.of)

@@ -1,0 +1,394 @@
+"""What is seen of an equation when its rule is chosen, and what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
+from mpjax._core.primitives import MATMULS, Rule
+from mpjax._engine.analyses.contents import weights_of
+from mpjax._engine.analyses.knowledge import Knowledge
+from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
+from mpjax._engine.planning.plan import Place
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.kinds import FEW, PARAM, Form, Forms, Kind, join
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
+
+
+class Sight(NamedTuple):
+  """What is seen of an equation when its rule is chosen.
+
+  Attributes:
+    eqn: The equation.
+    name: The name of its primitive.
+    rule: The rule of that.
+    forms: How its operands are held.
+    compute: The compute dtype that governs it.
+    around: What is known of the jaxpr that it stands in.
+    place: Where it stands.
+  """
+
+  eqn: JaxprEqn
+  name: str
+  rule: Rule
+  forms: Forms
+  compute: np.dtype
+  around: Knowledge
+  place: Place
+
+  @property
+  def result(self) -> Any:
+    """The first result."""
+    return self.eqn.outvars[0]
+
+  @property
+  def has_float32(self) -> bool:
+    """Whether an operand is float32 in the trace."""
+    return any(self.forms)
+
+  @property
+  def is_narrow(self) -> bool:
+    """Whether its operands are held in 16 bits together."""
+    form = join(self.forms)
+    return form is not None and form.kind is Kind.NARROW
+
+  @property
+  def has_narrow(self) -> bool:
+    """Whether a layer made one of its operands."""
+    return any(form is not None and form.kind is Kind.NARROW for form in self.forms)
+
+  @property
+  def has_layer(self) -> bool:
+    """Whether a layer made one of its operands, or one is a parameter."""
+    return self.has_narrow or PARAM in self.forms
+
+  @property
+  def are_float16(self) -> Sequence[bool]:
+    """Which of its operands came out of a matmul and are held in float16."""
+    return [f is not None and f.kind is Kind.NARROW and f.dtype == FLOAT16 for f in self.forms]
+
+
+def is_amplified(sight: Sight) -> bool:
+  """Whether what rounds in a matmul is many times as much where a linear system uses it.
+
+  A layer before a linear system is a layer.
+  """
+  return sight.result in sight.around.leading.factored and PARAM not in sight.forms
+
+
+def is_amplified_later(sight: Sight) -> bool:
+  """Whether other matmuls multiply it before, and no parameter had part in what it multiplies."""
+  is_later = sight.result in sight.around.leading.factored_later
+  return is_later and not sight.has_narrow and not is_of_parameters(sight)
+
+
+def is_of_data(sight: Sight) -> bool:
+  """Whether it is so of an operand that is float32, or constant, or of parameters alone."""
+  pure, read = sight.around.sums.pure, sight.eqn.invars
+  return any(form is not None and form.kind in _NOT_NARROW for form in sight.forms) or all(
+    not isinstance(a, Literal) and a in pure for a in read
+  )
+
+
+_NOT_NARROW = (Kind.DATA, Kind.CONSTANT)
+
+
+def is_of_float32(sight: Sight) -> bool:
+  """Whether its operands are float32 that was meant, or numbers: no layer's, and no parameters."""
+  return sight.name in MATMULS and all(
+    form is not None and form.kind in _NOT_NARROW for form in sight.forms
+  )
+
+
+def iterates(sight: Sight) -> bool:
+  """Whether a computed matrix is multiplied by a vector, as it is by others or in a loop.
+
+  Or a matrix that a loop carries by a vector, if no layer made that: the keys of a fast weight
+  programmer. What was given may be the frozen layer of a network, and its one example. Those of a
+  batch are kept for the backward pass, in 16 bits, as what the experts of a router say.
+  """
+  around, carried = sight.around, sight.around.carried
+  for vector, matrix in jaxprs.vectors(sight.eqn):
+    if not isinstance(matrix, Literal) and matrix in carried:
+      return not around.sums.may_be_of_layers([vector])
+    if around.is_result(matrix) and around.is_result(vector):
+      return around.multiplies_vectors(matrix) or around.depends_on_carry(vector)
+  return False
+
+
+def is_phase(sight: Sight) -> bool:
+  """Whether a sine is taken of a matmul of data, with what is trained if that has few terms.
+
+  As random features of coordinates have, which stand among the parameters, and the first layer of
+  a network of sines.
+  """
+  if sight.result not in sight.around.leading.phases or sight.has_narrow:
+    return False
+  if sight.name == "dot_general" and jaxprs.terms(sight.eqn) <= jaxprs.DIMENSIONS:
+    return True
+  return not sight.has_layer and not is_of_parameters(sight)
+
+
+def is_of_parameters(sight: Sight) -> bool:
+  """Whether an operand is made of a parameter."""
+  return bool(sight.around.sums.of_parameters(sight.eqn.invars))
+
+
+def reads_solution(sight: Sight) -> bool:
+  """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
+
+  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). Of parameters,
+  or of random numbers that are to be some, only the last time: a layer may multiply what is made
+  of its own.
+  """
+  found, around = sight.around.made.solved, sight.around
+  if not found:  # as nearly always
+    return False
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
+  if not read:
+    return False
+  if sight.has_narrow:  # what is made of a layer's values is none if it multiplies few of them
+    few = FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read))
+    return few and not any(a in around.sums.pure for a in read)
+  is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
+  of_data = [a for a in read if not is_layer(a)]
+  if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
+    return True
+  return sight.result not in around.leading.multiplied
+
+
+def _is_data(form: Form | None) -> bool:
+  return form is not None and form.kind is Kind.DATA
+
+
+def has_integer(sight: Sight) -> bool:
+  """Whether a factor is an integer; how many rows each expert has, of `ragged_dot`, is none."""
+  return any(is_of(atom.aval, jnp.integer) for atom in sight.eqn.invars[:2])
+
+
+def held_together(sight: Sight) -> np.dtype | None:
+  """The dtype that an equation's operands have together where they follow each other."""
+  form = join(sight.forms)
+  return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
+
+
+def is_square(sight: Sight) -> bool:
+  """X * x and x ** 2 are squares, however they were written."""
+  eqn = sight.eqn
+  if eqn.primitive.name == "integer_pow":
+    return eqn.params["y"] == 2
+  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+
+
+def is_weighted_sum(sight: Sight) -> bool:
+  """Whether a matmul weighs terms with constants: a few, as a Runge-Kutta method does.
+
+  Or any number of which an expectation is taken: what a head is of its features.
+  """
+  if sight.name != "dot_general" or not has_constant_weights(sight):
+    return False
+  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
+  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
+  return terms <= SHORT or is_head(sight)
+
+
+def has_constant_weights(sight: Sight) -> bool:
+  """Whether a vector or small kernel that is multiplied depends on no argument.
+
+  What a kernel is applied to may be a parameter, an image that is sought.
+  """
+  constant, is_kernel = sight.around.made.constant, sight.name == "conv_general_dilated"
+  if not constant or sight.has_narrow or (PARAM in sight.forms and not is_kernel):
+    return False
+  return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
+
+
+def is_fixed_transform(sight: Sight) -> bool:
+  """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
+  if sight.name != "dot_general" or sight.has_narrow:
+    return False
+  sums, makers = sight.around.sums, sight.around.view.makers
+  pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
+  return any(
+    len(jaxprs.shape(matrix)) > 1
+    and not isinstance(other, Literal)
+    and not sums.is_cotangent(matrix)
+    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and sums.is_of_no_parameter(other)))
+    and is_computed(matrix, makers, sight.around.computed)
+    for (matrix, _), (other, form) in (pairs, pairs[::-1])
+  )
+
+
+SHORT = 16
+"""As many terms as a weighted sum may have that another matmul multiplies."""
+
+
+def hands_on(sight: Sight) -> bool:
+  """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
+
+  Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
+  nothing that the loop carries, what each turn adds, where no layer is. Or reads a few numbers that
+  the loop carries where that solves a linear system of them, as filters and regulators do.
+  """
+  found = sight.around.recurrence
+  if not found.linear or sight.place.has_cotangents:
+    return False
+  if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
+    return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
+  has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(sight.eqn.invars)
+  if not found.is_long(has_layer=has_layer):
+    return False
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
+  trained = [a for a in read if a in sight.around.sums.pure]
+  if len(read) > 1:
+    return all(map(_is_data, sight.forms)) and not trained
+  if not read or sight.result not in found.leads:
+    depends = jaxprs.places_of(sight.eqn.invars, found.reads)
+    return not (has_layer or depends) and sight.result in found.leads
+  is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
+  return is_state or not trained
+
+
+def is_of_few(eqn: JaxprEqn) -> bool:
+  """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  free = [jaxprs.size_of([dim]) for n in (0, 1) for dim in jaxprs.free(eqn, n)]
+  return max([jaxprs.terms(eqn), *free]) <= FEW
+
+
+def multiplies_neighbors(sight: Sight) -> bool:
+  """Whether a matmul multiplies every other entry of values, as an associative scan writes it."""
+  skipped = sight.around.made.skipped
+  if not skipped or sight.name != "dot_general" or sight.has_narrow:
+    return False
+  return all(not isinstance(a, Literal) and a in skipped for a in sight.eqn.invars)
+
+
+def multiplies_by_much(sight: Sight) -> bool:
+  """Whether an operand of a product, or what a quotient divides by, is a number like 5000."""
+  eqn, numbers = sight.eqn, sight.around.numbers
+  is_product = eqn.primitive.name == "mul"
+  known = [n for a in eqn.invars[not is_product :] for n in numbers.of(a) or () if np.isfinite(n)]
+  return any(abs(n) >= MUCH if is_product else 0 < abs(n) <= 1 / MUCH for n in known)
+
+
+def is_hidden(sight: Sight) -> bool:
+  """Whether a result leads nowhere but into other matmuls."""
+  leading = sight.around.leading
+  return sight.result in leading.multiplied and sight.result not in leading.returned
+
+
+def is_head(sight: Sight) -> bool:
+  """Whether a matmul makes little of much, and what is returned or no other matmul multiplies."""
+  if is_hidden(sight) or sight.place.has_cotangents:
+    return False
+  read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
+  return FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
+
+
+FEWER = 8
+"""Predictions of which there are this many times fewer than features cost nothing in float32."""
+
+MUCH = 2**12
+"""A number by which nothing from 16 on is multiplied that is to stay in the range of float16."""
+
+
+def picks_numbers(sight: Sight) -> bool:
+  """Whether a gather takes single narrow numbers: the logits of the labels, in most losses.
+
+  Read in float32, their cotangents meet those of the logsumexp before they round.
+  """
+  picks, form = set(sight.eqn.params["slice_sizes"]) <= {1}, sight.forms[0]
+  return picks and form is not None and form.kind is Kind.NARROW
+
+
+def fills_with_another(sight: Sight) -> bool:
+  """Whether a gather gives a number for an index out of bounds that no format holds as it is."""
+  fill = sight.eqn.params["fill_value"]
+  is_number = fill is not None and jaxprs.is_float32(sight.result) and fill == fill
+  return is_number and not sight.around.adapting.holds(fill)
+
+
+def merges(sight: Sight) -> bool:
+  """Whether a whole matrix of parameters is added to what matmuls made of parameters alone.
+
+  Not a vector of them, which is a bias, nor one that is spread over a batch: queries that are
+  learned are the first stream of a decoder.
+  """
+  eqn, around = sight.eqn, sight.around
+  pairs = zip(eqn.invars, sight.forms, strict=True)
+  matrices = [atom for atom, form in pairs if form == PARAM and len(jaxprs.shape(atom)) > 1]
+  return (
+    all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
+    and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))
+    and not any(_was_spread(atom, around.view.makers) for atom in matrices)
+  )
+
+
+def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
+  """Whether a value is larger than what it was moved or cast from."""
+  while not isinstance(atom, Literal) and (made := makers.get(atom)) and len(made.invars) == 1:
+    (before,) = made.invars
+    if jaxprs.size(before) < jaxprs.size(atom):
+      return True
+    atom = before
+  return False
+
+
+def scales_parameter(sight: Sight) -> bool:
+  """Whether a parameter of many numbers is multiplied or divided by a single one."""
+  if sight.name not in ("mul", "div") or (size := jaxprs.size(sight.result)) == 1:
+    return False
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  return all(jaxprs.size(atom) == (size if form == PARAM else 1) for atom, form in pairs)
+
+
+def looks_up_rows(sight: Sight) -> bool:
+  """Whether a gather takes many rows of a parameter, which a matmul reads by and by: an embedding.
+
+  They are cast after the lookup, so that the gradient of a row that is taken often sums up in
+  float32; but they are cast, for a sum of embeddings is as large as any activation. One row, or
+  rows of few numbers, are still a parameter: the positions of atoms and the corners of a mesh,
+  whose differences are small beside them. So is whatever else no matmul reads.
+  """
+  eqn, (form, *_) = sight.eqn, sight.forms
+  if sight.name != "gather" or form is None or form.kind is not Kind.PARAM:
+    return False
+  indices: Any = eqn.invars[1].aval
+  row = jaxprs.size_of(eqn.params["slice_sizes"])
+  return (
+    jaxprs.size_of(indices.shape[:-1]) > 1
+    and row > POINT
+    and sight.result in sight.around.leading.multiplied
+  )
+
+
+POINT = 4
+"""As many numbers as a point, a box or a rotation has."""
+
+
+def foreign_format(sight: Sight) -> np.dtype | None:
+  """The 16-bit format that its author gave one operand of a matmul whose other is float32."""
+  eqn, forms = sight.eqn, sight.forms
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  formats = {atom.aval.dtype for atom, form in operands if form is None}
+  return formats.pop() if any(forms) and len(formats) == 1 and formats <= _NARROW else None
+
+
+def has_foreign_float(sight: Sight) -> bool:
+  """Whether a matmul mixes float32 with another float than 16 bits, or makes a float64 of it."""
+  eqn, forms = sight.eqn, sight.forms
+  result: Any = sight.result.aval
+  operands: Any = zip(eqn.invars, forms, strict=True)
+  dtypes = {a.aval.dtype for a, f in operands if f is None}
+  if any(forms) and result.dtype == np.float64:
+    return True
+  return any(jnp.issubdtype(d, np.inexact) for d in dtypes - _NARROW)
+
+
+_NARROW = {BFLOAT16, FLOAT16}

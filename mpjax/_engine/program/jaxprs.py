@@ -1,0 +1,321 @@
+"""Reading, running and rebuilding equations through JAX's public interface."""
+
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+from jax.extend import source_info_util
+from jax.extend.core import DebugInfo
+from jax.sharding import AxisType
+
+from mpjax._engine.program import versions
+from mpjax._engine.program.versions import (
+  AnyJaxpr,
+  Atom,
+  ClosedJaxpr,
+  Jaxpr,
+  JaxprEqn,
+  Literal,
+  Var,
+)
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
+  """Trace ``fn(*avals)`` to a closed jaxpr."""
+  return jax.make_jaxpr(fn)(*avals)
+
+
+def is_float32(atom: Atom) -> bool:
+  """Whether a variable or literal of a jaxpr is float32 as traced."""
+  return getattr(atom.aval, "dtype", None) == _FLOAT32
+
+
+def dtype(atom: Atom) -> np.dtype | None:
+  """The dtype of the array that a variable or literal of a jaxpr holds, if it holds one."""
+  return getattr(atom.aval, "dtype", None)
+
+
+def kind(atom: Atom) -> str:
+  """The kind of number that an array holds, as NumPy abbreviates it; "V" for what it has not."""
+  aval: Any = atom.aval
+  try:  # asked of every operand
+    return aval.dtype.kind
+  except AttributeError:  # a key, or no array
+    return "V"
+
+
+def shape(atom: Atom) -> tuple[int, ...]:
+  """The shape of an array that a variable or literal of a jaxpr holds."""
+  aval: Any = atom.aval
+  return aval.shape
+
+
+def size(atom: Atom) -> int:
+  """How many numbers a variable or literal of a jaxpr holds."""
+  return size_of(shape(atom))
+
+
+def size_of(dims: Sequence[Any]) -> int:
+  """How many numbers an array of these dimensions holds; a symbolic one is taken for a large one.
+
+  `jax.export` leaves dimensions symbolic: of ``2 * batch`` nothing can be asked but what holds for
+  every batch.
+  """
+  product = math.prod(dims)
+  if is_known(product):
+    return product
+  return math.prod([dim if is_known(dim) else SYMBOLIC for dim in dims])
+
+
+def is_known(dim: Any) -> bool:
+  """Whether a dimension is a number, and not the symbol of one."""
+  return isinstance(dim, int | np.integer)
+
+
+DIMENSIONS = 3
+"""Of space."""
+
+SYMBOLIC = 2**16 + 1
+"""What a symbolic dimension is taken for: large, and unlikely to be the size of anything else."""
+
+
+def contracts_nothing(eqn: JaxprEqn) -> bool:
+  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
+  return eqn.primitive.name == "dot_general" and terms(eqn) == 1
+
+
+def terms(eqn: JaxprEqn) -> int:
+  """How many products a `dot_general` adds up to a number of its result."""
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  summed = shape(eqn.invars[0])
+  return size_of([summed[dim] for dim in contracted])
+
+
+def free(eqn: JaxprEqn, operand: int) -> list[int]:
+  """The dimensions of an operand of a `dot_general` that the other does not have."""
+  contracted, batch = eqn.params["dimension_numbers"]
+  shared = (*contracted[operand], *batch[operand])
+  return [size for dim, size in enumerate(shape(eqn.invars[operand])) if dim not in shared]
+
+
+def may_transform_points(eqn: JaxprEqn) -> bool:
+  """Whether a matmul has an operand as small as a matrix that rotates or projects points."""
+  if eqn.primitive.name != "dot_general" or terms(eqn) > DIMENSIONS:
+    return False
+  return any(1 < min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
+
+
+def is_inner(eqn: JaxprEqn) -> bool:
+  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
+  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
+    return False
+  contracted, batch = eqn.params["dimension_numbers"]
+  return all(
+    len(shape(atom)) == len(summed) + len(kept)
+    for atom, summed, kept in zip(eqn.invars, contracted, batch, strict=True)
+  )
+
+
+def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:
+  """The vectors that a matmul multiplies, each with what it does so by; none of a batch."""
+  if eqn.primitive.name != "dot_general" or any(eqn.params["dimension_numbers"][1]):
+    return
+  for n, pair in enumerate((eqn.invars, eqn.invars[::-1])):
+    if size_of(free(eqn, n)) == 1:
+      yield pair[0], pair[1]
+
+
+def is_square_product(eqn: JaxprEqn) -> bool:
+  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
+  (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])
+  rows, along = len(first) - 2, tuple(range(len(first) - 2))
+  wanted = [(rows + 1,), (rows,), along, along]
+  return first == shape(eqn.invars[1]) and [*map(tuple, (*contracted, *batch))] == wanted
+
+
+def operation(eqn: JaxprEqn) -> str:
+  """What an equation does, as the name of a primitive: an outer product multiplies."""
+  name = eqn.primitive.name
+  return "mul" if name == "dot_general" and contracts_nothing(eqn) else name
+
+
+def with_dtype(aval: Any, dtype: np.dtype) -> Any:
+  """An abstract value with another dtype; its shape, sharding and varying axes are kept."""
+  return aval if aval.dtype == dtype else aval.update(dtype=dtype)
+
+
+def retyped(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
+  """Equation parameters with every float32 result dtype replaced by ``dtype``."""
+  return {
+    key: dtype if key in _DTYPE_PARAMS and value == _FLOAT32 else value
+    for key, value in params.items()
+  }
+
+
+def without_algorithm(params: dict[str, Any]) -> dict[str, Any]:
+  """Matmul parameters without an algorithm made for operands of another dtype."""
+  precision = params.get("precision")
+  chosen = precision if isinstance(precision, tuple) else (precision,)
+  known = all(p is None or isinstance(p, jax.lax.Precision) for p in chosen)
+  return params if known else params | {"precision": None}
+
+
+_DTYPE_PARAMS = frozenset({"preferred_element_type", "out_dtype", "new_dtype", "dtype"})
+
+
+@contextmanager
+def located(eqn: JaxprEqn, scopes: slice = slice(None)) -> Iterator[None]:
+  """Run under the source line, the name stack and the settings that an equation was traced with.
+
+  Args:
+    eqn: The equation.
+    scopes: Which part of its name stack is added to what is current.
+  """
+  info = eqn.source_info
+  names = source_info_util.current_name_stack() + info.name_stack[scopes]
+  with source_info_util.user_context(info.traceback, name_stack=names), eqn.ctx.manager:
+    yield
+
+
+def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
+  """Tells what an operand was before primitives that are called moves moved or spread it.
+
+  Args:
+    inner: The open jaxpr that it stands in.
+    moves: The names of the primitives.
+  """
+  moved = {eqn.outvars[0]: eqn.invars[0] for eqn in inner.eqns if eqn.primitive.name in moves}
+
+  def source(atom: Atom) -> Any:
+    while not isinstance(atom, Literal) and atom in moved:
+      atom = moved[atom]
+    return atom
+
+  return source
+
+
+def makers_of(inner: Jaxpr) -> dict[Var, JaxprEqn]:
+  """What makes each variable of a jaxpr that an equation makes."""
+  return {var: eqn for eqn in inner.eqns for var in eqn.outvars}
+
+
+def behind(
+  atom: Atom, makers: Mapping[Any, JaxprEqn], known: Collection[Var] = frozenset()
+) -> Iterator[tuple[Var, JaxprEqn | None]]:
+  """A value and what it is made of, by and by, each with what makes it; None if no equation does.
+
+  Args:
+    atom: A variable or literal of a jaxpr.
+    makers: The equations of that, by what they make.
+    known: What is left out, with what it is made of.
+  """
+  queue, seen = [atom], set[Var](known)
+  while queue:
+    before = queue.pop()
+    if not isinstance(before, Literal) and before not in seen:
+      seen.add(before)
+      made = makers.get(before)
+      yield before, made
+      queue += made.invars if made is not None else ()
+
+
+def variables_of(atoms: Iterable[Atom]) -> set[Var]:
+  """Those of some operands that are no literals."""
+  return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def places_of(atoms: Iterable[Atom], found: Collection[Any]) -> frozenset[int]:
+  """Where among operands variables are that are found."""
+  return frozenset(n for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found)
+
+
+def ordered_places(atoms: Iterable[Atom], found: Collection[Any]) -> tuple[int, ...]:
+  """The same, in order."""
+  return tuple(sorted(places_of(atoms, found)))
+
+
+def common_scopes(eqns: Sequence[JaxprEqn]) -> int:
+  """How many scopes lie around all of the equations, from the outermost in.
+
+  None of them is a transformation whose name wraps the next: ``vmap(attend)`` stays whole.
+  """
+  stacks = [eqn.source_info.name_stack for eqn in eqns]
+  columns = zip(*[stack.stack for stack in stacks], strict=False)
+  depth = len([*takewhile(lambda column: len({*column}) == 1, columns)])
+  while depth and str(stacks[0][depth - 1 : depth]).endswith("()"):
+    depth -= 1
+  return depth
+
+
+def evaluate(closed: AnyJaxpr, operands: Sequence[jax.Array]) -> list[jax.Array]:
+  """The results of a closed jaxpr on operands of the dtypes that it has."""
+  return evaluate_open(versions.open_jaxpr(closed), versions.constants(closed), operands)
+
+
+def evaluate_open(
+  inner: Jaxpr, constants: Sequence[Any], operands: Sequence[jax.Array]
+) -> list[jax.Array]:
+  """The results of a jaxpr with these for its constants."""
+  return jax.core.eval_jaxpr(inner, constants, *operands)
+
+
+def depending(closed: AnyJaxpr, on: Sequence[bool]) -> list[bool]:
+  """Which results of a jaxpr may depend on some of its operands."""
+  inner = versions.open_jaxpr(closed)
+  found = {var for var, is_on in zip(inner.invars, on, strict=True) if is_on}
+  for eqn in inner.eqns:
+    if any(not isinstance(atom, Literal) and atom in found for atom in eqn.invars):
+      found.update(eqn.outvars)
+  return [not isinstance(atom, Literal) and atom in found for atom in inner.outvars]
+
+
+def run_as_traced(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Array]:
+  """Evaluate one equation with operands of the dtypes that it was traced with."""
+  variables = [a for a in eqn.invars if not isinstance(a, Literal)]
+  values = [x for a, x in zip(eqn.invars, operands, strict=True) if not isinstance(a, Literal)]
+  first = dict(zip(variables, values, strict=True))  # one operand may stand in several places
+  unnamed = eqn.source_info.replace(name_stack=source_info_util.new_name_stack())
+  alone = Jaxpr(
+    constvars=(),
+    invars=list(first),
+    outvars=list(eqn.outvars),
+    eqns=[eqn.replace(source_info=unnamed)],  # the scope is current already
+    effects=eqn.effects,
+    debug_info=DebugInfo("autocast", eqn.primitive.name, None, None),
+  )
+  return jax.core.eval_jaxpr(alone, (), *first.values())
+
+
+# JAX 0.12 loses an explicit sharding in the derivatives of these when it computes them one
+# operation after the other, as it does for nobody else: `jax.numpy` calls them in a `jax.jit`.
+_TRACED_DERIVATIVES = frozenset({"max", "min"})
+
+
+@functools.cache
+def _jitted(primitive: Any) -> Callable[..., Any]:
+  """A primitive without parameters, whose derivative JAX traces."""
+  return jax.jit(lambda *operands: primitive.bind(*operands), inline=True)
+
+
+def is_sharded_explicitly(aval: Any) -> bool:
+  """Whether an array's type says how it is sharded, as those of what is computed from it must."""
+  return AxisType.Explicit in aval.sharding.mesh.axis_types
+
+
+def run_with(
+  eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, Any]
+) -> list[jax.Array]:
+  """Bind an equation's primitive to other operands and parameters; always returns a list."""
+  bind = eqn.primitive.bind
+  if eqn.primitive.name in _TRACED_DERIVATIVES and is_sharded_explicitly(eqn.outvars[0].aval):
+    bind = _jitted(eqn.primitive)
+  out = bind(*operands, **params)
+  return list(out) if eqn.primitive.multiple_results else [out]

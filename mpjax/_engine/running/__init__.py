@@ -1,0 +1,1 @@
+"""How a plan runs: its values, its fused units, and the derivatives that it gives."""

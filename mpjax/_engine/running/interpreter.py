@@ -1,0 +1,420 @@
+"""Executes plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Rule, Trait, having
+from mpjax._engine.planning.decisions import PRODUCTS
+from mpjax._engine.planning.plan import Plan, Step, shared_by_turns
+from mpjax._engine.planning.planner import Planner
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import mapped
+from mpjax._engine.program.kinds import PARAM
+from mpjax._engine.program.versions import ClosedJaxpr, JaxprEqn
+from mpjax._engine.running import custom_rules, islands, lookups, operand_order, repeats, softmax
+from mpjax._engine.running.attached_derivatives import with_derivative
+from mpjax._engine.running.environment import Environment, Key, to_dtype
+from mpjax._engine.running.float8 import in_float8
+from mpjax._engine.running.float32_products import Matmul, but_on_gpus, in_order, unfolded
+from mpjax._engine.running.islands import Island
+from mpjax._engine.running.matmul_derivatives import (
+  Contraction,
+  product_of,
+  with_wide_cotangent,
+)
+from mpjax._engine.running.repeats import Repeat, Unit
+from mpjax._engine.running.scaled_cotangents import UNSCALED, within
+from mpjax._engine.running.softmax import Softmax
+
+T = TypeVar("T")
+
+
+class Interpreter:
+  """Executes plans. A body is rebuilt once for each plan that it has.
+
+  Args:
+    planner: The planner that made the plans.
+    stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
+      none is computed again in the backward pass: for reports, not for speed.
+    loss_scale: What cotangents are multiplied by inside.
+  """
+
+  def __init__(
+    self, planner: Planner, *, stepwise: bool = False, loss_scale: float = UNSCALED
+  ) -> None:
+    self.planner, self.loss_scale = planner, loss_scale
+    self._stepwise = stepwise
+    self._rebuilt: dict[Hashable, Any] = {}
+    self._units: dict[int, list[Unit | Repeat]] = {}
+    self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
+    self._of_steps: dict[int, tuple[Step, Any]] = {}
+
+  def run(
+    self, plan: Plan, operands: Sequence[jax.Array], captured: Sequence[jax.Array] | None = None
+  ) -> list[jax.Array]:
+    """Execute a plan on operands that are held as its forms say.
+
+    Args:
+      plan: The plan.
+      operands: The operands.
+      captured: What stands for the constants of its jaxpr, if not they themselves.
+    """
+    inner = versions.open_jaxpr(plan.jaxpr)
+    values = Environment(self.planner.adapting.saturated, plan.read_often)
+    values.write(inner.invars, operands)
+    constants = versions.constants(plan.jaxpr) if captured is None else captured
+    values.write(inner.constvars, constants)
+    for unit in self._units_of(plan):
+      self._run_unit(plan, unit, values)
+    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def _units_of(self, plan: Plan) -> list[Unit | Repeat]:
+    """What a plan executes one after the other."""
+    if self._stepwise:
+      return list(plan.steps)
+    if id(plan) not in self._units:
+      found = islands.find(plan)
+      taken = {index for island in found.values() for index in island.steps}
+      turned = operand_order.turned(plan)
+      rest = {
+        n: replace(step, order=turned[n]) if n in turned else step
+        for n, step in enumerate(plan.steps)
+        if n not in taken
+      }
+      self._units[id(plan)] = repeats.joined(plan, dict(sorted({**rest, **found}.items())))
+    return self._units[id(plan)]
+
+  def _run_unit(
+    self, plan: Plan, unit: Unit | Repeat, values: Environment, scopes: int = 0
+  ) -> None:
+    """Run a unit; so many scopes of its equations, from the outermost in, are current already."""
+    if isinstance(unit, Step):
+      with jaxprs.located(unit.eqn, slice(scopes, None)):
+        self.run_step(unit, values)
+    elif isinstance(unit, Repeat):
+      self._run_repeat(plan, unit, values)
+    else:
+      self._run_island(plan, unit, values, scopes)
+
+  def run_step(self, step: Step, values: Environment) -> None:
+    """Execute one step on the values that the steps before it wrote."""
+    reads = list(step.reads)
+    if step.wide is not None:  # it rounds inside, and its cotangent does not
+      reads[step.wide] = reads[step.wide]._replace(to=None)
+    read = [values.read(a, r) for a, r in zip(step.eqn.invars, reads, strict=True)]
+    outs = _RUN.get(step.rule, _bind)(self, step, read)
+    held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
+    values.write(step.eqn.outvars, held)
+
+  def _run_repeat(self, plan: Plan, repeat: Repeat, values: Environment) -> None:
+    """Run units that recur: traced as one function that all their recurrences call."""
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      operands = [values.get(key) for key in repeat.inputs]
+    if not any(isinstance(x, Tracer) for x in operands):
+      for unit in repeat.units:
+        self._run_unit(plan, unit, values)
+      return
+
+    function = self._functions.get(repeat.code)
+    if function is None:
+      compute = self._function(plan, repeat.units, repeat.inputs, repeat.outputs, repeat.scopes)
+      self._functions[repeat.code] = function = jax.jit(compute, inline=True)
+    with jaxprs.located(repeat.eqn, slice(repeat.scopes)):
+      values.fill(repeat.outputs, function(*operands))
+
+  def _run_island(
+    self, plan: Plan, island: Island | Softmax, values: Environment, scopes: int
+  ) -> None:
+    """Run the steps of an island so that nothing in float32 is stored for the backward pass."""
+    steps = [plan.steps[index] for index in island.steps]
+    inner = jaxprs.common_scopes([step.eqn for step in steps])
+    last = steps[-1].eqn
+    inputs, outputs = ([*map(Key, v)] for v in (island.inputs, last.outvars))
+    compute = self._function(plan, steps, inputs, outputs, inner)
+    if isinstance(island, Softmax):
+      run = softmax.storing_weights(compute, island)
+    else:
+      run = _rounding(compute, island.dtype, last, inner)
+      run = jax.checkpoint(run, prevent_cse=not island.merges)
+    with jaxprs.located(last, slice(scopes, inner)):
+      values.fill(outputs, run(*map(values.get, inputs)))
+    if isinstance(island, Softmax) and island.matmul is not None:
+      self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
+
+  def _run_weighting(self, step: Step, weights: Key, values: Environment, scopes: int) -> None:
+    """Run a matmul so that the cotangent of its weights does not round."""
+    wide = 0 if step.eqn.invars[0] is weights.var else 1
+    with jaxprs.located(step.eqn, slice(scopes, None)):
+      self.run_step(replace(step, parameter=wide, float8=None), values)
+
+  def _function(
+    self,
+    plan: Plan,
+    units: Sequence[Unit],
+    inputs: Sequence[Key],
+    outputs: Sequence[Key],
+    scopes: int,
+  ) -> Callable[..., list[jax.Array]]:
+    """Some units as a function from what they read to what others read of them."""
+
+    def compute(*operands: jax.Array) -> list[jax.Array]:
+      inside = Environment(self.planner.adapting.saturated, plan.read_often)
+      inside.fill(inputs, operands)
+      for unit in units:
+        self._run_unit(plan, unit, inside, scopes)
+      return [inside.get(key) for key in outputs]
+
+    return compute
+
+  def rebuild(self, plan: Plan, rounding: tuple[int, ...] = ()) -> ClosedJaxpr:
+    """The closed jaxpr of a plan: what its jaxpr becomes under the policy.
+
+    Args:
+      plan: The plan.
+      rounding: Which operands come in float32, and are rounded first to how they are held.
+    """
+    key = id(plan), rounding
+    if key not in self._rebuilt:
+      invars = versions.open_jaxpr(plan.jaxpr).invars
+      held = [form and form.dtype for form in plan.in_forms]
+      given = [FLOAT32 if n in rounding else dtype for n, dtype in enumerate(held)]
+      avals = [
+        v.aval if dtype is None else jaxprs.with_dtype(v.aval, dtype)
+        for v, dtype in zip(invars, given, strict=True)
+      ]
+
+      def run(*xs: jax.Array) -> list[jax.Array]:
+        pairs = enumerate(zip(xs, held, strict=True))
+        rounded = [to_dtype(x, d) if n in rounding and d else x for n, (x, d) in pairs]
+        return self.run(plan, rounded)
+
+      self._rebuilt[key] = jaxprs.trace(run, avals)
+    return self._rebuilt[key]
+
+  def of_step(self, step: Step, make: Callable[[Step], T]) -> T:
+    """What is made of a step the first time that it runs."""
+    if id(step) not in self._of_steps:
+      self._of_steps[id(step)] = step, make(step)
+    return self._of_steps[id(step)][1]
+
+
+def _rounding(
+  compute: Callable[..., list[jax.Array]],
+  dtype: np.dtype | None,
+  last: JaxprEqn,
+  scopes: int,
+) -> Callable[..., list[jax.Array]]:
+  """A function whose one result is cast to a format, if there is one, in its last step's scope.
+
+  What crosses the border of a checkpoint lies in memory: so the result rounds inside, and with it
+  the cotangent that comes in.
+  """
+
+  def run(*operands: jax.Array) -> list[jax.Array]:
+    (result,) = compute(*operands)
+    with jaxprs.located(last, slice(scopes, None)):
+      return [result if dtype is None else to_dtype(result, dtype)]
+
+  return run
+
+
+# How each rule runs ------------------------------------------------------------------------------
+
+
+def _bind(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  del interpreter
+  return jaxprs.run_with(step.eqn, operands, step.params)
+
+
+def _traced(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  del interpreter
+  return jaxprs.run_as_traced(step.eqn, operands)
+
+
+def _lower(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A matmul in 16 bits, or 8; the gradient of a parameter leaves its own in float32."""
+  if step.float8 is not None and step.float8.parameter is not None:
+    wide, other = operands[step.float8.parameter], operands[1 - step.float8.parameter]
+    contraction = Contraction.of(step.params, step.float8.parameter, other.dtype)
+    return [in_float8(contraction, step.float8.backward)(wide, other)]
+  if step.parameter is None:
+    if step.order is not None:
+      return [operand_order.run(step, step.order, *operands)]
+    return _bind(interpreter, step, operands)
+  wide, other = operands[step.parameter], operands[1 - step.parameter]
+  product = product_of(step.eqn, step.params, step.parameter, other.dtype)
+  run = with_wide_cotangent(product, casts_once=step.operands[step.parameter] == PARAM)
+  return [run(wide, other)]
+
+
+def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """An elementwise operation; a parameter that it spreads rounds after it was spread.
+
+  ``add h:bf16[8,4] b:f32[1,4]`` becomes ``c:f32[8,4] = broadcast_in_dim b``, then
+  ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32. Where the result is float32
+  it does so as written, and c is not stored.
+  """
+  if step.parameter is not None and step.outs[0] is not None and step.outs[0].dtype != FLOAT32:
+    shape = jaxprs.shape(step.eqn.outvars[0])
+    parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
+    spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
+    operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
+  if lookups.may_repeat(step):
+    return [interpreter.of_step(step, lookups.adding_up)(*operands)]
+  return _bind(interpreter, step, operands)
+
+
+def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A matmul from 16 bits to float32, the matmuls of whose derivative have 16-bit operands too."""
+  if step.parameter is not None:
+    return _lower(interpreter, step, operands)
+  run, moved = _with_float32_sums(step, step.params, operands[0].dtype)
+  return [with_derivative(run, moved, moved)(*operands)]
+
+
+def _exact(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """The same of float32 operands, which round inside; the derivative is that of float32."""
+  del interpreter
+  params = {key: value for key, value in step.params.items() if key != PRODUCTS}
+  dtype = step.params[PRODUCTS]
+  run, _ = _with_float32_sums(step, params, dtype)
+
+  def rounded(*operands: Any) -> Any:
+    pairs = zip(operands, step.operands, strict=True)  # sizes of groups are no factors
+    return run(*(x if form is None else to_dtype(x, dtype) for x, form in pairs))
+
+  def moved(*operands: Any) -> Any:
+    return jaxprs.run_with(step.eqn, operands, params)[0]
+
+  return [with_derivative(rounded, moved, moved)(*operands)]
+
+
+def _with_float32_sums(
+  step: Step, params: dict[str, Any], dtype: np.dtype
+) -> tuple[Matmul, Matmul]:
+  """A matmul of operands in a format to float32, and one whose sums rounded to that before."""
+  narrow = params | {"preferred_element_type": dtype}
+
+  def matmul(*operands: Any) -> Any:
+    return jaxprs.run_with(step.eqn, operands, params)[0]
+
+  def moved(*operands: Any) -> Any:
+    return to_dtype(jaxprs.run_with(step.eqn, operands, narrow)[0], FLOAT32)
+
+  name = step.eqn.primitive.name
+  if name == "dot_general" and not jaxprs.is_sharded_explicitly(step.eqn.outvars[0].aval):
+    contracted, batch = params["dimension_numbers"]
+    return in_order(contracted, batch, params["precision"]), moved
+  run = but_on_gpus(matmul, moved) if name == "conv_general_dilated" else unfolded(matmul)
+  return run, moved
+
+
+def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
+  if not jaxprs.contracts_nothing(step.eqn):
+    return _weigh(interpreter, step, operands)
+  contracted, batch = step.params["dimension_numbers"]
+  shaped = []
+  free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contracted, batch, strict=True)]
+  for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
+    own = [dim for dim in range(x.ndim) if dim not in (*ones, *along)]
+    x = lax.squeeze(lax.transpose(x, (*along, *own, *ones)), range(x.ndim - len(ones), x.ndim))
+    start = len(along) + (free[0] if n == 0 else 0)
+    shaped.append(lax.expand_dims(x, range(start, start + free[1 - n])))
+  return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
+
+
+def _weigh(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A matmul with a vector, as the sum of products that it is."""
+  del interpreter
+  contracted, _ = step.params["dimension_numbers"]
+  n = 0 if operands[0].ndim == 1 else 1
+  (along,) = contracted[1 - n]
+  terms, weights = operands[1 - n], operands[n]
+  others = [dim for dim in range(terms.ndim) if dim != along]
+  return [jnp.sum(terms * lax.expand_dims(weights, others), along)]
+
+
+def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  name, (body,) = step.eqn.primitive.name, step.bodies
+  if name == "shard_map":
+    return _shard_map(interpreter, step, operands)
+  if name not in _KEEPS_ITS_CALL:
+    return interpreter.run(body, operands)
+  held = "jaxpr" if "jaxpr" in step.params else "call_jaxpr"
+  jaxpr, consts = versions.like(step.params[held], interpreter.rebuild(body))
+  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {held: jaxpr})
+
+
+_KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
+
+
+def _loss_scale(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  return jaxprs.run_with(step.eqn, operands, within(step.params, interpreter.loss_scale))
+
+
+def _marked(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  del interpreter
+  return jaxprs.evaluate(step.params["jaxpr"], operands)
+
+
+def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  (body,) = step.bodies
+  run = mapped(step.eqn, lambda *shards: tuple(interpreter.run(body, shards)))
+  is_traced = any(isinstance(x, Tracer) for x in operands)
+  return list(
+    (run if is_traced else jax.jit(run))(*operands)
+  )  # a rule runs only where it is traced
+
+
+def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  """A loop; what its turns read often rounds inside: its cotangents are added up."""
+  (plan,) = step.bodies
+  shared = shared_by_turns(step.eqn, plan)
+  given = [to_dtype(x, FLOAT32) if n in shared else x for n, x in enumerate(operands)]
+  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(plan, shared))
+  return jaxprs.run_with(step.eqn, given, step.params | {"jaxpr": jaxpr})
+
+
+def _while(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  cond, body = map(interpreter.rebuild, step.bodies)
+  params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
+  return jaxprs.run_with(step.eqn, operands, params)
+
+
+def _cond(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
+  branches = tuple(map(interpreter.rebuild, step.bodies))
+  return jaxprs.run_with(step.eqn, operands, step.params | {"branches": branches})
+
+
+_RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
+  Rule.LOWER: _lower,
+  Rule.FOLLOW: _follow,
+  Rule.WIDE: _wide,
+  Rule.EXACT: _exact,
+  Rule.MULTIPLY: _multiply,
+  Rule.TRACED: _traced,
+  Rule.CALL: _call,
+  Rule.SCAN: _scan,
+  Rule.WHILE: _while,
+  Rule.COND: _cond,
+  Rule.CUSTOM_JVP: custom_rules.custom_jvp,
+  Rule.CUSTOM_VJP: custom_rules.custom_vjp,
+  Rule.CUSTOM_LIN: custom_rules.custom_lin,
+  Rule.CUSTOM_VMAP: custom_rules.custom_vmap,
+  Rule.REMAT_OPT: custom_rules.remat_opt,
+  Rule.LINEAR_CALL: custom_rules.linear_call,
+  Rule.CUSTOM_PARTITIONING: custom_rules.custom_partitioning,
+  Rule.MARKER: _marked,
+  Rule.LOSS_SCALE: _loss_scale,
+}

@@ -1,0 +1,197 @@
+"""Float32 islands between 16-bit values that the backward pass computes again.
+
+The derivative of an elementwise float32 operation needs its operands or its result, and would
+store them in float32 from the forward to the backward pass. Where elementwise operations lead from
+narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough,
+and so it is for gates that mix float32 states: the rest is computed again, in a few operations
+that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost", with a
+segment an island).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpjax._core.dtypes import FLOAT32
+from mpjax._core.primitives import Trait, having
+from mpjax._engine.planning.plan import Plan, Readers, Step, is_elementwise, shared_format
+from mpjax._engine.program import jaxprs
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.kinds import Kind
+from mpjax._engine.program.versions import Literal, Var
+from mpjax._engine.running import softmax
+from mpjax._engine.running.softmax import Softmax
+
+_TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
+_MIXES = frozenset({"mul", "add", "sub"})
+_MOST = 32
+"""So many steps a mixture has at most: Python may have written out a long loop of them."""
+_CUTS = 8
+"""In so many places it is cut off from the rest of such a loop, until it stores no sum."""
+
+
+class Island(NamedTuple):
+  """Some steps of a plan that run as one when the last of them is due.
+
+  Attributes:
+    steps: Their indices in order.
+    inputs: What they read that none of them computes.
+    dtype: The 16-bit format in which their result may leave, for nobody reads it otherwise; None
+      if it leaves in float32.
+    merges: Whether a compiler may store what both passes compute: in a loop, where storing it would
+      cost, the passes are loops of their own, and a barrier between them would only cost fusions.
+  """
+
+  steps: tuple[int, ...]
+  inputs: tuple[Var, ...]
+  dtype: np.dtype | None
+  merges: bool = False
+
+
+def find(plan: Plan) -> Mapping[int, Island | Softmax]:
+  """The islands of a plan that need not store float32, by the index of their last step."""
+  steps = plan.steps
+  wide = [_is_wide_elementwise(step) for step in steps]
+  if not any(wide):
+    return {}
+  readers = plan.readers
+  makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
+  found: dict[int, Island | Softmax] = {}
+  taken: set[int] = set()
+  for last in reversed(range(len(steps))):
+    may_be_softmax = steps[last].eqn.primitive.name == "div"
+    weights = softmax.match(steps, readers, makers, last) if may_be_softmax else None
+    if weights is not None:
+      weights = weights.alone() if weights.due in found else weights
+      found[weights.due] = weights
+      taken |= set(weights.steps)
+    elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
+      members = _reach_back(steps, wide, readers, makers, last)
+      taken |= members
+      island = _island(steps, sorted(members), shared_format(readers, steps[last]))
+      if _pays(steps, island):
+        found[last] = island
+    elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
+      taken |= mixed
+      found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
+  return found
+
+
+def _mixed(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+) -> set[int]:
+  """The steps of a mixture of float32 values by gates that nothing else reads, if there are.
+
+  The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
+  which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c, and so does
+  ``(1 - z) * n + z * h``.
+  """
+  if steps[last].eqn.primitive.name not in _MIXES or not wide[last]:
+    return set()
+  members = sorted(_reach_back(steps, wide, readers, makers, last, _MOST))
+  inside = [steps[n] for n in members]
+  if len(members) == 1 or not _mixes(inside):
+    return set()
+  cuts = range(_CUTS if len(members) == _MOST else 1)  # the rest of a chain is one of its own
+  found = (n for n in cuts if _mixes(inside[n:]) and _stores_factors(inside[n:]))
+  start = next(found, len(members))
+  return {*members[start:]}
+
+
+def _mixes(inside: Sequence[Step]) -> bool:
+  return {Kind.NARROW, Kind.DATA} <= {*_large(inside).values()}
+
+
+def _stores_factors(inside: Sequence[Step]) -> bool:
+  """Whether steps multiply all the float32 that they read: it is stored anyway."""
+  stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
+  return all(kind is not Kind.DATA or a in stored for a, kind in _large(inside).items())
+
+
+def _is_wide_elementwise(step: Step) -> bool:
+  """Whether a step computes one float32 value, element by element."""
+  if len(step.outs) != 1 or step.outs[0] is None or step.outs[0].kind is not Kind.DATA:
+    return False
+  if step.eqn.effects:
+    return False
+  return is_elementwise(step)
+
+
+def _is_read_narrow(readers: Readers, step: Step) -> bool:
+  """Whether everything that reads a value first casts it to 16 bits."""
+  reads = [read for _, read in readers.get(step.eqn.outvars[0], ())]
+  return bool(reads) and all((read.via or read.to or FLOAT32) != FLOAT32 for read in reads)
+
+
+def _reach_back(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+  most: float = math.inf,
+) -> set[int]:
+  """The elementwise steps whose values only the island reads, in float32; no more than so many."""
+  members: set[int] = set()
+  queue = [-last]  # the latest first: whoever reads a value comes before who makes it
+  queued = {last}
+  while queue and len(members) < most:
+    index = -heapq.heappop(queue)
+    step = steps[index]
+    users = readers.get(step.eqn.outvars[0], ())
+    inside = wide[index] and all(n in members and read.via is None for n, read in users)
+    if not (inside or index == last):
+      continue
+    members.add(index)
+    made = {makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
+    for maker in made - queued:
+      heapq.heappush(queue, -maker)
+    queued |= made
+  return members
+
+
+def _island(steps: Any, members: list[int], dtype: np.dtype | None) -> Island:
+  made = {steps[n].eqn.outvars[0] for n in members}
+  read = (atom for n in members for atom in steps[n].eqn.invars)
+  inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
+  return Island(tuple(members), tuple(inputs), dtype)
+
+
+def _pays(steps: Any, island: Island) -> bool:
+  """Whether an island stores less than its steps: a compiler keeps what is costly to compute again.
+
+  No operand of its size may be float32, for it would be stored instead.
+  """
+  large = _large([steps[n] for n in island.steps]).values()
+  return Kind.NARROW in large and Kind.DATA not in large
+
+
+def _large(steps: Sequence[Step]) -> dict[Any, Kind]:
+  """What steps read that is as large as their last result; nothing if none of them is costly."""
+  size = jaxprs.size(steps[-1].eqn.outvars[0])
+  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in steps):
+    return {}
+  made = {step.eqn.outvars[0] for step in steps}
+  kinds = {a: f.kind for a, f in _operands(steps) if f is not None and jaxprs.size(a) >= size}
+  return {a: kind for a, kind in kinds.items() if a not in made}
+
+
+def _is_costly(step: Step) -> bool:
+  inner = any(_is_costly(inner) for body in step.bodies for inner in body.steps)
+  return inner or step.eqn.primitive.name in _TRANSCENDENTAL
+
+
+def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:
+  for step in members:
+    for atom, form in zip(step.eqn.invars, step.operands, strict=True):
+      if not isinstance(atom, Literal):
+        yield atom, form

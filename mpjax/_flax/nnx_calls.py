@@ -86,7 +86,7 @@ def run(
     known=known,
   )
   out, changed = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
-  nnx.update(call.nodes, changed)
+  update(call.nodes, changed)
   return out
 
 
@@ -130,6 +130,25 @@ def pure_call(
   return PureCall(pure, (params, rest, *blanks), [True, STATE, list(flags), False], nodes)
 
 
+def update(nodes: Sequence[Any], changed: Any) -> None:
+  """Brings Variables back into graph nodes, new ones too.
+
+  Args:
+    nodes: The nodes.
+    changed: The state of the Variables, by the number of the node and the path in it.
+  """
+  for full, _ in nnx.to_flat_state(changed):
+    number, *path = map(str, full)
+    holder = functools.reduce(_attribute, path[:-1], nodes[int(number)])
+    if path and _attribute(holder, path[-1]) is None:  # Flax would look for a subtree in it
+      delattr(holder, path[-1])
+  nnx.update(nodes, changed)
+
+
+def _attribute(holder: Any, name: str) -> Any:
+  return getattr(holder, name, ...)
+
+
 def module_paths(model: nnx.Module) -> list[Path]:
   """The paths of a model's modules, the model itself first."""
   return [tuple(map(str, path)) for path, _ in nnx.iter_modules(model)]
@@ -165,14 +184,16 @@ def structure(nodes: Sequence[Any]) -> dict[str, Any]:
   """All that a call may set in graph nodes beside the values of Variables, by its path.
 
   Submodules by their class, and the plain attributes of all: numbers, flags, functions. Of arrays
-  that are attributes only that they are there: their values are brought back.
+  that are attributes, and of Variables, only that they are there: their values are brought back.
   """
   found: dict[str, Any] = {}
   for node in nodes:
     for path, module in nnx.iter_modules(node):
       found["/".join(map(str, path))] = plain_class(type(module))
       for name, value in vars(module).items():
-        if not (is_node(value) or _of_flax(name)):
+        if isinstance(value, nnx.Variable):
+          found["/".join(map(str, (*path, name)))] = nnx.Variable
+        elif not (is_node(value) or _of_flax(name)):
           held = jax.Array if isinstance(value, jax.Array) else value
           found["/".join(map(str, (*path, name)))] = held
   return found
@@ -199,9 +220,13 @@ def check_structure(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def _same(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
-  if name not in before or name not in after:
+  old, new = before.get(name), after.get(name)
+  if new is nnx.Variable:  # it may be new, where there was nothing or None, as a cache is
+    return old in (None, nnx.Variable)
+  if name not in after:
+    return old is nnx.Variable
+  if name not in before:
     return False
-  old, new = before[name], after[name]
   if old is new:
     return True
   # A transform inside, as nnx.jit, makes the containers of nodes anew.
@@ -281,8 +306,8 @@ def _is_method(value: Any) -> bool:
   return callable(value) and hasattr(value, "__get__") and not other
 
 
-def subclass(cls: type[nnx.Module], namespace: dict[str, Any]) -> Any:
-  """A subclass that passes for the class itself, with other attributes."""
+def subclass(cls: type[nnx.Module], namespace: dict[str, Any], metaclass: Any = None) -> Any:
+  """A subclass that passes for the class itself, with other attributes, and perhaps metaclass."""
   described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-  metaclass: Any = type(cls)
-  return metaclass(cls.__name__, (cls,), namespace | described)
+  make: Any = metaclass or type(cls)
+  return make(cls.__name__, (cls,), namespace | described)

@@ -10,7 +10,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import PyTree
 from mpjax._flax.dispatch import autocast
-from mpjax._flax.nnx_calls import check_structure, fill, has_nodes, is_node, structure
+from mpjax._flax.nnx_calls import check_structure, fill, has_nodes, is_node, structure, update
 from mpjax._flax.nnx_step_variables import (
   arrays_of,
   check_opt_state,
@@ -244,7 +244,7 @@ def make_train_step(
       micro_step, settings.accumulate, params, parts, batch
     )
     for state in [*changed, *jax.tree.map(lambda x: x[-1], added)]:
-      nnx.update(nodes, state)
+      update(nodes, state)
     check_trained(nodes[0], optimizer, params)
     update_model(core, nodes, optimizer, loss, grads, before[0], loss_at)
     metrics, bad = core.report(loss, grads, optimizer.opt_state, aux)

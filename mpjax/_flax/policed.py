@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,7 +14,7 @@ from mpjax._core.policy import Policy, spec
 from mpjax._core.policy_map import PolicyMap
 from mpjax._engine.running.scaled_cotangents import UNSCALED
 
-PLAIN, POLICIES = "mpjax_plain_class", "mpjax_policies"
+PLAIN, POLICIES, _MADE = "mpjax_plain_class", "mpjax_policies", "mpjax_made"
 
 
 def policy_of(x: Any) -> Policy | PolicyMap | None:
@@ -113,7 +115,16 @@ def facts(plain: type[Any], policies: PolicyMap, make: Callable[..., Any], *more
     own = tuple(plain if arg is type(self) else arg for arg in args)
     return _made_again, (make, (plain, policies, *more), maker, own), *state
 
-  return {PLAIN: plain, POLICIES: policies, "__reduce_ex__": reduce}
+  made = make, (plain, policies, *more)
+  return {PLAIN: plain, POLICIES: policies, _MADE: made, "__reduce_ex__": reduce}
+
+
+@functools.cache
+def pickling(metaclass: type[Any]) -> Any:
+  """A metaclass whose classes, with `facts`, pickle by what made them: graphdefs hold them."""
+  own = type(metaclass.__name__, (metaclass,), {})
+  copyreg.pickle(own, lambda cls: vars(cls).get(_MADE, cls.__qualname__))
+  return own
 
 
 def _made_again(

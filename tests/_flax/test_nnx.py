@@ -549,11 +549,76 @@ def test_a_model_pickles_with_its_policy(mixed, pickles, x):
     np.testing.assert_array_equal(again(x), model(x))
 
 
+@pytest.mark.parametrize("pickles", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
+def test_the_halves_of_a_split_model_pickle(mixed, pickles, x):
+  graphdef, state = pickle.loads(pickles.dumps(nnx.split(mixed)))
+  again = nnx.merge(graphdef, state)
+  assert type(again) is type(mixed) and graphdef == nnx.graphdef(mixed)
+  np.testing.assert_array_equal(again(x), mixed(x))
+
+
 def test_copies_keep_the_policy_and_share_or_not_as_python_has_it(mixed, x):
   shallow, deep = copy.copy(mixed), copy.deepcopy(mixed)
   assert shallow.head.kernel is mixed.head.kernel
   assert deep.head.kernel is not mixed.head.kernel
   assert dots(shallow, x) == dots(deep, x) == NARROW
+
+
+# A Variable made where there was None -------------------------------------------------------------
+
+
+class Remembering(nnx.Module):
+  """Keeps a mean of its outputs, from the first call on."""
+
+  def __init__(self):
+    self.linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    self.seen = nnx.data(None)
+
+  def __call__(self, x):
+    y = self.linear(x)
+    if self.seen is None:
+      self.seen = nnx.BatchStat(y.mean(0))
+    else:
+      self.seen[...] = 0.5 * (self.seen[...] + y.mean(0))
+    return y
+
+
+@pytest.mark.parametrize("jit", [lambda fn: fn, nnx.jit], ids=["eager", "jit"])
+def test_a_variable_made_where_there_was_none_arrives(jit, x):
+  plain, mixed = Remembering(), mpjax.apply_policy(Remembering(), BF16)
+  for model in (plain, mixed):
+    for _ in range(2):
+      jit(lambda model, x: model(x))(model, x)
+  assert isinstance(mixed.seen, nnx.BatchStat)
+  np.testing.assert_allclose(mixed.seen[...], plain.seen[...], atol=2e-2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_variable_that_a_step_makes_where_there_was_none_stays(accumulate, x):
+  model = mpjax.apply_policy(Remembering(), BF16)
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  loss = lambda model, x: (model(x) ** 2).mean()
+  step = mpjax.nnx.make_train_step(loss, accumulate=accumulate)
+  losses = [float(step(model, optimizer, x).loss) for _ in range(3)]
+  assert losses == sorted(losses, reverse=True) and model.seen.shape == (3,)
+
+
+def test_an_attention_may_make_its_cache_in_the_call():
+  class Decoder(nnx.Module):
+    def __init__(self):
+      self.attend = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+      if self.attend.cached_key is None:
+        self.attend.init_cache((2, 5, 8))
+      return self.attend(x)
+
+  tokens = jax.random.normal(jax.random.key(0), (2, 3, 8))
+  plain, mixed = Decoder(), mpjax.apply_policy(Decoder(), BF16)
+  for n in range(3):
+    out = [model(tokens[:, n : n + 1]) for model in (plain, mixed)]
+    np.testing.assert_allclose(*out, atol=3e-2)
+  assert int(mixed.attend.cache_index[...]) == 3
 
 
 # What cannot be brought back, and what autocast does not take ------------------------------------

@@ -196,7 +196,7 @@ class Sums(NamedTuple):
     for eqn in inner.eqns:
       if variables_of(eqn.invars).isdisjoint(found):
         continue
-      is_step = eqn.outvars[0] in self.updates or any(map(self.is_cotangent, eqn.invars))
+      is_step = not self.updates.isdisjoint(eqn.outvars) or any(map(self.is_cotangent, eqn.invars))
       if eqn.primitive.name in UNCHANGED or (eqn.primitive.name in _STEPS and is_step):
         found.update(eqn.outvars)
     return found

@@ -124,8 +124,10 @@ BY_ONE_OPERATION = {
 @in_turns(("fn", "policy"), BY_ONE_OPERATION, list(POLICIES))
 def test_gradients_are_taken_operation_by_operation_too(fn, policy):
   loss = lambda w, x: total(fn(x @ w))
+  kernel = lambda w, x: total(mpjax.cast_inputs(lambda w, x: fn(x @ w))(w, x))
   want = jax.jit(jax.grad(loss))(*numbers())
-  for grad in (jax.grad(mpjax.autocast(loss, policy)), mpjax.autocast(jax.grad(loss), policy)):
+  cast = [mpjax.autocast(f, policy) for f in (loss, kernel)]
+  for grad in (*map(jax.grad, cast), mpjax.autocast(jax.grad(loss), policy)):
     got = grad(*numbers())
     assert got.sharding == want.sharding
     assert jnp.linalg.norm(got - want) <= 8 * jnp.finfo(POLICIES[policy]).eps * (

@@ -264,7 +264,12 @@ def evaluate_open(
   inner: Jaxpr, constants: Sequence[Any], operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
   """The results of a jaxpr with these for its constants."""
-  return jax.core.eval_jaxpr(inner, constants, *operands)
+  run = functools.partial(jax.core.eval_jaxpr, inner, constants)
+  return (
+    jax.jit(run, inline=True)(*operands)
+    if any(map(_loses_sharding, inner.eqns))
+    else run(*operands)
+  )
 
 
 def depending(closed: AnyJaxpr, on: Sequence[bool]) -> list[bool]:
@@ -299,6 +304,12 @@ def run_as_traced(eqn: JaxprEqn, operands: Sequence[jax.Array]) -> list[jax.Arra
 _TRACED_DERIVATIVES = frozenset({"max", "min"})
 
 
+def _loses_sharding(eqn: JaxprEqn) -> bool:
+  """Whether the derivative of an equation has to be traced."""
+  name = eqn.primitive.name
+  return name in _TRACED_DERIVATIVES and is_sharded_explicitly(eqn.outvars[0].aval)
+
+
 @functools.cache
 def _jitted(primitive: Any) -> Callable[..., Any]:
   """A primitive without parameters, whose derivative JAX traces."""
@@ -314,8 +325,6 @@ def run_with(
   eqn: JaxprEqn, operands: Sequence[jax.Array], params: dict[str, Any]
 ) -> list[jax.Array]:
   """Bind an equation's primitive to other operands and parameters; always returns a list."""
-  bind = eqn.primitive.bind
-  if eqn.primitive.name in _TRACED_DERIVATIVES and is_sharded_explicitly(eqn.outvars[0].aval):
-    bind = _jitted(eqn.primitive)
+  bind = _jitted(eqn.primitive) if _loses_sharding(eqn) else eqn.primitive.bind
   out = bind(*operands, **params)
   return list(out) if eqn.primitive.multiple_results else [out]

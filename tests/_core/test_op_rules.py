@@ -151,6 +151,52 @@ def test_a_changed_table_can_let_an_operation_go_narrow():
   assert (dtypes(narrow, "log1p"), dtypes(wide, "log1p")) == (["bfloat16"], ["float32"])
 
 
+def many_operations(params, x):
+  """Operations of a parameter and of what a matmul gave, with a gradient step inside."""
+
+  def loss(params):
+    h = x @ params["w"] * params["v"] / (1 + params["v"] ** 2) + params["v"]
+    h = jnp.where(h > 0, jnp.maximum(h, params["v"]), jnp.abs(h) ** params["v"])
+    return jax.nn.logsumexp(h[:, ::-1]) - jnp.cumsum(h, 0).mean()
+
+  grads = jax.grad(loss)(params)
+  return loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, grads))
+
+
+LOWERED = (
+  *(
+    "abs",
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "cumsum",
+    "div",
+    "exp",
+    "log",
+    "max",
+    "mul",
+    "neg",
+  ),
+  *("pow", "reduce_sum", "reshape", "rev", "select_n", "sign", "sub", "transpose"),
+)
+
+
+@pytest.mark.parametrize("op", LOWERED)
+def test_an_operation_that_is_no_matmul_may_be_lowered_and_differentiated(op):
+  params = {"w": jnp.eye(4) + 0.1, "v": jnp.full((1, 4), 0.5)}
+  policy = mpjax.PolicyMap({}, default="mixed_bfloat16", ops={op: "lower"})
+  x = jnp.arange(8.0).reshape(2, 4)
+  want = jax.grad(many_operations)(params, x)
+  for fn in (
+    jax.grad(mpjax.autocast(many_operations, policy)),
+    mpjax.autocast(jax.grad(many_operations), policy),
+  ):
+    jaxpr = jax.make_jaxpr(fn)(params, x)
+    assert "bfloat16" in dtypes(jaxpr, op)
+    for got, exact in zip(*map(jax.tree.leaves, (fn(params, x), want)), strict=True):
+      assert jnp.linalg.norm(got - exact) < 0.2 * jnp.linalg.norm(exact)
+
+
 def test_embeddings_are_looked_up_in_a_16_bit_table_when_asked():
   """So that sharded tables are gathered in 16 bits; then their gradients add up in them too."""
   lookup = lambda table: table[jnp.arange(8)].sum()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from mpjax._core.dtypes import BFLOAT16, is_of
-from mpjax._core.primitives import KEEPS_NUMBERS, Rule, Trait, having
+from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, Rule, Trait, having
 from mpjax._engine.program.jaxprs import contracts_nothing, is_float32, is_inner
 from mpjax._engine.program.kinds import PARAM, Form, Forms
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
@@ -31,7 +31,10 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
     rule: Its rule.
     forms: How its operands are held.
   """
-  is_matmul = rule is Rule.LOWER or (rule is Rule.WIDE and eqn.primitive.name == "dot_general")
+  name = eqn.primitive.name
+  is_matmul = (rule is Rule.LOWER and name in MATMULS) or (
+    rule is Rule.WIDE and name == "dot_general"
+  )
   if not (is_matmul or rule is Rule.FOLLOW) or len(forms) != 2 or None in forms:
     return None
   if forms == (PARAM, PARAM) or not is_float32(eqn.outvars[0]):

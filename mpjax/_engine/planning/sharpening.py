@@ -140,98 +140,98 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "inner product",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: jaxprs.is_inner(s.eqn),
     Rule.FULL,
     "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
   ),
   Sharpening(
     "weighted sum",
-    {Rule.LOWER},
+    MATMULS,
     sight.is_weighted_sum,
     Rule.MULTIPLY,
     "terms times numbers of which some cancel: an error estimate, an expectation",
   ),
   Sharpening(
     "stencil",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.name == "conv_general_dilated" and sight.has_constant_weights(s),
     Rule.FULL,
     "differences of neighbors are small beside these",
   ),
   Sharpening(
     "power iteration",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.iterated,
     Rule.FULL,
     "every weight is divided by the norm that it finds",
   ),
   Sharpening(
     "quantized layer",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.made.whole and sight.is_of_parameters(s),
     Rule.WIDE,
     "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
   ),
   Sharpening(
     "whole numbers",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.made.whole,
     Rule.FULL,
     "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
   ),
   Sharpening(
     "outer product",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: jaxprs.contracts_nothing(s.eqn) and not s.is_narrow,
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
     "rotation or projection",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers, s.around.sums.pure),
     Rule.FULL,
     "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
   ),
   Sharpening(
     "fixed transform",
-    {Rule.LOWER},
+    MATMULS,
     sight.is_fixed_transform,
     Rule.FULL,
     "it interpolates or differentiates data, as what is no matmul would: labels survive",
   ),
   Sharpening(
     "phase",
-    {Rule.LOWER},
+    MATMULS,
     sight.is_phase,
     Rule.FULL,
     "only what is left of it modulo a period counts: of 100 that is 6",
   ),
   Sharpening(
     "derivative of a distance or variance",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.moments.derivatives,
     Rule.FULL,
     "what comes back to the ends of a distance, or to a variance, is a small difference, too",
   ),
   Sharpening(
     "what is added up",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.around.sums.is_sum(s.eqn),
     Rule.WIDE,
     "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
   ),
   Sharpening(
     "test of a loop",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.around.is_test,
     Rule.FULL,
     "a residual is a small difference: rounded, it never falls below a tolerance",
   ),
   Sharpening(
     "loop to a tolerance",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: (
       s.around.is_to_tolerance
       and sight.is_of_float32(s)
@@ -242,42 +242,42 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "iteration",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: sight.is_of_float32(s) and sight.iterates(s),
     Rule.FULL,
     "a float32 matrix times a vector, again and again: to cast it costs as much as to multiply it",
   ),
   Sharpening(
     "linear recurrence",
-    {Rule.LOWER},
+    MATMULS,
     sight.hands_on,
     Rule.FULL,
     "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
   ),
   Sharpening(
     "product of neighbors, or power",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: sight.multiplies_neighbors(s) or (not s.has_layer and s.result in s.around.powers),
     Rule.FULL,
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),
   Sharpening(
     "distance or variance",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.moments.values and sight.is_of_data(s),
     Rule.FULL,
     "a small difference of this and of what is added to it: what rounds in either is large beside",
   ),
   Sharpening(
     "distance or variance of narrow values",
-    {Rule.LOWER},
-    lambda s: s.name in MATMULS and s.result in s.around.moments.values,
+    MATMULS,
+    lambda s: s.result in s.around.moments.values,
     Rule.EXACT,
     "they round no more, but what comes back to them is a small difference, too",
   ),
   Sharpening(
     "amplified",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: (
       (sight.is_amplified(s) and sight.is_of_data(s))
       or sight.is_amplified_later(s)
@@ -288,22 +288,22 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "layer before a linear system",
-    {Rule.LOWER},
+    MATMULS,
     lambda s: s.result in s.around.leading.factored,
     Rule.WIDE,
     "what rounds in a matrix makes its eigenvalues negative, however much its diagonal is damped",
   ),
   Sharpening(
     "integers",
-    {Rule.LOWER},
-    lambda s: s.name in MATMULS and sight.has_integer(s),
+    MATMULS,
+    sight.has_integer,
     Rule.WIDE,
     "the scale of integers stands behind the matmul: its sums leave the range of float16",
   ),
   Sharpening(
     "few outputs",
-    {Rule.LOWER},
-    lambda s: s.name in MATMULS and sight.is_head(s),
+    MATMULS,
+    sight.is_head,
     Rule.WIDE,
     "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
   ),
@@ -381,4 +381,7 @@ def sharpening_of(seen: Sight) -> Sharpening | None:
 @functools.cache
 def _of(name: str, rule: Rule) -> tuple[Sharpening, ...]:
   """The sharpenings that an equation with this primitive, which has this rule, may have."""
-  return tuple(s for s in SHARPENINGS if name in s.of or rule in s.of)
+  lowered = rule is Rule.LOWER  # a policy may lower other operations, and keep matmuls
+  return tuple(
+    s for s in SHARPENINGS if rule in s.of or (name in s.of and (s.of is not MATMULS or lowered))
+  )

@@ -56,6 +56,18 @@ CONTRASTS = {
   "along": lambda g: (lambda s: jax.nn.logsumexp(s, 1) - picked(s))(g / 0.07),
   "log_softmax": lambda g: -jnp.diag(jax.nn.log_softmax(g / 0.07)),
   "optax": lambda g: optax.softmax_cross_entropy_with_integer_labels(g / 0.07, OWN),
+  "diagonal_masked": lambda g: optax.softmax_cross_entropy_with_integer_labels(
+    jnp.where(jnp.eye(8, dtype=bool), -1e9, g / 0.07), (OWN + 1) % 8
+  ),
+  "diagonal_set": lambda g: optax.softmax_cross_entropy_with_integer_labels(
+    jnp.fill_diagonal(g / 0.07, -1e9, inplace=False), (OWN + 1) % 8
+  ),
+  "joined": lambda g: -jnp.diag(jax.nn.log_softmax(jnp.concatenate([g / 0.07, g / 0.07], 1))),
+  "scaled_and_masked_in_a_function": lambda g: (
+    -jax.nn.log_softmax(jax.jit(lambda g: jnp.where(jnp.eye(8, dtype=bool), -1e9, g) / 0.07)(g))[
+      OWN, (OWN + 1) % 8
+    ]
+  ),
   "exponentials": lambda g: (lambda e: -jnp.log(jnp.diag(e) / e.sum(1)))(jnp.exp(g / 0.07)),
 }
 

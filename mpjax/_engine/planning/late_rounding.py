@@ -4,7 +4,8 @@
 longer than it is, and an integral from 0 to 1 end at 1.004. Where nothing but float32 reads the
 multiple, it is multiplied in float32, and so is what adds or moves it on the way. All of this is
 linear, so that the backward pass stores nothing of it in either format. A multiple that goes on in
-16 bits rounds with its number, as by hand.
+16 bits rounds with its number, as by hand. Masks, slices and functions that do nothing but that are
+on the way, too: of scores over 0.07 the diagonal is masked before their cross-entropy.
 
 So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 * e`` and ``e.T`` of
 a distance: what comes back to e from there and from its squares is a small difference, which adds
@@ -31,8 +32,9 @@ from mpjax._engine.program.versions import Atom, Literal, Var
 _MULTIPLIES = frozenset({"mul", "div"})
 _ADDS = frozenset({"add", "sub"})
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
-_LEADS_ON = _ADDS | _MOVES | {"neg", "broadcast_in_dim", "slice", "dynamic_slice"}
-_MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES
+_CHOOSES = frozenset({"select_n", "scatter", "concatenate", "pad", "slice", "dynamic_slice"})
+_LEADS_ON = _ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
+_MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES | FUNCTIONS
 _ADDS_UP = _ADDS | {"reduce_sum"}
 _ENDS = _ADDS_UP | FUNCTIONS | {"reduce_max", "reduce_min", "exp", "exp2", "gather"}
 _RESULT = -1
@@ -80,7 +82,9 @@ def rounding_late(
 
 def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
   """Whether a step multiplies a narrow value by a number that its format does not hold."""
-  if step.eqn.primitive.name not in _MULTIPLIES or not _is_multiple(step):
+  if step.bodies:
+    return any(_is_inexact_multiple(inner, numbers) for inner in step.bodies[0].steps)
+  if not _is_multiple(step):
     return False
   found = numbers(step.eqn.invars[step.operands.index(CONSTANT)])
   if found is not None and step.eqn.primitive.name == "div":  # 16 bits hold 60, and no 1 / 60
@@ -104,13 +108,15 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
   return any(
     read.to == FLOAT32 and n not in late
     for atom, form in zip(plan.steps[reader].eqn.invars, plan.steps[reader].operands, strict=True)
-    if not isinstance(atom, Literal) and form is not None and form.kind is Kind.NARROW
+    if not isinstance(atom, Literal) and _is_narrow(form)
     for n, read in plan.readers[atom]
   )
 
 
 def _is_multiple(step: Step) -> bool:
   """Whether a step with a narrow result multiplies by a number, or divides by one."""
+  if step.eqn.primitive.name not in _MULTIPLIES:
+    return False
   first, second = step.operands
   kinds = {form and form.kind for form in (first, second)}
   is_reciprocal = step.eqn.primitive.name == "div" and first == CONSTANT
@@ -131,12 +137,13 @@ def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int
     (n, step)
     for n, step in enumerate(plan.steps)
     if step.eqn.primitive.name in _MAY_LEAD_ON
-    and step.rule is Rule.FOLLOW
+    and step.rule in (Rule.FOLLOW, Rule.CALL)
+    and len(step.outs) == 1
     and (form := step.outs[0]) is not None
     and form.kind is Kind.NARROW
   ]
   for n, step in reversed(likely):
-    leads_on = step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
+    leads_on = _leads_on(step)
     (result,) = step.eqn.outvars
     reads = plan.readers.get(result, []) if leads_on else []
     ends = _ADDS_UP if result in multiplied else _ENDS
@@ -148,6 +155,15 @@ def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int
       late.add(n)
       exact |= {n} if rounds_inside else set()
   return late
+
+
+def _leads_on(step: Step) -> bool:
+  """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values."""
+  if step.bodies:
+    (body,) = step.bodies
+    narrow = [inner for inner in body.steps if any(map(_is_narrow, inner.operands))]
+    return body.out_reads[0].via is None and all(map(_leads_on, narrow))
+  return step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
 
 
 def _is_exact(plan: Plan, reader: int) -> bool:
@@ -191,4 +207,29 @@ def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:
     reads.append(read)
     operands.append(form)
   outs = step.outs if not is_wide else ONE_FLOAT32
-  return replace(step, reads=tuple(reads), operands=tuple(operands), outs=outs)
+  bodies = tuple(map(_in_float32, step.bodies)) if is_wide else step.bodies
+  return replace(step, reads=tuple(reads), operands=tuple(operands), outs=outs, bodies=bodies)
+
+
+def _in_float32(body: Plan) -> Plan:
+  """The body of a call that leads on what is float32 now."""
+  inner = versions.open_jaxpr(body.jaxpr)
+  made = {var for var, f in zip(inner.invars, body.in_forms, strict=True) if _is_narrow(f)}
+  steps = []
+  for step in body.steps:
+    is_wide = not made.isdisjoint(variables_of(step.eqn.invars))
+    steps.append(_reading(step, made, is_wide=True) if is_wide else step)
+    made |= {*step.eqn.outvars} if is_wide else set()
+  (result,) = inner.outvars
+  is_made = not isinstance(result, Literal) and result in made
+  return replace(
+    body,
+    in_forms=tuple(DATA if _is_narrow(form) else form for form in body.in_forms),
+    steps=tuple(steps),
+    out_reads=(AS_HELD if is_made else Read(to=FLOAT32),),
+    out_forms=ONE_FLOAT32,
+  )
+
+
+def _is_narrow(form: Form | None) -> bool:
+  return form is not None and form.kind is Kind.NARROW

@@ -892,6 +892,28 @@ def test_a_loop_to_a_tolerance_ends_when_it_does_in_float32(fn, policy):
   assert abs(int(rounded(mpjax.autocast(fn, policy))(w, x)) - int(fn(w, x))) <= 2
 
 
+@both
+@cases(
+  of_all=lambda w, x: _root_tested_by(lambda: jnp.sum((x @ w) ** 2)),
+  in_a_function=lambda w, x: _root_tested_by(jax.jit(lambda: jnp.sum((x @ w) ** 2))),
+  moved=lambda w, x: _root_tested_by(lambda: jnp.sum((w.T @ x.T) ** 2)),
+)
+def test_a_loop_multiplies_as_its_test_does(fn, policy):
+  """The root of what the loop computes is that of what the test does, or it never ends."""
+  w, x = jax.random.normal(jax.random.key(0), (2, 8, 8)) * 0.5
+  assert int(jax.jit(mpjax.autocast(fn, policy))(w, x)) == int(fn(w, x)) < 20
+
+
+def _root_tested_by(square):
+  def test(c):
+    return (jnp.abs(c[0] ** 2 - 2 - square()) > 1e-3) & (c[1] < 200)
+
+  def turn(c):
+    return 0.5 * (c[0] + (2 + square()) / c[0]), c[1] + 1
+
+  return lax.while_loop(test, turn, (1.0, 0))[1]
+
+
 def _until(turn, start):
   def body(c):
     return turn(c[0]), jnp.max(jnp.abs(turn(c[0]) - c[0])), c[2] + 1

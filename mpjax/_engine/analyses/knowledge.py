@@ -57,6 +57,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
+    tested: Which operands a loop around it hands to a test that multiplies.
   """
 
   exact: Exact | None = None
@@ -75,6 +76,7 @@ class Known(NamedTuple):
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
   is_to_tolerance: bool = False
+  tested: frozenset[int] = frozenset()
 
 
 NOTHING = Known()
@@ -120,6 +122,7 @@ class Knowledge:
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
+    tested: What a loop around it hands to a test that multiplies.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
     computed: Operands that the program makes of numbers alone.
@@ -165,6 +168,7 @@ class Knowledge:
     self.computed = frozenset(inner.invars[n] for n in known.computed)
     self.results = frozenset(inner.invars[n] for n in known.results)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
+    self.tested = frozenset(inner.invars[n] for n in known.tested)
     self.adapting = analyses.adapting
     self.numbers = _numbers(analyses.adapting, jaxpr, known)
     self.view = View(
@@ -245,6 +249,7 @@ class Knowledge:
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
       is_to_tolerance=known.is_to_tolerance or _ends_by_float(eqn),
+      tested=known.tested | self._tested(eqn, body),
       recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
       steady=tuple(
         n
@@ -252,6 +257,14 @@ class Knowledge:
         if not is_stack and form is not None and not jaxprs.shape(atom)
       ),
     )
+
+  def _tested(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
+    """Which constants of a loop's body its test reads, too, if that has a matmul."""
+    test, *_ = bodies_of(eqn)
+    if not (test.is_test and self._analyses.contents.matmuls(test.jaxpr)):
+      return frozenset()
+    read = jaxprs.variables_of(test.split(eqn.invars).consts)
+    return jaxprs.places_of(body.split(eqn.invars).consts, read)
 
   def of_test(self, eqn: JaxprEqn, test: Body) -> Known:
     """What is known in the test of a loop."""
@@ -283,6 +296,7 @@ class Knowledge:
       recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       is_to_tolerance=self.is_to_tolerance,
+      tested=jaxprs.places_of(atoms, self.tested),
     )
 
   def _computed_in(
@@ -335,6 +349,11 @@ class Knowledge:
   def _by_vectors(self) -> Counter[int]:
     pairs = (pair for eqn in self._inner.eqns for pair in jaxprs.vectors(eqn))
     return Counter(id(self._source(matrix)) for _, matrix in pairs)
+
+  def is_tested(self, atom: Atom) -> bool:
+    """Whether the test of a loop reads what a value was moved from, too."""
+    source = self._source(atom) if self.tested else None
+    return not isinstance(source, Literal) and source in self.tested
 
   def depends_on_carry(self, atom: Atom) -> bool:
     """Whether a value is made of what a loop hands on, a few equations before."""

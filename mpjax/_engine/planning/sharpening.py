@@ -225,9 +225,10 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "test of a loop",
     MATMULS,
-    lambda s: s.around.is_test,
+    lambda s: s.around.is_test or any(map(s.around.is_tested, s.eqn.invars)),
     Rule.FULL,
-    "a residual is a small difference: rounded, it never falls below a tolerance",
+    "a residual is a small difference: rounded, it never falls below a tolerance, nor if the loop "
+    "multiplies in another format than its test",
   ),
   Sharpening(
     "loop to a tolerance",

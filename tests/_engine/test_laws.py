@@ -894,6 +894,22 @@ def test_a_loop_to_a_tolerance_ends_when_it_does_in_float32(fn, policy):
 
 @both
 @cases(
+  hard_swish=jax.nn.hard_swish,
+  hard_sigmoid=jax.nn.hard_sigmoid,
+  gate=lambda h: h * jax.nn.hard_sigmoid(h),
+  in_a_function=jax.jit(lambda h: jnp.tanh(h + 3)),
+  in_a_checkpoint=jax.checkpoint(lambda h: jnp.tanh(h + 3)),
+  in_a_loop=lambda h: lax.scan(lambda c, _: (jnp.tanh(c + 3), None), h, None, length=2)[0],
+)
+def test_what_a_function_adds_on_the_way_to_a_matmul_is_in_no_unit_of_its_own(fn, policy):
+  network = mpjax.autocast(lambda w, x: fn(x @ w) @ w, policy)
+  added = [e for e in equations(jax.make_jaxpr(network)(W, DATA)) if e.primitive.name == "add"]
+  floats = {e.outvars[0].aval.dtype for e in added if e.outvars[0].aval.shape}
+  assert floats == {jnp.dtype(policy.removeprefix("mixed_"))}
+
+
+@both
+@cases(
   of_all=lambda w, x: _root_tested_by(lambda: jnp.sum((x @ w) ** 2)),
   in_a_function=lambda w, x: _root_tested_by(jax.jit(lambda: jnp.sum((x @ w) ** 2))),
   moved=lambda w, x: _root_tested_by(lambda: jnp.sum((w.T @ x.T) ** 2)),

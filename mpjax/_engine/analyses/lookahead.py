@@ -127,7 +127,7 @@ class Needs:
     held = self._contents.primitives(jaxpr)
 
     def find(question: Question, outs: frozenset[int]) -> frozenset[Var]:
-      asked = (outs and not question.of) or not held.isdisjoint(question.of or question.ends)
+      asked = outs or not held.isdisjoint(question.of or question.ends)
       return self._into(question, jaxpr, outs)[0] if asked else frozenset()
 
     return _each(find, outside, outside.multiplying, outside.returning)
@@ -143,7 +143,7 @@ class Needs:
 
     def find(question: Question, found: frozenset[Var]) -> frozenset[int]:
       is_held = not held.isdisjoint(question.of or question.ends)
-      if not is_held and (question.of or not found):
+      if not (is_held or found):
         return frozenset()
       results = jaxprs.places_of(eqn.outvars, found)
       return self._through_bodies(question, eqn, results)[1] if is_held else results

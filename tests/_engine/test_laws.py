@@ -892,6 +892,38 @@ def test_a_loop_to_a_tolerance_ends_when_it_does_in_float32(fn, policy):
   assert abs(int(rounded(mpjax.autocast(fn, policy))(w, x)) - int(fn(w, x))) <= 2
 
 
+def largest(fn, policy):
+  h = jnp.ones((2, 4, 4))
+  found = equations(jax.make_jaxpr(mpjax.autocast(lambda w, h: fn(h @ w), policy))(W, h))
+  return {
+    e.outvars[0].aval.dtype.itemsize for e in found if e.primitive.name.startswith("reduce_m")
+  }
+
+
+@both
+@cases(
+  points=lambda h: h.max(1) @ W,
+  maxout=lambda h: h.reshape(2, 4, 2, 2).max(-1) @ W[:2],
+  of_both_ends=lambda h: jnp.concatenate([h.max(1), h.min(1)], -1) @ jnp.tile(W, (2, 1)),
+)
+def test_a_pool_before_a_matmul_is_one_of_the_narrow_values(fn, policy):
+  """A float32 one would store a float32 mask as large as what it is of."""
+  assert largest(fn, policy) == {2}
+
+
+@both
+@cases(
+  softmax=lambda h: jax.nn.softmax(h) @ W,
+  by_hand=lambda h: jnp.exp(h - h.max(-1, keepdims=True)) @ W,
+  quantized=lambda h: jnp.round(127 * h / jnp.abs(h).max(-1, keepdims=True)) @ W,
+  logsumexp=lambda h: jax.nn.logsumexp(h, -1),
+  returned=lambda h: h.max(1),
+  both_ways=lambda h: (lambda m: (m @ W, m))(h.max(1)),
+)
+def test_the_largest_that_something_else_reads_is_float32(fn, policy):
+  assert largest(fn, policy) == {4}
+
+
 @both
 @cases(
   hard_swish=jax.nn.hard_swish,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import UNCHANGED, Rule
+from mpjax._core.primitives import MATMULS, UNCHANGED, Rule
 from mpjax._engine.analyses.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
@@ -207,6 +207,17 @@ class Knowledge:
     return powers(self._inner, self.carried)
 
   @functools.cached_property
+  def pooled(self) -> frozenset[Var]:
+    """What is moved and then multiplied by a matmul, and read by nothing else."""
+    read, made = jaxprs.variables_of(self._inner.outvars), set[Var]()
+    for eqn in reversed(self._inner.eqns):
+      name = eqn.primitive.name
+      if name not in MATMULS and not (name in _POOLS and read.isdisjoint(eqn.outvars)):
+        read |= jaxprs.variables_of(eqn.invars)
+      made |= {*eqn.outvars}
+    return frozenset(made - read)
+
+  @functools.cached_property
   def _source(self) -> Callable[[Any], Any]:
     return jaxprs.sources(self._inner, MOVES)
 
@@ -374,6 +385,8 @@ _SCALED = UNCHANGED | {
   *("slice", "dynamic_slice", "gather", "split", "concatenate", "select_n"),
   *("mul", "div", "add", "sub", "neg"),
 }
+_POOLS = UNCHANGED | {"concatenate", "reduce_max", "reduce_min"}
+
 _LOOKS = 16
 """How many equations behind a value are looked at."""
 

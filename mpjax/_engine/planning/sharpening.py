@@ -111,6 +111,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
   ),
   Sharpening(
+    "pool",
+    {"reduce_max", "reduce_min"},
+    lambda s: s.is_narrow and s.result in s.around.pooled,
+    Rule.FOLLOW,
+    "a matmul alone reads the largest: it seeds no softmax, and is one of the narrow values",
+  ),
+  Sharpening(
     "picked numbers",
     {"gather"},
     sight.picks_numbers,

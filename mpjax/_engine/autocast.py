@@ -63,8 +63,9 @@ def autocast(
     ValueError: A policy spec cannot be parsed; ``loss_scale`` is no power of two; or, at the call,
       a rule of a `PolicyMap` matches no scope of ``fn`` (modules of Linen, or
       ``jax.named_scope``).
-    TypeError: At the call, ``fn`` returns a function or object that holds arrays of the call
-      outside of its pytree, which ``jax.jit`` could not return either.
+    TypeError: At the call, ``fn`` returns an object that holds arrays of the call outside of its
+      pytree and cannot be copied. Others (a closure, a distribution with a method among its
+      attributes) come back as copies that hold the arrays, as far as they lead to them.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax

@@ -25,17 +25,29 @@ Flags = tuple[Sequence[Flag], dict[str, bool]]
 
 
 class Result(NamedTuple):
-  """What a function returned under a policy: its leaves as they are held."""
+  """What a function returned under a policy: its leaves as they are held.
 
-  leaves: list[Any]
+  Attributes:
+    leaves: The leaves of what it returned.
+    forms: How each is held; None for what is no float32, or static.
+    tree: Their structure.
+    inside: Values that static parts of it hold, see `escapes.filled`, and how each is held.
+  """
+
+  leaves: Sequence[Any]
   forms: Forms
   tree: Any
+  inside: Sequence[tuple[escapes.Escaped, Form | None]] = ()
 
   def cast(self, dtypes: Any) -> Any:
     """The pytree that the function returned, its float32 leaves in the given dtypes.
 
     Args:
-      dtypes: One dtype, or a tuple of dtypes for the entries of a tuple that was returned.
+      dtypes: One dtype, or a tuple of dtypes for the entries of a tuple that was returned, of
+        which the first is that of what objects hold, too.
+
+    Raises:
+      TypeError: An object holds an array of the call and cannot be copied.
     """
     if not isinstance(dtypes, tuple):
       wanted = [dtypes] * len(self.leaves)
@@ -48,7 +60,13 @@ class Result(NamedTuple):
       x if form is None else to_dtype(x, dtype)
       for x, form, dtype in zip(self.leaves, self.forms, wanted, strict=True)
     ]
-    return jax.tree.unflatten(self.tree, leaves)
+    first = dtypes[0] if isinstance(dtypes, tuple) else dtypes
+    inside = [
+      escaped if form is None else escaped._replace(array=to_dtype(escaped.array, first))
+      for escaped, form in self.inside
+    ]
+    leaves, tree = escapes.filled(leaves, self.tree, inside)
+    return jax.tree.unflatten(tree, leaves)
 
 
 class Call:
@@ -78,12 +96,12 @@ class Call:
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
     self.out_leaves: list[Any] = []
-    self.hidden: list[tuple[str, Any]] = []
+    self.hidden: list[escapes.Escaped] = []
 
   def flat(self, *arrays: Any) -> list[Any]:
     """The function from arrays to arrays; what else it takes and returns is kept here.
 
-    Traced values in objects that it returns come last: see `escapes.check`.
+    Traced values in objects that it returns come last: see `escapes.hidden`.
     """
     rest = iter(arrays)
     leaves = [next(rest) if is_traced(x) else x for x in self.leaves]
@@ -91,7 +109,7 @@ class Call:
     out, self.out_tree = jax.tree.flatten(self.fn(*args, **kwargs))
     self.out_leaves = [None if is_traced(x) else x for x in out]
     self.hidden = escapes.hidden(self.out_leaves, self.out_tree)
-    return [*filter(is_traced, out), *(value for _, value in self.hidden)]
+    return [*filter(is_traced, out), *(escaped.tracer for escaped in self.hidden)]
 
   def flat_and_named(self) -> Callable[..., list[Any]]:
     """`flat` for a trace, whose errors name the user's function and its line by it."""
@@ -127,10 +145,15 @@ class Call:
     return tuple(found)
 
   def result(self, arrays: Sequence[Any], forms: Forms) -> Result:
-    """Put static results back between the arrays."""
+    """Put static results back between the arrays, and arrays into objects."""
     rest = iter(zip(arrays, forms, strict=True))
     pairs = [next(rest) if x is None else (x, None) for x in self.out_leaves]
-    return Result([x for x, _ in pairs], tuple(form for _, form in pairs), self.out_tree)
+    leaves, held = [x for x, _ in pairs], tuple(form for _, form in pairs)
+    inside = [
+      (escaped, None) if escaped.array is not None else (escaped._replace(array=x), form)
+      for escaped, (x, form) in zip(self.hidden, rest, strict=True)
+    ]
+    return Result(leaves, held, self.out_tree, inside)
 
 
 _OF_ARRAYS = inspect.Signature([inspect.Parameter("arrays", inspect.Parameter.VAR_POSITIONAL)])

@@ -112,11 +112,10 @@ def decide(
 
   Raises:
     ValueError: A rule of the policy map matched no scope.
-    TypeError: A result holds arrays outside of its pytree.
   """
   call = Call(fn, args, kwargs, flags)
   jaxpr = captured.trace(call.flat_and_named(), call.operands)
-  escapes.check(call.hidden, jaxpr)
+  call.hidden = escapes.computed(call.hidden, jaxpr)
   outs = versions.open_jaxpr(jaxpr).outvars
   of_call = Known(
     sums=Summing(

@@ -231,4 +231,4 @@ def _result_names(subject: Subject, decided: Decided) -> list[str]:
   result, updated = tree if subject.scoping.absolute else (tree, ())
   names = [f"result/{path}".rstrip("/") for path, _ in leaf_paths(result)]
   names += [f"updated {path}" for path, _ in leaf_paths(updated)]
-  return [*names, *(f"array in {holder}" for holder, _ in call.hidden)]
+  return [*names, *(f"array in {holder}" for holder, *_ in call.hidden)]

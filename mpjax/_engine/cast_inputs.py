@@ -45,7 +45,7 @@ def cast_inputs(fn: Callable[P, R]) -> Callable[P, R]:
     A function with the same signature.
 
   Raises:
-    TypeError: ``fn`` is a module, of Python or of Flax, or no function at all.
+    TypeError: ``fn`` is a module, of Python or of Flax, a class of such, or no function at all.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -103,9 +103,11 @@ def _check_is_function(fn: Any) -> None:
       f"cast_inputs takes a function; got the Python module {fn.__name__}. Mark the function in "
       f"it: {fn.__name__}.name = mpjax.cast_inputs({fn.__name__}.name)."
     )
-  if any(base.__module__.partition(".")[0] == "flax" for base in type(fn).__mro__):
+  kind = fn if isinstance(fn, type) else type(fn)
+  if any(base.__module__.partition(".")[0] == "flax" for base in kind.__mro__):
+    got = f"the class {kind.__name__}, which makes" if kind is fn else f"{kind.__name__},"
     raise TypeError(
-      f"cast_inputs takes a function of arrays; got {type(fn).__name__}, a Flax module. Mark the "
+      f"cast_inputs takes a function of arrays; got {got} a Flax module. Mark the "
       "kernel that it calls; a module gets its policy by mpjax.apply_policy(module, policy)."
     )
   if not callable(fn):

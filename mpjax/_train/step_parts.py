@@ -84,7 +84,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_is_loss(loss_fn: Any, what: str) -> None:
-  """Refuses what is no function, and modules.
+  """Refuses what is no function, modules and their classes.
 
   Args:
     loss_fn: What came for a loss function.
@@ -93,9 +93,11 @@ def check_is_loss(loss_fn: Any, what: str) -> None:
   Raises:
     TypeError: If so.
   """
-  if isinstance(loss_fn, nn.Module | nnx.Module) or not callable(loss_fn):
+  kind = loss_fn if isinstance(loss_fn, type) else type(loss_fn)
+  if issubclass(kind, nn.Module | nnx.Module) or not callable(loss_fn):
+    got = f"the class {kind.__name__}" if kind is loss_fn else kind.__name__
     raise TypeError(
-      f"{what} a loss function. Got {type(loss_fn).__name__}. Write a function that takes the "
+      f"{what} a loss function. Got {got}. Write a function that takes the "
       "parameters, or the NNX model, and a batch, and returns a scalar."
     )
 

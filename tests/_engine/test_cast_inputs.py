@@ -297,6 +297,9 @@ def test_a_module_is_refused():
   for module in (nn.Dense(3), nnx.Linear(2, 3, rngs=nnx.Rngs(0))):
     with pytest.raises(TypeError, match=r"a Flax module.*apply_policy"):
       mpjax.cast_inputs(module)
+  for kind in (nn.Dense, nnx.Linear):
+    with pytest.raises(TypeError, match=rf"the class {kind.__name__}, which makes a Flax module"):
+      mpjax.cast_inputs(kind)
   with pytest.raises(TypeError, match=r"takes a function; got f32\[2\]"):
     mpjax.cast_inputs(jnp.ones(2))
 

@@ -165,6 +165,8 @@ def test_a_module_is_no_loss(make, kind):
   name = type(LAYERS[kind]).__name__
   with pytest.raises(TypeError, match=rf"takes a loss function. Got {name}. Write a function"):
     make(LAYERS[kind])
+  with pytest.raises(TypeError, match=rf"takes a loss function. Got the class {name}. Write a"):
+    make(type(LAYERS[kind]))
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,10 @@ WRONG = {
     lambda: mpjax.make_train_step(nn.Dense(2), TX),
     "made from a loss function. Got Dense",
   ),
+  "a class for a loss": (
+    lambda: mpjax.make_train_step(nn.Dense, TX),
+    "made from a loss function. Got the class Dense",
+  ),
   "an NNX model for a loss": (
     lambda: mpjax.nnx.make_train_step(make_model()),
     "made from a loss function. Got Linear",

@@ -55,7 +55,7 @@ from mpjax.inspect._flow_data import (
   read_value,
   widenings_in,
 )
-from mpjax.inspect._flow_remarks import remarks_on
+from mpjax.inspect._flow_remarks import narrowed_sums, remarks_on
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 _KEEP = "name"
@@ -250,6 +250,8 @@ class _Walker:
   def bodies(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
     """Follow values through what a step calls, repeats or chooses from."""
     self.flow.loops += spot.record and repetitions(step.eqn) is None
+    if spot.record and not self.is_float32_scope(step):
+      self.flow.remarks.update(self.narrowed_sums(step, line))
     carry = self.carry(step, values, spot, line)
     results: list[list[Value]] = []
     for n, (body, plan) in enumerate(zip(bodies_of(step.eqn), step.bodies, strict=True)):
@@ -259,6 +261,12 @@ class _Walker:
         self.flow.remarks[Remark("loop", step.place.path, line)] += 1
       results += [] if body.is_test else [outs]
     return [joined(column) for column in zip(*results, strict=True)]
+
+  def narrowed_sums(self, step: Step, line: Line) -> Iterable[Remark]:
+    """The sums of a loop that a rule of the map keeps in 16 bits."""
+    has_matmuls = self.planner.analyses.contents.matmuls(bodies_of(step.eqn)[-1].jaxpr)
+    changed = dict(self.planner.policies.ops)
+    return narrowed_sums(step, line, changed, has_matmuls=has_matmuls)
 
   def carry(self, step: Step, values: list[Value], spot: Spot, line: Line) -> list[Value]:
     """What a loop carries, in whichever turn; nothing for other steps."""

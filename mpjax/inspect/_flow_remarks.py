@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,13 +11,14 @@ from jax import lax
 
 from mpjax._core.dtypes import describe
 from mpjax._core.primitives import MATMULS, Rule
+from mpjax._engine.analyses.loop_carries import long_sums
 from mpjax._engine.execute import Decided
 from mpjax._engine.planning.plan import Plan, Step
-from mpjax._engine.program import versions
-from mpjax._engine.program.bodies import bodies_of
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import bodies_of, repetitions
 from mpjax._engine.program.versions import JaxprEqn, Literal
 from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_in, runs_narrow
-from mpjax.inspect._flow_data import Remark
+from mpjax.inspect._flow_data import Remark, is_data
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
@@ -31,8 +32,9 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     is_float32: Whether it stands where the policy says float32, or in a region of its own policy.
   """
   path, name = step.place.path, step.eqn.primitive.name
-  if step.rule is Rule.NAMED and step.because and runs_narrow(step):
-    yield Remark("narrowed", path, line, f"{name} in {runs_in(step).name}. It is a {step.because}")
+  is_named = step.rule is Rule.NAMED or not is_matmul(step)
+  if is_named and step.because and runs_narrow(step):
+    yield _narrowed(step, line, step.because)
   if not is_matmul(step):
     return
   if not is_float32 and runs_in(step) == _FLOAT64:
@@ -50,6 +52,74 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
 
 
 _FLOAT64 = np.dtype(np.float64)
+
+
+def _narrowed(step: Step, line: Line, because: str) -> Remark:
+  what = f"{step.eqn.primitive.name} in {runs_in(step).name}. It is a {because}"
+  return Remark("narrowed", step.place.path, line, what)
+
+
+def narrowed_sums(
+  step: Step, line: Line, changed: Collection[str], *, has_matmuls: bool
+) -> Iterator[Remark]:
+  """Says of a loop which of the sums that it carries in float32 a rule adds up in 16 bits.
+
+  Args:
+    step: The step.
+    line: Its line.
+    changed: The primitives for which the policy map changes the table.
+    has_matmuls: Whether the loop holds a matmul.
+  """
+  body, plan = bodies_of(step.eqn)[-1], step.bodies[-1]
+  long = long_sums(body, repetitions(step.eqn), has_matmuls=has_matmuls) if body.carry else []
+  for n, is_long in enumerate(long):
+    if is_long and is_data(plan.in_forms[body.carry[n]]):
+      where = _Roundings(changed).through(plan, [body.carry[n]], line)[n]
+      if where is not None:
+        yield _narrowed(*where, "running sum: what a loop adds to it again and again is lost there")
+
+
+class _Roundings(NamedTuple):
+  """Finds where float32 is rounded by a rule of the policy map.
+
+  Attributes:
+    changed: The primitives for which the map changes the table.
+  """
+
+  changed: Collection[str]
+
+  def through(self, plan: Plan, reading: Sequence[int], outer: Line) -> list[_Where]:
+    """The first step in 16 bits that some operands come through, for each result of a plan."""
+    inner = versions.open_jaxpr(plan.jaxpr)
+    found: dict[Any, _Where] = {inner.invars[n]: None for n in reading}
+    for step in plan.steps:
+      known = [found[a] for a in step.eqn.invars if not isinstance(a, Literal) and a in found]
+      if not known or is_matmul(step):
+        continue
+      line, first = line_of(step.eqn, outer), next(filter(None, known), None)
+      made = [first] * len(step.outs)
+      if first is None and step.bodies:
+        made = self.inside(step, found, line)
+      elif first is None and runs_narrow(step) and self.is_by_rule(step):
+        made = [(step, line)] * len(step.outs)
+      found |= dict(zip(step.eqn.outvars, made, strict=True))
+    return [None if isinstance(a, Literal) else found.get(a) for a in inner.outvars]
+
+  def inside(self, step: Step, reading: Collection[Any], line: Line) -> list[_Where]:
+    """The same of a step that holds plans."""
+    columns: list[list[_Where]] = []
+    for body, plan in zip(bodies_of(step.eqn), step.bodies, strict=True):
+      if not body.is_test:
+        places = jaxprs.ordered_places(body.take(step.eqn.invars), reading)
+        columns.append(self.through(plan, places, line))
+    return [next(filter(None, column), None) for column in zip(*columns, strict=True)]
+
+  def is_by_rule(self, step: Step) -> bool:
+    """Whether a rule of the map speaks of an operation, or a change of the table does."""
+    return step.rule is Rule.NAMED or step.eqn.primitive.name in self.changed
+
+
+_Where = tuple[Step, Line] | None
 
 
 def of_float64(remark: Remark, subject: Subject, plan: Plan) -> Remark:

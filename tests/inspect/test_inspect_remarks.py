@@ -59,6 +59,63 @@ def test_a_small_step_that_a_rule_keeps_in_16_bits_is_named(policy):
   assert not explain(relaxed, wide, W, X).remarks
 
 
+def descended(w, x):
+  grad = jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+  with jax.named_scope("step"):
+    return w - 1e-3 * grad
+
+
+def with_momentum(w, x):
+  grad = jax.grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+  return jax.jit(lambda w, grad: w - 1e-3 * jnp.sign(grad))(w, grad)
+
+
+@BOTH
+@pytest.mark.parametrize("fn", [descended, with_momentum])
+def test_a_step_of_a_parameter_that_a_rule_keeps_in_16_bits_is_named(policy, fn):
+  report = explain(fn, mpjax.PolicyMap({}, default=policy, ops={"sub": "lower"}), W, X)
+  assert kinds(report) == ["narrowed"] and not is_kept(report)
+  assert "sub in" in report.summary and "change of a parameter" in report.summary
+  assert is_kept(explain(fn, mpjax.PolicyMap({}, default=policy, ops={"mul": "lower"}), W, X))
+  assert is_kept(explain(fn, policy, W, X))
+
+
+def test_a_rule_by_path_keeps_a_step_of_a_parameter_too():
+  policies = mpjax.PolicyMap({"sub@step": BF16}, default=BF16)
+  report = explain(descended, policies, W, X)
+  assert kinds(report) == ["narrowed"] and report.remarks[0].module == "step"
+
+
+def added(c, h):
+  with jax.named_scope("sum"):
+    return c + h
+
+
+ADDING = {
+  "scan": lambda w, x, n: lax.scan(lambda c, _: (added(c, x @ w), None), x @ w, None, length=n)[0],
+  "fori": lambda w, x, n: lax.fori_loop(0, n, lambda _, c: added(c, jnp.tanh(x @ w)), x @ w),
+  "jit": lambda w, x, n: lax.scan(
+    lambda c, h: (jax.jit(added)(c, h * 2), None), x[0], jnp.stack([x @ w] * n)[:, 0]
+  )[0],
+  "cond": lambda w, x, n: lax.scan(
+    lambda c, _: (lax.cond(c.sum() > 0, lambda c: added(c, x @ w), lambda c: c, c), None),
+    x @ w,
+    None,
+    length=n,
+  )[0],
+}
+
+
+@pytest.mark.parametrize("fn", ADDING.values(), ids=ADDING)
+def test_a_long_sum_that_a_rule_keeps_in_16_bits_is_named(fn):
+  policies = mpjax.PolicyMap({"add@(.*/)?sum": BF16}, default=BF16)
+  report = explain(lambda w, x: fn(w, x, 300), policies, W, X)
+  assert "narrowed" in kinds(report) and not is_kept(report)
+  assert "add in bfloat16" in report.summary and "running sum" in report.summary
+  assert is_kept(explain(lambda w, x: fn(w, x, 300), BF16, W, X))
+  assert is_kept(explain(lambda w, x: fn(w, x, 4), policies, W, X))
+
+
 # What the author asked for -----------------------------------------------------------------------
 
 

@@ -36,17 +36,34 @@ def accumulators(
     turns: How often it runs, None if it does not say.
     has_matmuls: Whether it holds a matmul.
   """
-  most, terms = TERMS if has_matmuls else FEW, accumulates(body.jaxpr, body.carry)
-  counts = [n and (math.inf if turns is None else turns * n) for n in terms]
-  return [_accumulator(*pair, most) for pair in zip(forms, counts, strict=True)]
+  counts = _counts(body, turns)
+  long = long_sums(body, turns, has_matmuls=has_matmuls)
+  return [_accumulator(*each) for each in zip(forms, counts, long, strict=True)]
 
 
-def _accumulator(form: Form | None, terms: float | None, most: int) -> Form | None:
+def long_sums(body: Body, turns: int | None, *, has_matmuls: bool) -> list[bool]:
+  """To which of the values that a loop carries it adds more terms than 16 bits may count.
+
+  Args:
+    body: The loop's body.
+    turns: How often it runs, None if it does not say.
+    has_matmuls: Whether it holds a matmul.
+  """
+  most = TERMS if has_matmuls else FEW
+  return [bool(terms and terms > most) for terms in _counts(body, turns)]
+
+
+def _counts(body: Body, turns: int | None) -> list[float | None]:
+  terms = accumulates(body.jaxpr, body.carry)
+  return [n and (math.inf if turns is None else turns * n) for n in terms]
+
+
+def _accumulator(form: Form | None, terms: float | None, is_long: bool) -> Form | None:
   if form is None or form.kind is Kind.PARAM:
     return form
   if form.kind is Kind.CONSTANT:
     return form if terms == 0 else DATA
-  return DATA if terms and terms > most else form
+  return DATA if is_long else form
 
 
 def carried(held: Form | None, out: Form | None) -> Form | None:

@@ -136,8 +136,8 @@ class Step:
   float8: Float8 | None = None
   """What its policy's wish for float8 came to; None if it has none, or this is no matmul."""
   because: str = ""
-  """Why its rule is not that of its primitive, if it is a matmul; or would not be, if a rule of the
-  policy map named it."""
+  """Why its rule is not that of its primitive, if it is a matmul; or would not be, if the policy
+  map did not change it."""
 
   @property
   def in_float8(self) -> bool:

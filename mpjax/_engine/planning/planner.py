@@ -246,13 +246,18 @@ class _Walk:
       decision.bodies,
       parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
-      because=found.because
-      if found is not None and (name in MATMULS or rule is Rule.NAMED)
-      else "",
+      because=self.because(eqn, rule, found, decision),
     )
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)
     return step
+
+  def because(self, eqn: JaxprEqn, rule: Rule, found: Sharpening | None, decision: Decision) -> str:
+    """What of a step is to be told: see `Step.because`."""
+    if found is not None and (eqn.primitive.name in MATMULS or rule is Rule.NAMED):
+      return found.because
+    is_update = eqn.outvars and eqn.outvars[0] in self.around.sums.updates
+    return _CHANGE if is_update and any(w and w.itemsize == 2 for w in decision.wanted) else ""
 
   def leave(self, eqn: JaxprEqn, home: Path, decision: Decision, *, lasts: bool) -> None:
     """Note what the results of an equation are to become where they leave their module."""
@@ -361,6 +366,8 @@ class _Walk:
     wanted = [form and form.dtype for form in rest]
     return Decision([None, *wanted], outs, eqn.params, bodies)
 
+
+_CHANGE = "change of a parameter: it is lost where 16 bits hold both"
 
 _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
   **dict.fromkeys(RULES_WITH_BODIES, _Walk.call),

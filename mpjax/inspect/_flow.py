@@ -301,7 +301,7 @@ class _Walker:
     if step.float8 is not None:
       wish = Float8Key(step.place.path, step.float8.backward, step.float8.reason)
       _count_matmul(self.flow.float8, wish, step, spot)
-    runs_wide = runs_in(step) == FLOAT32 and not self.is_float32_scope(step)
+    runs_wide = not integer and runs_in(step) == FLOAT32 and not self.is_float32_scope(step)
     if step.because and is_matmul(step) and runs_wide:
       key = WideKey(*step.place[:2], line_of(step.eqn, spot.line), step.because)
       _count_matmul(self.flow.wide, key, step, spot)

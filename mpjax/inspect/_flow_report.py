@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,29 +98,30 @@ class FlowReport(Report):
 
   @property
   def narrow_share(self) -> float:
-    """The part of `flops` that is computed in 16 bits or fewer, 0 to 1; 1 if there are none."""
-    narrow = sum(op.flops for op in self.ops if _is_narrow(op.dtype))
-    return narrow / self.flops if self.flops else 1.0
+    """The part of `flops` that is computed in 16 bits or fewer, 0 to 1; 1 if there are none.
+
+    NaN where an operation computes that cannot be looked into: what it multiplies is not known.
+    """
+    if self._hides:
+      return math.nan
+    return self._narrow_flops / self.flops if self.flops else 1.0
+
+  @property
+  def _narrow_flops(self) -> float:
+    return sum(op.flops for op in self.ops if _is_narrow(op.dtype))
 
   @property
   def float8_share(self) -> float:
-    """The part of `flops` that is computed in float8, 0 to 1."""
+    """The part of `flops` that is computed in float8, 0 to 1; NaN where that is not known."""
+    if self._hides:
+      return math.nan
     multiplied = sum(row.flops for row in self.float8 if not row.reason)
     return multiplied / self.flops if self.flops else 0.0
 
   @property
   def summary(self) -> str:
     """Whether the policy does what it promises, in a line."""
-    matmuls = [op for op in self.ops if _is_matmul(op) and _is_of_floats(op)]
-    total = sum(op.count for op in matmuls)
-    narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
-    integers = sum(op.count for op in self.ops if _is_matmul(op) and not _is_of_floats(op))
-    facts = (
-      f"{narrow} of {total} matmuls and convolutions {'that can be seen ' * self._hides}run in "
-      f"16 bits ({_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')})"
-      f"{self._and_wide}{self._and_float8}"
-      f"{f', and {integers} on integers as written' * bool(integers)}"
-    )
+    facts = self._facts
     rules = f"its rules ({len(self.policy.rules)}), else " if self.policy.rules else ""
     head = f"{self.name} under {rules}{spec(self.policy.default)}"
     if self.keeps_promise:
@@ -128,6 +130,26 @@ class FlowReport(Report):
     if not (self.leaks or self.unknown):
       verdict = "with reservations"
     return f"{head}: {verdict}. {facts}, but {' and '.join(self._faults())}."
+
+  @property
+  def _facts(self) -> str:
+    """How many matmuls there are, and in what they run."""
+    matmuls = [op for op in self.ops if _is_matmul(op) and _is_of_floats(op)]
+    total = sum(op.count for op in matmuls)
+    narrow = sum(op.count for op in matmuls if _is_narrow(op.dtype))
+    integers = sum(op.count for op in self.ops if _is_matmul(op) and not _is_of_floats(op))
+    and_integers = f", and {integers} on integers as written" if integers else ""
+    if not total:
+      where = "can be seen in it" if self._hides else "of floats is in it"
+      return f"No matmul or convolution {where}{and_integers}"
+    share = f"{_percent(self.narrow_share)} of {in_units(self.flops, 'FLOP')}"
+    if self._hides:
+      share = in_units(self._narrow_flops, "FLOP")
+    seen = " that can be seen" if self._hides else ""
+    return (
+      f"{narrow} of {total} matmuls and convolutions{seen} run in 16 bits ({share})"
+      f"{self._and_wide}{self._and_float8}{and_integers}"
+    )
 
   @property
   def _and_wide(self) -> str:
@@ -139,13 +161,19 @@ class FlowReport(Report):
   def _and_float8(self) -> str:
     """How many of those that run narrow multiply in float8, if the policy asks for it."""
     count = sum(row.count for row in self.float8 if not row.reason)
-    share = f", {count} of them in float8 ({_percent(self.float8_share)})"
-    return (share if count else ", none of them in float8") if self.float8 else ""
+    share = "" if self._hides else f" ({_percent(self.float8_share)})"
+    told = f", {count} of them in float8{share}" if count else ", none of them in float8"
+    return told if self.float8 else ""
 
   @property
   def _hides(self) -> bool:
     """Whether something runs as traced that cannot be looked into."""
-    return any(not op.matmuls for op in self.unknown)
+    return bool(self._hiding)
+
+  @property
+  def _hiding(self) -> frozenset[str]:
+    """The rows of the modules in which that is so."""
+    return frozenset(self._folded(op.module) for op in self.unknown if not op.matmuls)
 
   def _faults(self) -> Iterator[str]:
     if self.leaks:
@@ -266,7 +294,8 @@ class FlowReport(Report):
         f"{len(self.absorbed)} more times float32 was met where it was needed anyway (losses, "
         "masks): see .absorbed."
       )
-    return Table(header, [_cells(row) for row in self.rows], "<<>", notes=notes)
+    rows = [_cells(row, hides=row.module in self._hiding) for row in self.rows]
+    return Table(header, rows, "<<>", notes=notes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -344,18 +373,18 @@ def _tally(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
   return dict(total)
 
 
-def _cells(row: ModuleFlow) -> list[str]:
+def _cells(row: ModuleFlow, *, hides: bool) -> list[str]:
   full = sum(n for rule, n in row.ops.items() if rule in ("full", "always", "named", "traced"))
   follow = sum(n for rule, n in row.ops.items() if rule in ("follow", "each", "convert"))
   narrow = sum(n for dtype, n in row.bytes.items() if _is_narrow(dtype))
   to_float32 = sum(n for cast, n in row.casts.items() if cast.endswith(FLOAT32.name))
   casts = f"{sum(row.casts.values()) - to_float32}+{to_float32}"
-  share = f"{row.narrow_flops / row.flops:.0%}" if row.flops else ""
+  share = _percent(row.narrow_flops / row.flops) if row.flops else ""
   return [
     row.module,
     short_name(row.compute) + (f" ({row.rule})" if row.rule != "default" else ""),
     str(row.matmuls) if row.matmuls else "",
-    share,
+    "?" if hides else share,
     in_units(row.flops) if row.flops else "",
     str(full),
     str(follow),

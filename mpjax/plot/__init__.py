@@ -191,7 +191,8 @@ def plot_flow(report: FlowReport, *, ax: Axes | None = None) -> Axes:
   _name_rows(ax, names)
   ax.set(xlabel=f"bytes that operations return, before fusion ({unit})")
   leaks = f"{len(report.leaks)} leak{'s' * (len(report.leaks) != 1)}"
-  ax.set_title(f"{report.narrow_share:.0%} of matmul FLOP in 16 bits, {leaks}")
+  share = "an unknown part" if np.isnan(report.narrow_share) else f"{report.narrow_share:.0%}"
+  ax.set_title(f"{share} of matmul FLOP in 16 bits, {leaks}")
   legend_beside(ax)
   return ax
 

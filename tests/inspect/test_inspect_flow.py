@@ -1,6 +1,7 @@
 """explain: on faults that were planted it names the module, the line and the operand."""
 
 import ntpath
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.experimental import pallas as pl
+from jax.experimental import sparse
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -383,14 +385,49 @@ def test_a_kernel_that_is_handed_16_bits_counts_as_narrow():
   assert report.narrow_share == 1.0 and report.flops == 3 * 2 * 2 * W * W
 
 
-def test_what_cannot_be_looked_into_is_no_hundred_percent_of_everything():
+def of_a_callback(w, x):
+  return jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def of_an_exported_function(w, x):
+  exported = export.export(jax.jit(lambda w, x: jnp.tanh(x @ w) @ w))
+  return exported(SQUARE, X).call(w, x)
+
+
+def of_a_sparse_matrix(w, x):
+  return sparse.BCOO.fromdense(jnp.eye(2), nse=2) @ x
+
+
+HIDDEN = {
+  "callback": (of_a_callback, "pure_callback"),
+  "exported": (of_an_exported_function, "call_exported"),
+  "sparse": (of_a_sparse_matrix, "bcoo_dot_general"),
+}
+
+
+@pytest.mark.parametrize(("hidden", "name"), HIDDEN.values(), ids=HIDDEN)
+def test_what_cannot_be_looked_into_is_no_hundred_percent_of_everything(hidden, name):
   def fn(w, x):
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return jax.pure_callback(np.asarray, shape, x @ w)
+    with jax.named_scope("hidden"):
+      x = hidden(w, x @ w)
+    return x @ w
 
   report = explain(fn, "mixed_bfloat16", SQUARE, X)
-  assert "1 of 1 matmuls and convolutions that can be seen" in report.summary
-  assert "pure_callback" in report.summary and not report.keeps_promise
+  assert "2 of 2 matmuls and convolutions that can be seen" in report.summary
+  assert name in report.summary and not report.keeps_promise
+  assert np.isnan(report.narrow_share) and "%" not in report.summary
+  assert {row.module: row.matmuls for row in report.rows} == {"(top)": 1, "hidden": 1}
+  assert re.search(r"hidden +bf16 +1 +\?", str(report)) and str(report).count("100%") == 1
+
+
+@pytest.mark.parametrize(("hidden", "name"), HIDDEN.values(), ids=HIDDEN)
+def test_nothing_is_no_hundred_percent_either(hidden, name):
+  report = explain(hidden, "mixed_bfloat16", SQUARE, X)
+  assert "No matmul or convolution can be seen in it" in report.summary
+  assert "%" not in str(report) and np.isnan(report.narrow_share)
+  report = explain(lambda w, x: jnp.tanh(x), "mixed_bfloat16", SQUARE, X)
+  assert "No matmul or convolution of floats is in it; nothing widens" in report.summary
+  assert "%" not in str(report) and report.keeps_promise
 
 
 def test_what_a_marked_function_multiplies_is_counted_in_its_format():

@@ -173,6 +173,7 @@ def test_matmuls_of_integers_are_counted_apart(other):
   assert kinds(report) == ["integers"] and is_kept(report)
   assert report.narrow_share == 1.0 and report.flops == 2 * 2 * 8 * 8
   assert "1 of 1 matmuls" in report.summary and "1 on integers as written" in report.summary
+  assert "in float32 for what they compute" not in report.summary and not report.wide
   assert [row.matmuls for row in report.rows] == [1]
 
 

@@ -162,15 +162,16 @@ def _precision(eqn: JaxprEqn) -> str:
 def batch_first(subject: Subject, plan: Plan) -> list[Remark]:
   """Says that an argument taken for parameters is a batch, where that is sure.
 
-  It is one bare array, and stands in a matmul as data do: on the left, contracted over its last
-  dimension, or as the image of a convolution. What it is multiplied by is a leaf of a later
-  argument that is a tree, as parameters are, and contracted over its first dimension. Or it holds
-  no floats at all, and a matmul reads such a leaf.
+  It holds no floats at all, and a matmul reads a leaf of a later argument that is a tree, as
+  parameters are. Or it stands in a matmul as data do: on the left, contracted over its last
+  dimension, or as the image of a convolution, while such a leaf stands there as a weight,
+  contracted over its first. That is sure of one bare array and of images. Of a leaf of a tree if
+  what it is multiplied by is called a weight and it is not, or if the tree holds labels: no
+  gradient is taken of arrays of integers. ``params["w"] @ batch["x"]`` looks the same otherwise.
   """
-  roles = _roles(subject)
-  if "batch" not in roles and "no floats" not in roles:
+  roles, names = _roles(subject), subject.operand_names()
+  if not _MAY_BE_BATCHES.intersection(roles):
     return []
-  names = subject.operand_names()
   inner: Any = versions.open_jaxpr(plan.jaxpr)
   described = [
     f"{name} {describe(var.aval)}" for name, var in zip(names, inner.invars, strict=True)
@@ -185,7 +186,7 @@ def batch_first(subject: Subject, plan: Plan) -> list[Remark]:
       what = (
         f"looks for the parameters in {first}, where no floats are, and takes {weight} for data"
       )
-    elif left is not None and roles[left] == "batch":
+    elif left is not None and _is_data(step.eqn, roles[left], names[left], names[right]):
       what = (
         f"takes {described[left]} for the parameters, which is multiplied, as data are, by {weight}"
       )
@@ -195,8 +196,36 @@ def batch_first(subject: Subject, plan: Plan) -> list[Remark]:
   return []
 
 
+def _is_data(eqn: JaxprEqn, role: str, name: str, other: str) -> bool:
+  """Whether what stands in a matmul as data do, and in the place of parameters, is data.
+
+  Args:
+    eqn: The matmul.
+    role: The role of the operand that stands so.
+    name: Its name.
+    other: That of what it is multiplied by, a leaf of another tree.
+  """
+  if role in ("batch", "with labels"):
+    return True
+  is_image = eqn.primitive.name == "conv_general_dilated"
+  return role == "parameters" and (is_image or (_is_weight(other) and not _is_weight(name)))
+
+
+def _is_weight(name: str) -> bool:
+  """Whether a leaf is called a weight, as those of layers are."""
+  last = name.rpartition("/")[2].lower()
+  return last in ("w", "kernel", "weight", "weights")
+
+
+_MAY_BE_BATCHES = frozenset({"batch", "no floats", "parameters", "with labels"})
+
+
 def _roles(subject: Subject) -> list[str]:
-  """What each operand may be: "batch", "no floats", a leaf of a "tree", or nothing of these."""
+  """What each operand may be, by what stands in the place of the parameters.
+
+  There a bare array is a "batch", what holds no floats has "no floats", a leaf of a tree is one of
+  "parameters", or stands in one "with labels"; elsewhere it is one of a "tree", or nothing.
+  """
   if subject.scoping.root:
     return []
   flags, named = subject.flags
@@ -221,7 +250,12 @@ def _roles_in(value: Any, is_parameters: bool | None) -> list[str]:
     return ["tree" if is_tree else ""] * len(leaves)
   if not any(is_float(leaf) for leaf in leaves):
     return ["no floats"] * len(leaves)
-  return ["" if is_tree else "batch"] * len(leaves)
+  labels = [leaf for leaf in leaves if leaf.shape and leaf.dtype in _LABELS]
+  return [("with labels" if labels else "parameters") if is_tree else "batch"] * len(leaves)
+
+
+_LABELS = frozenset(map(np.dtype, ("int32", "int64", "uint32", "bool")))
+"""What labels, tokens and masks are; 8-bit integers are weights of a quantized layer, too."""
 
 
 def _products(

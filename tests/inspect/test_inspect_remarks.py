@@ -12,6 +12,7 @@ from jax import lax
 
 import mpjax
 from mpjax.inspect import explain
+from zoo.cases import CASES
 
 BOTH = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 BF16 = "mixed_bfloat16"
@@ -240,6 +241,37 @@ BATCH_FIRST = {
     {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}},
   ),
   "NNX": (lambda x, model: model(x).sum(), X, nnx.Linear(8, 8, rngs=nnx.Rngs(0))),
+  "a dict": (
+    lambda b, p: jnp.mean((b["x"] @ p["w"] - b["y"]) ** 2),
+    {"x": X, "y": X},
+    {"w": W, "b": W},
+  ),
+  "a pair": (lambda b, p: jnp.mean((b[0] @ p["w"] - b[1]) ** 2), (X, X), {"w": W}),
+  "two layers": (
+    lambda b, p: (jnp.tanh(b["x"] @ p[0]["kernel"]) @ p[1]["kernel"]).sum(),
+    {"x": X},
+    [{"kernel": W}, {"kernel": W}],
+  ),
+  "labels": (
+    lambda b, p: jax.nn.log_softmax(b[0] @ p[0])[jnp.arange(2), b[1]].sum(),
+    (X, jax.ShapeDtypeStruct((2,), jnp.int32)),
+    [W],
+  ),
+  "images in a dict": (
+    lambda b, p: (lax.conv(b["image"], p[0], (1, 1), "SAME").mean() - b["y"]).mean(),
+    {"image": IMAGE, "y": jax.ShapeDtypeStruct((), jnp.float32)},
+    [FILTER],
+  ),
+  "a dict, Linen": (
+    lambda b, v: DENSE.apply(v, b["x"]).sum(),
+    {"x": X},
+    {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}},
+  ),
+  "a dict, NNX": (
+    lambda b, model: model(b["x"]).sum(),
+    {"x": X},
+    nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+  ),
   "tokens": (
     lambda tokens, p: (p["table"][tokens] @ p["w"]).sum(),
     jax.ShapeDtypeStruct((3,), jnp.int32),
@@ -261,7 +293,27 @@ def test_a_batch_that_is_taken_for_the_parameters_is_said(case, grad):
   assert "pass the parameters first, or set argnums" in report.summary
 
 
+INDEX = jax.ShapeDtypeStruct((8,), jnp.int32)
 SOUND = {
+  "a weight on the left": (lambda p, b: (p["w"] @ b["x"]).sum(), {"w": W}, {"x": W}, {}),
+  "weights of a batch": (
+    lambda p, b: (p["kernel"] @ b["weights"]).sum() + (b["x"] @ p["kernel"]).sum(),
+    {"kernel": W},
+    {"x": X, "weights": W},
+    {},
+  ),
+  "a bias on the left": (
+    lambda p, b: jnp.mean((p["w"] @ b["x"] + p["b"] - b["y"]) ** 2),
+    {"w": W, "b": W},
+    {"x": W, "y": W},
+    {},
+  ),
+  "indices among them": (
+    lambda p, b: ((b["x"] @ p["w"]) + p["table"][p["index"]][:2]).sum(),
+    {"w": W, "table": W, "index": INDEX},
+    {"x": X},
+    {},
+  ),
   "argnums": (lambda x, p: (x @ p["w"]).sum(), X, {"w": W}, {"argnums": 1}),
   "a weight and a batch": (lambda w, b: (b["x"] @ w).sum(), W, {"x": X}, {}),
   "the weight on the left": (lambda w, b: (w @ b["x"].T).sum(), W, {"x": X}, {}),
@@ -281,6 +333,19 @@ SOUND = {
 def test_parameters_that_stand_in_their_place_are_not_remarked(case):
   fn, *args, options = SOUND[case]
   assert not explain(fn, BF16, *args, **options).remarks
+
+
+MODELS = [case for case in CASES if case.api == "linen"]
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_models_are_told_from_their_batches(case):
+  model, batch = case.pure(case.module()), case.batch(0)
+  swapped = lambda batch, params: model.loss(params, model.state, batch)
+  in_place = explain(model.loss, BF16, model.params, model.state, batch)
+  assert "batch" not in kinds(in_place)
+  assert "batch" in kinds(explain(swapped, BF16, batch, model.params))
 
 
 # Policies inside ----------------------------------------------------------------------------------

@@ -36,9 +36,8 @@ def accumulators(
     turns: How often it runs, None if it does not say.
     has_matmuls: Whether it holds a matmul.
   """
-  counts = _counts(body, turns)
-  long = long_sums(body, turns, has_matmuls=has_matmuls)
-  return [_accumulator(*each) for each in zip(forms, counts, long, strict=True)]
+  counts, most = _counts(body, turns), _most(has_matmuls=has_matmuls)
+  return [_accumulator(*pair, most) for pair in zip(forms, counts, strict=True)]
 
 
 def long_sums(body: Body, turns: int | None, *, has_matmuls: bool) -> list[bool]:
@@ -49,8 +48,12 @@ def long_sums(body: Body, turns: int | None, *, has_matmuls: bool) -> list[bool]
     turns: How often it runs, None if it does not say.
     has_matmuls: Whether it holds a matmul.
   """
-  most = TERMS if has_matmuls else FEW
+  most = _most(has_matmuls=has_matmuls)
   return [bool(terms and terms > most) for terms in _counts(body, turns)]
+
+
+def _most(*, has_matmuls: bool) -> int:
+  return TERMS if has_matmuls else FEW
 
 
 def _counts(body: Body, turns: int | None) -> list[float | None]:
@@ -58,12 +61,12 @@ def _counts(body: Body, turns: int | None) -> list[float | None]:
   return [n and (math.inf if turns is None else turns * n) for n in terms]
 
 
-def _accumulator(form: Form | None, terms: float | None, is_long: bool) -> Form | None:
+def _accumulator(form: Form | None, terms: float | None, most: int) -> Form | None:
   if form is None or form.kind is Kind.PARAM:
     return form
   if form.kind is Kind.CONSTANT:
     return form if terms == 0 else DATA
-  return DATA if is_long else form
+  return DATA if terms and terms > most else form
 
 
 def carried(held: Form | None, out: Form | None) -> Form | None:

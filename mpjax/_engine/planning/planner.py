@@ -246,7 +246,9 @@ class _Walk:
       decision.bodies,
       parameter_of(eqn, rule, forms) if PARAM in forms and self.planner.wide_gradients else None,
       float8=self.float8(eqn, rule, forms, place) if policy.matmul_format else None,
-      because=self.because(eqn, rule, found, decision),
+      because=self.because(eqn, rule, found, decision)
+      if found is not None or self.around.sums.updates
+      else "",
     )
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)

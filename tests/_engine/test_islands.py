@@ -315,3 +315,33 @@ def test_gradients_of_attention_are_as_exact_where_keys_and_values_share_a_part(
     jnp.linalg.norm(g.astype(jnp.float32) - wanted.astype(jnp.float32)) for g in (found, by_hand)
   ]
   assert errors[0] < 1.2 * errors[1]
+
+
+def spelled_out(q):
+  scores = jnp.einsum("bqhd,bkhd->bhqk", q, q) / 2
+  return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), q)
+
+
+ATTENTIONS = {
+  "spelled_out": spelled_out,
+  "of_jax": lambda q: jax.nn.dot_product_attention(q, q, q),
+  "grouped": lambda q: jax.nn.dot_product_attention(q, q[:, :, :2], q[:, :, :2]),
+  "causal": lambda q: jax.nn.dot_product_attention(q, q, q, is_causal=True),
+}
+
+
+@in_turns(("attend", "policy"), ATTENTIONS, ("mixed_bfloat16", "mixed_float16"))
+def test_a_scan_over_layers_stores_the_weights_of_an_attention_once(attend, policy):
+  """In float16 causal ones are stored as they left the softmax and as they were multiplied."""
+
+  def layer(h, w):
+    return h + attend((h @ w).reshape(1, 8, 4, 4)).reshape(h.shape), None
+
+  loss = lambda ws, x: lax.scan(layer, x, ws)[0].sum()
+  grad = jax.grad(mpjax.autocast(loss, policy))
+  jaxpr = jax.make_jaxpr(grad)(jnp.ones((3, 16, 16)), jnp.ones((1, 8, 16)))
+  scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+  kept = [v.aval for eqn in scans for v in eqn.outvars if v.aval.shape[-2:] == (8, 8)]
+  is_twice = attend is ATTENTIONS["causal"] and policy == "mixed_float16"
+  assert len(kept) == 1 + is_twice
+  assert {aval.dtype.itemsize for aval in kept} == {2}

@@ -892,6 +892,30 @@ def test_a_loop_to_a_tolerance_ends_when_it_does_in_float32(fn, policy):
   assert abs(int(rounded(mpjax.autocast(fn, policy))(w, x)) - int(fn(w, x))) <= 2
 
 
+@both
+@cases(
+  gram=lambda e, k: (lambda h: h @ k @ h)(jnp.eye(32) - 1 / 32),
+  of_ones=lambda e, k: (jnp.eye(32) - jnp.ones((32, 32)) / 32) @ k,
+  features=lambda e, k: (jnp.eye(32) - 1 / 32) @ e,
+  turned=lambda e, k: e.T @ (jnp.eye(32) - 1 / 32),
+)
+def test_values_less_their_mean_are_float32(fn, policy):
+  """As by hand, who goes on in float32 behind the layers."""
+  dtype = jnp.dtype(policy.removeprefix("mixed_"))
+  w, x = jax.random.normal(jax.random.key(0), (2, 32, 32)) / 6
+
+  def apply(w, x):
+    e = jnp.tanh(x @ w) + 5.0
+    return fn(e, e @ e.T)
+
+  def by_hand(w, x):
+    e = jnp.tanh(x.astype(dtype) @ w.astype(dtype)) + 5.0
+    return fn(*(y.astype(jnp.float32) for y in (e, e @ e.T)))
+
+  exact, hand, got = (jax.jit(f)(w, x) for f in (apply, by_hand, mpjax.autocast(apply, policy)))
+  assert jnp.linalg.norm(got - exact) < 1.5 * jnp.linalg.norm(hand - exact)
+
+
 def largest(fn, policy):
   h = jnp.ones((2, 4, 4))
   found = equations(jax.make_jaxpr(mpjax.autocast(lambda w, h: fn(h @ w), policy))(W, h))

@@ -209,6 +209,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "it interpolates or differentiates data, as what is no matmul would: labels survive",
   ),
   Sharpening(
+    "centering",
+    MATMULS,
+    sight.is_centering,
+    Rule.FULL,
+    "what is left of values less their mean is small beside them",
+  ),
+  Sharpening(
     "phase",
     MATMULS,
     sight.is_phase,

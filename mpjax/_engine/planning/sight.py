@@ -15,7 +15,7 @@ from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.plan import Place
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import FEW, PARAM, Form, Forms, Kind, join
+from mpjax._engine.program.kinds import CONSTANT, FEW, PARAM, Form, Forms, Kind, join
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
@@ -221,6 +221,19 @@ def is_fixed_transform(sight: Sight) -> bool:
     and is_computed(matrix, makers, sight.around.computed)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )
+
+
+def is_centering(sight: Sight) -> bool:
+  """Whether a matmul takes means away, by ``eye(n) - 1 / n``: its rows add up to nothing."""
+  if sight.name != "dot_general":
+    return False
+  for atom, form in zip(sight.eqn.invars, sight.forms, strict=True):
+    numbers = sight.around.numbers.of(atom) if form == CONSTANT else None
+    rows = {*jaxprs.shape(atom)}
+    if numbers and len(numbers) == 2 and len(rows) == 1 and len(jaxprs.shape(atom)) == 2:
+      others, own = sorted(numbers)
+      return abs(own + (jaxprs.size_of(rows) - 1) * others) < 1e-3 * own
+  return False
 
 
 SHORT = 16

@@ -124,6 +124,21 @@ FULL: dict[str, Callable[..., Workload]] = {
   "gpt-small": lambda batch=16, layers=4: language(
     "gpt-small", models.Transformer, batch, 512, 8192, layers=layers
   ),
+  "gpt-cpu": lambda batch=4, layers=4: language(
+    "gpt-cpu", models.Transformer, batch, 128, 4096, layers=layers, width=256, heads=4
+  ),
+  "llama-cpu": lambda batch=4, layers=4: language(
+    "llama-cpu",
+    models.Llama,
+    batch,
+    128,
+    4096,
+    layers=layers,
+    width=256,
+    heads=4,
+    groups=4,
+    hidden=1024,
+  ),
   "llama-200m": lambda batch=4, layers=12: language(
     "llama-200m", models.Llama, batch, 2048, 32000, layers=layers
   ),

@@ -111,10 +111,24 @@ def figures(compiled: Any, target: str) -> dict[str, Any]:
     "temp_bytes": memory.temp_size_in_bytes,
     "argument_bytes": memory.argument_size_in_bytes,
     "converts": len(re.findall(r" convert\(", text)),
+    "kernels": kernels(text),
     "bytes_moved": int(costs["bytes accessed"]) if costs else device_bytes,
     "device_bytes": device_bytes,
     **_estimate(text, target),
   }
+
+
+def kernels(text: str) -> int:
+  """How many kernels a compiled program runs: fusions, custom calls, copies and the like.
+
+  A copy that runs beside others is one, a loop's count as often as it runs.
+  """
+  from mpjax.inspect import _compiled_text
+
+  def is_one(kernel: Any) -> bool:
+    return not kernel.opcode.endswith(("-done", "async-update"))
+
+  return round(_compiled_text._Program(text).total(is_one))
 
 
 def _estimate(text: str, target: str) -> dict[str, Any]:

@@ -175,6 +175,17 @@ def mpjax_inside(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> 
   return _mpjax(mpjax.autocast(loss_of(workload, model), policy), model, policy, tx, scaling)
 
 
+FOLLOWING = {"exp": "follow", "reduce_sum": "follow", "reduce_max": "follow"}
+"""Rules under which a softmax computes in its operands' dtype, as it does by hand."""
+
+
+def mpjax_following(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
+  """`mpjax_inside` with 16-bit softmaxes."""
+  model = linen(workload)
+  rules = mpjax.PolicyMap({}, default=policy, ops=FOLLOWING)
+  return _mpjax(mpjax.autocast(loss_of(workload, model), rules), model, policy, tx, scaling)
+
+
 def mpjax_scaled(workload: Workload, policy: str, tx: Any, scaling: Scaling) -> Training:
   """`mpjax_inside`, the loss scaled in bfloat16 too, as mpx does."""
   model = linen(workload)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
@@ -91,8 +92,9 @@ class LlamaBlock(nn.Module):
     hidden: features of the perceptron.
     kernel: the `implementation` of `jax.nn.dot_product_attention`, a kernel that takes 16-bit
       operands; "jax" for that function as anybody calls it; None for attention that is spelled out
-      in einsums.
+      in einsums, "stray" for that with a stray float32 number in it.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: whether the softmax of attention that is spelled out is float32.
   """
 
   heads: int
@@ -100,6 +102,7 @@ class LlamaBlock(nn.Module):
   hidden: int
   kernel: Any = None
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -113,6 +116,8 @@ class LlamaBlock(nn.Module):
     query = rotated(dense((self.heads, width // self.heads))(y))
     key, value = (dense((self.groups, width // self.heads))(y) for _ in range(2))
     attend = _ATTENTION.get(self.kernel) or mpjax.cast_inputs(self._fused)
+    if self.wide_softmax and self.kernel is None:
+      attend = functools.partial(spelled_out, wide_softmax=True)
     x = x + dense(width, (-2, -1))(attend(query, rotated(key), value))
     y = nn.RMSNorm(dtype=self.dtype)(x)
     return x + dense(width)(nn.silu(dense(self.hidden)(y)) * dense(self.hidden)(y))
@@ -134,19 +139,33 @@ def rotated(x: jax.Array) -> jax.Array:
   return turned.astype(x.dtype)
 
 
-def spelled_out(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def spelled_out(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  scale: float | None = None,
+  wide_softmax: bool = False,
+) -> jax.Array:
   """Causal attention of grouped heads by two einsums and a softmax in the operands' dtype."""
   batch, length, heads, features = query.shape
-  query = query.reshape(batch, length, key.shape[2], -1, features) * features**-0.5
+  scale = features**-0.5 if scale is None else scale
+  query = query.reshape(batch, length, key.shape[2], -1, features) * scale
   scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key)
   seen = jnp.tril(jnp.ones((length, length), bool))
   scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
-  mixed = jnp.einsum("bgrqk,bkgd->bqgrd", jax.nn.softmax(scores), value)
+  weights = jax.nn.softmax(scores.astype(jnp.float32) if wide_softmax else scores)
+  mixed = jnp.einsum("bgrqk,bkgd->bqgrd", weights.astype(scores.dtype), value)
   return mixed.reshape(batch, length, heads, features)
+
+
+def stray(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """`spelled_out` with NumPy's root, which JAX takes for a float32 array: it widens the matmuls."""
+  return spelled_out(query, key, value, 1 / np.sqrt(query.shape[-1]))
 
 
 _ATTENTION = {
   None: spelled_out,
+  "stray": stray,
   "jax": functools.partial(jax.nn.dot_product_attention, is_causal=True),
 }
 
@@ -162,9 +181,11 @@ class Llama(nn.Module):
     hidden: as in `LlamaBlock`.
     vocabulary: tokens.
     kernel: as in `LlamaBlock`.
-    remat: whether the backward pass computes every block again.
+    remat: whether the backward pass computes every block again; or what it does not compute again,
+      by its name in `jax.checkpoint_policies`.
     scanned: whether the blocks are one, scanned over its stacked parameters.
     dtype: the compute dtype of every layer; None for the parameters' own.
+    wide_softmax: as in `LlamaBlock`.
   """
 
   layers: int = 12
@@ -174,16 +195,19 @@ class Llama(nn.Module):
   hidden: int = 2816
   vocabulary: int = 32000
   kernel: Any = None
-  remat: bool = False
+  remat: bool | str = False
   scanned: bool = False
   dtype: DTypeLike | None = None
+  wide_softmax: bool = False
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Maps tokens to the logits of each next token."""
     x = nn.Embed(self.vocabulary, self.width, dtype=self.dtype)(tokens)
-    kind = nn.remat(LlamaBlock) if self.remat else LlamaBlock
-    block = functools.partial(kind, self.heads, self.groups, self.hidden, self.kernel, self.dtype)
+    saved = getattr(jax.checkpoint_policies, self.remat) if isinstance(self.remat, str) else None
+    kind = nn.remat(LlamaBlock, policy=saved) if self.remat else LlamaBlock
+    sizes = self.heads, self.groups, self.hidden
+    block = functools.partial(kind, *sizes, self.kernel, self.dtype, self.wide_softmax)
     if self.scanned:
       scan = nn.scan(
         lambda one, x, _: (one(x), None),

@@ -97,6 +97,7 @@ def _attending(
 
 _ATTENTIONS: dict[str, dict[str, Any]] = {
   "einsum-512": {"groups": 8},
+  "stray-512": {"groups": 8, "kernel": "stray"},
   "dpa-512": {"groups": 8, "kernel": "jax"},
   "gqa-512": {"groups": 2, "kernel": "jax"},
   "gqa-2048": {"groups": 2, "kernel": "jax", "length": 2048, "batch": 4, "layers": 1},
@@ -109,11 +110,14 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
     )
   },
 }
-"""Blocks of a Llama whose attention is spelled out, JAX's function, and that with grouped heads."""
+"""Blocks of a Llama whose attention is spelled out, so with a stray NumPy number, JAX's function,
+and that with grouped heads.
+"""
 
 _WAYS: dict[str, dict[str, Any]] = {
   "": {},
   "-remat": {"remat": True},
+  "-dots": {"remat": "dots_with_no_batch_dims_saveable"},
   "-scan": {"scanned": True},
 }
 

@@ -25,6 +25,8 @@ COLUMNS = {
   "temp_ratio": "to by hand",
   "argument_mib": "arguments MiB",
   "converts": "converts",
+  "kernels": "kernels",
+  "kernels_ratio": "to by hand",
   "gflops": "matmul GFLOP",
   "gbytes": "GB moved",
   "bytes_ratio": "to by hand",
@@ -87,7 +89,7 @@ def shown(rows: list[report.Row]) -> list[report.Row]:
 
 def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
   def ratio(key: str) -> str | None:
-    return f"{row[key] / hand[key]:.3f}" if hand else None
+    return f"{row[key] / hand[key]:.3f}" if hand and key in hand else None
 
   device = row.get("device_bytes")  # results of before it was read off have none
   time = next((key for key in _TIMES if key in row), None)  # nor of the time
@@ -97,6 +99,8 @@ def _shown(row: report.Row, hand: report.Row | None) -> report.Row:
     "temp_ratio": ratio("temp_bytes"),
     "argument_mib": f"{row['argument_bytes'] / MIB:.0f}",
     "converts": row["converts"],
+    "kernels": row.get("kernels"),  # results of before they were counted have none
+    "kernels_ratio": ratio("kernels") if "kernels" in row else None,
     "gflops": f"{row['flops'] / 1e9:.0f}",
     "gbytes": f"{row['bytes_moved'] / 1e9:.2f}",
     "bytes_ratio": ratio("bytes_moved"),
@@ -137,7 +141,7 @@ def _summarized() -> list[str]:
   """The peers of the summary: one way of using each tool."""
   from benchmarks.peers import peers
 
-  twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.SCALED, peers.STATISTICS}
+  twice = {peers.HAIKU_FLOAT32, peers.OUTSIDE, peers.SCALED, peers.FOLLOWS, peers.STATISTICS}
   return [name for name in peers.PEERS if name not in twice]
 
 

@@ -22,6 +22,7 @@ from benchmarks.harness import (
   float32,
   linen,
   loss_of,
+  mpjax_following,
   mpjax_inside,
   mpjax_outside,
   mpjax_scaled,
@@ -217,6 +218,7 @@ INSIDE = "mpjax, loss inside"
 OUTSIDE = "mpjax, loss outside"
 STEP = "mpjax.make_train_step"
 SCALED = "mpjax, loss scaled"
+FOLLOWS = "mpjax, 16-bit softmax"
 STATISTICS = "mpjax, statistics collected"
 HAIKU = "Haiku policy"
 HAIKU_FLOAT32 = "Haiku, float32"
@@ -227,7 +229,7 @@ HAIKU_MODELS += ("Parameters", "Lookup", "Shared", "Tabled")
 ALL = (
   Peer(FLOAT32, float32),
   Peer(BY_HAND, by_hand),
-  Peer(WIDE_SOFTMAX, wide_softmax, models=("Transformer", "VisionTransformer")),
+  Peer(WIDE_SOFTMAX, wide_softmax, models=("Transformer", "VisionTransformer", "Llama")),
   Peer("by hand + apply_if_finite", apply_if_finite),
   Peer("by hand + DynamicScale", dynamic_scale, policies=("mixed_float16",)),
   Peer("jmp", jmp_policy, ("jmp",)),
@@ -238,6 +240,7 @@ ALL = (
   Peer(OUTSIDE, mpjax_outside),
   Peer(STEP, mpjax_step),
   Peer(SCALED, mpjax_scaled, policies=("mixed_bfloat16",), models=("VisionTransformer",)),
+  Peer(FOLLOWS, mpjax_following, models=("Llama",)),
   Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
 )
 PEERS = {peer.name: peer for peer in ALL}

@@ -97,6 +97,7 @@ def _attending(
 
 _ATTENTIONS: dict[str, dict[str, Any]] = {
   "einsum-512": {"groups": 8},
+  "grouped-512": {"groups": 2},
   "stray-512": {"groups": 8, "kernel": "stray"},
   "dpa-512": {"groups": 8, "kernel": "jax"},
   "gqa-512": {"groups": 2, "kernel": "jax"},
@@ -110,8 +111,8 @@ _ATTENTIONS: dict[str, dict[str, Any]] = {
     )
   },
 }
-"""Blocks of a Llama whose attention is spelled out, so with a stray NumPy number, JAX's function,
-and that with grouped heads.
+"""Blocks of a Llama: attention that is spelled out, with grouped heads, and with a stray NumPy
+number in it; and JAX's function, which is `dpa`, with grouped heads `gqa`.
 """
 
 _WAYS: dict[str, dict[str, Any]] = {

@@ -229,10 +229,10 @@ def is_centering(sight: Sight) -> bool:
     return False
   for atom, form in zip(sight.eqn.invars, sight.forms, strict=True):
     numbers = sight.around.numbers.of(atom) if form == CONSTANT else None
-    rows = {*jaxprs.shape(atom)}
-    if numbers and len(numbers) == 2 and len(rows) == 1 and len(jaxprs.shape(atom)) == 2:
+    shape = jaxprs.shape(atom)
+    if numbers and len(numbers) == len(shape) == 2 and shape[0] == shape[1]:
       others, own = sorted(numbers)
-      return abs(own + (jaxprs.size_of(rows) - 1) * others) < 1e-3 * own
+      return abs(own + (jaxprs.size_of(shape[:1]) - 1) * others) < 1e-3 * own
   return False
 
 

@@ -155,6 +155,63 @@ def scope(knob: int, body: Body, a: Any) -> Any:
     return body(a)
 
 
+RATE = 2.0**-6
+LONG = 320
+"""More turns than bfloat16 counts."""
+
+
+def descend(knob: int, body: Body, a: Any) -> Any:
+  """What gradient steps change, over their rate: nothing is left of a step that 16 bits lose."""
+  grad = jax.grad(lambda a: jnp.sum(jnp.tanh(body(a))))
+  if knob % 4 == 1:
+    momentum = 0.5 * grad(a)
+    return (a - RATE * (momentum + grad(a - RATE * momentum)) - a) / RATE
+  if knob % 4 == 2:
+    step = lambda a, _: (a - RATE * grad(a), None)
+    return (lax.scan(step, a, None, length=2)[0] - a) / RATE
+  if knob % 4 == 3:
+    return (a + RATE * (jnp.tanh(body(a)) - a) - a) / RATE
+  return (a - RATE * grad(a) - a) / RATE
+
+
+def long_loop(knob: int, body: Body, a: Any) -> Any:
+  """A sum of as many terms as there are turns, or as many small steps towards what a body gives."""
+  start = (a, jnp.zeros_like(a), 0.5 * a)[knob % 3]
+  change = body(a) / LONG
+
+  def turn(carry: Any) -> Any:
+    return carry + (change if knob < 4 else (jnp.tanh(body(carry)) - carry) / LONG)
+
+  if knob % 2:
+    return lax.fori_loop(0, LONG, lambda _, carry: turn(carry), start)
+  return lax.scan(lambda carry, _: (turn(carry), None), start, None, length=LONG)[0]
+
+
+def to_tolerance(knob: int, body: Body, a: Any) -> Any:
+  """A bisection or an iteration, which ends by a float; one more where it did not end.
+
+  Its gradient is that of ``a`` alone, for JAX differentiates no such loop backwards.
+  """
+  fixed, most = lax.stop_gradient(a), 40
+  if knob % 2:
+    below = 4 + jnp.mean(jnp.tanh(body(fixed)))
+    sought = below + 0.3
+
+    def halve(carry: Any) -> Any:
+      low, high, turns = carry
+      middle = (low + high) / 2
+      is_above = middle > sought
+      return jnp.where(is_above, low, middle), jnp.where(is_above, middle, high), turns + 1
+
+    goes_on = lambda carry: (carry[1] - carry[0] > 1e-3) & (carry[2] < most)
+    found, _, turns = lax.while_loop(goes_on, halve, (below, below + 1, 0))
+  else:
+    step = lambda carry: (0.1 * jnp.tanh(body(fixed + carry[0])), carry[0], carry[2] + 1)
+    goes_on = lambda carry: (jnp.max(jnp.abs(carry[0] - carry[1])) > 1e-2) & (carry[2] < most)
+    found, _, turns = lax.while_loop(goes_on, step, (fixed, fixed + 1, 0))
+  return a + (found + jnp.where(turns < most, 0, 1)).astype(a.dtype)
+
+
 def to_scalar(body: Body) -> Body:
   return lambda *args: jnp.mean(body(*args))
 
@@ -182,6 +239,9 @@ NESTED: dict[str, Op] = {
   "scope": Op(("F",), scope, same),
   "grad": Op(("F",), lambda knob, body, a: jax.grad(to_scalar(body))(a), same),
   "linear": Op(("F",), linear, same),
+  "descend": Op(("F",), descend, same),
+  "long_loop": Op(("F",), long_loop, same),
+  "to_tolerance": Op(("F",), to_tolerance, same, isolated=True),
   "custom_jvp": Op(("F",), custom_jvp, same, isolated=True),
   "custom_vjp": Op(("F", "F"), custom_vjp, same, isolated=True),
   "custom_vjp_index": Op(("V", "N"), custom_vjp_index, lambda a, n: (a,), isolated=True),

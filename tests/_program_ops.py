@@ -45,6 +45,20 @@ def attention(knob: int, q: Any, k: Any) -> Any:
   return nn.softmax(jnp.where(mask, q @ k.T / np.sqrt(4), low), -1) @ k
 
 
+def angles(knob: int, a: Any) -> Any:
+  """Far positions, each times each of some frequencies, in the ways of writing an outer product."""
+  positions = 1001 + jnp.arange(a.shape[0], dtype=jnp.float32)
+  rates = 0.25 ** jnp.arange(a.shape[1], dtype=jnp.float32)
+  product = (
+    lambda: jnp.einsum("t,k->tk", positions, rates),
+    lambda: jnp.tensordot(positions, rates, 0),
+    lambda: positions[:, None] @ rates[None],
+    lambda: lax.dot_general(positions[:, None], rates[:, None], (((1,), (1,)), ((), ()))),
+  )[knob % 4]()
+  turned = jnp.cos(product) if knob < 4 else jnp.sin(product)
+  return a * turned.astype(a.dtype)
+
+
 def cast(dtype: Any) -> Callable[..., Any]:
   return lambda knob, a: a.astype(dtype)
 
@@ -127,6 +141,7 @@ CONTRACT = {
   ),
   "transposed": Op(("M", "M"), lambda knob, a, b: 0.5 * jnp.einsum("ij,kj->ik", a, b)),
   "outer": Op(("V", "V"), lambda knob, a, b: jnp.outer(a[..., 0], b[..., -1])),
+  "angles": Op(("M",), angles),
   "conv": Op(("M", "M"), conv),
   "attention": Op(("M", "M"), attention),
   "tensordot": Op(("V", "V="), lambda knob, a, b: 0.2 * jnp.tensordot(a, b, a.ndim)),
@@ -265,7 +280,8 @@ OPS: dict[str, Op] = {
 }  # fmt: skip
 
 TAME = [
-  *ELEMENTWISE, *REDUCE, "matmul", "transposed", "conv", "attention", "tensordot", "transpose",
-  "flip", "concat", "stack", *(name for name in NESTED if name not in ("cond", "fori_dynamic")),
+  *ELEMENTWISE, *REDUCE, "matmul", "transposed", "angles", "conv", "attention", "tensordot",
+  "transpose", "flip", "concat", "stack",
+  *(name for name in NESTED if name not in ("cond", "fori_dynamic")),
 ]  # fmt: skip
 """Operations through which an error of the operands passes about as large as it is."""

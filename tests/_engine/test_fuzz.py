@@ -19,7 +19,7 @@ import mpjax
 import mpjax.inspect
 from _jaxprs import CONTRACTIONS, equations, primitives, sub_jaxprs
 from _program_ops import COMPLEX, CONTRACT, LINALG, OPS, TAME
-from _programs import EXTRAS, INPUTS, PARAMS, WIDER, Gene, as_is, programs, write
+from _programs import EXTRAS, INPUTS, PARAMS, WIDER, Gene, as_is, genes, programs, write
 from mpjax._core.policy_map import as_policy_map
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine.execute import decide
@@ -232,14 +232,18 @@ def obeys_rules(program, policy, transform):
 
 
 def may_sum_squares(eqn):
-  """Whether a matmul adds up all that it multiplies, as ``x @ x``, or is a derivative of one."""
+  """Whether a matmul adds up all that it multiplies, as ``x @ x``, or is a derivative of one.
+
+  That is an outer product, which adds up nothing.
+  """
   if eqn.primitive.name != "dot_general":
     return False
   (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
-  return not contracted or eqn.outvars[0].aval.ndim == len(batch)
+  sizes = [eqn.invars[0].aval.shape[dim] for dim in contracted]
+  return all(size == 1 for size in sizes) or eqn.outvars[0].aval.ndim == len(batch)
 
 
-SCANNED = {"scan", "scan_rows", "fori_loop", "map"}
+SCANNED = {"scan", "scan_rows", "fori_loop", "map", "descend", "long_loop"}
 SCOPED = [*CONTRACT, *TAME, *["scope"] * 12]
 
 
@@ -392,6 +396,26 @@ def test_values_and_gradients_are_those_of_float32_within_the_format(count):
   assert hold(is_close, count, programs(TAME, {}, size=5), policies)
 
 
+UNCOUNTED = ("descend", "long_loop", "to_tolerance", "angles")
+"""What 16 bits cannot count: steps, long sums, tolerances, far positions."""
+LAYERS = ["matmul", "tanh", "transposed", "average", "normalize", "jit", "scope", "remat"]
+LATEST = (0, 0, 0)
+
+
+def uncounted(name):
+  """Programs that do so to what a matmul gave, which is held in 16 bits, between layers."""
+  layers = st.lists(genes(LAYERS, 1), max_size=2).map(tuple)
+  made = st.builds(Gene, st.just(name), st.just(LATEST), st.integers(0, 7), layers)
+  given = Gene("matmul", LATEST, 0, ())
+  return st.builds(lambda block, rest: write([given, block, *rest], INPUTS), made, layers)
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+@search(5, 200)
+def test_what_16_bits_cannot_count_is_that_of_float32(name, count):
+  assert hold(is_close, count, uncounted(name), policies)
+
+
 def batches(program, policy):
   """vmap(autocast(f)) and autocast(vmap(f)) are one thing."""
   plain(program, "forward")
@@ -412,9 +436,9 @@ def test_vmap_commutes_with_autocast(count):
 
 def test_programs_print_like_python():
   """What a failure shows can be read."""
-  genes = [
+  drawn = [
     Gene("matmul", (0, 1, 0), 0, ()),
     Gene("scan", (0, 0, 0), 1, (Gene("tanh", (0, 0, 0), 0, ()),)),
   ]
-  program = write(genes, INPUTS)
+  program = write(drawn, INPUTS)
   assert "scan(v0, v0, knob=1)\n    lambda v2, v3:\n      v4 = tanh(v3, knob=0)" in repr(program)

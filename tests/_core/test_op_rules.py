@@ -197,6 +197,21 @@ def test_an_operation_that_is_no_matmul_may_be_lowered_and_differentiated(op):
       assert jnp.linalg.norm(got - exact) < 0.2 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("method", ["add", "multiply", "min", "max"])
+@pytest.mark.parametrize("rule", ["lower", "follow"])
+def test_a_scatter_computes_in_16_bits_when_asked(method, rule):
+  def fn(w, x):
+    return getattr(jnp.ones((4, 4)).at[jnp.array([0, 1, 3])], method)(x @ w).sum()
+
+  op = {"multiply": "scatter-mul"}.get(method, f"scatter-{method}")
+  policies = mpjax.PolicyMap({}, default="mixed_bfloat16", ops={op: rule})
+  args = jnp.eye(4) / 2, jnp.arange(12.0).reshape(3, 4)
+  cast = mpjax.autocast(fn, policies)
+  if rule == "lower":
+    assert dtypes(jax.make_jaxpr(cast)(*args), op) == ["bfloat16"]
+  assert jnp.allclose(jax.jit(cast)(*args), fn(*args), rtol=2e-2)
+
+
 def test_embeddings_are_looked_up_in_a_16_bit_table_when_asked():
   """So that sharded tables are gathered in 16 bits; then their gradients add up in them too."""
   lookup = lambda table: table[jnp.arange(8)].sum()

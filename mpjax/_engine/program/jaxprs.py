@@ -154,10 +154,21 @@ def with_dtype(aval: Any, dtype: np.dtype) -> Any:
 
 def retyped(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
   """Equation parameters with every float32 result dtype replaced by ``dtype``."""
-  return {
+  found = {
     key: dtype if key in _DTYPE_PARAMS and value == _FLOAT32 else value
     for key, value in params.items()
   }
+  if found.get("update_jaxpr") is not None:  # what a scatter does with two numbers
+    found["update_jaxpr"] = _of_numbers(found["update_jaxpr"], dtype)
+  return found
+
+
+def _of_numbers(jaxpr: AnyJaxpr, dtype: np.dtype) -> AnyJaxpr:
+  """A jaxpr of float32 numbers as one of numbers of another dtype."""
+  inner = versions.open_jaxpr(jaxpr)
+  avals = [with_dtype(v.aval, dtype) if is_float32(v) else v.aval for v in inner.invars]
+  closed = trace(lambda *numbers: evaluate(jaxpr, numbers), avals)
+  return versions.like(jaxpr, closed)[0]
 
 
 def without_algorithm(params: dict[str, Any]) -> dict[str, Any]:

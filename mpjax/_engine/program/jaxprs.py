@@ -158,8 +158,9 @@ def retyped(params: dict[str, Any], dtype: np.dtype) -> dict[str, Any]:
     key: dtype if key in _DTYPE_PARAMS and value == _FLOAT32 else value
     for key, value in params.items()
   }
-  if found.get("update_jaxpr") is not None:  # what a scatter does with two numbers
-    found["update_jaxpr"] = _of_numbers(found["update_jaxpr"], dtype)
+  pair: Any = found.get("update_jaxpr")
+  if pair is not None:  # what a scatter does with two numbers
+    found["update_jaxpr"] = _of_numbers(pair, dtype)
   return found
 
 

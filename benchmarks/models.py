@@ -148,8 +148,8 @@ def spelled_out(
 ) -> jax.Array:
   """Causal attention of grouped heads by two einsums and a softmax in the operands' dtype."""
   batch, length, heads, features = query.shape
-  scale = features**-0.5 if scale is None else scale
-  query = query.reshape(batch, length, key.shape[2], -1, features) * scale
+  factor = features**-0.5 if scale is None else scale
+  query = query.reshape(batch, length, key.shape[2], -1, features) * factor
   scores = jnp.einsum("bqgrd,bkgd->bgrqk", query, key)
   seen = jnp.tril(jnp.ones((length, length), bool))
   scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)

@@ -137,11 +137,11 @@ def update(nodes: Sequence[Any], changed: Any) -> None:
     nodes: The nodes.
     changed: The state of the Variables, by the number of the node and the path in it.
   """
-  for full, _ in nnx.to_flat_state(changed):
+  for full, variable in nnx.to_flat_state(changed):
     number, *path = map(str, full)
     holder = functools.reduce(_attribute, path[:-1], nodes[int(number)])
-    if path and _attribute(holder, path[-1]) is None:  # Flax would look for a subtree in it
-      delattr(holder, path[-1])
+    if path and getattr(holder, "__dict__", {}).get(path[-1], ...) is None:
+      setattr(holder, path[-1], variable)  # Flax would look for a subtree in None
   nnx.update(nodes, changed)
 
 

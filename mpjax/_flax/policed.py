@@ -111,6 +111,8 @@ def facts(plain: type[Any], policies: PolicyMap, make: Callable[..., Any], *more
   def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
     """Pickles by the plain class: that of the policy is made anew and has no name to find."""
     inherited: Any = plain.__reduce_ex__
+    if _MADE not in vars(type(self)):  # a subclass, which has a name
+      return inherited(self, protocol)
     maker, args, *state = inherited(self, protocol)
     own = tuple(plain if arg is type(self) else arg for arg in args)
     return _made_again, (make, (plain, policies, *more), maker, own), *state

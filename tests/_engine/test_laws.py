@@ -976,6 +976,22 @@ def test_a_loop_multiplies_as_its_test_does(fn, policy):
   assert int(jax.jit(mpjax.autocast(fn, policy))(w, x)) == int(fn(w, x)) < 20
 
 
+@both
+@cases(
+  by_an_index=lambda w, h: jnp.argmax(h @ w) != 3,
+  by_a_level=lambda w, h: jnp.mean(jax.nn.sigmoid(h @ w)) < 0.9,
+)
+def test_a_loop_whose_test_seeks_no_residual_multiplies_in_16_bits(fn, policy):
+  def loop(w, x):
+    more = lambda c: fn(w, c[0]) & (c[1] < 5)
+    return lax.while_loop(more, lambda c: (jnp.tanh(c[0] @ w), c[1] + 1), (x, 0))[0]
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(loop, policy))(W, DATA))
+  (body,) = (e.params["body_jaxpr"] for e in found if e.primitive.name == "while")
+  (matmul,) = (e for e in equations(body) if e.primitive.name == "dot_general")
+  assert {a.aval.dtype.itemsize for a in matmul.invars} == {2}
+
+
 def _root_tested_by(square):
   def test(c):
     return (jnp.abs(c[0] ** 2 - 2 - square()) > 1e-3) & (c[1] < 200)

@@ -549,6 +549,15 @@ def test_a_model_pickles_with_its_policy(mixed, pickles, x):
     np.testing.assert_array_equal(again(x), model(x))
 
 
+class OfAPolicy(type(mpjax.apply_policy(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), BF16))):
+  """A subclass of what `apply_policy` made."""
+
+
+def test_a_subclass_of_a_model_under_a_policy_pickles_as_itself():
+  model = OfAPolicy(2, 2, rngs=nnx.Rngs(0))
+  assert type(pickle.loads(pickle.dumps(model))) is OfAPolicy
+
+
 @pytest.mark.parametrize("pickles", [pickle, cloudpickle], ids=["pickle", "cloudpickle"])
 def test_the_halves_of_a_split_model_pickle(mixed, pickles, x):
   graphdef, state = pickle.loads(pickles.dumps(nnx.split(mixed)))
@@ -591,6 +600,45 @@ def test_a_variable_made_where_there_was_none_arrives(jit, x):
       jit(lambda model, x: model(x))(model, x)
   assert isinstance(mixed.seen, nnx.BatchStat)
   np.testing.assert_allclose(mixed.seen[...], plain.seen[...], atol=2e-2)
+
+
+class OfItsClass(nnx.Module):
+  """Has None for a default of its class, until it is called."""
+
+  seen = None
+
+  def __init__(self):
+    self.linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+
+  def __call__(self, x):
+    if self.seen is None:
+      self.seen = nnx.BatchStat(jnp.zeros(()))
+    self.seen[...] = self.seen[...] + 1
+    return self.linear(x)
+
+
+class InAList(nnx.Module):
+  def __init__(self):
+    self.linear = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+    self.all = nnx.List([nnx.data(None), nnx.data(None)])
+
+  @property
+  def seen(self):
+    return self.all[1]
+
+  def __call__(self, x):
+    if self.seen is None:
+      self.all[1] = nnx.BatchStat(jnp.zeros(()))
+    self.seen[...] = self.seen[...] + 1
+    return self.linear(x)
+
+
+@pytest.mark.parametrize("kind", [OfItsClass, InAList])
+def test_a_variable_may_be_made_wherever_none_stood(kind, x):
+  model = mpjax.apply_policy(kind(), BF16)
+  for call in (lambda model, x: model(x), nnx.jit(lambda model, x: model(x))):
+    call(model, x)
+  assert model.seen[...] == 2
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -57,7 +57,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
-    tested: Which operands a loop around it hands to a test that multiplies.
+    tested: Which operands a loop around it hands to a test that multiplies for a residual.
   """
 
   exact: Exact | None = None
@@ -122,7 +122,7 @@ class Knowledge:
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
-    tested: What a loop around it hands to a test that multiplies.
+    tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
     computed: Operands that the program makes of numbers alone.
@@ -270,9 +270,9 @@ class Knowledge:
     )
 
   def _tested(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    """Which constants of a loop's body its test reads, too, if that has a matmul."""
-    test, *_ = bodies_of(eqn)
-    if not (test.is_test and self._analyses.contents.matmuls(test.jaxpr)):
+    """Which constants of a loop's body its test reads, too, if that multiplies for a residual."""
+    (test, *_), contents = bodies_of(eqn), self._analyses.contents
+    if not (test.is_test and contents.matmuls(test.jaxpr) and contents.any_of({"sub"}, test.jaxpr)):
       return frozenset()
     read = jaxprs.variables_of(test.split(eqn.invars).consts)
     return jaxprs.places_of(body.split(eqn.invars).consts, read)

@@ -3,7 +3,7 @@
 ``x + h / 6 * k``: 16 bits hold no 1 / 60, so that as a number of theirs each step would be 0.4%
 longer than it is, and an integral from 0 to 1 end at 1.004. Where nothing but float32 reads the
 multiple, it is multiplied in float32, and so is what adds or moves it on the way. All of this is
-linear, so that the backward pass stores nothing of it in either format. A multiple that goes on in
+linear, so that the backward pass stores nothing of it but masks. A multiple that goes on in
 16 bits rounds with its number, as by hand. Masks, slices and functions that do nothing but that are
 on the way, too: of scores over 0.07 the diagonal is masked before their cross-entropy.
 
@@ -83,7 +83,13 @@ def rounding_late(
 def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
   """Whether a step multiplies a narrow value by a number that its format does not hold."""
   if step.bodies:
-    return any(_is_inexact_multiple(inner, numbers) for inner in step.bodies[0].steps)
+    (body,) = step.bodies
+    outside = dict(zip(versions.open_jaxpr(body.jaxpr).invars, step.eqn.invars, strict=True))
+
+    def known(atom: Atom) -> NumberSet:
+      return numbers(atom if isinstance(atom, Literal) else outside.get(atom, atom))
+
+    return any(_is_inexact_multiple(inner, known) for inner in body.steps)
   if not _is_multiple(step):
     return False
   found = numbers(step.eqn.invars[step.operands.index(CONSTANT)])
@@ -161,7 +167,7 @@ def _leads_on(step: Step) -> bool:
   """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values."""
   if step.bodies:
     (body,) = step.bodies
-    narrow = [inner for inner in body.steps if any(map(_is_narrow, inner.operands))]
+    narrow = [s for s in body.steps if any(map(_is_narrow, (*s.operands, *s.outs)))]
     return body.out_reads[0].via is None and all(map(_leads_on, narrow))
   return step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
 

@@ -162,7 +162,7 @@ LONG = 320
 
 def descend(knob: int, body: Body, a: Any) -> Any:
   """What gradient steps change, over their rate: nothing is left of a step that 16 bits lose."""
-  grad = jax.grad(lambda a: jnp.sum(jnp.tanh(body(a))))
+  grad = jax.grad(lambda a: jnp.sum(jnp.tanh(a + body(a))))  # a body may not read it
   if knob % 4 == 1:
     momentum = 0.5 * grad(a)
     return (a - RATE * (momentum + grad(a - RATE * momentum)) - a) / RATE

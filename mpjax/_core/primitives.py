@@ -293,7 +293,7 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("and or not", Facts(Rule.TRACED, _NO_FLOATS, _T.ARITHMETIC)),
   (
-    "mpjax_attached mpjax_constant mpjax_float8_tangent mpjax_wide_tangent",
+    "mpjax_attached mpjax_constant mpjax_float8_tangent mpjax_rounded mpjax_wide_tangent",
     Facts(Rule.TRACED, "a derivative that a policy made, float32 by intent"),
   ),
 )

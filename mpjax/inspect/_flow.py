@@ -19,7 +19,7 @@ from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import bodies_of, repetitions, settled
-from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.kinds import Form, Kind, is_data, is_narrow
 from mpjax._engine.program.versions import JaxprEqn, Literal
 from mpjax.inspect._flow_costs import (
   bytes_of,
@@ -49,7 +49,6 @@ from mpjax.inspect._flow_data import (
   born,
   float_of_integers,
   held_value,
-  is_data,
   joined,
   made_of_no_floats,
   read_value,
@@ -197,7 +196,7 @@ class _Walker:
     if any(birth.kind == "random" for birth in births):  # what else made them is JAX's own
       births = {birth for birth in births if birth.kind in ("random", "argument", "constant")}
     if not before:
-      formats = {f.dtype.name for f in step.operands if f is not None and f.kind is Kind.NARROW}
+      formats = {f.dtype.name for f in step.operands if is_narrow(f)}
       if len(formats) < 2:
         return before
       births = {Birth("formats", " and ".join(sorted(formats)))}

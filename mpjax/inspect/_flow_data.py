@@ -12,7 +12,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.scopes import Path
 from mpjax._engine.planning.plan import Read
-from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.kinds import Form, Kind, is_data
 from mpjax._engine.program.versions import Literal
 from mpjax.inspect._source_lines import UNKNOWN, Line
 
@@ -74,11 +74,6 @@ def born(birth: Birth) -> Value:
   return Value(False, frozenset([birth]))
 
 
-def is_data(form: Form | None) -> bool:
-  """Whether a value is float32 that was meant."""
-  return form is not None and form.kind is Kind.DATA
-
-
 def joined(values: Iterable[Value]) -> Value:
   """What is known of a value that is one of several."""
   known = [v for v in values if v != NOTHING]
@@ -102,7 +97,7 @@ def read_value(
   env: dict[Any, Value], atom: Any, read: Read, form: Form | None, line: Line
 ) -> Value:
   """A value where it is used: after it left its module."""
-  if isinstance(atom, Literal) and (form is None or form.kind is Kind.DATA):
+  if isinstance(atom, Literal) and (form is None or is_data(form)):
     return born(Birth("number", f"{float(atom.val):g}", line)) if _is_real(atom) else NOTHING
   if form is None:
     return env[atom]

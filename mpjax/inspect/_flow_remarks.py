@@ -16,9 +16,10 @@ from mpjax._engine.execute import Decided
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import bodies_of, repetitions
+from mpjax._engine.program.kinds import is_data
 from mpjax._engine.program.versions import JaxprEqn, Literal
 from mpjax.inspect._flow_costs import integer_operand, is_float, is_matmul, runs_in, runs_narrow
-from mpjax.inspect._flow_data import Remark, is_data
+from mpjax.inspect._flow_data import Remark
 from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 

@@ -16,7 +16,7 @@ from mpjax._core.scopes import Path, is_recomputed
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import after_turn, bodies_of
-from mpjax._engine.program.kinds import Kind
+from mpjax._engine.program.kinds import is_data, is_narrow
 from mpjax._engine.program.versions import Literal, Var
 from mpjax._engine.running.environment import brought_here
 from mpjax.inspect._histogram import Histogram, Tally, add_tallies, stack, tally, zero_tally
@@ -173,7 +173,7 @@ def _count_results(env: _Env, step: Step, outs: Sequence[Any]) -> None:
   if step.bodies:
     return
   for value, form in zip(outs, step.outs, strict=True):
-    if form is not None and form.kind is Kind.NARROW:
+    if is_narrow(form):
       env.count(step, value)
 
 
@@ -184,7 +184,7 @@ def _count_casts(env: _Env, step: Step, read: Sequence[Any]) -> None:
   """
   entries = zip(step.eqn.invars, step.operands, step.reads, read, strict=True)
   for atom, form, cast, value in entries:
-    if form is None or form.kind is not Kind.DATA or isinstance(atom, Literal):
+    if not is_data(form) or isinstance(atom, Literal):
       continue
     if step.place.backward and not env.is_gradient(atom):
       continue

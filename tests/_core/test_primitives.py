@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
+import mpjax  # noqa: F401  # registers its primitives
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, fits, join, narrow, saturated
 
@@ -104,13 +105,14 @@ def test_the_table_decides_what_only_derivatives_and_outlying_modules_bring():
   registries = (ad.primitive_jvps, ad.primitive_transposes, batching.fancy_primitive_batchers)
   known = {p.name for registry in registries for p in registry} & _names_in_jax()
   assert known > {"remat_opt", "linear_call", "compute_on", "composite", "bcoo_dot_general"}
+  assert known > {"mpjax_attached", "mpjax_constant", "mpjax_rounded"}  # of our own
   without = {"custom_partitioning", "call_exported"}  # neither a derivative nor a batching rule
   assert not sorted((known | without) - set(RULES)), "decide these in mpjax/_core/primitives.py"
 
 
 def _names_in_jax():
-  """The primitives that JAX's modules hold, but for those that only stand inside of kernels."""
-  modules = [m for name, m in [*sys.modules.items()] if name.startswith("jax.")]
+  """The primitives that JAX's modules and ours hold, but for those that stand inside of kernels."""
+  modules = [m for name, m in [*sys.modules.items()] if name.startswith(("jax.", "mpjax."))]
   held = [v for m in modules if not _IN_KERNELS.search(m.__name__) for v in vars(m).values()]
   return {v.name for v in held if isinstance(v, Primitive)}
 

@@ -230,9 +230,7 @@ def obeys_rules(program, policy, transform):
     if is_contraction(eqn):
       held = {"float32"} if wide else {COMPUTE[policy]}
       is_float32 = factors(eqn) == {"float32"}
-      may_be = (
-        moves or may_sum_squares(eqn) or (is_float32 and says_why(program, policy, transform))
-      )
+      may_be = moves or may_sum_squares(eqn) or (is_float32 and says_why(program, rules, transform))
       assert factors(eqn) == held or (is_float32 and may_be), eqn
 
 

@@ -11,12 +11,9 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 import mpjax
+import mpjax.inspect
 from _jaxprs import equations, wide_contractions
 from _turns import in_turns
-from mpjax._core.policy_map import as_policy_map
-from mpjax._engine.planning.planner import Planner
-from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import DATA, PARAM
 
 COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 NAME = "foreign_scale"
@@ -101,9 +98,8 @@ def test_it_runs_in_float32_and_the_matmuls_around_it_do_not(place, policy):
     assert jnp.linalg.norm(got - want) < 2.0**-6 * jnp.linalg.norm(want)
 
 
-def test_the_planner_counts_it():
-  planner = Planner(as_policy_map("mixed_bfloat16"))
+def test_explain_counts_it():
   x = jnp.ones((2, 2))
-  closed = jaxprs.trace(lambda w, x: foreign(foreign(x @ w)) + jnp.sin(x), (x, x))
-  planner.plan(closed, (PARAM, DATA))
-  assert planner.unknown == {NAME: 2}
+  fn = lambda w, x: foreign(foreign(x @ w)) + jnp.sin(x)
+  report = mpjax.inspect.explain(fn, "mixed_bfloat16", x, x)
+  assert [(op.op, op.count) for op in report.ops if op.rule == "unknown"] == [(NAME, 2)]

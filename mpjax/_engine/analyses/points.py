@@ -16,7 +16,7 @@ from typing import Any
 
 from mpjax._core.primitives import MATMULS, UNCHANGED
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, Kind
+from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
@@ -47,7 +47,7 @@ def transforms_points(
     of_matrix, of_points = forms[n], forms[1 - n]
     if (
       not _has_few_rows(jaxprs.free(eqn, n), terms)
-      or (of_points is not None and of_points.kind is Kind.NARROW)
+      or is_narrow(of_points)
       or _are_weights(matrix, of_matrix, makers)
     ):
       continue
@@ -72,7 +72,7 @@ def _has_few_rows(free: list[int], terms: int) -> bool:
 
 def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:
   """Whether a matrix came in, or a layer made it; moved, or with a number added or multiplied."""
-  if form is not None and form.kind is Kind.NARROW:
+  if is_narrow(form):
     return True
   for _ in range(_LOOKS):
     made = None if isinstance(atom, Literal) else makers.get(atom)

@@ -21,7 +21,7 @@ from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kernels import kernel_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Form, Forms, Kind, join, narrow
 
-NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.EXACT, Rule.RANGE, Rule.FULL, Rule.FOLLOW})
+NAMEABLE = frozenset({Rule.LOWER, Rule.WIDE, Rule.EXACT, Rule.FULL, Rule.FOLLOW})
 """The rules of operations that a rule of a `PolicyMap` may name."""
 
 

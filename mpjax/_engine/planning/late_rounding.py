@@ -26,7 +26,7 @@ from mpjax._engine.analyses.constants import NumberSet
 from mpjax._engine.planning.plan import AS_HELD, FUNCTIONS, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.program import versions
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Kind
+from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, Literal, Var
 
 _MULTIPLIES = frozenset({"mul", "div"})
@@ -114,7 +114,7 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
   return any(
     read.to == FLOAT32 and n not in late
     for atom, form in zip(plan.steps[reader].eqn.invars, plan.steps[reader].operands, strict=True)
-    if not isinstance(atom, Literal) and _is_narrow(form)
+    if not isinstance(atom, Literal) and is_narrow(form)
     for n, read in plan.readers[atom]
   )
 
@@ -145,8 +145,7 @@ def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int
     if step.eqn.primitive.name in _MAY_LEAD_ON
     and step.rule in (Rule.FOLLOW, Rule.CALL)
     and len(step.outs) == 1
-    and (form := step.outs[0]) is not None
-    and form.kind is Kind.NARROW
+    and is_narrow(step.outs[0])
   ]
   for n, step in reversed(likely):
     leads_on = _leads_on(step)
@@ -167,7 +166,7 @@ def _leads_on(step: Step) -> bool:
   """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values."""
   if step.bodies:
     (body,) = step.bodies
-    narrow = [s for s in body.steps if any(map(_is_narrow, (*s.operands, *s.outs)))]
+    narrow = [s for s in body.steps if any(map(is_narrow, (*s.operands, *s.outs)))]
     return body.out_reads[0].via is None and all(map(_leads_on, narrow))
   return step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
 
@@ -220,7 +219,7 @@ def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:
 def _in_float32(body: Plan) -> Plan:
   """The body of a call that leads on what is float32 now."""
   inner = versions.open_jaxpr(body.jaxpr)
-  made = {var for var, f in zip(inner.invars, body.in_forms, strict=True) if _is_narrow(f)}
+  made = {var for var, f in zip(inner.invars, body.in_forms, strict=True) if is_narrow(f)}
   steps = []
   for step in body.steps:
     is_wide = not made.isdisjoint(variables_of(step.eqn.invars))
@@ -230,12 +229,8 @@ def _in_float32(body: Plan) -> Plan:
   is_made = not isinstance(result, Literal) and result in made
   return replace(
     body,
-    in_forms=tuple(DATA if _is_narrow(form) else form for form in body.in_forms),
+    in_forms=tuple(DATA if is_narrow(form) else form for form in body.in_forms),
     steps=tuple(steps),
     out_reads=(AS_HELD if is_made else Read(to=FLOAT32),),
     out_forms=ONE_FLOAT32,
   )
-
-
-def _is_narrow(form: Form | None) -> bool:
-  return form is not None and form.kind is Kind.NARROW

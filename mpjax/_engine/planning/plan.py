@@ -15,7 +15,7 @@ from mpjax._core.primitives import MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import bodies_of, repetitions
-from mpjax._engine.program.kinds import DATA, FEW, Forms, Kind, narrow
+from mpjax._engine.program.kinds import DATA, FEW, Forms, is_narrow, narrow
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn, Literal, Var
 
 ONE_FLOAT32: Forms = (DATA,)
@@ -245,7 +245,7 @@ def widened(body: Plan) -> Forms:
     for v, reads in body.readers.items()
   }
   return tuple(
-    DATA if form and form.kind is Kind.NARROW and wanted.get(var) == {FLOAT32} else form
+    DATA if is_narrow(form) and wanted.get(var) == {FLOAT32} else form
     for var, form in zip(versions.open_jaxpr(body.jaxpr).invars, body.in_forms, strict=True)
   )
 
@@ -279,9 +279,7 @@ def shared_by_turns(eqn: JaxprEqn, plan: Plan) -> tuple[int, ...]:
   return tuple(
     n
     for n, form in enumerate(plan.in_forms[: body.carry.start])
-    if form is not None
-    and form.kind is Kind.NARROW
-    and turns * len(plan.readers.get(variables[n], ())) > FEW
+    if is_narrow(form) and turns * len(plan.readers.get(variables[n], ())) > FEW
   )
 
 

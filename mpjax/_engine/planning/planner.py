@@ -7,7 +7,6 @@ fixed point. Executing a plan is `interpreter`'s work, reporting one is `inspect
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +46,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.planning.streams import SUMS, Streams
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
-from mpjax._engine.program.kinds import PARAM, Form, Forms, Kind, join
+from mpjax._engine.program.kinds import PARAM, Form, Forms, is_data, join
 from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -58,7 +57,6 @@ class Planner:
     policies: The map that answers what governs a path.
     adapting: Which numbers adapt to its formats.
     ops: The primitives that were planned in each module.
-    unknown: How often each primitive was met that autocast cannot rewrite.
 
   Args:
     policies: The map.
@@ -69,7 +67,6 @@ class Planner:
     self.policies = policies
     self._scoping = scoping._replace(located=scoping.located or bool(policies.rules))
     self.ops: dict[Path, set[str]] = {}
-    self.unknown: Counter[str] = Counter()
     self.table = policies.table()
     in_float8 = policies.multiplies_in_float8()
     self.analyses = Analyses(self.table, policies.narrow_dtypes(), in_float8)
@@ -121,7 +118,7 @@ class Planner:
       primals: How the function's results are held: those in float32 are needed as exactly here.
       out_forms: How the rule's results must be held; as they come out when None.
     """
-    outs = (n for n, form in enumerate(primals) if form is not None and form.kind is Kind.DATA)
+    outs = (n for n, form in enumerate(primals) if is_data(form))
     return self.plan(
       jaxpr, in_forms, place, out_forms, Known(self.analyses.near_one.exact(jaxpr, outs))
     )
@@ -285,8 +282,6 @@ class _Walk:
   def rule(self, sight: Sight) -> tuple[Rule, Sharpening | None]:
     """The table's rule, or that of what only the equation shows, and this."""
     if sight.rule is Rule.FOREIGN:
-      if sight.has_float32:
-        self.planner.unknown[sight.name] += 1
       return Rule.TRACED, None
     found = sharpening_of(sight)
     return (sight.rule if found is None else found.rule), found

@@ -15,7 +15,7 @@ from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.plan import Place
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import CONSTANT, FEW, PARAM, Form, Forms, Kind, join
+from mpjax._engine.program.kinds import CONSTANT, FEW, PARAM, Forms, Kind, is_data, is_narrow, join
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
@@ -54,12 +54,12 @@ class Sight(NamedTuple):
   def is_narrow(self) -> bool:
     """Whether its operands are held in 16 bits together."""
     form = join(self.forms)
-    return form is not None and form.kind is Kind.NARROW
+    return is_narrow(form)
 
   @property
   def has_narrow(self) -> bool:
     """Whether a layer made one of its operands."""
-    return any(form is not None and form.kind is Kind.NARROW for form in self.forms)
+    return any(map(is_narrow, self.forms))
 
   @property
   def has_layer(self) -> bool:
@@ -69,7 +69,7 @@ class Sight(NamedTuple):
   @property
   def are_float16(self) -> Sequence[bool]:
     """Which of its operands came out of a matmul and are held in float16."""
-    return [f is not None and f.kind is Kind.NARROW and f.dtype == FLOAT16 for f in self.forms]
+    return [is_narrow(f) and f.dtype == FLOAT16 for f in self.forms]
 
 
 def is_amplified(sight: Sight) -> bool:
@@ -159,10 +159,6 @@ def reads_solution(sight: Sight) -> bool:
   if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
     return True
   return sight.result not in around.leading.multiplied
-
-
-def _is_data(form: Form | None) -> bool:
-  return form is not None and form.kind is Kind.DATA
 
 
 def has_integer(sight: Sight) -> bool:
@@ -258,7 +254,7 @@ def hands_on(sight: Sight) -> bool:
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   trained = [a for a in read if a in sight.around.sums.pure]
   if len(read) > 1:
-    return all(map(_is_data, sight.forms)) and not trained
+    return all(map(is_data, sight.forms)) and not trained
   if not read or sight.result not in found.leads:
     depends = jaxprs.places_of(sight.eqn.invars, found.reads)
     return not (has_layer or depends) and sight.result in found.leads
@@ -317,7 +313,7 @@ def picks_numbers(sight: Sight) -> bool:
   Read in float32, their cotangents meet those of the logsumexp before they round.
   """
   picks, form = set(sight.eqn.params["slice_sizes"]) <= {1}, sight.forms[0]
-  return picks and form is not None and form.kind is Kind.NARROW
+  return picks and is_narrow(form)
 
 
 def fills_with_another(sight: Sight) -> bool:

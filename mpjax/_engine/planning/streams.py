@@ -19,7 +19,7 @@ import numpy as np
 from mpjax._core.dtypes import BFLOAT16
 from mpjax._engine.planning.plan import ELEMENTWISE, FUNCTIONS, Step, is_elementwise
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import Forms, Kind
+from mpjax._engine.program.kinds import Forms, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 SUMS = frozenset({"add", "sub"})
@@ -55,7 +55,7 @@ class Streams:
     """
     if not self._of_narrow or eqn.outvars[0] not in self._multiplied:
       return vias, forms
-    stream = [form for form in forms if form is not None and form.kind is Kind.NARROW]
+    stream = [form for form in forms if is_narrow(form)]
     size = jaxprs.size(eqn.outvars[0])
     joins = [
       not isinstance(atom, Literal)

@@ -6,7 +6,7 @@ The meanings are a chain of four, `Kind`; what each primitive does to them is in
 
 import enum
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +46,16 @@ FEW = 16
 """How many terms lose in 16 bits no more than other values do."""
 
 
+def is_narrow(form: Form | None) -> TypeGuard[Form]:
+  """Whether a value is held in 16 bits."""
+  return form is not None and form.kind is Kind.NARROW
+
+
+def is_data(form: Form | None) -> TypeGuard[Form]:
+  """Whether a value is float32 that was meant."""
+  return form is not None and form.kind is Kind.DATA
+
+
 def narrow(dtype: np.dtype) -> Form:
   """The form of a value held in a 16-bit format."""
   return Form(Kind.NARROW, dtype)
@@ -60,7 +70,7 @@ def join(forms: Iterable[Form | None]) -> Form | None:
   if not known:
     return None
   top = max(known)
-  formats = {form.dtype for form in known if form.kind is Kind.NARROW}
+  formats = {form.dtype for form in known if is_narrow(form)}
   return DATA if top.kind is Kind.NARROW and len(formats) > 1 else top
 
 

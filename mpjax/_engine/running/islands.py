@@ -22,7 +22,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine.planning.plan import Plan, Readers, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.kinds import Kind
+from mpjax._engine.program.kinds import Kind, is_data
 from mpjax._engine.program.versions import Literal, Var
 from mpjax._engine.running import softmax
 from mpjax._engine.running.softmax import Softmax
@@ -119,7 +119,7 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
 
 def _is_wide_elementwise(step: Step) -> bool:
   """Whether a step computes one float32 value, element by element."""
-  if len(step.outs) != 1 or step.outs[0] is None or step.outs[0].kind is not Kind.DATA:
+  if len(step.outs) != 1 or not is_data(step.outs[0]):
     return False
   if step.eqn.effects:
     return False

@@ -14,7 +14,7 @@ import jax
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine.planning.plan import Step
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import Kind
+from mpjax._engine.program.kinds import is_narrow
 from mpjax._engine.running.attached_derivatives import with_derivative
 from mpjax._engine.running.environment import to_dtype
 
@@ -25,7 +25,7 @@ def may_repeat(step: Step) -> bool:
     return False
   form, (_, indices) = step.operands[0], step.eqn.invars
   several = jaxprs.size_of(jaxprs.shape(indices)[:-1]) > 1
-  return several and form is not None and form.kind is Kind.NARROW and step.outs[0] == form
+  return several and is_narrow(form) and step.outs[0] == form
 
 
 def adding_up(step: Step) -> Callable[..., jax.Array]:

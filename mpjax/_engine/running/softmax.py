@@ -20,7 +20,7 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine.planning.plan import Readers, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import Form, Kind
+from mpjax._engine.program.kinds import Kind, is_data
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 from mpjax._engine.running.environment import to_dtype
 
@@ -87,15 +87,15 @@ def match(
     and len(formats) == 1
     and FLOAT32 not in formats
     and all(_is_inside(steps, readers, n, members) for n in members[:-1])
-    and all(_is_data(steps[n].outs[0]) for n in members)
+    and all(is_data(steps[n].outs[0]) for n in members)
   )
   if not fits:
     return None
-  matmul = _matmul_behind(steps, readers, last) if _is_data(steps[shifted].operands[0]) else None
+  matmul = _matmul_behind(steps, readers, last) if is_data(steps[shifted].operands[0]) else None
   if matmul is not None and _was_narrow(x, steps, makers):
     matmul = None
   held = None if matmul is not None else shared_format(readers, steps[last])
-  if multiples and len(readers[result]) == 1 and not _is_data(steps[shifted].operands[0]):
+  if multiples and len(readers[result]) == 1 and not is_data(steps[shifted].operands[0]):
     held = formats[0]  # its cotangent is stored as exactly as the scores are
   reading = [steps[n].eqn.primitive.name for n, _ in readers[result] if n >= 0]
   return Softmax(
@@ -132,10 +132,6 @@ def _is_multiple(step: Step) -> bool:
   kinds = [form and form.kind for form in step.operands]
   is_product = name == "mul" and {*kinds} == {Kind.DATA, Kind.CONSTANT}
   return is_product or (name == "div" and kinds == [Kind.DATA, Kind.CONSTANT])
-
-
-def _is_data(form: Form | None) -> bool:
-  return form is not None and form.kind is Kind.DATA
 
 
 def _was_narrow(var: Var, steps: Sequence[Step], makers: Mapping[Var, int]) -> bool:

@@ -23,7 +23,7 @@ from _programs import EXTRAS, INPUTS, PARAMS, WIDER, Gene, as_is, genes, program
 from mpjax._core.policy_map import as_policy_map
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine.execute import decide
-from mpjax._engine.program.jaxprs import may_transform_points
+from mpjax._engine.program.matmuls import may_transform_points
 
 COMPUTE = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from mpjax._core.primitives import MATMULS, Trait, having
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
-from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn
+from mpjax._engine.program.matmuls import operation, weights_of
+from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 
 SOLVES = having(Trait.FACTORS) | {"householder_product", "ormqr"}
 """What solves a linear system or decomposes a matrix."""
@@ -19,8 +20,6 @@ _WEIGHTED = "weighted sum"
 """Stands beside the names of primitives for matmuls with what may be weights."""
 _SKIPS = "every other entry"
 """And that for slices that skip."""
-_KERNEL = 64
-"""Numbers of a kernel that is a stencil, and no layer."""
 
 
 class Contents:
@@ -52,7 +51,7 @@ class Contents:
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
     if eqn.primitive.name not in _JITTED:
-      return jaxprs.operation(eqn) in _SUMS
+      return operation(eqn) in _SUMS
     (body,) = bodies_of(eqn)
     return self.any_of(_SUMS, body.jaxpr)
 
@@ -75,15 +74,3 @@ class Contents:
 def skips_entries(eqn: JaxprEqn) -> bool:
   """Whether an equation takes every other entry of something."""
   return eqn.primitive.name == "slice" and 2 in (eqn.params["strides"] or ())
-
-
-def weights_of(eqn: JaxprEqn) -> list[Atom]:
-  """The operands of a matmul or convolution that may be weights: vectors, and small kernels.
-
-  A vector has one dimension, along which the other operand is summed.
-  """
-  if eqn.primitive.name == "conv_general_dilated":
-    return [atom for atom in eqn.invars[1:] if jaxprs.size(atom) <= _KERNEL]
-  contracted, _ = eqn.params["dimension_numbers"]
-  pairs = zip(eqn.invars, contracted, strict=True)
-  return [atom for atom, dims in pairs if len(dims) == 1 and len(jaxprs.shape(atom)) == 1]

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine.analyses.origins import Origins
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import HAVE_BODIES
-from mpjax._engine.program.jaxprs import operation, variables_of
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Literal, Var
 
 _ADDS = frozenset({"add", "sub"})
@@ -199,7 +200,7 @@ def _behind(term: Var, origins: Origins) -> Iterator[_Before]:
       continue
     name, read = operation(made), origins.of_all(made.invars)
     read = read[:1] if name == "pow" else read  # to a power that is a number
-    is_inner = name == "dot_general" and jaxprs.is_inner(made)
+    is_inner = name == "dot_general" and matmuls.is_inner(made)
     if name == "dot_general" and any(isinstance(atom, Literal) for atom in read):
       name = "reduce_sum"  # by a vector of ones
     if name in HAVE_BODIES:

@@ -29,7 +29,7 @@ from mpjax._engine.analyses.power_iteration import Own, own_variables, power_ite
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.small_steps import View
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -358,7 +358,7 @@ class Knowledge:
 
   @functools.cached_property
   def _by_vectors(self) -> Counter[int]:
-    pairs = (pair for eqn in self._inner.eqns for pair in jaxprs.vectors(eqn))
+    pairs = (pair for eqn in self._inner.eqns for pair in matmuls.vectors(eqn))
     return Counter(id(self._source(matrix)) for _, matrix in pairs)
 
   def is_tested(self, atom: Atom) -> bool:

@@ -22,7 +22,7 @@ from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, RULES, UNCHANGED, Rul
 from mpjax._core.scopes import is_backward
 from mpjax._engine.analyses.contents import SOLVES, Contents
 from mpjax._engine.analyses.loop_carries import TERMS
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.jaxprs import ordered_places, places_of, variables_of
 from mpjax._engine.program.kinds import FEW
@@ -294,7 +294,7 @@ def powers(inner: Jaxpr, carried: Collection[Var]) -> frozenset[Var]:
   bases: dict[Var, Atom] = {}
   again = set[Var](carried)
   for eqn in inner.eqns:
-    if eqn.primitive.name == "dot_general" and jaxprs.is_square_product(eqn):
+    if eqn.primitive.name == "dot_general" and matmuls.is_square_product(eqn):
       first, second = [a if isinstance(a, Literal) else bases.get(a, a) for a in eqn.invars]
       if first is second:
         bases[eqn.outvars[0]] = first

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from mpjax._core import scopes
 from mpjax._core.primitives import MATMULS, RULES, UNCHANGED, Rule, Trait, having
 from mpjax._engine.analyses.contents import Contents
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.versions import AnyJaxpr, Jaxpr, JaxprEqn, Var
@@ -200,7 +200,7 @@ class Needs:
           read = self._through_bodies(asked_at(question, eqn), eqn, results)[0]
           found |= variables_of(eqn.invars[n] for n in read)
         elif name in question.ends:
-          is_layer = not (jaxprs.is_inner(eqn) or jaxprs.may_transform_points(eqn))
+          is_layer = not (matmuls.is_inner(eqn) or matmuls.may_transform_points(eqn))
           is_end = asked_at(question, eqn).ends and is_layer
           found |= variables_of(eqn.invars) if is_end else set()
         elif not found.isdisjoint(eqn.outvars) and (

@@ -20,7 +20,8 @@ from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.jaxprs import operation, variables_of
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 

@@ -51,7 +51,8 @@ from mpjax._engine.analyses.roles import (
 )
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.program.jaxprs import operation, places_of, variables_of
+from mpjax._engine.program.jaxprs import places_of, variables_of
+from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 TURNS = 8

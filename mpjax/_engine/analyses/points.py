@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mpjax._core.primitives import MATMULS, UNCHANGED
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
 
@@ -40,23 +40,23 @@ def transforms_points(
   """
   if eqn.primitive.name != "dot_general":
     return False
-  terms = jaxprs.terms(eqn)
-  if terms > jaxprs.DIMENSIONS + 1:
+  terms = matmuls.terms(eqn)
+  if terms > matmuls.DIMENSIONS + 1:
     return False
   for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
     of_matrix, of_points = forms[n], forms[1 - n]
     if (
-      not _has_few_rows(jaxprs.free(eqn, n), terms)
+      not _has_few_rows(matmuls.free(eqn, n), terms)
       or is_narrow(of_points)
       or _are_weights(matrix, of_matrix, makers)
     ):
       continue
-    if terms > jaxprs.DIMENSIONS:
+    if terms > matmuls.DIMENSIONS:
       found = _is_put_together(matrix, makers, by_rows_and_columns=True)
     else:
       found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, makers)
     is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
-    are_many = max(jaxprs.free(eqn, 1 - n), default=1) > jaxprs.DIMENSIONS >= terms
+    are_many = max(matmuls.free(eqn, 1 - n), default=1) > matmuls.DIMENSIONS >= terms
     are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
     if found or (is_given and are_many and not are_weights):
       return True
@@ -65,9 +65,9 @@ def transforms_points(
 
 def _has_few_rows(free: list[int], terms: int) -> bool:
   """Whether a matrix has as few rows as a rotation, or the three or four of a homogeneous one."""
-  if terms > jaxprs.DIMENSIONS:
-    return jaxprs.DIMENSIONS in free or terms in free
-  return bool(free) and 1 < min(free) <= jaxprs.DIMENSIONS
+  if terms > matmuls.DIMENSIONS:
+    return matmuls.DIMENSIONS in free or terms in free
+  return bool(free) and 1 < min(free) <= matmuls.DIMENSIONS
 
 
 def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core.primitives import Trait, having
 from mpjax._engine.program import jaxprs
+from mpjax._engine.program.matmuls import free
 from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 T = TypeVar("T")
@@ -91,7 +92,6 @@ def power_iteration(inner: Jaxpr, state: Collection[Var]) -> set[Var]:
 
 def _operands(eqn: JaxprEqn) -> Iterator[tuple[Any, Sequence[int], bool]]:
   """The operands of a matmul, each with its contracted dimensions, and whether it is one vector."""
-  for atom, contracted, batch in zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True):
-    shape = jaxprs.shape(atom)
-    free = (size for d, size in enumerate(shape) if d not in contracted and d not in batch)
-    yield atom, contracted, all(size == 1 for size in free)
+  contracted, _ = eqn.params["dimension_numbers"]
+  for n, atom in enumerate(eqn.invars):
+    yield atom, contracted[n], all(size == 1 for size in free(eqn, n))

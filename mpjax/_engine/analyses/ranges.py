@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.primitives import KEEPS_NUMBERS
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.versions import JaxprEqn, Literal, Var
 
 
@@ -78,7 +78,7 @@ def range_after(
     made: The equations before it, by what they made.
     of: Tells where any operand of these lies.
   """
-  name = jaxprs.operation(eqn)
+  name = matmuls.operation(eqn)
   if name in _KEEP_RANGE and name != "clamp":
     return _chosen(eqn, read)
   if name == "div" and read[1].low > 0 and (share := _of_share(eqn, made, of)):

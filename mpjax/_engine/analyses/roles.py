@@ -20,8 +20,9 @@ from mpjax._engine.analyses.loop_carries import accumulates
 from mpjax._engine.analyses.ranges import ANYWHERE, Range, hull, range_after, widened
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, repetitions, settled
-from mpjax._engine.program.jaxprs import kind, operation, places_of, sources, variables_of
+from mpjax._engine.program.jaxprs import kind, places_of, sources, variables_of
 from mpjax._engine.program.kinds import keeps_its_distance
+from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = frozenset[int]

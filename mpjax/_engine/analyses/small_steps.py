@@ -19,6 +19,7 @@ from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
 from mpjax._engine.analyses.constants import numbers_of, only
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.program.matmuls import terms
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 SMALL = 1 / 32
@@ -309,8 +310,7 @@ def _summed(eqn: JaxprEqn) -> int:
   """How many values an equation adds up to one of its result; 0 for one that adds up none."""
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
-    (contracted, _), _ = params["dimension_numbers"]
-    return jaxprs.size_of([jaxprs.shape(eqn.invars[0])[dim] for dim in contracted])
+    return terms(eqn)
   if name == "conv_general_dilated":
     kernel = jaxprs.shape(eqn.invars[1])
     features = params["dimension_numbers"].rhs_spec[0]

@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 
 from mpjax._core.dtypes import BFLOAT16, is_of
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, Rule, Trait, having
-from mpjax._engine.program.jaxprs import contracts_nothing, is_float32, is_inner
+from mpjax._engine.program.jaxprs import is_float32
 from mpjax._engine.program.kinds import PARAM, Form, Forms
+from mpjax._engine.program.matmuls import contracts_nothing, is_inner
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 _ARITHMETIC = having(Trait.ARITHMETIC)

@@ -18,7 +18,7 @@ from mpjax._engine.analyses.small_steps import is_small_step
 from mpjax._engine.planning import sight
 from mpjax._engine.planning.own_unit import adds_much
 from mpjax._engine.planning.sight import Sight
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
 from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
 
@@ -148,7 +148,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "inner product",
     MATMULS,
-    lambda s: jaxprs.is_inner(s.eqn),
+    lambda s: matmuls.is_inner(s.eqn),
     Rule.FULL,
     "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
   ),
@@ -190,7 +190,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "outer product",
     MATMULS,
-    lambda s: jaxprs.contracts_nothing(s.eqn) and not s.is_narrow,
+    lambda s: matmuls.contracts_nothing(s.eqn) and not s.is_narrow,
     Rule.MULTIPLY,
     "a product that contracts nothing is a multiplication: positions survive",
   ),

@@ -10,11 +10,10 @@ import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import MATMULS, Rule
-from mpjax._engine.analyses.contents import weights_of
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.plan import Place
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import CONSTANT, FEW, PARAM, Forms, Kind, is_data, is_narrow, join
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
@@ -112,7 +111,7 @@ def iterates(sight: Sight) -> bool:
   batch are kept for the backward pass, in 16 bits, as what the experts of a router say.
   """
   around, carried = sight.around, sight.around.carried
-  for vector, matrix in jaxprs.vectors(sight.eqn):
+  for vector, matrix in matmuls.vectors(sight.eqn):
     if not isinstance(matrix, Literal) and matrix in carried:
       return not around.sums.may_be_of_layers([vector])
     if around.is_result(matrix) and around.is_result(vector):
@@ -128,7 +127,7 @@ def is_phase(sight: Sight) -> bool:
   """
   if sight.result not in sight.around.leading.phases or sight.has_narrow:
     return False
-  if sight.name == "dot_general" and jaxprs.terms(sight.eqn) <= jaxprs.DIMENSIONS:
+  if sight.name == "dot_general" and matmuls.terms(sight.eqn) <= matmuls.DIMENSIONS:
     return True
   return not sight.has_layer and not is_of_parameters(sight)
 
@@ -187,9 +186,7 @@ def is_weighted_sum(sight: Sight) -> bool:
   """
   if sight.name != "dot_general" or not has_constant_weights(sight):
     return False
-  (contracted, _), _ = sight.eqn.params["dimension_numbers"]
-  terms = jaxprs.size_of([jaxprs.shape(sight.eqn.invars[0])[dim] for dim in contracted])
-  return terms <= SHORT or is_head(sight)
+  return matmuls.terms(sight.eqn) <= SHORT or is_head(sight)
 
 
 def has_constant_weights(sight: Sight) -> bool:
@@ -200,7 +197,7 @@ def has_constant_weights(sight: Sight) -> bool:
   constant, is_kernel = sight.around.made.constant, sight.name == "conv_general_dilated"
   if not constant or sight.has_narrow or (PARAM in sight.forms and not is_kernel):
     return False
-  return bool(jaxprs.places_of(weights_of(sight.eqn), constant))
+  return bool(jaxprs.places_of(matmuls.weights_of(sight.eqn), constant))
 
 
 def is_fixed_transform(sight: Sight) -> bool:
@@ -266,8 +263,8 @@ def is_of_few(eqn: JaxprEqn) -> bool:
   """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
   if eqn.primitive.name != "dot_general":
     return False
-  free = [jaxprs.size_of([dim]) for n in (0, 1) for dim in jaxprs.free(eqn, n)]
-  return max([jaxprs.terms(eqn), *free]) <= FEW
+  free = [jaxprs.size_of([dim]) for n in (0, 1) for dim in matmuls.free(eqn, n)]
+  return max([matmuls.terms(eqn), *free]) <= FEW
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

@@ -80,71 +80,8 @@ def is_known(dim: Any) -> bool:
   return isinstance(dim, int | np.integer)
 
 
-DIMENSIONS = 3
-"""Of space."""
-
 SYMBOLIC = 2**16 + 1
 """What a symbolic dimension is taken for: large, and unlikely to be the size of anything else."""
-
-
-def contracts_nothing(eqn: JaxprEqn) -> bool:
-  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
-  return eqn.primitive.name == "dot_general" and terms(eqn) == 1
-
-
-def terms(eqn: JaxprEqn) -> int:
-  """How many products a `dot_general` adds up to a number of its result."""
-  (contracted, _), _ = eqn.params["dimension_numbers"]
-  summed = shape(eqn.invars[0])
-  return size_of([summed[dim] for dim in contracted])
-
-
-def free(eqn: JaxprEqn, operand: int) -> list[int]:
-  """The dimensions of an operand of a `dot_general` that the other does not have."""
-  contracted, batch = eqn.params["dimension_numbers"]
-  shared = (*contracted[operand], *batch[operand])
-  return [size for dim, size in enumerate(shape(eqn.invars[operand])) if dim not in shared]
-
-
-def may_transform_points(eqn: JaxprEqn) -> bool:
-  """Whether a matmul has an operand as small as a matrix that rotates or projects points."""
-  if eqn.primitive.name != "dot_general" or terms(eqn) > DIMENSIONS:
-    return False
-  return any(1 < min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
-
-
-def is_inner(eqn: JaxprEqn) -> bool:
-  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
-  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
-    return False
-  contracted, batch = eqn.params["dimension_numbers"]
-  return all(
-    len(shape(atom)) == len(summed) + len(kept)
-    for atom, summed, kept in zip(eqn.invars, contracted, batch, strict=True)
-  )
-
-
-def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:
-  """The vectors that a matmul multiplies, each with what it does so by; none of a batch."""
-  if eqn.primitive.name != "dot_general" or any(eqn.params["dimension_numbers"][1]):
-    return
-  for n, pair in enumerate((eqn.invars, eqn.invars[::-1])):
-    if size_of(free(eqn, n)) == 1:
-      yield pair[0], pair[1]
-
-
-def is_square_product(eqn: JaxprEqn) -> bool:
-  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
-  (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])
-  rows, along = len(first) - 2, tuple(range(len(first) - 2))
-  wanted = [(rows + 1,), (rows,), along, along]
-  return first == shape(eqn.invars[1]) and [*map(tuple, (*contracted, *batch))] == wanted
-
-
-def operation(eqn: JaxprEqn) -> str:
-  """What an equation does, as the name of a primitive: an outer product multiplies."""
-  name = eqn.primitive.name
-  return "mul" if name == "dot_general" and contracts_nothing(eqn) else name
 
 
 def with_dtype(aval: Any, dtype: np.dtype) -> Any:

@@ -18,6 +18,7 @@ from jax.experimental import jet
 from jax.interpreters import mlir
 
 from mpjax._core.dtypes import FLOAT32
+from mpjax._engine.program.matmuls import free_of
 from mpjax._engine.program.new_primitive import new_primitive
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
@@ -41,10 +42,7 @@ def in_order(contracted: Sequence[Dims], batch: Sequence[Dims], precision: Any) 
   behind = range(len(along), len(along) + len(contracted[1]))
 
   def run(left: jax.Array, right: jax.Array) -> jax.Array:
-    free = [
-      [dim for dim in range(x.ndim) if dim not in (*c, *b)]
-      for x, c, b in zip((left, right), contracted, batch, strict=True)
-    ]
+    free = [free_of(x.ndim, contracted[n], batch[n]) for n, x in enumerate((left, right))]
     left = fixed(lax.transpose(left, (*batch[0], *free[0], *contracted[0])))
     right = fixed(lax.transpose(right, (*batch[1], *contracted[1], *free[1])))
     dims: Any = ((range(left.ndim - len(behind), left.ndim), behind), (along, along))

@@ -17,7 +17,7 @@ from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine.planning.decisions import PRODUCTS
 from mpjax._engine.planning.plan import Plan, Step, shared_by_turns
 from mpjax._engine.planning.planner import Planner
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import mapped
 from mpjax._engine.program.kinds import PARAM
 from mpjax._engine.program.versions import ClosedJaxpr, JaxprEqn
@@ -321,16 +321,15 @@ def _with_float32_sums(
 
 def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """A matmul that contracts nothing, as the multiplication that it is: exact on every device."""
-  if not jaxprs.contracts_nothing(step.eqn):
+  if not matmuls.contracts_nothing(step.eqn):
     return _weigh(interpreter, step, operands)
   contracted, batch = step.params["dimension_numbers"]
   shaped = []
-  free = [x.ndim - len(c) - len(b) for x, c, b in zip(operands, contracted, batch, strict=True)]
+  free = matmuls.free_dims(step.eqn, 0), matmuls.free_dims(step.eqn, 1)
   for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
-    own = [dim for dim in range(x.ndim) if dim not in (*ones, *along)]
-    x = lax.squeeze(lax.transpose(x, (*along, *own, *ones)), range(x.ndim - len(ones), x.ndim))
-    start = len(along) + (free[0] if n == 0 else 0)
-    shaped.append(lax.expand_dims(x, range(start, start + free[1 - n])))
+    x = lax.squeeze(lax.transpose(x, (*along, *free[n], *ones)), range(x.ndim - len(ones), x.ndim))
+    start = len(along) + (len(free[0]) if n == 0 else 0)
+    shaped.append(lax.expand_dims(x, range(start, start + len(free[1 - n]))))
   return [jnp.multiply(*(to_dtype(x, FLOAT32) for x in shaped))]
 
 

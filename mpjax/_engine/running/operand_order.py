@@ -20,6 +20,7 @@ from jax import lax
 from mpjax._core.primitives import Rule
 from mpjax._engine.planning.plan import Order, Plan, Step
 from mpjax._engine.program import jaxprs
+from mpjax._engine.program.matmuls import free_dims
 
 
 def turned(plan: Plan) -> dict[int, Order]:
@@ -60,7 +61,7 @@ def _order(step: Step, permutation: Sequence[int]) -> Order | None:
   turned, too: its copy stays for the backward pass. What XLA does by itself is left to it: halves
   that are in order once exchanged.
   """
-  free, read = _free(step), [*map(int, permutation)]
+  free, read = (free_dims(step.eqn, 0), free_dims(step.eqn, 1)), [*map(int, permutation)]
   rows = _rows(free, len(read))
   first, second = as_read = [sorted(half, key=read.index) for half in rows]
   exchanged = bool(first and second) and read.index(second[-1]) < read.index(first[0])
@@ -76,15 +77,6 @@ def _order(step: Step, permutation: Sequence[int]) -> Order | None:
   return Order(exchanged, order) if exchanged or order != free else None
 
 
-def _free(step: Step) -> tuple[tuple[int, ...], ...]:
-  """For each operand, its dimensions that are neither matched nor summed over."""
-  contracted, batch = step.params["dimension_numbers"]
-  return tuple(
-    tuple(n for n in range(len(jaxprs.shape(atom))) if n not in (*c, *b))
-    for atom, c, b in zip(step.eqn.invars, contracted, batch, strict=True)
-  )
-
-
 def _rows(free: tuple[tuple[int, ...], ...], rank: int) -> tuple[range, range]:
   """Where the dimensions of the two operands stand in a result of a rank, as written."""
   middle = rank - len(free[1])
@@ -95,7 +87,7 @@ def run(step: Step, order: Order, left: jax.Array, right: jax.Array) -> jax.Arra
   """The matmul of a step, computed in another order; its result has the one that is written."""
   contracted, batch = step.params["dimension_numbers"]
   rest = {k: v for k, v in step.params.items() if k != "dimension_numbers"}
-  natural, matched = _free(step), range(len(batch[0]))
+  natural, matched = (free_dims(step.eqn, 0), free_dims(step.eqn, 1)), range(len(batch[0]))
   rows = _rows(natural, len(jaxprs.shape(step.eqn.outvars[0])))
   labels: list[int] = [*matched]
   sides = []

@@ -1,0 +1,92 @@
+"""What a matmul multiplies and adds up, as the dimension numbers of a `dot_general` say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mpjax._engine.program.jaxprs import shape, size, size_of
+from mpjax._engine.program.versions import Atom, JaxprEqn
+
+DIMENSIONS = 3
+"""Of space."""
+
+_KERNEL = 64
+"""Numbers of a kernel that is a stencil, and no layer."""
+
+
+def operation(eqn: JaxprEqn) -> str:
+  """What an equation does, as the name of a primitive: an outer product multiplies."""
+  name = eqn.primitive.name
+  return "mul" if name == "dot_general" and contracts_nothing(eqn) else name
+
+
+def contracts_nothing(eqn: JaxprEqn) -> bool:
+  """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
+  return eqn.primitive.name == "dot_general" and terms(eqn) == 1
+
+
+def terms(eqn: JaxprEqn) -> int:
+  """How many products a `dot_general` adds up to a number of its result."""
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  summed = shape(eqn.invars[0])
+  return size_of([summed[dim] for dim in contracted])
+
+
+def free_dims(eqn: JaxprEqn, operand: int) -> tuple[int, ...]:
+  """Which dimensions of an operand of a `dot_general` the other does not have."""
+  contracted, batch = eqn.params["dimension_numbers"]
+  return free_of(len(shape(eqn.invars[operand])), contracted[operand], batch[operand])
+
+
+def free_of(rank: int, contracted: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
+  """Those of so many dimensions that are neither summed nor matched."""
+  return tuple([dim for dim in range(rank) if dim not in contracted and dim not in batch])
+
+
+def free(eqn: JaxprEqn, operand: int) -> list[int]:
+  """How long these are."""
+  sizes = shape(eqn.invars[operand])
+  return [sizes[dim] for dim in free_dims(eqn, operand)]
+
+
+def may_transform_points(eqn: JaxprEqn) -> bool:
+  """Whether a matmul has an operand as small as a matrix that rotates or projects points."""
+  if eqn.primitive.name != "dot_general" or terms(eqn) > DIMENSIONS:
+    return False
+  return any(1 < min(free(eqn, n), default=0) <= DIMENSIONS for n in (0, 1))
+
+
+def is_inner(eqn: JaxprEqn) -> bool:
+  """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
+  if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
+    return False
+  return not (free_dims(eqn, 0) or free_dims(eqn, 1))
+
+
+def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:
+  """The vectors that a matmul multiplies, each with what it does so by; none of a batch."""
+  if eqn.primitive.name != "dot_general" or any(eqn.params["dimension_numbers"][1]):
+    return
+  for n, pair in enumerate((eqn.invars, eqn.invars[::-1])):
+    if size_of(free(eqn, n)) == 1:
+      yield pair[0], pair[1]
+
+
+def is_square_product(eqn: JaxprEqn) -> bool:
+  """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
+  (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])
+  rows, along = len(first) - 2, tuple(range(len(first) - 2))
+  wanted = [(rows + 1,), (rows,), along, along]
+  return first == shape(eqn.invars[1]) and [*map(tuple, (*contracted, *batch))] == wanted
+
+
+def weights_of(eqn: JaxprEqn) -> list[Atom]:
+  """The operands of a matmul or convolution that may be weights: vectors, and small kernels.
+
+  A vector has one dimension, along which the other operand is summed.
+  """
+  if eqn.primitive.name == "conv_general_dilated":
+    return [atom for atom in eqn.invars[1:] if size(atom) <= _KERNEL]
+  contracted, _ = eqn.params["dimension_numbers"]
+  pairs = zip(eqn.invars, contracted, strict=True)
+  return [atom for atom, dims in pairs if len(dims) == 1 and len(shape(atom)) == 1]

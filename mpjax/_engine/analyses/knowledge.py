@@ -9,8 +9,6 @@ gathered for one jaxpr, and handed on to the bodies that this holds.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import MATMULS, UNCHANGED, Rule
 from mpjax._engine.analyses.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
 from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, totaled
 from mpjax._engine.analyses.made_of import Made, Makings, is_computed
@@ -29,7 +28,7 @@ from mpjax._engine.analyses.power_iteration import Own, own_variables, power_ite
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.small_steps import View
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
-from mpjax._engine.program import jaxprs, matmuls, versions
+from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -44,9 +43,9 @@ class Known(NamedTuple):
     made: Which operands are made of something alone, see `made_of`.
     leading: Which results lead somewhere, see `lookahead`.
     moments: Which results are moments of which one is subtracted from another, see `moments`.
-    computed: Which operands are matrices that the program makes of numbers alone, if there are
+    of_numbers: Which operands are matrices that the program makes of numbers alone, if there are
       matmuls.
-    results: Which operands equations made, in float32, or loops hand on, if there are matmuls.
+    made_before: Which operands equations made, in float32, or loops hand on, if there are matmuls.
     numbers: For each operand the numbers that occur in it, None where they are not known; empty
       if they are known of none.
     own: Which operands depend on nothing but a model's parameters and state.
@@ -65,8 +64,8 @@ class Known(NamedTuple):
   made: Made[int] = Made()
   leading: Leading[int] = Leading()
   moments: tuple[int, ...] = ()
-  computed: frozenset[int] = frozenset()
-  results: frozenset[int] = frozenset()
+  of_numbers: frozenset[int] = frozenset()
+  made_before: frozenset[int] = frozenset()
   numbers: tuple[NumberSet, ...] = ()
   own: Own[int] = Own()
   logarithms: tuple[int, ...] = ()
@@ -125,8 +124,8 @@ class Knowledge:
     tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
-    computed: Operands that the program makes of numbers alone.
-    results: Operands that equations made in float32, or loops hand on.
+    of_numbers: Operands that the program makes of numbers alone.
+    iterations: What equations made, and what is multiplied by a vector again and again.
     powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
     view: What makes each variable, and which are a number.
@@ -165,10 +164,18 @@ class Knowledge:
     self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
-    self.computed = frozenset(inner.invars[n] for n in known.computed)
-    self.results = frozenset(inner.invars[n] for n in known.results)
+    self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)
+    self.iterations = Iterations(
+      inner,
+      makers,
+      analyses.contents,
+      self.sums.pure,
+      lambda atom: self._source(atom),
+      frozenset(inner.invars[n] for n in known.made_before),
+      self.carried,
+    )
     self.adapting = analyses.adapting
     self.numbers = _numbers(analyses.adapting, jaxpr, known)
     self.view = View(
@@ -297,8 +304,8 @@ class Knowledge:
       made=analyses.makings.entering(eqn, body, self.made),
       leading=analyses.needs.entering(eqn, self.leading),
       moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
-      computed=self._computed_in(body, atoms, forms, sums.of_parameters),
-      results=self._results_in(body, atoms, forms),
+      of_numbers=self._of_numbers_in(body, atoms, forms, sums.of_parameters),
+      made_before=self.iterations.entering(body, atoms, forms),
       numbers=numbers if any(n is not None for n in numbers) else (),
       own=own,
       logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
@@ -310,7 +317,7 @@ class Knowledge:
       tested=jaxprs.places_of(atoms, self.tested),
     )
 
-  def _computed_in(
+  def _of_numbers_in(
     self, body: Body, atoms: Sequence[Atom], forms: Forms, of_parameters: frozenset[int]
   ) -> frozenset[int]:
     matrices = [
@@ -325,80 +332,15 @@ class Knowledge:
     if not matrices or not self._analyses.contents.matmuls(body.jaxpr):
       return frozenset()
     makers = self.view.makers
-    return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.computed))
-
-  def is_result(self, atom: Atom) -> bool:
-    """Whether a value was computed, and not only moved, cut or scaled since it was given.
-
-    As the weights of a quantized layer are, times their scale. Nor of parameters alone: what is
-    made of these may be weights, as an orthogonal matrix.
-    """
-    if not isinstance(atom, Literal) and atom in self.sums.pure:
-      return False
-    waiting, makers, primitives = [atom], self.view.makers, self._analyses.contents.primitives
-    for _ in range(_LOOKS):
-      if not waiting:
-        return isinstance(atom, Literal)
-      before = waiting.pop()
-      if isinstance(before, Literal) or not jaxprs.is_float32(before):
-        continue  # a mask, or the integers of a quantized layer
-      made = makers.get(before)
-      if before in self.results:
-        return True
-      if made is None or any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
-        continue  # given, or drawn, as weights are
-      if made.primitive.name not in _SCALED:
-        return True
-      waiting += _as_large(made, makers)
-    return False
-
-  def multiplies_vectors(self, matrix: Atom) -> bool:
-    """Whether several equations multiply a matrix by a vector."""
-    return self._by_vectors[id(self._source(matrix))] > 1
-
-  @functools.cached_property
-  def _by_vectors(self) -> Counter[int]:
-    pairs = (pair for eqn in self._inner.eqns for pair in matmuls.vectors(eqn))
-    return Counter(id(self._source(matrix)) for _, matrix in pairs)
+    return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.of_numbers))
 
   def is_tested(self, atom: Atom) -> bool:
     """Whether the test of a loop reads what a value was moved from, too."""
     source = self._source(atom) if self.tested else None
     return not isinstance(source, Literal) and source in self.tested
 
-  def depends_on_carry(self, atom: Atom) -> bool:
-    """Whether a value is made of what a loop hands on, a few equations before."""
-    if not self.carried:
-      return False
-    found = itertools.islice(jaxprs.behind(atom, self.view.makers), _LOOKS)
-    return any(var in self.carried for var, _ in found)
 
-  def _results_in(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
-    if not self._analyses.contents.matmuls(body.jaxpr):
-      return frozenset()
-    pairs = enumerate(zip(atoms, forms, strict=True))
-    found = (n for n, (atom, form) in pairs if form == DATA and self.is_result(atom))
-    return frozenset(found).union(body.carry)
-
-
-_SCALED = UNCHANGED | {
-  *("slice", "dynamic_slice", "gather", "split", "concatenate", "select_n"),
-  *("mul", "div", "add", "sub", "neg"),
-}
 _POOLS = UNCHANGED | {"concatenate", "reduce_max", "reduce_min"}
-
-_LOOKS = 16
-"""How many equations behind a value are looked at."""
-
-
-def _as_large(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> list[Atom]:
-  """The operands of an equation that are no smaller than its result: what is scaled, no scale."""
-  size, found = jaxprs.size(eqn.outvars[0]), list[Atom]()
-  for atom in eqn.invars:
-    made = None if isinstance(atom, Literal) else makers.get(atom)
-    is_spread = made is not None and made.primitive.name == "broadcast_in_dim"
-    found += [] if is_spread or jaxprs.size(atom) < size else [atom]
-  return found or list(eqn.invars)
 
 
 def _ends_by_float(loop: JaxprEqn) -> bool:

@@ -250,7 +250,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: (
       s.around.is_to_tolerance
       and sight.is_of_float32(s)
-      and all(map(s.around.is_result, s.eqn.invars))
+      and all(map(s.around.iterations.was_made, s.eqn.invars))
     ),
     Rule.FULL,
     "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",

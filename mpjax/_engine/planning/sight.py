@@ -110,12 +110,12 @@ def iterates(sight: Sight) -> bool:
   programmer. What was given may be the frozen layer of a network, and its one example. Those of a
   batch are kept for the backward pass, in 16 bits, as what the experts of a router say.
   """
-  around, carried = sight.around, sight.around.carried
+  around, carried, known = sight.around, sight.around.carried, sight.around.iterations
   for vector, matrix in matmuls.vectors(sight.eqn):
     if not isinstance(matrix, Literal) and matrix in carried:
       return not around.sums.may_be_of_layers([vector])
-    if around.is_result(matrix) and around.is_result(vector):
-      return around.multiplies_vectors(matrix) or around.depends_on_carry(vector)
+    if known.was_made(matrix) and known.was_made(vector):
+      return known.multiplies_vectors(matrix) or known.depends_on_carry(vector)
   return False
 
 
@@ -211,7 +211,7 @@ def is_fixed_transform(sight: Sight) -> bool:
     and not isinstance(other, Literal)
     and not sums.is_cotangent(matrix)
     and (len(jaxprs.shape(other)) == 1 or (form != PARAM and sums.is_of_no_parameter(other)))
-    and is_computed(matrix, makers, sight.around.computed)
+    and is_computed(matrix, makers, sight.around.of_numbers)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )
 

@@ -24,7 +24,7 @@ from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.running.scaled_cotangents import UNSCALED
 from mpjax._flax.policed import plain_class
 
-_PATH = "mpjax_path"
+_PATH = "_pytree__mpjax_path"  # Flax takes what begins so for its own, and no variable
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -200,8 +200,8 @@ def structure(nodes: Sequence[Any]) -> dict[str, Any]:
 
 
 def _of_flax(name: Any) -> bool:
-  """Whether an attribute is bookkeeping of Flax, of a table, or of ours."""
-  return str(name).startswith(("_pytree__", "_nnx_")) or name == _PATH
+  """Whether an attribute is bookkeeping: of Flax, of ours, or of a table of Flax."""
+  return str(name).startswith(("_pytree__", "_nnx_"))
 
 
 def check_structure(before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -55,7 +55,8 @@ def explain(
   Returns:
     The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, nothing
     multiplies as traced, in float32, and ``report.remarks`` holds nothing but matmuls of integers.
-    A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64, of sums
+    A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64 and of
+    complex numbers, of sums
     that a rule for operations keeps in 16 bits although they are small steps, changes of parameters
     or what a long loop adds up, of a rule that never wins, of a loop that ends by comparing floats
     which 16-bit matmuls move, of data that were taken for the parameters, and of regions with a
@@ -172,6 +173,7 @@ _KEEPS = 'mpjax.autocast(fn, "float32") around it, or a float32 rule for its mod
 _TEXTS = {
   "precision": "{} is overridden by the policy; " + _KEEPS,
   "float64": "{}",
+  "complex": "{}, of which there is no 16-bit format; multiply real and imaginary parts apart",
   "rule": "the rule {} above it take all that it matches; put it first, or drop it",
   "narrowed": "a rule of the map keeps {}",
   "integers": "{} runs as written; it is counted apart",

@@ -40,6 +40,8 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     return
   if not is_float32 and runs_in(step) == _FLOAT64:
     yield Remark("float64", path, line, name)
+  if not is_float32 and runs_in(step).kind == "c":
+    yield Remark("complex", path, line, f"{name} multiplies {runs_in(step)}")
   integer = integer_operand(step.eqn)
   if integer:
     yield Remark("integers", path, line, f"{name} of {integer}")

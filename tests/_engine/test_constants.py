@@ -246,3 +246,41 @@ def test_a_captured_scalar_is_the_number_that_it_is(name, policy):
     for one in (jnp.float32(1), np.float32(1))
   )
   jax.tree.map(np.testing.assert_array_equal, captured(w, x), written(w, x))
+
+
+NUMBER = 65536.0
+"""The count of 256 times 256, and the smallest that float16 rounds to infinity."""
+IN_FLOAT32 = {
+  "subtracted": lambda t, m: t - NUMBER,
+  "divided": lambda t, m: jnp.floor(t * 1000 / NUMBER),
+  "clipped": lambda t, m: jnp.clip(t, 0, NUMBER),
+  "chosen": lambda t, m: jnp.where(m, t, NUMBER),
+  "in_a_jit": lambda t, m: jax.jit(lambda t, n: t - n)(t, NUMBER),
+  "in_a_loop": lambda t, m: lax.fori_loop(0, 2, lambda _, n: n + t - NUMBER, NUMBER + 0 * t),
+  "compared": lambda t, m: (t >= NUMBER).astype(jnp.float32),
+  "returned": lambda t, m: NUMBER * jnp.ones_like(t),
+  "of_constants": lambda t, m: t - jnp.where(m, NUMBER, 1.0),
+  "negative": lambda t, m: jnp.maximum(-t, -NUMBER),
+}
+
+
+@every_policy
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_a_number_at_the_edge_of_float16_is_itself_in_float32(name, policy):
+  times, mask = jnp.asarray([65504.0, 65535.0, 65536.0, 70000.0]), jnp.arange(4) % 2 == 0
+  w = jnp.eye(4)
+
+  def fn(w, t, m):
+    return IN_FLOAT32[name](t, m), jnp.tanh(w @ w)  # a layer stands beside
+
+  got, _ = mpjax.autocast(fn, policy)(w, times, mask)
+  np.testing.assert_array_equal(got, IN_FLOAT32[name](times, mask))
+
+
+@pytest.mark.parametrize("number", [65536.0, -65536.0])
+def test_it_is_the_largest_that_there_is_beside_what_float16_holds(number):
+  w = jnp.eye(4)
+  fn = lambda w, m: jnp.where(m, w @ w, jnp.where(m, 0.0, number))
+  got = mpjax.autocast(fn, "p=f32, c=f16, o=f32")(w, jnp.arange(4) == 0)
+  np.testing.assert_array_equal(got[:, 0], [1, 0, 0, 0])
+  assert np.all(got[:, 1:] == np.sign(number) * 65504.0)

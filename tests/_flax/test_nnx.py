@@ -727,3 +727,24 @@ def test_autocast_of_a_module_names_apply_policy(plain):
   for module, kind in ((plain, "NNX model MLP"), (nn.Dense(3), "Linen module Dense")):
     with pytest.raises(TypeError, match=rf"Got the {kind}\. Use mpjax\.apply_policy"):
       mpjax.autocast(module, BF16)
+
+
+class Bridged(nnx.Module):
+  """A Linen layer in an NNX model, as Flax's own bridge puts it there."""
+
+  def __init__(self, rngs):
+    self.linen = nnx.bridge.ToNNX(nn.Dense(8), rngs=rngs).lazy_init(jnp.ones((2, 6)))
+    self.head = nnx.Linear(8, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.head(jnp.tanh(self.linen(x)))
+
+
+def test_a_linen_layer_in_a_model_runs_and_obeys_rules(x):
+  model, own = Bridged(nnx.Rngs(0)), mpjax.PolicyMap({"linen": "float32"}, default=BF16)
+  for policy, held in ((BF16, NARROW), (own, NARROW | WIDE)):
+    policed = mpjax.apply_policy(Bridged(nnx.Rngs(0)), policy)
+    graph, state = nnx.split(policed)
+    traced = jax.make_jaxpr(lambda state, x, graph=graph: nnx.merge(graph, state)(x))(state, x)
+    assert {found.factors for found in contractions(traced)} == held
+    np.testing.assert_allclose(policed(x), model(x), atol=0.02)

@@ -451,6 +451,18 @@ def test_a_constant_of_float64_is_named_too():
   assert kinds(report) == ["float64"] and "cast what it reads to float32" in report.summary
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_matmul_of_complex_numbers_is_named(grad):
+  def fn(p, x):  # a spectral layer
+    spectrum = jnp.einsum("bki,kio->bko", jnp.fft.rfft(x, axis=1), lax.complex(p["r"], p["i"]))
+    return jnp.sum(jnp.fft.irfft(spectrum, 8, axis=1) ** 2)
+
+  p = {"r": jnp.ones((5, 4, 4)), "i": jnp.ones((5, 4, 4))}
+  report = explain(fn, "mixed_bfloat16", p, jnp.ones((2, 8, 4)), grad=grad)
+  assert set(kinds(report)) == {"complex"} and report.narrow_share == 0
+  assert "multiplies complex64, of which there is no 16-bit format" in report.summary
+
+
 def in_scopes(w, x):
   for name in ("body", "head"):
     with jax.named_scope(name):

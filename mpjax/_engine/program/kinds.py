@@ -6,7 +6,7 @@ The meanings are a chain of four, `Kind`; what each primitive does to them is in
 
 import enum
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,10 +101,7 @@ def keeps_its_distance(value: float, dtype: np.dtype) -> bool:
   return error <= abs(1 - value) * float(jnp.finfo(dtype).eps)
 
 
-def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:
-  """A float32 number, at most the largest of each format in which it fits."""
-  if not np.isfinite(value):
-    return value
-  limits = [float(jnp.finfo(d).max) for d in dtypes if fits(value, d)]
-  limit = min(limits, default=np.inf)
-  return value if abs(value) <= limit else np.float32(np.copysign(limit, value))
+def saturated(value: float, dtype: np.dtype) -> float:
+  """A number that fits a format, at most the largest that the format has; infinities are kept."""
+  limit = float(jnp.finfo(dtype).max)
+  return value if not np.isfinite(value) else min(max(value, -limit), limit)

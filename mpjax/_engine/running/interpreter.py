@@ -70,7 +70,7 @@ class Interpreter:
       captured: What stands for the constants of its jaxpr, if not they themselves.
     """
     inner = versions.open_jaxpr(plan.jaxpr)
-    values = Environment(self.planner.adapting.saturated, plan.read_often)
+    values = Environment(plan.read_often)
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
@@ -168,7 +168,7 @@ class Interpreter:
     """Some units as a function from what they read to what others read of them."""
 
     def compute(*operands: jax.Array) -> list[jax.Array]:
-      inside = Environment(self.planner.adapting.saturated, plan.read_often)
+      inside = Environment(plan.read_often)
       inside.fill(inputs, operands)
       for unit in units:
         self._run_unit(plan, unit, inside, scopes)

@@ -138,6 +138,18 @@ def test_gelu_is_computed_again_in_float16_only(operands):
     assert primitives(jaxpr)["remat2"] == again
 
 
+@pytest.mark.parametrize("activation", [nn.gelu, nn.silu], ids=["gelu", "silu"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_an_island_reaches_through_a_reshape(policy, activation, operands):
+  def normalized(h):  # in groups, as a user's own GroupNorm
+    groups = h.reshape(SIZE[0], 4, -1)
+    less = groups - groups.mean(-1, keepdims=True)
+    return (less * lax.rsqrt(groups.var(-1, keepdims=True) + 1e-6)).reshape(SIZE)
+
+  fn = lambda w, x: (activation(1.1 * normalized(x @ w[0]) + 0.1) @ w[1]).sum()
+  assert stored(mpjax.autocast(fn, policy), operands).count("float32") == 0
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_the_scale_of_a_norm_is_not_stored_in_the_size_of_what_it_scales(policy, operands):
   def fn(p, x):

@@ -28,6 +28,7 @@ from mpjax._engine.running import softmax
 from mpjax._engine.running.softmax import Softmax
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
+_MOVES = having(Trait.MOVES)
 _MIXES = frozenset({"mul", "add", "sub"})
 _MOST = 32
 """So many steps a mixture has at most: Python may have written out a long loop of them."""
@@ -118,12 +119,12 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
 
 
 def _is_wide_elementwise(step: Step) -> bool:
-  """Whether a step computes one float32 value, element by element."""
+  """Whether a step computes one float32 value, element by element, or moves one whole."""
   if len(step.outs) != 1 or not is_data(step.outs[0]):
     return False
   if step.eqn.effects:
     return False
-  return is_elementwise(step)
+  return is_elementwise(step) or step.eqn.primitive.name in _MOVES
 
 
 def _is_read_narrow(readers: Readers, step: Step) -> bool:

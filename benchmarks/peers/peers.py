@@ -240,7 +240,7 @@ ALL = (
   Peer(OUTSIDE, mpjax_outside),
   Peer(STEP, mpjax_step),
   Peer(SCALED, mpjax_scaled, policies=("mixed_bfloat16",), models=("VisionTransformer",)),
-  Peer(FOLLOWS, mpjax_following, models=("Llama",)),
+  Peer(FOLLOWS, mpjax_following, models=("Transformer", "Llama")),
   Peer(STATISTICS, mpjax_statistics, models=("Parameters", "Perceptron")),
 )
 PEERS = {peer.name: peer for peer in ALL}

@@ -750,6 +750,14 @@ def test_the_cotangents_of_a_residual_are_no_steps(fn, policy):
 
 
 @both
+def test_the_32nd_of_an_interval_is_a_small_step(policy):
+  fn = lambda w, x: lax.fori_loop(0, 32, lambda _, y: y + slope(w, y) / 32, x @ w)
+  found = jax.make_jaxpr(mpjax.autocast(fn, policy))(jnp.eye(4), jnp.ones((4, 4)))
+  (loop,) = [eqn for eqn in equations(found) if eqn.primitive.name in ("scan", "while")]
+  assert loop.outvars[-1].aval.dtype == jnp.float32
+
+
+@both
 def test_a_small_step_is_differentiated(policy):
   w, x = jnp.eye(4) * 0.7, jnp.linspace(0.3, 2, 16).reshape(4, 4)
   loss = lambda w, x: jnp.sum(STEPPED["scanned"](w, lax.stop_gradient(x @ w)))

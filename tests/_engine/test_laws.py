@@ -2627,6 +2627,16 @@ def test_phases_of_data_are_exact(fn, policy):
 
 
 @both
+def test_the_gradient_of_data_is_of_no_parameter(policy):
+  """As the force of a known potential, of whose positions are phases."""
+  potential = lambda x: jnp.sum(jnp.cos(x) * x)
+  phases = lambda w, x: jnp.sin(30 * jax.grad(potential)(x) @ x.T) @ w
+  x = jnp.linspace(-2, 2, 64).reshape(8, 8)
+  found = matmuls(mpjax.autocast(phases, policy), jnp.ones((8, 2)), x)
+  assert [operand_bytes([eqn]) for eqn in found] == [{4}, {2}]
+
+
+@both
 def test_phases_of_layers_stay_narrow(policy):
   network = lambda w, x: jnp.sin(30 * jnp.sin(30 * x @ w) @ w) @ w
   found = matmuls(mpjax.autocast(network, policy), W, DATA)

@@ -23,7 +23,8 @@ from mpjax._engine.program.matmuls import terms
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 SMALL = 1 / 31.5
-"""Numbers below it are small, a 32nd among them. The cube in a gelu has 0.0447, residuals of large models 0.1."""
+"""Numbers below it are small, as a 32nd. The cube in a gelu has 0.0447, residuals of large models
+0.1."""
 
 _KEEPS_SIZE = UNCHANGED | {"neg"}
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})

@@ -177,8 +177,8 @@ class Sums(NamedTuple):
     )
 
   def of_parameters(self, atoms: Sequence[Atom]) -> frozenset[int]:
-    """Which operands of a body were computed from a parameter, or are one."""
-    return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits])
+    """Which operands were computed from a parameter, or are one; not what is a gradient of data."""
+    return frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits & ~_BORN])
 
   def may_be_of_layers(self, atoms: Sequence[Atom]) -> bool:
     """Whether an operand is a matrix of parameters, or was computed from one."""
@@ -200,10 +200,6 @@ class Sums(NamedTuple):
       if eqn.primitive.name in UNCHANGED or (eqn.primitive.name in _STEPS and is_step):
         found.update(eqn.outvars)
     return found
-
-  def is_of_no_parameter(self, var: Var) -> bool:
-    """Whether a value was computed from no parameter, be it in a backward pass."""
-    return not self.origins.get(var, 0) & ~_BORN
 
   def may_be_weights(self, var: Var) -> bool:
     """Whether a value was computed from a parameter, and from no gradient."""

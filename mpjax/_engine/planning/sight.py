@@ -210,7 +210,7 @@ def is_fixed_transform(sight: Sight) -> bool:
     len(jaxprs.shape(matrix)) > 1
     and not isinstance(other, Literal)
     and not sums.is_cotangent(matrix)
-    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and sums.is_of_no_parameter(other)))
+    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not sums.of_parameters([other])))
     and is_computed(matrix, makers, sight.around.of_numbers)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )

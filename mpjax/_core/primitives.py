@@ -323,6 +323,14 @@ UNCHANGED = having(Trait.MOVES | Trait.SPREADS)
 """What hands on the numbers of its one operand: moved, spread, cast, or laid out for devices."""
 KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
 """What moves, chooses or compares numbers, and makes no new ones."""
+ADDS = frozenset({"add", "sub"})
+"""What adds two values."""
+SCALES = frozenset({"mul", "div"})
+"""What multiplies or divides two."""
+JITTED = having(Trait.JIT)
+"""Calls of jitted functions."""
+CALLS = having(Trait.JIT | Trait.REMAT)
+"""These, and calls of functions that the backward pass computes again."""
 
 _CLASSES = {rule.name.lower(): rule for rule in (Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mpjax._core.primitives import MATMULS, Trait, having
+from mpjax._core.primitives import JITTED, MATMULS, Trait, having
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.matmuls import operation, weights_of
@@ -13,7 +13,6 @@ from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 SOLVES = having(Trait.FACTORS) | {"householder_product", "ormqr"}
 """What solves a linear system or decomposes a matrix."""
 
-_JITTED = having(Trait.JIT)
 _SUMS = MATMULS | {"reduce_sum"}
 _MAY_WEIGH = frozenset({"dot_general", "conv_general_dilated"})
 _WEIGHTED = "weighted sum"
@@ -50,7 +49,7 @@ class Contents:
 
   def is_sum(self, eqn: JaxprEqn) -> bool:
     """Whether an equation is a sum or a matmul, or a call of a function that holds one."""
-    if eqn.primitive.name not in _JITTED:
+    if eqn.primitive.name not in JITTED:
       return operation(eqn) in _SUMS
     (body,) = bodies_of(eqn)
     return self.any_of(_SUMS, body.jaxpr)

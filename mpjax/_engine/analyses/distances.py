@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import ADDS, CALLS
 from mpjax._engine.analyses.origins import Origins
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import HAVE_BODIES
@@ -19,10 +19,8 @@ from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Literal, Var
 
-_ADDS = frozenset({"add", "sub"})
 _PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
-_LEADS_ON = _ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
-_CALLS = having(Trait.JIT | Trait.REMAT)
+_LEADS_ON = ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
 
 _LOOKS = 32
 """How many equations behind a term are looked at."""
@@ -47,9 +45,9 @@ def beside_their_squares(inner: Jaxpr, origins: Origins, weights: Collection[Var
   seen = _Seen(origins, weights)
   for eqn in inner.eqns:
     name = eqn.primitive.name
-    if name == "dot_general" or name in _CALLS:
+    if name == "dot_general" or name in CALLS:
       seen.product(eqn)
-    elif name in _ADDS and seen.products:
+    elif name in ADDS and seen.products:
       seen.sum(eqn)
   return seen.found
 

@@ -30,7 +30,7 @@ from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Lite
 
 T = TypeVar("T")
 
-_ADDS = UNCHANGED | {
+_LINEAR = UNCHANGED | {
   *("add", "sub", "add_any", "neg", "reduce_sum"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
 }
@@ -243,7 +243,7 @@ _ALGEBRAIC = (
   KEEPS_NUMBERS
   | SOLVES
   | MATMULS
-  | _ADDS
+  | _LINEAR
   | {"mul", "div", "sqrt", "rsqrt", "integer_pow", "square"}
 )
 _ACTIVATIONS = (having(Trait.TRANSCENDENTAL) | {"max"}) - _ALGEBRAIC
@@ -271,7 +271,7 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
   if name in ("mul", "div"):
     return len(places) == 1
-  return name in _ADDS or name in MATMULS
+  return name in _LINEAR or name in MATMULS
 
 
 def _is_entered(eqn: JaxprEqn) -> bool:

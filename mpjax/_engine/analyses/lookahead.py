@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
-from mpjax._core.primitives import MATMULS, RULES, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule, Trait, having
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 _REMATS = having(Trait.REMAT)
 MOVES = having(Trait.MOVES)
-_STREAMS = frozenset({"add", "sub"})
 
 # What a value passes on its way to where it is added up.
 _PASSED = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT, Rule.EACH, Rule.FULL})
@@ -207,7 +206,7 @@ class Needs:
           self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)
         ):
           read = variables_of(eqn.invars)
-          may_join = not question.through_streams and name in _STREAMS and len(read) > 1
+          may_join = not question.through_streams and name in ADDS and len(read) > 1
           if not may_join or not _joins(eqn, *of_layers()):
             found |= read
       operands = jaxprs.places_of(inner.invars, found)
@@ -312,12 +311,11 @@ def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
     name = eqn.primitive.name
     if name in _TOTALS or (name in _STAYS_A_TERM and not found.isdisjoint(eqn.outvars)):
       found |= variables_of(eqn.invars)
-    elif name in _SCALES and not found.isdisjoint(eqn.outvars):
+    elif name in SCALES and not found.isdisjoint(eqn.outvars):
       factors = variables_of(eqn.invars)
       found |= factors if len(factors) < len(eqn.invars) else set()  # by a number
   return found
 
 
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
-_SCALES = frozenset({"mul", "div"})
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

@@ -6,14 +6,13 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import UNCHANGED
+from mpjax._core.primitives import SCALES, UNCHANGED
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import made_in
 from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 _MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
-_SCALED = frozenset({"mul", "div"})
-_HANDS_ON = _MOVED | _SCALED
+_HANDS_ON = _MOVED | SCALES
 
 
 class Origins:
@@ -95,5 +94,5 @@ def handed_on(eqn: JaxprEqn) -> list[Atom]:
   name = eqn.primitive.name
   if name in _MOVED:
     return eqn.invars[:1]
-  read = [atom for atom in eqn.invars if getattr(atom.aval, "shape", ())] if name in _SCALED else []
+  read = [atom for atom in eqn.invars if getattr(atom.aval, "shape", ())] if name in SCALES else []
   return read if len(read) == 1 and (name == "mul" or read[0] is eqn.invars[0]) else []

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpjax._core.primitives import UNCHANGED
+from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
 from mpjax._engine.analyses.small_steps import SMALL
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
@@ -22,8 +22,6 @@ From there on a term is as small beside the sum as a small step. A stream of lay
 what is added to it is computed from it, which reads it, too.
 """
 
-_ADDS = frozenset({"add", "sub"})
-_WEIGHTS = frozenset({"mul", "div"})
 _HANDS_ON = UNCHANGED | {"neg"}
 
 
@@ -36,7 +34,7 @@ def additions(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[An
     eqns: The equations of a jaxpr.
     outvars: Its results, which are read outside.
   """
-  if len([eqn for eqn in eqns if eqn.primitive.name in _ADDS]) < SUMMANDS:
+  if len([eqn for eqn in eqns if eqn.primitive.name in ADDS]) < SUMMANDS:
     return frozenset()
   read = [atom for eqn in eqns for atom in eqn.invars] + [*outvars]
   reads = Counter([atom for atom in read if not isinstance(atom, Literal)])
@@ -46,7 +44,7 @@ def additions(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[An
   for eqn in eqns:
     sums = [a for a in _summands(eqn) if not isinstance(a, Literal)]
     own = [a for a in sums if reads[a] == 1 and a in terms]
-    adds = eqn.primitive.name in _ADDS
+    adds = eqn.primitive.name in ADDS
     if adds or own:
       (result,) = eqn.outvars
       before[result] = own
@@ -64,11 +62,11 @@ def additions(eqns: Sequence[JaxprEqn], outvars: Sequence[Atom]) -> frozenset[An
 def _summands(eqn: JaxprEqn) -> Sequence[Any]:
   """The operands of an equation in which a sum may go on."""
   name = eqn.primitive.name
-  if name in _WEIGHTS:
+  if name in SCALES:
     weighted = eqn.invars if name == "mul" else eqn.invars[:1]
     others = eqn.invars[::-1] if name == "mul" else eqn.invars[1:]
     return [a for a, by in zip(weighted, others, strict=True) if not jaxprs.shape(by)]
-  return eqn.invars if name in _ADDS or name in _HANDS_ON else ()
+  return eqn.invars if name in ADDS or name in _HANDS_ON else ()
 
 
 def adds_neighbors(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> bool:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
+from mpjax._core.primitives import ADDS, MATMULS, UNCHANGED, Trait, having
 from mpjax._engine.analyses.constants import numbers_of, only
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
@@ -29,7 +29,6 @@ SMALL = 1 / 31.5
 _KEEPS_SIZE = UNCHANGED | {"neg"}
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
 _SCALES = _KEEPS_SIZE | {"mul", "div"}
-_SUMS = frozenset({"add", "sub"})
 _PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
 _CHOICES = frozenset(
   {"select_n", "max", "min", "clamp", "concatenate", "dynamic_update_slice", "scatter"}
@@ -118,7 +117,7 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Var]) -> bool:
       origins = list(_origins(value, view, is_whole=not factor < SMALL))
       if not factor < SMALL * max((times for _, times in origins), default=0.0):
         continue
-      read = _all_read(step, view.makers)
+      read = {var for var, _ in jaxprs.behind(step, view.makers)}
       for origin, times in origins:
         if origin in read or (origin in carried and not read.isdisjoint(carried)):
           return factor < SMALL * times
@@ -266,7 +265,7 @@ class _Sizes:
       sizes.append(self.of(atom, view, factor))
       if not sizes[-1] < SMALL:
         return max(1.0, sizes[-1])
-    return max(sizes + numbers if end.eqn.primitive.name in _SUMS else sizes or numbers)
+    return max(sizes + numbers if end.eqn.primitive.name in ADDS else sizes or numbers)
 
 
 class _End(NamedTuple):
@@ -288,7 +287,7 @@ class _End(NamedTuple):
 def _parts(eqn: JaxprEqn, atom: Atom, view: View) -> list[Seen]:
   """What a sum adds, what a choice is among, what a call returns; nothing for other equations."""
   name, invars = eqn.primitive.name, eqn.invars
-  if name in _SUMS or name in _CHOICES:
+  if name in ADDS or name in _CHOICES:
     dtype = jaxprs.dtype(eqn.outvars[0])  # an index, and what a choice goes by, are no parts
     return [(part, view) for part in invars if jaxprs.dtype(part) == dtype]
   if name == "optimization_barrier":
@@ -332,15 +331,3 @@ def _without_number(eqn: JaxprEqn, view: View) -> tuple[Atom, float | None]:
 
 def _number_of(atom: Atom) -> float | None:
   return only(numbers_of(atom.val)) if isinstance(atom, Literal) else None
-
-
-def _all_read(atom: Atom, makers: Makers) -> set[Any]:
-  """All that a value was computed from, itself among it."""
-  read, waiting = set[Any](), [atom]
-  while waiting:
-    atom = waiting.pop()
-    if isinstance(atom, Literal) or atom in read:
-      continue
-    read.add(atom)
-    waiting += makers[atom].invars if atom in makers else ()
-  return read

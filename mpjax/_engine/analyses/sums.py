@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
+from mpjax._core.primitives import JITTED, MATMULS, UNCHANGED
 from mpjax._engine.analyses.lookahead import Needs
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, settled
@@ -18,8 +18,6 @@ from mpjax._engine.program.kinds import PARAM, Forms
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 Indices = tuple[int, ...]
-
-_JITTED = having(Trait.JIT)
 
 
 class Summing(NamedTuple):
@@ -128,7 +126,7 @@ def _leading(
   for eqn in reversed(inner.eqns):
     leads = [found[var] for var in eqn.outvars if var in found]
     read = eqn.invars if leads and needs.passes(eqn.primitive.name) else []
-    if leads and through_calls and eqn.primitive.name in _JITTED:
+    if leads and through_calls and eqn.primitive.name in JITTED:
       results = jaxprs.places_of(eqn.outvars, found)
       read = [eqn.invars[n] for n in needs.before(eqn, results)]
     for atom in read:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import JITTED
 from mpjax._engine.analyses.constants import NumberSet, leaves, numbers_of
 from mpjax._engine.planning.plan import AS_HELD, Plan, Read, Step
 from mpjax._engine.program import versions
@@ -23,14 +23,13 @@ from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Forms, narrow
 from mpjax._engine.program.versions import Atom, Literal, Var
 
-_JITTED = having(Trait.JIT)
 _MOVES = frozenset(
   {
     *("reshape", "transpose", "squeeze", "expand_dims", "rev"),
     *("slice", "dynamic_slice", "split", "select_n"),
   }
 )
-_MAY_MOVE = _MOVES | _JITTED
+_MAY_MOVE = _MOVES | JITTED
 
 
 def rounding_early(plan: Plan, numbers: Callable[[Atom], NumberSet]) -> Plan:

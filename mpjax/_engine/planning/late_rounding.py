@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import ADDS, SCALES, Rule, Trait, having
 from mpjax._engine.analyses.constants import NumberSet
 from mpjax._engine.planning.plan import AS_HELD, FUNCTIONS, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.program import versions
@@ -29,13 +29,11 @@ from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, Literal, Var
 
-_MULTIPLIES = frozenset({"mul", "div"})
-_ADDS = frozenset({"add", "sub"})
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _CHOOSES = frozenset({"select_n", "scatter", "concatenate", "pad", "slice", "dynamic_slice"})
-_LEADS_ON = _ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
-_MAY_LEAD_ON = _LEADS_ON | _MULTIPLIES | FUNCTIONS
-_ADDS_UP = _ADDS | {"reduce_sum"}
+_LEADS_ON = ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
+_MAY_LEAD_ON = _LEADS_ON | SCALES | FUNCTIONS
+_ADDS_UP = ADDS | {"reduce_sum"}
 _ENDS = _ADDS_UP | FUNCTIONS | {"reduce_max", "reduce_min", "exp", "exp2", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
@@ -121,7 +119,7 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
 
 def _is_multiple(step: Step) -> bool:
   """Whether a step with a narrow result multiplies by a number, or divides by one."""
-  if step.eqn.primitive.name not in _MULTIPLIES:
+  if step.eqn.primitive.name not in SCALES:
     return False
   first, second = step.operands
   kinds = {form and form.kind for form in (first, second)}
@@ -155,7 +153,7 @@ def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int
     is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
       rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
-      if rounds_inside and step.eqn.primitive.name in _ADDS:
+      if rounds_inside and step.eqn.primitive.name in ADDS:
         continue  # others would read the sum as it was before
       late.add(n)
       exact |= {n} if rounds_inside else set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mpjax._core.primitives import MATMULS, UNCHANGED, Trait, having
+from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
 from mpjax._engine.planning.sight import Sight, is_hidden
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import made_in
@@ -44,9 +44,9 @@ def _is_output(
     name, read = made.primitive.name, made.invars
     if name in MATMULS:
       return is_scaled
-    if name in _CALLS:
+    if name in CALLS:
       return _is_output_of_call(made, atom, pure, is_scaled)
-    if name in _SCALES:
+    if name in _AFFINE:
       is_scaled = True
       read = [a for a in read if not isinstance(a, Literal) and a not in pure]
     if len(read) != 1 or name not in _LEADS_ON:
@@ -66,9 +66,8 @@ def _is_output_of_call(call: JaxprEqn, result: Any, pure: Collection[Any], is_sc
   return made is not None and _is_output(made, makers, own, is_scaled=is_scaled)
 
 
-_CALLS = having(Trait.JIT | Trait.REMAT)
-_SCALES = frozenset({"add", "sub", "mul", "div"})
-_LEADS_ON = UNCHANGED | _SCALES | {"neg", "slice", "dynamic_slice"}
+_AFFINE = ADDS | SCALES
+_LEADS_ON = UNCHANGED | _AFFINE | {"neg", "slice", "dynamic_slice"}
 
 UNIT, MASKS = 2, 2**24
 """From where on numbers are those of a unit, and from where on those of a mask."""

@@ -16,7 +16,7 @@ from jax.extend import source_info_util
 from mpjax._core import scopes
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
+from mpjax._core.primitives import ADDS, JITTED, MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
 from mpjax._engine.analyses.constants import leaves
 from mpjax._engine.analyses.knowledge import NOTHING, Analyses, Knowledge, Known
@@ -44,7 +44,7 @@ from mpjax._engine.planning.plan import (
 )
 from mpjax._engine.planning.sharpening import Sharpening, sharpening_of
 from mpjax._engine.planning.sight import Sight
-from mpjax._engine.planning.streams import SUMS, Streams
+from mpjax._engine.planning.streams import Streams
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
 from mpjax._engine.program.kinds import CONSTANT, PARAM, Form, Forms, is_data, join
@@ -209,7 +209,7 @@ class _Walk:
     path, place = inner.path, inner.within(self.place)
     vias, forms = self.look_up(eqn.invars, path)
     name = eqn.primitive.name
-    if name in SUMS:
+    if name in ADDS:
       vias, forms = self.streams.joined(eqn, vias, forms)
     won, policy = None, FLOAT32_POLICY
     if not place.has_policy:
@@ -320,7 +320,7 @@ class _Walk:
     known = self.around.of_call(eqn, held, forms, is_plain)
     cast = self.cast.among(eqn.invars)
     body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
-    if eqn.primitive.name in _SHARES_READS:
+    if eqn.primitive.name in JITTED:
       body = self.planner.plan(held.jaxpr, widened(body), place, None, known, cast)
     elif eqn.primitive.name in _STORES_OPERANDS:
       stored = narrowed(body, range(len(held.operands)))
@@ -384,7 +384,6 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
   Rule.COND: _Walk.cond,
 }
 # A checkpoint stores its operands, so they are as narrow as they are read; a jit may get them so.
-_SHARES_READS = having(Trait.JIT)
 _STORES_OPERANDS = having(Trait.REMAT)
 
 

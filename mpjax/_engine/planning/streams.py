@@ -22,7 +22,6 @@ from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import Forms, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
-SUMS = frozenset({"add", "sub"})
 _LEAD_ON = ELEMENTWISE | FUNCTIONS
 _LOOKS = 64
 """How many values behind a sum are looked at."""
@@ -49,7 +48,7 @@ class Streams:
     """How a sum reads its operands: in the format of the stream among them, if they join one.
 
     Args:
-      eqn: An equation that is one of `SUMS`.
+      eqn: An equation that is one of `ADDS`.
       vias: The casts that its operands went through.
       forms: How they are held.
     """

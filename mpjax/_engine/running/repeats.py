@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import JITTED, Rule
 from mpjax._engine.planning.plan import Plan, Read, Step
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
@@ -39,7 +39,6 @@ _SIMPLE = frozenset(
     Rule.CONVERT,
   }
 )
-_CALLS = having(Trait.JIT)
 
 Unit = Step | Island | Softmax
 """What is executed at once: a step, or several that store less for the backward pass together."""
@@ -108,7 +107,7 @@ def _stand_together(eqn: JaxprEqn, other: JaxprEqn) -> bool:
 
 
 def _is_simple(step: Step) -> bool:
-  called = step.rule is Rule.CALL and step.eqn.primitive.name in _CALLS
+  called = step.rule is Rule.CALL and step.eqn.primitive.name in JITTED
   return not step.eqn.effects and (called or step.rule in _SIMPLE)
 
 

@@ -45,8 +45,9 @@ def free_of(rank: int, contracted: Sequence[int], batch: Sequence[int]) -> tuple
 
 def free(eqn: JaxprEqn, operand: int) -> list[int]:
   """How long these are."""
-  sizes = shape(eqn.invars[operand])
-  return [sizes[dim] for dim in free_dims(eqn, operand)]
+  contracted, batch = eqn.params["dimension_numbers"]
+  shared = (*contracted[operand], *batch[operand])  # asked of every matmul
+  return [size for dim, size in enumerate(shape(eqn.invars[operand])) if dim not in shared]
 
 
 def may_transform_points(eqn: JaxprEqn) -> bool:
@@ -60,7 +61,7 @@ def is_inner(eqn: JaxprEqn) -> bool:
   """Whether a matmul adds up all the pairs that it multiplies: ``vdot``, a norm's ``x @ x``."""
   if eqn.primitive.name != "dot_general" or contracts_nothing(eqn):
     return False
-  return not (free_dims(eqn, 0) or free_dims(eqn, 1))
+  return not (free(eqn, 0) or free(eqn, 1))
 
 
 def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:

@@ -24,7 +24,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # These rename or group what lies in memory; nothing moves.
 _FREE = frozenset({"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all"})
 # These wait for what was counted where it began.
-_DONE = frozenset({"copy-done", "slice-done"})
+_DONE = frozenset({"copy-done", "slice-done", "fusion-done"})
 # These read of their first operand as much as they return.
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 
@@ -257,8 +257,22 @@ def _instruction(line: str) -> _Instruction | None:
   if not found:
     return None
   name, shape, opcode, rest = found.groups()
+  if opcode == "fusion-start":  # of a GPU: a fusion that runs beside others
+    opcode, shape = "fusion", _parts(shape)[1]
   listed, _, attributes = re.sub(r"/\*.*?\*/", "", rest).partition(")")
   return _Instruction(name, shape, opcode, tuple(re.findall(r"%?([\w.\-]+)", listed)), attributes)
+
+
+def _parts(shape: str) -> list[str]:
+  """The shapes that a tuple holds: of a begun fusion its operands, its result and a number."""
+  parts, depth = [""], 0
+  for letter in shape[1:-1]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += letter
+  return parts
 
 
 def _match(pattern: str, text: str) -> str:

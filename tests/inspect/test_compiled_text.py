@@ -87,6 +87,27 @@ ENTRY %main (x: f32[9,8], n: s32[], y: f32[9,8]) -> (f32[1,8], f32[9,8]) {
   assert compiled_text.moved(text) - (cut + taken + index + written) in (0, index)
 
 
+def test_a_fusion_that_runs_beside_others_counts_once_and_in_place():
+  text = """%put (p0: f32[9,8], p1: s32[], p2: f32[1,8]) -> f32[9,8] {
+  %p0 = f32[9,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[1,8]{1,0} parameter(2)
+  ROOT %in = f32[9,8]{1,0} dynamic-update-slice(%p0, %p2, %p1, %p1)
+}
+
+ENTRY %main (x: f32[9,8], n: s32[], row: f32[1,8]) -> f32[9,8] {
+  %x = f32[9,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %row = f32[1,8]{1,0} parameter(2)
+  %begun = ((f32[9,8]{1,0}, s32[], f32[1,8]{1,0}), f32[9,8]{1,0}, u32[]) \
+fusion-start(%x, %n, %row), kind=kLoop, calls=%put
+  ROOT %done = f32[9,8]{1,0} fusion-done(%begun)
+}
+"""
+  row, index = 8 * 4, 4
+  assert compiled_text.moved(text) - (2 * row + index) in (0, index)
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 

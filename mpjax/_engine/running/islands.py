@@ -113,9 +113,16 @@ def _mixes(inside: Sequence[Step]) -> bool:
 
 
 def _stores_factors(inside: Sequence[Step]) -> bool:
-  """Whether steps multiply all the float32 that they read: it is stored anyway."""
+  """Whether steps store no more float32 of what they read than of what they make.
+
+  What they multiply is stored anyway: of ``h + z * (n - h)`` z and n - h, where h alone will do.
+  """
   stored = variables_of(a for s in inside if s.eqn.primitive.name == "mul" for a in s.eqn.invars)
-  return all(kind is not Kind.DATA or a in stored for a, kind in _large(inside).items())
+  read = [a for a, kind in _large(inside).items() if kind is Kind.DATA and a not in stored]
+  size = jaxprs.size(inside[-1].eqn.outvars[0])
+  made = {s.eqn.outvars[0] for s in inside} & stored
+  is_step = {*read} <= variables_of(inside[-1].eqn.invars)  # from what it was to what comes
+  return not read or (is_step and len(read) < len([v for v in made if jaxprs.size(v) >= size]))
 
 
 def _is_wide_elementwise(step: Step) -> bool:

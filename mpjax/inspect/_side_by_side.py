@@ -95,7 +95,9 @@ class Lockstep:
     """Execute both plans; returns the results and what crossed a border on the way."""
     inner = versions.open_jaxpr(plans.narrow.jaxpr)
     consts = versions.constants(plans.narrow.jaxpr)
-    values = Pair(Environment(), Environment())
+    values = Pair(
+      *(Environment(interpreter.planner.adapting.saturated) for interpreter in self._run)
+    )
     for side, column in zip(values, _columns(operands), strict=True):
       side.write(inner.invars, column)
       side.write(inner.constvars, consts)
@@ -280,8 +282,12 @@ def _strong(pairs: Sequence[Pair]) -> list[Pair]:
 
 def _read(steps: Pair, values: Pair) -> list[Pair]:
   step, other = steps.narrow, steps.reference
+  compared = not any(step.outs)
   return [
-    Pair(values.reference.read(atom, first), values.narrow.read(atom, second))
+    Pair(
+      values.reference.read(atom, first, compared=compared),
+      values.narrow.read(atom, second, compared=compared),
+    )
     for atom, first, second in zip(step.eqn.invars, other.reads, step.reads, strict=True)
   ]
 

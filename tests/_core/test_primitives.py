@@ -61,7 +61,8 @@ def test_the_join_is_commutative_associative_and_idempotent():
     (np.inf, True, True),
     (np.nan, True, True),
     (65504.0, True, True),
-    (65519.0, True, True),
+    (65505.0, False, True),
+    (65536.0, False, True),
     (-1e5, False, True),
     (-1e9, False, True),
     (1e-3, True, True),
@@ -84,14 +85,13 @@ def test_a_constant_fits_what_holds_it(value, in_float16, in_bfloat16):
 @given(st.floats(width=32), st.sampled_from([BF16, F16]))
 def test_a_finite_constant_that_fits_stays_finite(value, dtype):
   if np.isfinite(value) and fits(value, dtype):
-    assert np.isfinite(np.asarray(saturated(value, dtype), np.float32).astype(dtype))
+    assert np.isfinite(np.asarray(saturated(value, [dtype]), np.float32).astype(dtype))
 
 
 def test_saturating_changes_no_other_number():
-  assert saturated(1e30, BF16) == 1e30
-  assert saturated(65504.0, F16) == 65504.0
-  assert saturated(-np.inf, F16) == -np.inf
-  assert np.isnan(saturated(np.nan, F16))
+  assert saturated(1e30, [BF16, F16]) == 1e30
+  assert saturated(65504.0, [F16]) == 65504.0
+  assert np.isnan(saturated(np.nan, [F16]))
 
 
 def test_the_table_decides_every_public_primitive():

@@ -277,10 +277,48 @@ def test_a_number_at_the_edge_of_float16_is_itself_in_float32(name, policy):
   np.testing.assert_array_equal(got, IN_FLOAT32[name](times, mask))
 
 
-@pytest.mark.parametrize("number", [65536.0, -65536.0])
-def test_it_is_the_largest_that_there_is_beside_what_float16_holds(number):
-  w = jnp.eye(4)
-  fn = lambda w, m: jnp.where(m, w @ w, jnp.where(m, 0.0, number))
-  got = mpjax.autocast(fn, "p=f32, c=f16, o=f32")(w, jnp.arange(4) == 0)
-  np.testing.assert_array_equal(got[:, 0], [1, 0, 0, 0])
-  assert np.all(got[:, 1:] == np.sign(number) * 65504.0)
+@every_policy
+@pytest.mark.parametrize("number", [NUMBER, -NUMBER, LOWEST, -LOWEST])
+def test_a_number_that_stands_for_what_is_missing_equals_itself(number, policy):
+  found = jnp.asarray([1.0, number, 2.0, number])
+
+  def loss(w, x):
+    there = x != number
+    return jnp.sum((jnp.where(there, x, 0.0) @ w) ** 2) / jnp.sum(there), x == number
+
+  (got, missing), grads = jax.value_and_grad(mpjax.autocast(loss, policy), has_aux=True)(
+    jnp.ones((4, 2)), found
+  )
+  assert got == 9 and np.all(np.isfinite(grads))
+  np.testing.assert_array_equal(missing, [False, True, False, True])
+
+
+@every_policy
+@pytest.mark.parametrize("number", [-NUMBER, LOWEST])
+@pytest.mark.parametrize(
+  "bias",
+  [
+    lambda b, m, n: b + jnp.where(m, 0.0, n),
+    lambda b, m, n: jnp.where(m, b, n),
+    lambda b, m, n: b + (1 - m.astype(jnp.float32)) * n,
+  ],
+  ids=["added", "chosen", "multiplied"],
+)
+def test_a_row_that_a_learned_bias_masks_wholly_stays_finite(bias, number, policy):
+  x = jax.random.normal(jax.random.key(0), (4, 8))
+  params = {"w": jnp.eye(8), "b": jnp.ones((4, 4))}
+
+  def loss(p, x):
+    h = x @ p["w"]
+    return jnp.sum(nn.softmax(h @ h.T + bias(p["b"], jnp.asarray(MASK), number), -1) @ h)
+
+  got, grads = jax.value_and_grad(mpjax.autocast(loss, policy))(params, x)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((got, grads)))
+
+
+@every_policy
+def test_a_masked_logit_of_16_bits_is_finite(policy):
+  fn = lambda w, x: jnp.where(jnp.arange(8) < 5, 30 * jnp.tanh(x @ w / 30), LOWEST)
+  whole = mpjax.Policy.parse(policy.removeprefix("mixed_"))
+  got = mpjax.autocast(fn, whole)(jnp.eye(8), jnp.ones((2, 8)))
+  assert np.all(np.isfinite(got)) or policy == "mixed_float16"  # which has no such number

@@ -7,7 +7,7 @@ numbers in large arrays, so their values are followed as small sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -94,11 +94,6 @@ LOOKED_AT = 2**16
 """As many numbers as an array has at most that is looked at."""
 
 
-def leaves(numbers: Collection[float] | None, dtype: np.dtype) -> bool:
-  """Whether one of some numbers that adapt is larger than what a format holds, or may be."""
-  return numbers is None or any(saturated(number, dtype) != number for number in numbers)
-
-
 def only(numbers: NumberSet) -> float | None:
   """The number of a set of one; None for several, or if they are not known."""
   return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
@@ -141,9 +136,11 @@ class Adapting(NamedTuple):
 
   def holds(self, value: float | None) -> bool:
     """Whether every format holds a number as it is, if there is one."""
-    if value is None:
-      return True
-    return self.form(value) == CONSTANT and not any(leaves({value}, d) for d in self.formats)
+    return value is None or (self.form(value) == CONSTANT and self.saturated(value) == value)
+
+  def saturated(self, value: Any) -> Any:
+    """A number, brought into the range of the formats that it fits."""
+    return saturated(value, self.formats)
 
 
 class Numbers:

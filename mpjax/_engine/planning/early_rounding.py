@@ -9,19 +9,18 @@ number too, and a quotient that is larger than the format holds may be small beh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import JITTED
-from mpjax._engine.analyses.constants import NumberSet, leaves, numbers_of
 from mpjax._engine.planning.plan import AS_HELD, Plan, Read, Step
 from mpjax._engine.program import versions
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Forms, narrow
-from mpjax._engine.program.versions import Atom, Literal, Var
+from mpjax._engine.program.versions import Literal, Var
 
 _MOVES = frozenset(
   {
@@ -32,12 +31,11 @@ _MOVES = frozenset(
 _MAY_MOVE = _MOVES | JITTED
 
 
-def rounding_early(plan: Plan, numbers: Callable[[Atom], NumberSet]) -> Plan:
+def rounding_early(plan: Plan) -> Plan:
   """A plan in which a quotient that is moved and rounded by its one reader is rounded before.
 
   Args:
     plan: The plan of one jaxpr.
-    numbers: The numbers that occur in an operand, None where they are not known.
   """
   quotients, moves = set[Var](), list[int]()
   for n, step in enumerate(plan.steps):
@@ -52,13 +50,11 @@ def rounding_early(plan: Plan, numbers: Callable[[Atom], NumberSet]) -> Plan:
     readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]
     found = sorted({reader for reads in readers for reader, _ in reads})
     if max(map(len, readers), default=0) == 1 and found[0] >= 0:  # no result of the plan
-      changed |= _round(steps, n, found, numbers)
+      changed |= _round(steps, n, found)
   return replace(plan, steps=tuple(steps)) if changed else plan
 
 
-def _round(
-  steps: list[Step], n: int, readers: Sequence[int], numbers: Callable[[Atom], NumberSet]
-) -> bool:
+def _round(steps: list[Step], n: int, readers: Sequence[int]) -> bool:
   """Round what a step moves, if it moves nothing but float32 that all readers round alike."""
   made = steps[n].eqn.outvars
   places = [
@@ -68,10 +64,10 @@ def _round(
     if not isinstance(atom, Literal) and atom in made
   ]
   formats = {steps[m].reads[k] for m, k in places}
-  via, to, _ = formats.pop()
+  via, to = formats.pop()
   if formats or via is not None or to is None or to == FLOAT32:
     return False
-  rounded = _rounded(steps[n], to, numbers)
+  rounded = _rounded(steps[n], to)
   if rounded is None:
     return False
   steps[n] = rounded
@@ -82,18 +78,15 @@ def _round(
   return True
 
 
-def _rounded(step: Step, to: np.dtype, numbers: Callable[[Atom], NumberSet]) -> Step | None:
+def _rounded(step: Step, to: np.dtype) -> Step | None:
   """A step that reads and makes in a format what it does in float32; None if it computes."""
   bodies = [_rounded_body(body, to) for body in step.bodies]
   found = [body for body in bodies if body is not None]
   if len(found) < len(bodies) or not {*step.operands} <= {None, DATA, CONSTANT}:
     return None
   cast = {DATA} if found else {DATA, CONSTANT}  # a body gets its numbers as they are
-  rows = zip(step.eqn.invars, step.reads, step.operands, strict=True)
-  reads = tuple(
-    Read(read.via, to, form == CONSTANT and leaves(numbers(atom), to)) if form in cast else read
-    for atom, read, form in rows
-  )
+  pairs = zip(step.reads, step.operands, strict=True)
+  reads = tuple(Read(read.via, to) if form in cast else read for read, form in pairs)
   return replace(step, reads=reads, outs=_in_format(step.outs, to), bodies=tuple(found))
 
 
@@ -108,7 +101,7 @@ def _rounded_body(plan: Plan, to: np.dtype) -> Plan | None:
       held = zip(step.eqn.invars, step.operands, strict=True)
       own = all(not isinstance(a, Literal) and a in moved for a, form in held if form == DATA)
       is_move = own and DATA in step.operands and step.eqn.primitive.name in _MAY_MOVE
-      after = _rounded(step, to, _of_literals) if is_move else None
+      after = _rounded(step, to) if is_move else None
       moved.update(step.eqn.outvars)
     if after is None:
       return None
@@ -118,10 +111,6 @@ def _rounded_body(plan: Plan, to: np.dtype) -> Plan | None:
     return None
   in_forms, out_forms = _in_format(plan.in_forms, to), _in_format(plan.out_forms, to)
   return replace(plan, in_forms=in_forms, steps=tuple(steps), out_forms=out_forms)
-
-
-def _of_literals(atom: Atom) -> NumberSet:
-  return numbers_of(atom.val) if isinstance(atom, Literal) else None
 
 
 def _in_format(forms: Forms, to: np.dtype) -> Forms:

@@ -29,8 +29,6 @@ class Read(NamedTuple):
   """The dtype that the value took on by leaving its module."""
   to: np.dtype | None = None
   """The dtype that the equation wants."""
-  clips: bool = False
-  """Whether it holds numbers that this has no room for, and the largest that it has stand for."""
 
 
 AS_HELD = Read()

@@ -18,7 +18,6 @@ from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import ADDS, JITTED, MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine.analyses.constants import leaves
 from mpjax._engine.analyses.knowledge import NOTHING, Analyses, Knowledge, Known
 from mpjax._engine.analyses.loop_carries import accumulators, carried
 from mpjax._engine.planning import decisions
@@ -47,7 +46,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.planning.streams import Streams
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
-from mpjax._engine.program.kinds import CONSTANT, PARAM, Form, Forms, is_data, join
+from mpjax._engine.program.kinds import PARAM, Form, Forms, is_data, join
 from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -183,8 +182,7 @@ class _Walk:
     steps = tuple([self.step(eqn) for eqn in inner.eqns])
     vias, forms = self.look_up(inner.outvars, ())
     held = forms if out_forms is None else out_forms
-    rows = zip(inner.outvars, vias, forms, held, strict=True)
-    reads = tuple(self.read(atom, via, f, h and h.dtype) for atom, via, f, h in rows)
+    reads = tuple(_read(via, f, h and h.dtype) for via, f, h in zip(vias, forms, held, strict=True))
     plan = Plan(
       self.jaxpr,
       self.in_forms,
@@ -195,7 +193,7 @@ class _Walk:
       jaxprs.ordered_places(inner.outvars, self.borders.lasting),
     )
     return rounding_late(
-      rounding_early(plan, self.around.numbers.of),
+      rounding_early(plan),
       self.around.numbers.of,
       self.around.leading.multiplied,
       is_whole=self.is_whole and out_forms is None,
@@ -223,8 +221,8 @@ class _Walk:
       decision = _WAYS[rule](self, eqn, forms, place)
     else:
       decision = decisions.decide(rule, sight)
-    rows = zip(eqn.invars, vias, forms, decision.wanted, strict=True)
-    reads = tuple([self.read(a, v, f, w) if v or w else AS_HELD for a, v, f, w in rows])
+    pairs = zip(vias, forms, decision.wanted, strict=True)
+    reads = tuple([_read(v, f, w) if v or w else AS_HELD for v, f, w in pairs])
     self.around.numbers.follow(eqn)
     lasts = found is not None and found.lasts
     self.leave(eqn, () if place.backward or place.has_policy else path, decision, lasts=lasts)
@@ -298,15 +296,6 @@ class _Walk:
     pairs = zip(forms, held, strict=True)
     vias = [None if form is None or form == before else form.dtype for form, before in pairs]
     return vias, tuple(forms)
-
-  def read(
-    self, atom: Atom, via: np.dtype | None, form: Form | None, wanted: np.dtype | None
-  ) -> Read:
-    """The casts from how an operand is held to the dtype that is wanted of it."""
-    if form is None or wanted is None or wanted == form.dtype:
-      return AS_HELD if via is None else Read(via)
-    clips = form == CONSTANT and leaves(self.around.numbers.of(atom), wanted)
-    return Read(via, wanted, clips)
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""
@@ -391,3 +380,9 @@ def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:
   """Which results of an equation are, in one of its bodies, float32 behind their module."""
   same = [body for body in bodies if len(body.out_forms) == len(eqn.outvars)]
   return [eqn.outvars[n] for n in {n for body in same for n in body.lasting}]
+
+
+def _read(via: np.dtype | None, form: Form | None, wanted: np.dtype | None) -> Read:
+  if form is None or wanted is None or wanted == form.dtype:
+    return AS_HELD if via is None else Read(via)
+  return Read(via, wanted)

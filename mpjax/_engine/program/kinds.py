@@ -6,7 +6,7 @@ The meanings are a chain of four, `Kind`; what each primitive does to them is in
 
 import enum
 from collections.abc import Iterable
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,9 +78,9 @@ def fits(value: float, dtype: np.dtype) -> bool:
   """Whether a constant survives a 16-bit format.
 
   It must neither overflow nor lie below the normals, and must not become 1 if it is not 1: as
-  ``1 - 1e-5``, which guards a logarithm, and as the decay 0.999 it would say something else. What
-  lies less than an ulp above the largest number fits, saturated: float32's own largest number,
-  with which Flax and others mask attention scores, against bfloat16.
+  ``1 - 1e-5``, which guards a logarithm, and as the decay 0.999 it would say something else. In a
+  format with the range of float32 all finite numbers fit, saturated: float32's own largest, with
+  which Flax and others mask attention scores, against bfloat16. In float16 65505 is too large.
   """
   magnitude = abs(float(value))
   if not np.isfinite(magnitude) or magnitude in (0.0, 1.0):
@@ -88,7 +88,8 @@ def fits(value: float, dtype: np.dtype) -> bool:
   info = jnp.finfo(dtype)
   if 0.5 < magnitude < 2.0 and float(np.asarray(magnitude).astype(dtype)) == 1.0:
     return False
-  return float(info.smallest_normal) <= magnitude < float(info.max) * (1 + float(info.eps))
+  has_range = info.maxexp == jnp.finfo(FLOAT32).maxexp
+  return float(info.smallest_normal) <= magnitude and (has_range or magnitude <= float(info.max))
 
 
 def keeps_its_distance(value: float, dtype: np.dtype) -> bool:
@@ -101,7 +102,10 @@ def keeps_its_distance(value: float, dtype: np.dtype) -> bool:
   return error <= abs(1 - value) * float(jnp.finfo(dtype).eps)
 
 
-def saturated(value: float, dtype: np.dtype) -> float:
-  """A number that fits a format, at most the largest that the format has; infinities are kept."""
-  limit = float(jnp.finfo(dtype).max)
-  return value if not np.isfinite(value) else min(max(value, -limit), limit)
+def saturated(value: Any, dtypes: Iterable[np.dtype]) -> Any:
+  """A float32 number, at most the largest of each format in which it fits."""
+  if not np.isfinite(value):
+    return value
+  limits = [float(jnp.finfo(d).max) for d in dtypes if fits(value, d)]
+  limit = min(limits, default=np.inf)
+  return value if abs(value) <= limit else np.float32(np.copysign(limit, value))

@@ -7,14 +7,13 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh, reshard, use_abstract_mesh
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._engine.planning.plan import Often, Read
-from mpjax._engine.program.kinds import saturated
+from mpjax._engine.program import jaxprs
 from mpjax._engine.program.versions import Atom, Literal, Var
 from mpjax._engine.running.attached_derivatives import rounded_from
 
@@ -55,12 +54,15 @@ class Environment:
   read is held in float32, too, which changes no number: there its cotangents meet.
 
   Args:
+    number: What becomes of a number of the trace.
     often: The 16-bit values that many read, and their formats.
   """
 
-  def __init__(self, often: Mapping[Often, np.dtype] = MappingProxyType({})) -> None:
+  def __init__(
+    self, number: Callable[[Any], Any], often: Mapping[Often, np.dtype] = MappingProxyType({})
+  ) -> None:
     self._known: dict[Key, Any] = {}
-    self._often = often
+    self._number, self._often = number, often
     self._rounded: dict[Often, Any] = {}
 
   def write(self, variables: Sequence[Var], values: Sequence[jax.Array]) -> None:
@@ -102,27 +104,24 @@ class Environment:
       self._rounded[often] = to_dtype(held, self._often[often])
     return rounded_from(self._rounded[often], held)
 
-  def read(self, atom: Atom, read: Read) -> Any:
-    """An operand in the dtype that an equation wants."""
+  def read(self, atom: Atom, read: Read, *, compared: bool = False) -> Any:
+    """An operand in the dtype that an equation wants.
+
+    Args:
+      atom: The operand.
+      read: How it is read.
+      compared: Whether the equation makes no float: then a number is what it is.
+    """
     if isinstance(atom, Literal):
-      return _literal(atom, read)
+      return atom.val if compared and read.to in (None, FLOAT32) else self._literal(atom, read.to)
     value = self.get(shared(atom, read))
-    if read.to is None:
-      return value
-    return to_dtype(_clipped(value, read.to) if read.clips else value, read.to)
+    return value if read.to is None else to_dtype(value, read.to)
 
-
-def _literal(atom: Literal, read: Read) -> Any:
-  if read.to is None:
-    return atom.val
-  value = saturated(float(atom.val), read.to) if read.clips else atom.val
-  return np.asarray(value, np.float32).astype(read.to)[()]
-
-
-def _clipped(x: jax.Array, dtype: np.dtype) -> jax.Array:
-  """Numbers for which a format has room, those beyond it as the largest that it has."""
-  limit = np.float32(jnp.finfo(dtype).max)
-  return lax.select(lax.is_finite(x), lax.clamp(-limit, x, limit), x)
+  def _literal(self, atom: Literal, dtype: np.dtype | None) -> Any:
+    if not jaxprs.is_float32(atom):
+      return atom.val
+    value = self._number(atom.val)
+    return value if dtype is None else np.asarray(value).astype(dtype)[()]
 
 
 def to_dtype(x: Any, dtype: np.dtype) -> Any:

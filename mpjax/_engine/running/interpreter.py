@@ -70,7 +70,7 @@ class Interpreter:
       captured: What stands for the constants of its jaxpr, if not they themselves.
     """
     inner = versions.open_jaxpr(plan.jaxpr)
-    values = Environment(plan.read_often)
+    values = Environment(self.planner.adapting.saturated, plan.read_often)
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
@@ -111,7 +111,9 @@ class Interpreter:
     reads = list(step.reads)
     if step.wide is not None:  # it rounds inside, and its cotangent does not
       reads[step.wide] = reads[step.wide]._replace(to=None)
-    read = [values.read(a, r) for a, r in zip(step.eqn.invars, reads, strict=True)]
+    compared = not any(step.outs)
+    pairs = zip(step.eqn.invars, reads, strict=True)
+    read = [values.read(atom, read, compared=compared) for atom, read in pairs]
     outs = _RUN.get(step.rule, _bind)(self, step, read)
     held = [x if f is None else to_dtype(x, f.dtype) for x, f in zip(outs, step.outs, strict=True)]
     values.write(step.eqn.outvars, held)
@@ -168,7 +170,7 @@ class Interpreter:
     """Some units as a function from what they read to what others read of them."""
 
     def compute(*operands: jax.Array) -> list[jax.Array]:
-      inside = Environment(plan.read_often)
+      inside = Environment(self.planner.adapting.saturated, plan.read_often)
       inside.fill(inputs, operands)
       for unit in units:
         self._run_unit(plan, unit, inside, scopes)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpjax._core.primitives import ADDS, SCALES
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.versions import AnyJaxpr, Jaxpr, JaxprEqn, Literal
 
-_ADDS = frozenset({"add", "sub", "add_any"})
-_SCALES = frozenset({"mul", "div"})
+_SUMS = ADDS | {"add_any"}
 _KEEPS = frozenset(
   {"convert_element_type", "select_n", "copy", "copy_p", "reduce_precision", "name"}
   | {"optimization_barrier", "sharding_constraint", "stop_gradient", "reshard"}
@@ -75,11 +75,11 @@ class _Search:
   def terms(self, eqn: JaxprEqn, result: int) -> list[Any]:
     """The operands of an equation that one of its results is a sum of, with factors."""
     name, out = eqn.primitive.name, eqn.outvars[result]
-    if name in _ADDS:
+    if name in _SUMS:
       return [*eqn.invars]
     if name in _KEEPS:
       return [eqn.invars[result]] if len(eqn.outvars) > 1 else [*eqn.invars]
-    if name in _SCALES:
+    if name in SCALES:
       first, second = eqn.invars
       if _is_number(second):
         return [first]

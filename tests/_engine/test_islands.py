@@ -110,6 +110,18 @@ def test_gates_that_mix_are_computed_again(policy, mixture, operands):
   np.testing.assert_allclose(got, want, atol=0.05 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.parametrize("moved", [lambda y: y, lambda y: y.reshape(4, -1, SIZE[1])])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_a_mixture_that_a_matmul_reads_is_computed_again(policy, moved, operands):
+  """As that of a highway network, which stores its input, and no gate."""
+
+  def fn(w, x):
+    z = nn.sigmoid(x @ w[0])
+    return jnp.sum(moved((1 - z) * jnp.tanh(x @ w[1]) + z * x) @ w[0])
+
+  assert stored(mpjax.autocast(fn, policy), operands).count("float32") <= 1
+
+
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "exact_gelu"])
 def test_nothing_wide_crosses_the_border_of_an_island(name, operands):
   """Compilers put in memory whatever enters or leaves a checkpoint, cotangents too.

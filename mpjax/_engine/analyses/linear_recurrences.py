@@ -18,7 +18,16 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, RULES, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import (
+  KEEPS_NUMBERS,
+  MATMULS,
+  RULES,
+  SCALES,
+  UNCHANGED,
+  Rule,
+  Trait,
+  having,
+)
 from mpjax._core.scopes import is_backward
 from mpjax._engine.analyses.contents import SOLVES, Contents
 from mpjax._engine.analyses.loop_carries import TERMS
@@ -269,7 +278,7 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   hands on what rounds below its line as what rounds above: Sinkhorn's ``u = a / (k @ v)``.
   """
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
-  if name in ("mul", "div"):
+  if name in SCALES:
     return len(places) == 1
   return name in _LINEAR or name in MATMULS
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import ADDS, Rule, Trait, having
 from mpjax._engine.analyses.ranges import ONE
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.analyses.roles import (
@@ -337,7 +337,7 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
   Or divides an exponential, as a softmax does by the sum of all.
   """
   name = eqn.primitive.name
-  if name in ("add", "sub"):
+  if name in ADDS:
     return ONE in [forward.of(atom).range for atom in eqn.invars]
   return name in GATES or (name == "div" and bool(forward.of(eqn.invars[0]).gates))
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import ADDS, MATMULS, UNCHANGED, Trait, having
+from mpjax._core.primitives import ADDS, MATMULS, SCALES, UNCHANGED, Trait, having
 from mpjax._engine.analyses.constants import numbers_of, only
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
@@ -28,7 +28,7 @@ SMALL = 1 / 31.5
 
 _KEEPS_SIZE = UNCHANGED | {"neg"}
 _KEEPS_NUMBER = frozenset({"convert_element_type", "broadcast_in_dim"})
-_SCALES = _KEEPS_SIZE | {"mul", "div"}
+_PRODUCTS = _KEEPS_SIZE | SCALES
 _PIECES = frozenset({"slice", "dynamic_slice", "gather", "split", "unstack"})
 _CHOICES = frozenset(
   {"select_n", "max", "min", "clamp", "concatenate", "dynamic_update_slice", "scatter"}
@@ -112,7 +112,9 @@ def is_small_step(eqn: JaxprEqn, view: View, carried: Collection[Var]) -> bool:
     if 0 < factor < SMALL and (number := _number_moved(value, view)) is not None:
       return factor < SMALL * abs(number)
     if factor > 0 and (step is second or eqn.primitive.name == "add"):
-      if not factor < SMALL and (made := view.maker(value)) and made.primitive.name not in _SCALES:
+      if (
+        not factor < SMALL and (made := view.maker(value)) and made.primitive.name not in _PRODUCTS
+      ):
         continue
       origins = list(_origins(value, view, is_whole=not factor < SMALL))
       if not factor < SMALL * max((times for _, times in origins), default=0.0):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from mpjax._core.dtypes import FLOAT16, FLOAT32
-from mpjax._core.primitives import MATMULS, Rule
+from mpjax._core.primitives import ADDS, MATMULS, SCALES, Rule
 from mpjax._engine.analyses.points import transforms_points
 from mpjax._engine.analyses.roles import GATES
 from mpjax._engine.analyses.running_sums import adds_neighbors
@@ -324,7 +324,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "own unit",
-    {"add", "sub"},
+    ADDS,
     lambda s: s.is_narrow and adds_much(s),
     Rule.FULL,
     "300, or a parameter, and what a model says: its output comes back in its own unit",
@@ -332,7 +332,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "small step",
-    {"add", "sub"},
+    ADDS,
     lambda s: s.is_narrow and is_small_step(s.eqn, s.around.view, s.around.carried),
     Rule.FULL,
     "0.002 times what a value gave, or its gradient, is lost where 16 bits add it to that value",
@@ -340,7 +340,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "running sum",
-    {"add", "sub"},
+    ADDS,
     lambda s: (
       s.is_narrow and (s.result in s.around.running or adds_neighbors(s.eqn, s.around.view.makers))
     ),
@@ -350,7 +350,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "merged parameter",
-    {"add", "sub"},
+    ADDS,
     lambda s: s.is_narrow and sight.merges(s),
     Rule.FULL,
     "a parameter with a low-rank change merged into it is a parameter, in float32",
@@ -365,7 +365,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "large number",
-    {"mul", "div"},
+    SCALES,
     lambda s: any(s.are_float16) and sight.multiplies_by_much(s),
     Rule.FULL,
     "times 30000 a value of 3 exceeds float16: an output comes back in its own unit",

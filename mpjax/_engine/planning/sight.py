@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
-from mpjax._core.primitives import MATMULS, Rule
+from mpjax._core.primitives import MATMULS, SCALES, Rule
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.plan import Place
@@ -348,7 +348,7 @@ def _was_spread(atom: Atom, makers: Mapping[Var, JaxprEqn]) -> bool:
 
 def scales_parameter(sight: Sight) -> bool:
   """Whether a parameter of many numbers is multiplied or divided by a single one."""
-  if sight.name not in ("mul", "div") or (size := jaxprs.size(sight.result)) == 1:
+  if sight.name not in SCALES or (size := jaxprs.size(sight.result)) == 1:
     return False
   pairs = zip(sight.eqn.invars, sight.forms, strict=True)
   return all(jaxprs.size(atom) == (size if form == PARAM else 1) for atom, form in pairs)

@@ -32,10 +32,11 @@ def terms(eqn: JaxprEqn) -> int:
   return size_of([summed[dim] for dim in contracted])
 
 
-def free_dims(eqn: JaxprEqn, operand: int) -> tuple[int, ...]:
-  """Which dimensions of an operand of a `dot_general` the other does not have."""
+def free_dims(eqn: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Which dimensions of each operand of a `dot_general` the other does not have."""
   contracted, batch = eqn.params["dimension_numbers"]
-  return free_of(len(shape(eqn.invars[operand])), contracted[operand], batch[operand])
+  first, second = (len(shape(atom)) for atom in eqn.invars)
+  return free_of(first, contracted[0], batch[0]), free_of(second, contracted[1], batch[1])
 
 
 def free_of(rank: int, contracted: Sequence[int], batch: Sequence[int]) -> tuple[int, ...]:
@@ -44,7 +45,7 @@ def free_of(rank: int, contracted: Sequence[int], batch: Sequence[int]) -> tuple
 
 
 def free(eqn: JaxprEqn, operand: int) -> list[int]:
-  """How long these are."""
+  """How long these are, of one operand."""
   contracted, batch = eqn.params["dimension_numbers"]
   shared = (*contracted[operand], *batch[operand])  # asked of every matmul
   return [size for dim, size in enumerate(shape(eqn.invars[operand])) if dim not in shared]

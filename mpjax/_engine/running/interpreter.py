@@ -327,7 +327,7 @@ def _multiply(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -
     return _weigh(interpreter, step, operands)
   contracted, batch = step.params["dimension_numbers"]
   shaped = []
-  free = matmuls.free_dims(step.eqn, 0), matmuls.free_dims(step.eqn, 1)
+  free = matmuls.free_dims(step.eqn)
   for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
     x = lax.squeeze(lax.transpose(x, (*along, *free[n], *ones)), range(x.ndim - len(ones), x.ndim))
     start = len(along) + (len(free[0]) if n == 0 else 0)

@@ -1,7 +1,7 @@
 """Float32 islands between 16-bit values that the backward pass computes again.
 
 The derivative of an elementwise float32 operation needs its operands or its result, and would
-store them in float32 from the forward to the backward pass. Where elementwise operations lead from
+store them in float32 from the forward to the backward pass. Where these, and moves, lead from
 narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough,
 and so it is for gates that mix float32 states: the rest is computed again, in a few operations
 that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost", with a
@@ -28,7 +28,7 @@ from mpjax._engine.running import softmax
 from mpjax._engine.running.softmax import Softmax
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
-_MOVES = having(Trait.MOVES)
+_MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _MIXES = frozenset({"mul", "add", "sub"})
 _MOST = 32
 """So many steps a mixture has at most: Python may have written out a long loop of them."""
@@ -57,7 +57,7 @@ class Island(NamedTuple):
 def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   """The islands of a plan that need not store float32, by the index of their last step."""
   steps = plan.steps
-  wide = [_is_wide_elementwise(step) for step in steps]
+  wide = [_keeps_size(step) for step in steps]
   if not any(wide):
     return {}
   readers = plan.readers
@@ -71,16 +71,28 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
       weights = weights.alone() if weights.due in found else weights
       found[weights.due] = weights
       taken |= set(weights.steps)
-    elif wide[last] and last not in taken and _is_read_narrow(readers, steps[last]):
-      members = _reach_back(steps, wide, readers, makers, last)
-      taken |= members
-      island = _island(steps, sorted(members), shared_format(readers, steps[last]))
-      if _pays(steps, island):
-        found[last] = island
+    elif last not in taken and (rounded := _rounded(steps, wide, readers, makers, last)):
+      taken |= {*rounded.steps}
+      found[last] = rounded
     elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
       taken |= mixed
       found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
   return found
+
+
+def _rounded(
+  steps: Sequence[Step],
+  wide: Sequence[bool],
+  readers: Readers,
+  makers: Mapping[Var, int],
+  last: int,
+) -> Island | None:
+  """The island whose result is a value that all its readers round, if it pays."""
+  if not (wide[last] and _is_read_narrow(readers, steps[last])):
+    return None
+  members = sorted(_reach_back(steps, wide, readers, makers, last))
+  island = _island(steps, members, shared_format(readers, steps[last]))
+  return island if _pays(steps, island) else None
 
 
 def _mixed(
@@ -125,8 +137,8 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
   return not read or (is_step and len(read) < len([v for v in made if jaxprs.size(v) >= size]))
 
 
-def _is_wide_elementwise(step: Step) -> bool:
-  """Whether a step computes one float32 value, element by element, or moves one whole."""
+def _keeps_size(step: Step) -> bool:
+  """Whether a step computes one float32 value, element by element, or moves one."""
   if len(step.outs) != 1 or not is_data(step.outs[0]):
     return False
   if step.eqn.effects:
@@ -148,7 +160,7 @@ def _reach_back(
   last: int,
   most: float = math.inf,
 ) -> set[int]:
-  """The elementwise steps whose values only the island reads, in float32; no more than so many."""
+  """The steps whose values only the island reads, in float32; no more than so many."""
   members: set[int] = set()
   queue = [-last]  # the latest first: whoever reads a value comes before who makes it
   queued = {last}

@@ -61,7 +61,7 @@ def _order(step: Step, permutation: Sequence[int]) -> Order | None:
   turned, too: its copy stays for the backward pass. What XLA does by itself is left to it: halves
   that are in order once exchanged.
   """
-  free, read = (free_dims(step.eqn, 0), free_dims(step.eqn, 1)), [*map(int, permutation)]
+  free, read = free_dims(step.eqn), [*map(int, permutation)]
   rows = _rows(free, len(read))
   first, second = as_read = [sorted(half, key=read.index) for half in rows]
   exchanged = bool(first and second) and read.index(second[-1]) < read.index(first[0])
@@ -87,7 +87,7 @@ def run(step: Step, order: Order, left: jax.Array, right: jax.Array) -> jax.Arra
   """The matmul of a step, computed in another order; its result has the one that is written."""
   contracted, batch = step.params["dimension_numbers"]
   rest = {k: v for k, v in step.params.items() if k != "dimension_numbers"}
-  natural, matched = (free_dims(step.eqn, 0), free_dims(step.eqn, 1)), range(len(batch[0]))
+  natural, matched = free_dims(step.eqn), range(len(batch[0]))
   rows = _rows(natural, len(jaxprs.shape(step.eqn.outvars[0])))
   labels: list[int] = [*matched]
   sides = []

@@ -25,19 +25,14 @@ class Summing(NamedTuple):
 
   Attributes:
     parameters: Which operands are parameters, or began as such before a loop.
-    kin: For each operand from which of these it was computed, a bit for each of them; empty if
-      from none.
-    of_parameters: Which operands were computed from a parameter at all, or are one.
-    of_layers: Which operands are weights of a layer, or were computed from such; None where
-      every matrix of parameters is.
+    origins: For each operand what it was computed from, as `Sums.origins` has it; None for a whole
+      function, in which every matrix of parameters is a layer.
     gradients: Which results are gradients, if they come out of a backward pass.
     given_back: Which results are a state among the parameters that the function returns.
   """
 
   parameters: Indices = ()
-  kin: Indices = ()
-  of_parameters: frozenset[int] = frozenset()
-  of_layers: frozenset[int] | None = None
+  origins: Indices | None = None
   gradients: Indices = ()
   given_back: Indices = ()
 
@@ -48,8 +43,11 @@ class Summing(NamedTuple):
       body: The body.
       others: Which parameters among its operands are no weights of a layer; and what is float32.
     """
-    found, carry = self.of_parameters, body.carry
-    own = [n in (self.of_layers or ()) and n not in others for n in range(len(body.operands))]
+    carry, origins = body.carry, self.origins or ()
+    own = [bool(bits & _LAYER) and n not in others for n, bits in enumerate(origins)]
+    found = [bool(bits & _OUTSIDE) for bits in origins]
+    if any(found):
+      found[carry.start : carry.stop] = [True] * len(carry)
 
     def turn(carried: Sequence[bool]) -> Sequence[bool]:
       own[carry.start : carry.stop] = carried
@@ -57,11 +55,13 @@ class Summing(NamedTuple):
 
     if any(own):
       settled(own[carry.start : carry.stop], turn, any)
-    return self._replace(
-      kin=(),
-      of_parameters=found.union(carry if found else ()),
-      of_layers=frozenset([n for n, is_of_layers in enumerate(own) if is_of_layers]),
-    )
+    pairs = zip(found, own, strict=True)
+    return self._replace(origins=tuple([_OUTSIDE * of + _LAYER * layer for of, layer in pairs]))
+
+  @property
+  def of_parameters(self) -> frozenset[int]:
+    """Which operands were computed from a parameter at all, or are one."""
+    return frozenset([n for n, bits in enumerate(self.origins or ()) if bits & _OUTSIDE])
 
 
 def sums_in(
@@ -75,15 +75,13 @@ def sums_in(
     is_backward: Whether an equation came from transposing.
     needs: Tells where values lead.
   """
-  origins = dict(zip(inner.invars, known.kin or [0] * len(inner.invars), strict=True))
-  for n in known.of_parameters:
-    origins[inner.invars[n]] |= _OUTSIDE
+  outside = [0] * len(inner.invars) if known.origins is None else known.origins
+  origins = dict(zip(inner.invars, outside, strict=True))
   pure: dict[Any, int] = {}
   for n in known.parameters:
-    pure[inner.invars[n]] = origins[inner.invars[n]] = 1 << n
-  matrices = [n for n in known.parameters if is_matrix(inner.invars[n])]
-  for n in matrices if known.of_layers is None else known.of_layers:
-    origins[inner.invars[n]] |= _LAYER
+    var = inner.invars[n]
+    is_layer = is_matrix(var) if known.origins is None else outside[n] & _LAYER
+    pure[var], origins[var] = 1 << n, 1 << n | (_LAYER if is_layer else 0)
   updates: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
   stack, born = None, 0
@@ -167,9 +165,7 @@ class Sums(NamedTuple):
     atoms = body.take(eqn.invars)
     return Summing(
       tuple(n for n, form in enumerate(forms) if form == PARAM),
-      self.kin(atoms),
-      self.of_parameters(atoms),
-      frozenset([n for n, bits in enumerate(self.origins_of(atoms)) if bits & _LAYER]),
+      self.within(atoms),
       jaxprs.ordered_places(eqn.outvars, self.leading),
       jaxprs.ordered_places(eqn.outvars, self.given_back),
     )
@@ -208,10 +204,11 @@ class Sums(NamedTuple):
     """From which parameters some operands were computed."""
     return [0 if isinstance(a, Literal) else self.origins.get(a, 0) for a in atoms]
 
-  def kin(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
-    """For each operand of a body from which of its parameters it was computed; none if from none.
+  def within(self, atoms: Sequence[Atom]) -> tuple[int, ...]:
+    """The same of the operands of a body, as it is told there.
 
-    A parameter is one by its place among the operands.
+    A parameter is one by its place among the operands; all that are not among them are one bit.
+    Where no operand mixes any, which is which is left out: equal bodies are planned once.
     """
     known = self.origins_of(atoms)
     own = [0 if isinstance(a, Literal) else self.pure.get(a, 0) for a in atoms]
@@ -220,7 +217,12 @@ class Sums(NamedTuple):
       (origin & _BORN) | sum([1 << n for n, bits in bits_of if bits & origin]) for origin in known
     ]
     mixed = [kin for kin, bits in zip(related, own, strict=True) if kin and not bits]
-    return tuple(related) if mixed else ()
+    if not mixed:
+      related = [0] * len(known)
+    pairs = zip(related, known, strict=True)
+    return tuple(
+      [kin | (_OUTSIDE if bits & ~_BORN else 0) | (bits & _LAYER) for kin, bits in pairs]
+    )
 
 
 _STEPS = frozenset({"add", "sub", "add_any"})

@@ -148,8 +148,8 @@ def _keeps_size(step: Step) -> bool:
 
 def _is_read_narrow(readers: Readers, step: Step) -> bool:
   """Whether everything that reads a value first casts it to 16 bits."""
-  reads = [read for _, read in readers.get(step.eqn.outvars[0], ())]
-  return bool(reads) and all((read.via or read.to or FLOAT32) != FLOAT32 for read in reads)
+  formats = {read.via or read.to or FLOAT32 for _, read in readers.get(step.eqn.outvars[0], ())}
+  return bool(formats) and FLOAT32 not in formats
 
 
 def _reach_back(
@@ -168,8 +168,8 @@ def _reach_back(
     index = -heapq.heappop(queue)
     step = steps[index]
     users = readers.get(step.eqn.outvars[0], ())
-    inside = wide[index] and all(n in members and read.via is None for n, read in users)
-    if not (inside or index == last):
+    others = [n for n, read in users if n not in members or read.via is not None]
+    if index != last and (others or not wide[index]):
       continue
     members.add(index)
     made = {makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
@@ -198,7 +198,7 @@ def _pays(steps: Any, island: Island) -> bool:
 def _large(steps: Sequence[Step]) -> dict[Any, Kind]:
   """What steps read that is as large as their last result; nothing if none of them is costly."""
   size = jaxprs.size(steps[-1].eqn.outvars[0])
-  if not any(_is_costly(step) and jaxprs.size(step.eqn.outvars[0]) == size for step in steps):
+  if not [s for s in steps if jaxprs.size(s.eqn.outvars[0]) == size and _is_costly(s)]:
     return {}
   made = {step.eqn.outvars[0] for step in steps}
   kinds = {a: f.kind for a, f in _operands(steps) if f is not None and jaxprs.size(a) >= size}
@@ -206,8 +206,9 @@ def _large(steps: Sequence[Step]) -> dict[Any, Kind]:
 
 
 def _is_costly(step: Step) -> bool:
-  inner = any(_is_costly(inner) for body in step.bodies for inner in body.steps)
-  return inner or step.eqn.primitive.name in _TRANSCENDENTAL
+  if step.eqn.primitive.name in _TRANSCENDENTAL:
+    return True
+  return any(_is_costly(inner) for body in step.bodies for inner in body.steps)
 
 
 def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:

@@ -56,11 +56,10 @@ def explain(
     The report. ``report.keeps_promise`` if the policy does what it promises: nothing leaks, nothing
     multiplies as traced, in float32, and ``report.remarks`` holds nothing but matmuls of integers.
     A remark is made of a ``precision=`` that the policy overrides, of matmuls of float64 and of
-    complex numbers, of sums
-    that a rule for operations keeps in 16 bits although they are small steps, changes of parameters
-    or what a long loop adds up, of a rule that never wins, of a loop that ends by comparing floats
-    which 16-bit matmuls move, of data that were taken for the parameters, and of regions with a
-    policy of their own, whose leaks are not looked for.
+    complex numbers, of sums that a rule for operations keeps in 16 bits although they are small
+    steps, changes of parameters or what a long loop adds up, of a rule that never wins, of a loop
+    that ends by comparing floats which 16-bit matmuls move, of data that were taken for the
+    parameters, and of regions with a policy of their own, whose leaks are not looked for.
 
   Raises:
     ValueError: A rule of the policy map matches nothing; a module without a policy came with None;

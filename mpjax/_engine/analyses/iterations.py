@@ -9,23 +9,23 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from mpjax._core.primitives import UNCHANGED
 from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.bodies import Body, bodies_of
 from mpjax._engine.program.kinds import DATA, Forms
-from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
 class Iterations:
   """Tells of the values of a jaxpr whether equations made them, and of matrices what they multiply.
 
   Args:
-    inner: The jaxpr, open.
-    makers: Its equations, by what they make.
+    frame: The frame of the jaxpr.
     contents: Tells what bodies hold.
     weights: What is made of parameters alone.
     source: Tells what an operand was before it was moved.
@@ -35,15 +35,14 @@ class Iterations:
 
   def __init__(
     self,
-    inner: Jaxpr,
-    makers: Mapping[Any, JaxprEqn],
+    frame: Frame,
     contents: Contents,
     weights: Collection[Any],
     source: Callable[[Any], Any],
     made_before: Collection[Var],
     carried: Collection[Var],
   ) -> None:
-    self._inner, self._makers, self._contents, self._weights = inner, makers, contents, weights
+    self._frame, self._contents, self._weights = frame, contents, weights
     self._source, self._made_before, self._carried = source, made_before, carried
 
   def was_made(self, atom: Atom) -> bool:
@@ -54,21 +53,21 @@ class Iterations:
     """
     if not isinstance(atom, Literal) and atom in self._weights:
       return False
-    waiting, makers, primitives = [atom], self._makers, self._contents.primitives
+    waiting, frame, primitives = [atom], self._frame, self._contents.primitives
     for _ in range(_LOOKS):
       if not waiting:
         return isinstance(atom, Literal)
       before = waiting.pop()
       if isinstance(before, Literal) or not jaxprs.is_float32(before):
         continue  # a mask, or the integers of a quantized layer
-      made = makers.get(before)
+      made = frame.maker(before)
       if before in self._made_before:
         return True
       if made is None or any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
         continue  # given, or drawn, as weights are
       if made.primitive.name not in _SCALED:
         return True
-      waiting += _as_large(made, makers)
+      waiting += _as_large(made, frame)
     return False
 
   def multiplies_vectors(self, matrix: Atom) -> bool:
@@ -77,14 +76,14 @@ class Iterations:
 
   @functools.cached_property
   def _by_vectors(self) -> Counter[int]:
-    pairs = (pair for eqn in self._inner.eqns for pair in matmuls.vectors(eqn))
+    pairs = (pair for eqn in self._frame.inner.eqns for pair in matmuls.vectors(eqn))
     return Counter(id(self._source(matrix)) for _, matrix in pairs)
 
   def depends_on_carry(self, atom: Atom) -> bool:
     """Whether a value is made of what a loop hands on, a few equations before."""
     if not self._carried:
       return False
-    found = itertools.islice(jaxprs.behind(atom, self._makers), _LOOKS)
+    found = itertools.islice(jaxprs.behind(atom, self._frame.makers), _LOOKS)
     return any(var in self._carried for var, _ in found)
 
   def entering(self, body: Body, atoms: Sequence[Atom], forms: Forms) -> frozenset[int]:
@@ -105,11 +104,11 @@ _LOOKS = 16
 """How many equations behind a value are looked at."""
 
 
-def _as_large(eqn: JaxprEqn, makers: Mapping[Any, JaxprEqn]) -> list[Atom]:
+def _as_large(eqn: JaxprEqn, frame: Frame) -> list[Atom]:
   """The operands of an equation that are no smaller than its result: what is scaled, no scale."""
   size, found = jaxprs.size(eqn.outvars[0]), list[Atom]()
   for atom in eqn.invars:
-    made = None if isinstance(atom, Literal) else makers.get(atom)
+    made = frame.maker(atom)
     is_spread = made is not None and made.primitive.name == "broadcast_in_dim"
     found += [] if is_spread or jaxprs.size(atom) < size else [atom]
   return found or list(eqn.invars)

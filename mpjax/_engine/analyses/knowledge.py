@@ -18,6 +18,7 @@ from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import MATMULS, UNCHANGED, Rule
 from mpjax._engine.analyses.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
 from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, totaled
@@ -26,7 +27,6 @@ from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.analyses.running_sums import additions
-from mpjax._engine.analyses.small_steps import View
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of
@@ -128,7 +128,7 @@ class Knowledge:
     iterations: What equations made, and what is multiplied by a vector again and again.
     powers: Products of powers of a matrix.
     numbers: The values of what is constant, followed as equations are decided.
-    view: What makes each variable, and which are a number.
+    frame: What makes each variable, and which are a number.
     carried: The variables that a loop hands on from turn to turn.
     logarithms: The variables that lead into a logarithm, if float8 asks.
     adapting: Which numbers adapt to the formats of the policies.
@@ -144,7 +144,10 @@ class Knowledge:
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self._analyses, self._jaxpr, self._inner, needs = analyses, jaxpr, inner, analyses.needs
-    makers = jaxprs.makers_of(inner)
+    self.adapting = analyses.adapting
+    self.numbers = _numbers(analyses.adapting, jaxpr, known)
+    steady = frozenset(inner.invars[n] for n in known.steady)
+    self.frame = Frame(inner, is_backward, self.numbers.number, steady=steady)
     exact = known.exact
     if exact is None:
       parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
@@ -158,7 +161,7 @@ class Knowledge:
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     weights = self.sums.weights(inner)
     is_sum = analyses.contents.is_sum
-    self.moments = moments(inner, makers, known.moments, is_sum, weights, is_backward)
+    self.moments = moments(self.frame, known.moments, is_sum, weights)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
@@ -168,21 +171,12 @@ class Knowledge:
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)
     self.iterations = Iterations(
-      inner,
-      makers,
+      self.frame,
       analyses.contents,
       self.sums.pure,
       lambda atom: self._source(atom),
       frozenset(inner.invars[n] for n in known.made_before),
       self.carried,
-    )
-    self.adapting = analyses.adapting
-    self.numbers = _numbers(analyses.adapting, jaxpr, known)
-    self.view = View(
-      makers,
-      self.numbers.number,
-      is_backward,
-      steady=frozenset(inner.invars[n] for n in known.steady),
     )
     self.logarithms, self._heads = frozenset[Var](), frozenset[Var]()
     if analyses.in_float8:
@@ -310,7 +304,7 @@ class Knowledge:
       own=own,
       logarithms=jaxprs.ordered_places(eqn.outvars, self.logarithms),
       heads=tuple(n for n, atom in enumerate(atoms) if self._heads and self.is_head(atom)),
-      steady=jaxprs.ordered_places(atoms, self.view.steady),
+      steady=jaxprs.ordered_places(atoms, self.frame.steady),
       recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       is_to_tolerance=self.is_to_tolerance,
@@ -331,7 +325,7 @@ class Knowledge:
     ]
     if not matrices or not self._analyses.contents.matmuls(body.jaxpr):
       return frozenset()
-    makers = self.view.makers
+    makers = self.frame.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.of_numbers))
 
   def is_tested(self, atom: Atom) -> bool:

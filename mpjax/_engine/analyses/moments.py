@@ -16,13 +16,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._engine.analyses.distances import beside_their_squares
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.matmuls import operation
-from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
 class Moments(NamedTuple):
@@ -38,24 +39,20 @@ class Moments(NamedTuple):
 
 
 def moments(
-  inner: Jaxpr,
-  makers: Mapping[Any, JaxprEqn],
+  frame: Frame,
   outs: Collection[int],
   is_sum: Callable[[JaxprEqn], bool],
   weights: Collection[Var],
-  is_backward: Callable[[JaxprEqn], bool],
 ) -> Moments:
   """The moments of a jaxpr of which one is subtracted from another.
 
   Args:
-    inner: The jaxpr, open.
-    makers: Its equations, by what they make.
+    frame: The frame of the jaxpr.
     outs: Which of its results are such moments outside.
     is_sum: Whether an equation adds up: a sum, a matmul, or a function that holds one.
     weights: What is made of parameters alone, or of gradient steps from these.
-    is_backward: Whether an equation stands in a backward pass.
   """
-  search = _Search(inner, makers, is_sum, weights)
+  search, inner = _Search(frame, is_sum, weights), frame.inner
   found = variables_of(inner.outvars[n] for n in outs) if outs else set()
   for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name == "sub"]:
     for second, product in (eqn.invars, eqn.invars[::-1]):
@@ -64,8 +61,8 @@ def moments(
   found |= beside_their_squares(inner, search.origins, weights)
   if not found:
     return Moments()
-  values = frozenset(var for start in found for var in _chain(start, makers))
-  return Moments(values, search.derivatives(values, is_backward))
+  values = frozenset(var for start in found for var in _chain(start, frame))
+  return Moments(values, search.derivatives(values))
 
 
 class _Search:
@@ -76,22 +73,16 @@ class _Search:
   """
 
   def __init__(
-    self,
-    inner: Jaxpr,
-    makers: Mapping[Any, JaxprEqn],
-    is_sum: Callable[[JaxprEqn], bool],
-    weights: Collection[Var],
+    self, frame: Frame, is_sum: Callable[[JaxprEqn], bool], weights: Collection[Var]
   ) -> None:
-    self._inner, self._is_sum, self._weights = inner, is_sum, weights
-    self.origins = Origins(inner, makers)
+    self._frame, self._is_sum, self._weights = frame, is_sum, weights
+    self.origins = Origins(frame)
 
-  def derivatives(
-    self, values: Collection[Var], is_backward: Callable[[JaxprEqn], bool]
-  ) -> frozenset[Var]:
+  def derivatives(self, values: Collection[Var]) -> frozenset[Var]:
     """The matmuls of what moments multiply with tangents of it, or with cotangents of them."""
     shapes: dict[Any, set[tuple[str, ...]]] = {}  # of the moments so far that multiply a value
-    found = set[Var]()
-    for eqn in (eqn for eqn in self._inner.eqns if eqn.primitive.name == "dot_general"):
+    found, is_backward = set[Var](), self._frame.is_backward
+    for eqn in (eqn for eqn in self._frame.inner.eqns if eqn.primitive.name == "dot_general"):
       result = eqn.outvars[0]
       for value, other in (eqn.invars, eqn.invars[::-1]):
         for var in variables_of([self.origins.of(value)]):
@@ -170,7 +161,7 @@ class _Search:
 
   @functools.cached_property
   def _same(self) -> Mapping[Any, int]:
-    return same_values(self._inner)
+    return same_values(self._frame.inner)
 
 
 def _sorted_shape(atom: Atom) -> tuple[str, ...]:
@@ -194,10 +185,10 @@ def _factors(made: JaxprEqn | None) -> list[Any]:
   return list(made.invars) if name == "mul" else []
 
 
-def _chain(atom: Atom, makers: Mapping[Any, JaxprEqn]) -> list[Any]:
+def _chain(atom: Atom, frame: Frame) -> list[Any]:
   """An operand, and one after the other what it was moved from or is a multiple of."""
   found = [atom]
-  while not isinstance(atom, Literal) and (made := makers.get(atom)) is not None:
+  while (made := frame.maker(atom)) is not None:
     if not (before := handed_on(made)):
       break
     (atom,) = before

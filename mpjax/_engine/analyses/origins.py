@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import SCALES, UNCHANGED
-from mpjax._engine.program import jaxprs, versions
-from mpjax._engine.program.bodies import made_in
-from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.analyses.frames import Frame
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 _MOVED = UNCHANGED | {"neg", "slice", "dynamic_slice"}
 _HANDS_ON = _MOVED | SCALES
@@ -21,16 +20,15 @@ class Origins:
   Of a part that is cut twice, what was cut first.
 
   Args:
-    inner: The jaxpr, open.
-    makers: Its equations, by what they make.
+    frame: The frame of the jaxpr.
 
   Attributes:
-    makers: These.
+    makers: The equations, by what they make.
   """
 
-  def __init__(self, inner: Jaxpr, makers: Mapping[Any, JaxprEqn]) -> None:
-    self.makers = makers
-    self._inner = inner
+  def __init__(self, frame: Frame) -> None:
+    self.makers = frame.makers
+    self._frame = frame
     self._called: dict[int, Origins] = {}
 
   @functools.cached_property
@@ -38,7 +36,7 @@ class Origins:
     """What each value was that was moved or scaled; few jaxprs are asked for it."""
     known: dict[Any, Any] = {}
     parts: dict[Any, Var] = {}
-    for eqn in self._inner.eqns:
+    for eqn in self._frame.inner.eqns:
       if eqn.primitive.name not in _HANDS_ON:  # most
         continue
       for atom in handed_on(eqn):
@@ -64,14 +62,12 @@ class Origins:
 
   def in_call(self, eqn: JaxprEqn, result: Any) -> Called | None:
     """What a result of a call was in the body of that; None where no variable makes it."""
-    body, made = made_in(eqn, result)
-    if made is None:
+    seen = self._frame.inside(eqn, result)
+    if not seen or isinstance(seen[-1][0], Literal):
       return None
-    inner = versions.open_jaxpr(body.jaxpr)
-    if id(inner) not in self._called:
-      self._called[id(inner)] = Origins(inner, jaxprs.makers_of(inner))
-    within = self._called[id(inner)]
-    outside = dict(zip(inner.invars, self.of_all(body.take(eqn.invars)), strict=True))
+    made, frame = seen[-1]
+    within = self._called.setdefault(id(frame), Origins(frame))
+    outside = {var: self.of(atom) for var, (atom, _) in frame.outside.items()}
     return Called(within, within.of(made), outside)
 
 

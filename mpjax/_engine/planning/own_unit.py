@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.planning.sight import Sight, is_hidden
-from mpjax._engine.program import jaxprs, versions
-from mpjax._engine.program.bodies import made_in
+from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import PARAM
-from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
+from mpjax._engine.program.versions import Atom, Literal
 
 
 def adds_much(sight: Sight) -> bool:
@@ -26,26 +26,26 @@ def adds_much(sight: Sight) -> bool:
     return True
   others = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   around = sight.around
-  return len(others) == 1 and _is_output(others[0], around.view.makers, around.sums.pure)
+  return len(others) == 1 and _is_output(others[0], around.frame, around.sums.pure)
 
 
-def _is_output(
-  atom: Atom, makers: Mapping[Var, JaxprEqn], pure: Collection[Any], *, is_scaled: bool = False
-) -> bool:
+def _is_output(atom: Atom, frame: Frame, pure: Collection[Any]) -> bool:
   """Whether a value is what a matmul gave, with a bias or as a multiple, be it moved or in a call.
 
   Args:
     atom: The value.
-    makers: The equations of its jaxpr, by what they make.
-    pure: What is made of parameters alone.
-    is_scaled: Whether it has had a bias or a scale behind it.
+    frame: The frame of its jaxpr.
+    pure: What is made of parameters alone there.
   """
-  while not isinstance(atom, Literal) and (made := makers.get(atom)):
+  is_scaled = False
+  while made := frame.maker(atom):
     name, read = made.primitive.name, made.invars
     if name in MATMULS:
       return is_scaled
     if name in CALLS:
-      return _is_output_of_call(made, atom, pure, is_scaled)
+      *_, (atom, frame) = frame.inside(made, atom)
+      pure = _pure_in(frame, pure)
+      continue
     if name in _AFFINE:
       is_scaled = True
       read = [a for a in read if not isinstance(a, Literal) and a not in pure]
@@ -55,15 +55,13 @@ def _is_output(
   return False
 
 
-def _is_output_of_call(call: JaxprEqn, result: Any, pure: Collection[Any], is_scaled: bool) -> bool:
-  """The same of a result of a call."""
-  body, made = made_in(call, result)
-  inner = versions.open_jaxpr(body.jaxpr)
-  own = {inner.invars[n] for n in jaxprs.places_of(call.invars, pure)}
-  for eqn in inner.eqns:
+def _pure_in(frame: Frame, pure: Collection[Any]) -> Collection[Any]:
+  """What is made of parameters alone in the body of a call."""
+  outside = frame.outside.items()
+  own = {v for v, (atom, _) in outside if not isinstance(atom, Literal) and atom in pure}
+  for eqn in frame.inner.eqns:
     own |= {*eqn.outvars} if jaxprs.variables_of(eqn.invars) <= own else set()
-  makers = jaxprs.makers_of(inner)
-  return made is not None and _is_output(made, makers, own, is_scaled=is_scaled)
+  return own
 
 
 _AFFINE = ADDS | SCALES

@@ -171,7 +171,7 @@ class _Walk:
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.is_whole = known.exact is None
     self.borders = Borders(self.governs)
-    multiplied, makers = self.around.leading.multiplied, self.around.view.makers
+    multiplied, makers = self.around.leading.multiplied, self.around.frame.makers
     self.streams = Streams(multiplied, self.borders.lasting, makers)
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):

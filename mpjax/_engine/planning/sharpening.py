@@ -197,7 +197,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "rotation or projection",
     MATMULS,
-    lambda s: transforms_points(s.eqn, s.forms, s.around.view.makers, s.around.sums.pure),
+    lambda s: transforms_points(s.eqn, s.forms, s.around.frame.makers, s.around.sums.pure),
     Rule.FULL,
     "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
   ),
@@ -333,7 +333,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "small step",
     ADDS,
-    lambda s: s.is_narrow and is_small_step(s.eqn, s.around.view, s.around.carried),
+    lambda s: s.is_narrow and is_small_step(s.eqn, s.around.frame, s.around.carried),
     Rule.FULL,
     "0.002 times what a value gave, or its gradient, is lost where 16 bits add it to that value",
     lasts=True,
@@ -342,7 +342,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "running sum",
     ADDS,
     lambda s: (
-      s.is_narrow and (s.result in s.around.running or adds_neighbors(s.eqn, s.around.view.makers))
+      s.is_narrow and (s.result in s.around.running or adds_neighbors(s.eqn, s.around.frame.makers))
     ),
     Rule.FULL,
     "a sum of many terms that a Python loop or an associative scan writes out, as a cumsum",

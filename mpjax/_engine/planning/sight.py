@@ -155,7 +155,7 @@ def reads_solution(sight: Sight) -> bool:
     return few and not any(a in around.sums.pure for a in read)
   is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
   of_data = [a for a in read if not is_layer(a)]
-  if any(depends_on_more_than_numbers(a, around.view.makers) for a in of_data):
+  if any(depends_on_more_than_numbers(a, around.frame.makers) for a in of_data):
     return True
   return sight.result not in around.leading.multiplied
 
@@ -204,7 +204,7 @@ def is_fixed_transform(sight: Sight) -> bool:
   """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
   if sight.name != "dot_general" or sight.has_narrow:
     return False
-  sums, makers = sight.around.sums, sight.around.view.makers
+  sums, makers = sight.around.sums, sight.around.frame.makers
   pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
   return any(
     len(jaxprs.shape(matrix)) > 1
@@ -332,7 +332,7 @@ def merges(sight: Sight) -> bool:
   return (
     all(not isinstance(atom, Literal) and atom in around.sums.pure for atom in eqn.invars)
     and jaxprs.size(eqn.outvars[0]) in set(map(jaxprs.size, matrices))
-    and not any(_was_spread(atom, around.view.makers) for atom in matrices)
+    and not any(_was_spread(atom, around.frame.makers) for atom in matrices)
   )
 
 

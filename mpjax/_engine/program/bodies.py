@@ -130,18 +130,6 @@ RULES_WITH_BODIES = frozenset(_BODIES)
 _FINDERS = {name: _BODIES[rule] for name, rule in RULES.items() if rule in _BODIES}
 
 
-def made_in(eqn: JaxprEqn, result: Any) -> tuple[Body, Any]:
-  """What makes a result of a call in its body, and the body; None where that is no variable.
-
-  Of a choice by platform the branch that runs everywhere else; a loop makes it in no one place.
-  """
-  *_, body = bodies_of(eqn)
-  made = (
-    versions.open_jaxpr(body.jaxpr).outvars[eqn.outvars.index(result)] if not body.carry else None
-  )
-  return body, None if isinstance(made, versions.Literal) else made
-
-
 HAVE_BODIES = _FINDERS.keys()  # few do, so who asks of every equation looks here first
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from mpjax._core.tree_paths import PyTree
 from mpjax._engine.program import versions
+from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Literal
 
@@ -52,8 +53,6 @@ _OF_ONE = frozenset(
 )
 """Operations that make zeros of zeros."""
 
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr"}
-
 
 def _zeros(jaxpr: Jaxpr, known: set[Any]) -> set[Any]:
   """The variables of a jaxpr that are zero if those of ``known`` are."""
@@ -66,12 +65,12 @@ def _zeros(jaxpr: Jaxpr, known: set[Any]) -> set[Any]:
 
 def _results(eqn: JaxprEqn, flags: Sequence[bool]) -> Sequence[bool]:
   """Which results of an equation are zero, from which of its operands are."""
-  name, nothing = eqn.primitive.name, [False] * len(eqn.outvars)
-  if name in _CALLS:
-    return _body_results(eqn.params[_CALLS[name]], flags)
-  if name == "cond":
-    branches = [_body_results(branch, flags[1:]) for branch in eqn.params["branches"]]
-    return [all(found) for found in zip(*branches, strict=True)]
+  name, nothing, bodies = eqn.primitive.name, [False] * len(eqn.outvars), bodies_of(eqn)
+  if any(body.carry for body in bodies):
+    return nothing
+  if bodies:
+    found = [_body_results(body.jaxpr, body.take(flags)) for body in bodies]
+    return [all(column) for column in zip(*found, strict=True)]
   if name == "optimization_barrier":
     return flags
   if name in _OF_ONE:

@@ -1,18 +1,17 @@
 """Warnings for 16-bit parameters, moments and gradients where they are known to fail."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, describe
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import is_backward
 from mpjax._core.tree_paths import PyTree, leaf_paths
-from mpjax._engine.program import versions
-from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
+from mpjax._engine.program.jaxprs import equations
+from mpjax._engine.program.versions import AnyJaxpr
 from mpjax._engine.running.scaled_cotangents import border_p
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
 from mpjax._scaling.master_weights import MasterWeightsState
@@ -118,7 +117,9 @@ class UnscaledFloat16Check:
 
 def _loses_small_gradients(jaxpr: AnyJaxpr) -> bool:
   """Whether a backward matmul or convolution takes float16, and no region has a ``loss_scale``."""
-  eqns = list(_equations(jaxpr, False))
+  eqns = list(
+    equations(jaxpr, False, lambda e, around: around or is_backward(e.source_info.name_stack))
+  )
   if any(eqn.primitive is border_p for eqn, _ in eqns):
     return False
   return any(
@@ -127,15 +128,6 @@ def _loses_small_gradients(jaxpr: AnyJaxpr) -> bool:
     and any(getattr(atom.aval, "dtype", None) == FLOAT16 for atom in eqn.invars)
     for eqn, backward in eqns
   )
-
-
-def _equations(jaxpr: AnyJaxpr, around: bool) -> Iterator[tuple[JaxprEqn, bool]]:
-  """Every equation of a jaxpr, at any depth, and whether it came from transposing."""
-  for eqn in versions.open_jaxpr(jaxpr).eqns:
-    backward = around or is_backward(eqn.source_info.name_stack)
-    yield eqn, backward
-    for body in jaxprs_in_params(eqn.params):
-      yield from _equations(body, backward)
 
 
 UNSCALED_FLOAT16 = (

@@ -6,11 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jax.extend.core import jaxprs_in_params
-
 from mpjax._core.primitives import MATMULS
-from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import repetitions
+from mpjax._engine.program.jaxprs import equations
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 from mpjax.inspect._compiled_text import Card
 from mpjax.inspect._flow_costs import flops, is_float
@@ -50,7 +48,7 @@ class _Matmul(NamedTuple):
 def float8_work(jaxpr: AnyJaxpr) -> Float8Work:
   """Counts the float8 matmuls of a jaxpr."""
   h100 = card_of("h100")
-  found = list(_matmuls(jaxpr, 1))
+  found = list(_matmuls(jaxpr))
   narrow = [matmul for matmul in found if matmul.is_float8]
   in_float8 = sum(m.flops * m.times for m in narrow)
   return Float8Work(
@@ -67,16 +65,14 @@ def _saved(matmul: _Matmul, card: Card) -> float:
   return matmul.flops * (1 / card.peaks["bf16"] - 1 / card.peaks["f8"])
 
 
-def _matmuls(jaxpr: AnyJaxpr, times: int) -> Iterator[_Matmul]:
-  for eqn in versions.open_jaxpr(jaxpr).eqns:
+def _matmuls(jaxpr: AnyJaxpr) -> Iterator[_Matmul]:
+  for eqn, times in equations(jaxpr, 1, lambda eqn, times: times * (repetitions(eqn) or 1)):
     if eqn.primitive.name == "mpjax_float8_tangent":
       yield _Matmul(True, *_of_tangent(eqn), times)
     elif eqn.primitive.name in MATMULS and is_float(eqn.outvars[0].aval):
       avals: list[Any] = [atom.aval for atom in eqn.invars[:2]]
       is_float8 = all(is_float(aval) and aval.dtype.itemsize == 1 for aval in avals)
       yield _Matmul(is_float8, flops(eqn), sum(map(_size, avals)), times)
-    for body in jaxprs_in_params(eqn.params):
-      yield from _matmuls(body, times * (repetitions(eqn) or 1))
 
 
 def _of_tangent(eqn: JaxprEqn) -> tuple[float, float]:

@@ -16,7 +16,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.dtypes import describe, is_of
 from mpjax._core.primitives import RULES, Rule
@@ -302,15 +301,16 @@ def custom_rules(
 
   JAX gives what a rule computes the line of that call, so its own name must say where to look.
   """
-  for eqn in versions.open_jaxpr(jaxpr).eqns:
-    path = planner.place_of(eqn, spot.path).path
-    inner = Spot(spot.path + path, False, line_of(eqn, spot.line))
+
+  def inside(eqn: JaxprEqn, around: Spot) -> Spot:
+    path = planner.place_of(eqn, around.path).path
+    return Spot(around.path + path, False, line_of(eqn, around.line))
+
+  for eqn, here in jaxprs.equations(jaxpr, spot, inside):
     if eqn.primitive.name == "custom_vjp_call":
       info = getattr(eqn.params["bwd"], "debug_info", None)
       if info is not None:
-        yield (inner.path, inner.line), _short_source(info.func_src_info)
-    for body in jaxprs_in_params(eqn.params):
-      yield from custom_rules(body, planner, inner)
+        yield (here.path, here.line), _short_source(info.func_src_info)
 
 
 def _short_source(text: str) -> str:

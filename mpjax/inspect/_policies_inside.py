@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 
 from mpjax._core.dtypes import is_of
 from mpjax._core.primitives import MATMULS
 from mpjax._core.scopes import AS_WRITTEN, Path, has_policy, module_path
 from mpjax._engine.calls import Call
 from mpjax._engine.planning.plan import Plan
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
@@ -35,7 +34,7 @@ def first_region(plan: Plan, line: Line = UNKNOWN) -> tuple[Path, Line] | None:
 
 def where_traced(jaxpr: AnyJaxpr) -> str | None:
   """Where a traced function has a 16-bit policy inside, in words; None if it has none."""
-  found = list(_regions(jaxpr, UNKNOWN))
+  found = list(_regions(jaxpr))
   if not found:
     return None
   path, line = next((place for place in found if place[1] != UNKNOWN), found[0])
@@ -43,14 +42,12 @@ def where_traced(jaxpr: AnyJaxpr) -> str | None:
   return " ".join(words) or "a model that an argument or the function holds"
 
 
-def _regions(jaxpr: AnyJaxpr, line: Line) -> Iterator[tuple[Path, Line]]:
+def _regions(jaxpr: AnyJaxpr) -> Iterator[tuple[Path, Line]]:
   """The module and line of every operation on 16 bits in a region that has its own policy."""
-  for eqn in versions.open_jaxpr(jaxpr).eqns:
-    here, stack = line_of(eqn, line), eqn.source_info.name_stack
+  for eqn, here in jaxprs.equations(jaxpr, UNKNOWN, line_of):
+    stack = eqn.source_info.name_stack
     if has_policy(stack) and _is_narrow(eqn):
       yield module_path(stack), here
-    for body in jaxprs_in_params(eqn.params):
-      yield from _regions(body, here)
 
 
 def _is_narrow(eqn: JaxprEqn) -> bool:

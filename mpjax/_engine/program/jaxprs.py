@@ -5,13 +5,13 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
 import numpy as np
 from jax.extend import source_info_util
-from jax.extend.core import DebugInfo
+from jax.extend.core import DebugInfo, jaxprs_in_params
 from jax.sharding import AxisType
 
 from mpjax._engine.program import versions
@@ -26,6 +26,7 @@ from mpjax._engine.program.versions import (
 )
 
 _FLOAT32 = np.dtype(np.float32)
+T = TypeVar("T")
 
 
 def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
@@ -149,6 +150,23 @@ def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
     return atom
 
   return source
+
+
+def equations(
+  jaxpr: AnyJaxpr, known: T, enter: Callable[[JaxprEqn, T], T]
+) -> Iterator[tuple[JaxprEqn, T]]:
+  """Every equation of a jaxpr, at any depth, with what is known of it.
+
+  Args:
+    jaxpr: The jaxpr.
+    known: What is known of it.
+    enter: What is then known of an equation, and of the jaxprs that it holds.
+  """
+  for eqn in versions.open_jaxpr(jaxpr).eqns:
+    inside = enter(eqn, known)
+    yield eqn, inside
+    for body in jaxprs_in_params(eqn.params):
+      yield from equations(body, inside, enter)
 
 
 def makers_of(inner: Jaxpr) -> dict[Var, JaxprEqn]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from mpjax._engine.planning.plan import Often, Read
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.versions import Atom, Literal, Var
 from mpjax._engine.running.attached_derivatives import rounded_from
+from mpjax._engine.running.kept_rounding import rounded
 
 T = TypeVar("T")
 
@@ -56,17 +57,24 @@ class Environment:
   Args:
     number: What becomes of a number of the trace.
     often: The 16-bit values that many read, and their formats.
+    kept: Those whose rounding must not be left out, see `kept_rounding`.
   """
 
   def __init__(
-    self, number: Callable[[Any], Any], often: Mapping[Often, np.dtype] = MappingProxyType({})
+    self,
+    number: Callable[[Any], Any],
+    often: Mapping[Often, np.dtype] = MappingProxyType({}),
+    kept: Collection[Var] = (),
   ) -> None:
     self._known: dict[Key, Any] = {}
-    self._number, self._often = number, often
+    self._number, self._often, self._kept = number, often, kept
     self._rounded: dict[Often, Any] = {}
 
   def write(self, variables: Sequence[Var], values: Sequence[jax.Array]) -> None:
     """Define variables, each in the dtype that it is held in."""
+    if self._kept:
+      pairs = zip(variables, values, strict=True)
+      values = [rounded(x) if var in self._kept else x for var, x in pairs]
     self.fill(map(Key, variables), values)
 
   def fill(self, keys: Iterable[Key], values: Iterable[Any]) -> None:

@@ -20,13 +20,14 @@ from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import mapped
 from mpjax._engine.program.kinds import PARAM
-from mpjax._engine.program.versions import ClosedJaxpr, JaxprEqn
+from mpjax._engine.program.versions import ClosedJaxpr, JaxprEqn, Var
 from mpjax._engine.running import custom_rules, islands, lookups, operand_order, repeats, softmax
 from mpjax._engine.running.attached_derivatives import with_derivative
 from mpjax._engine.running.environment import Environment, Key, to_dtype
 from mpjax._engine.running.float8 import in_float8
 from mpjax._engine.running.float32_products import Matmul, but_on_gpus, in_order, unfolded
 from mpjax._engine.running.islands import Island
+from mpjax._engine.running.kept_rounding import kept_rounding
 from mpjax._engine.running.matmul_derivatives import (
   Contraction,
   product_of,
@@ -56,6 +57,7 @@ class Interpreter:
     self._stepwise = stepwise
     self._rebuilt: dict[Hashable, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
+    self._kept: dict[int, frozenset[Var]] = {}
     self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
     self._of_steps: dict[int, tuple[Step, Any]] = {}
 
@@ -70,13 +72,19 @@ class Interpreter:
       captured: What stands for the constants of its jaxpr, if not they themselves.
     """
     inner = versions.open_jaxpr(plan.jaxpr)
-    values = Environment(self.planner.adapting.saturated, plan.read_often)
+    values = self._environment(plan)
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
     for unit in self._units_of(plan):
       self._run_unit(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def _environment(self, plan: Plan) -> Environment:
+    """Where the values of a plan's variables are while it runs."""
+    if id(plan) not in self._kept:
+      self._kept[id(plan)] = kept_rounding(plan)
+    return Environment(self.planner.adapting.saturated, plan.read_often, self._kept[id(plan)])
 
   def _units_of(self, plan: Plan) -> list[Unit | Repeat]:
     """What a plan executes one after the other."""
@@ -170,7 +178,7 @@ class Interpreter:
     """Some units as a function from what they read to what others read of them."""
 
     def compute(*operands: jax.Array) -> list[jax.Array]:
-      inside = Environment(self.planner.adapting.saturated, plan.read_often)
+      inside = self._environment(plan)
       inside.fill(inputs, operands)
       for unit in units:
         self._run_unit(plan, unit, inside, scopes)

@@ -1,0 +1,66 @@
+"""Values whose rounding must not be left out, since more than themselves depends on it.
+
+XLA computes bfloat16 in float32, and leaves out the rounding between what it fuses: one reader gets
+``100 * h`` as it was rounded, another as it was before (its ``xla_allow_excess_precision``). That
+is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddexp` has it, whose f
+is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax._core.primitives import UNCHANGED
+from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.program.jaxprs import behind, makers_of, variables_of
+from mpjax._engine.program.kinds import is_data, is_narrow
+from mpjax._engine.program.versions import JaxprEqn, Var, open_jaxpr
+
+_GROWS = frozenset({"exp", "exp2"})
+_MOVES = UNCHANGED | {"select_n"}
+_PICKS = frozenset({"reduce_max", "reduce_min"})
+"""One of the values themselves, as a softmax subtracts: all are off alike, and normalized."""
+
+
+def kept_rounding(plan: Plan) -> frozenset[Var]:
+  """The narrow values from which is subtracted what was computed of them, before an exponential."""
+  differences = [step for step in plan.steps if _is_difference(step)]
+  if not differences:  # as nearly always
+    return frozenset()
+  makers = makers_of(open_jaxpr(plan.jaxpr))
+  computing = {var: eqn for var, eqn in makers.items() if eqn.primitive.name not in _PICKS}
+  names = {n: step.eqn.primitive.name for n, step in enumerate(plan.steps)}
+  return frozenset(
+    var
+    for step in differences
+    if any(names.get(n) in _GROWS for n, _ in plan.readers.get(step.eqn.outvars[0], ()))
+    for var in _in_both(step, computing)
+  )
+
+
+def _is_difference(step: Step) -> bool:
+  """Whether a step subtracts float32 from what is held in 16 bits, or the reverse."""
+  if step.eqn.primitive.name != "sub":
+    return False
+  return any(map(is_narrow, step.operands)) and any(map(is_data, step.operands))
+
+
+def _in_both(step: Step, makers: dict[Var, JaxprEqn]) -> set[Var]:
+  """What the narrow operand of a difference was moved from, of which the other is made."""
+  pair = zip(step.eqn.invars, step.operands, strict=True)
+  (narrow, _), (other, _) = sorted(pair, key=lambda operand: not is_narrow(operand[1]))
+  made, found, waiting = {var for var, _ in behind(other, makers)}, set[Var](), [narrow]
+  while waiting:
+    here = variables_of([waiting.pop()])
+    found |= here & made
+    for eqn in (makers[var] for var in here - made if var in makers):
+      waiting += eqn.invars if eqn.primitive.name in _MOVES else ()
+  return found
+
+
+def rounded(x: jax.Array) -> jax.Array:
+  """A 16-bit value, which all who read it get as it was rounded."""
+  info = jnp.finfo(x.dtype)
+  return lax.reduce_precision(x, info.nexp, info.nmant)

@@ -9,11 +9,13 @@ It needs Orbax: ``pip install orbax-checkpoint``.
 
 from __future__ import annotations
 
+import os
 from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
+from mpjax._core.arguments import shown
 from mpjax._core.dtypes import describe, is_of
 from mpjax._core.tree_paths import leaf_paths
 
@@ -37,6 +39,7 @@ def restore(manager: ocp.CheckpointManager, like: T, *, step: int | None = None)
     A pytree like ``like``, with the numbers of the checkpoint.
 
   Raises:
+    TypeError: If ``manager`` is no manager but, say, its directory.
     FileNotFoundError: If there is no such checkpoint.
     ValueError: If an array of the checkpoint has another dtype or shape than in ``like``, or is
       in one of the two only; the message names it. Or the manager has no handler.
@@ -51,6 +54,8 @@ def restore(manager: ocp.CheckpointManager, like: T, *, step: int | None = None)
     >>> restored["scale"]
     Array(8., dtype=float32)
   """
+  if not hasattr(manager, "latest_step"):
+    raise TypeError(_no_manager(manager))
   step = manager.latest_step() if step is None else step
   if step is None or step not in manager.all_steps():
     raise FileNotFoundError(
@@ -62,6 +67,18 @@ def restore(manager: ocp.CheckpointManager, like: T, *, step: int | None = None)
   target = jax.tree.map(_target, like)
   restored: Any = manager.restore(step, args=ocp.args.StandardRestore(target))
   return restored
+
+
+def _no_manager(given: Any) -> str:
+  """What to write for what came in the place of a manager."""
+  is_path = isinstance(given, str | os.PathLike)
+  directory = shown(os.fspath(given)) if is_path else "directory"
+  got = f"the path {directory}" if is_path else type(given).__name__
+  return (
+    f"restore takes the ocp.CheckpointManager of a run. Got {got}. Write restore(manager, like) "
+    f"with manager = ocp.CheckpointManager({directory}, "
+    "item_handlers=ocp.StandardCheckpointHandler())."
+  )
 
 
 def _written(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Numeric arguments: read, or refused with the argument's name."""
+"""Arguments: numbers read, or refused with their name, and leaves that are no arrays found."""
 
 import math
 import numbers
@@ -7,6 +7,8 @@ import reprlib
 from typing import Any
 
 import jax
+
+from mpjax._core.tree_paths import PyTree, leaf_paths
 
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**126  # between these, 1 / scale is a normal float32 too
 
@@ -25,6 +27,29 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 3
 _SHORT.maxstring = _SHORT.maxother = 80
+
+
+def no_array(tree: PyTree) -> str:
+  """The first leaf that JAX takes for no array, with its path, for a message; empty for none.
+
+  Example:
+    >>> no_array({"x": 1.0, "split": "train"}), no_array([1.0, None])
+    ("'train' of type str at split", '')
+  """
+  for path, leaf in leaf_paths(tree):
+    if not _is_array(leaf):
+      return f"{shown(leaf)} of type {type(leaf).__name__}{' at ' * bool(path)}{path}"
+  return ""
+
+
+def _is_array(leaf: Any) -> bool:
+  if isinstance(leaf, jax.Array):
+    return True
+  try:
+    jax.eval_shape(lambda x: x, leaf)
+  except TypeError:
+    return False
+  return True
 
 
 def power_of_two(name: str, value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
@@ -90,12 +90,14 @@ class Policy:
   matmul_format: str | None = None
 
   def __new__(cls, *args: Any, **kwargs: Any) -> Policy:
-    """Names `parse` to those who pass a spec."""
+    """Names `parse` to those who pass a spec, and the three dtypes to those who pass others."""
     if len(args) == 1 and isinstance(args[0], str) and not kwargs:
       raise TypeError(
         f"Policy takes three dtypes: param, compute and output. Got one string, {shown(args[0])}. "
         f"Write mpjax.Policy.parse({shown(args[0])})."
       )
+    if args or kwargs:  # `copy` and `pickle` make one without
+      _check_names([field.name for field in fields(cls)], len(args), kwargs)
     return super().__new__(cls)
 
   def __post_init__(self) -> None:
@@ -214,6 +216,26 @@ def _read_assignments(spec: str) -> dict[str, Any]:
   if missing:
     raise ValueError(f"{_FORMS}. Got no {' and no '.join(missing)} in {shown(spec)}. {_EXAMPLE}")
   return dtypes
+
+
+def _check_names(names: Sequence[str], count: int, kwargs: Mapping[str, Any]) -> None:
+  """Refuses keywords that are none of a Policy's, and the lack of one that it needs.
+
+  Args:
+    names: The names of its fields; the last may be left out.
+    count: How many came by position.
+    kwargs: What came by name.
+  """
+  unknown = [shown(name) for name in kwargs if name not in names]
+  missing = [name for name in names[count:-1] if name not in kwargs]
+  if not (unknown or missing):
+    return
+  got = f"the unknown keyword {unknown[0]}" if unknown else f"no {' and no '.join(missing)}"
+  raise TypeError(
+    f"Policy takes three dtypes: {', '.join(names[:2])} and {names[2]}. Got {got}. Write them all, "
+    "mpjax.Policy('float32', 'bfloat16', 'float32'), or wherever a policy is taken a string: "
+    "'mixed_bfloat16', or 'params=float32,compute=bfloat16,output=float32'."
+  )
 
 
 def _part(part: str, spec: str) -> str:

@@ -46,7 +46,7 @@ class PolicyMap:
   Raises:
     ValueError: A pattern is no regular expression, a policy cannot be parsed, or ``ops`` names no
       known primitive or class.
-    TypeError: A pattern is not a string, or the default came first.
+    TypeError: A pattern is not a string, or the default came first or not at all.
 
   Example:
     >>> policies = PolicyMap(
@@ -68,6 +68,17 @@ class PolicyMap:
   rules: tuple[tuple[str, Policy], ...]
   default: Policy
   ops: tuple[tuple[str, str], ...]
+
+  def __new__(cls, *args: Any, **kwargs: Any) -> PolicyMap:
+    """Names what is missing to those who leave out the default or the rules."""
+    missing = [name for name in ("rules", "default")[len(args) :] if name not in kwargs]
+    if missing:
+      raise TypeError(
+        "A PolicyMap takes rules, and the default for everything that no rule governs. Got no "
+        f"{' and no '.join(missing)}. Write "
+        "mpjax.PolicyMap({'head': 'float32'}, default='mixed_bfloat16')."
+      )
+    return super().__new__(cls)
 
   def __init__(
     self,

@@ -32,6 +32,8 @@ from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
+  check_aux,
+  explain_if_no_array,
   in_words,
   raise_if_stuck,
 )
@@ -76,7 +78,8 @@ class TrainStep:
       The metrics of the step.
 
     Raises:
-      TypeError: If the first two are not a model and its optimizer.
+      TypeError: If the first two are not a model and its optimizer, or a leaf of the batch is
+        neither an array nor a graph node.
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
       ValueError: If a step has taken the buffers of an argument already.
     """
@@ -88,9 +91,12 @@ class TrainStep:
       give_own_buffers((model, optimizer), variables, others)
     args = (model, optimizer, (batch, keywords), placement([*variables.values()]))
     opt_state = optimizer.opt_state
-    self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
     try:
+      self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)
       metrics, bad = self._jitted(*args)
+    except TypeError as error:
+      explain_if_no_array(error, operands.by_name())
+      raise
     except (RuntimeError, ValueError) as error:
       explain_if_deleted(error, _named(variables), _DELETED)
       raise
@@ -116,7 +122,11 @@ class TrainStep:
     """
     model, optimizer, batch = _read_arguments(model, optimizer, batch)
     where = placement([*arrays_of((model, optimizer)).values()])
-    traced = self._jitted.trace(model, optimizer, (batch, keywords), where)
+    try:
+      traced = self._jitted.trace(model, optimizer, (batch, keywords), where)
+    except TypeError as error:
+      explain_if_no_array(error, Operands.of(batch, keywords).by_name())
+      raise
     self._check_float16(optimizer.opt_state, lambda: traced.traced.jaxpr)
     return traced.lower()
 
@@ -224,7 +234,7 @@ def make_train_step(
     def compute(wrt: nnx.State, rest: nnx.State, batch: PyTree) -> Any:
       copies = nnx.merge(graphdef, nnx.State({0: wrt}), rest, copy=True)
       out = operands.call(run, copies, batch)
-      loss, aux = split_aux(out) if has_aux else (out, None)
+      loss, aux = _loss_and_aux(out) if has_aux else (out, None)
       return loss, (nnx.state(copies), aux)
 
     def micro_step(parts: list[nnx.State], batch: PyTree, index: jax.Array | None) -> Window:
@@ -281,6 +291,11 @@ class Operands(NamedTuple):
     arrays = tree.unflatten([None if is_node(x) else x for x in leaves])
     return cls([x for x in leaves if is_node(x)], arrays, tree, single)
 
+  def by_name(self) -> dict[str, Any]:
+    """The arrays for a message: those by position as the batch, the others by their keywords."""
+    batch, keywords = (self.arrays, {}) if self.single else self.arrays
+    return {"batch": batch, **keywords}
+
   def call(self, fn: Callable[..., Any], nodes: Sequence[Any], arrays: Any) -> Any:
     """Calls a function of the model and these operands with other nodes and arrays.
 
@@ -298,6 +313,13 @@ class Operands(NamedTuple):
     out = fn(nodes[0], *args, **keywords)
     check_structure(as_given, structure(nodes))
     return out
+
+
+def _loss_and_aux(out: Any) -> tuple[Any, Any]:
+  """Splits what a loss with ``aux`` returned; beside graph nodes that holds arrays alone."""
+  loss, aux = split_aux(out)
+  check_aux(jax.tree.map(lambda x: None if is_node(x) else x, aux, is_leaf=is_node))
+  return loss, aux
 
 
 def _read_arguments(

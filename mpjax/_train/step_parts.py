@@ -12,6 +12,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
+from mpjax._core.arguments import no_array
 from mpjax._core.casting import cast_floating
 from mpjax._core.dtypes import FLOAT32, describe, is_of
 from mpjax._core.policy import spec
@@ -159,6 +160,36 @@ def called(
       f"loss_fn is called as loss_fn({', '.join(names)}). Got "
       f"{getattr(loss_fn, '__name__', 'loss_fn')}{signature}. Take that, or change rng= and "
       "model_state= of TrainState.create."
+    ) from error
+
+
+def check_aux(aux: PyTree) -> None:
+  """Refuses auxiliary output that a compiled step cannot return.
+
+  Raises:
+    TypeError: If a leaf is no array; the message names it.
+  """
+  if got := no_array(aux):
+    raise TypeError(
+      "loss_fn must return an aux of arrays: a step is compiled, and returns these alone. Got "
+      f"{got}. Leave it out of aux, and add it to what the step returns."
+    )
+
+
+def explain_if_no_array(error: Exception, arguments: PyTree) -> None:
+  """Says in one sentence why a step cannot be compiled for arguments that hold a string, say.
+
+  Args:
+    error: What the step raised.
+    arguments: What it was called with, by name.
+
+  Raises:
+    TypeError: If a leaf is no array; the message names it.
+  """
+  if got := no_array(arguments):
+    raise TypeError(
+      f"A step is compiled, and takes arrays alone. Got {got}. Leave it out, or close over it in "
+      "loss_fn."
     ) from error
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Never
 
 import jax
 import optax
@@ -25,6 +25,8 @@ from mpjax._train.step_parts import (
   StepMetrics,
   autocast_loss,
   called,
+  check_aux,
+  explain_if_no_array,
   in_words,
   is_key,
   keep_if_skipped,
@@ -57,29 +59,37 @@ class TrainStep:
     self._returned = Returned()
     self._batch_shares = False
 
-  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, StepMetrics]:
+  def __call__(
+    self, state: TrainState, batch: PyTree, *more: Never
+  ) -> tuple[TrainState, StepMetrics]:
     """Takes one step.
 
     Args:
       state: The state; donated, so it must not be used again (unless made with
         ``donate=False``).
       batch: What the loss function takes as its last argument.
+      *more: Nothing: inputs and labels are one batch, ``step(state, (x, y))``.
 
     Returns:
       The state after the step, and its metrics.
 
     Raises:
       NonFiniteError: If this was the last of ``max_consecutive_skips`` skipped steps.
-      TypeError: If ``state`` is no ``TrainState``.
+      TypeError: If ``state`` is no ``TrainState``, or holds what is no array, or the batch does.
       ValueError: If its ``opt_state`` is that of another optimizer, or a step was given ``state``
         before and has taken its buffers.
     """
     check_is_state(state, batch)
+    if more:
+      raise TypeError(_MORE.format(1 + len(more)))
     given = state
     state, where = self._enter(state, batch)
-    self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
     try:
+      self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
       state, metrics, bad = self._jitted(state, batch, where)
+    except TypeError as error:
+      explain_if_no_array(error, {"batch": batch, "state": given})
+      raise
     except (RuntimeError, ValueError) as error:
       explain_if_deleted(error, leaf_paths(given), _DELETED)
       if "donate" not in str(error) or not self._returned.is_it(given):
@@ -107,25 +117,40 @@ class TrainStep:
     return f"<{type(self).__name__} of {self._words}>"
 
   def lower(
-    self, state: TrainState, batch: PyTree, *, lowering_platforms: tuple[str, ...] | None = None
+    self,
+    state: TrainState,
+    batch: PyTree,
+    *more: Never,
+    lowering_platforms: tuple[str, ...] | None = None,
   ) -> Any:
     """Lowers the step for these arguments, as ``jax.jit(...).lower`` does.
 
     Args:
       state: A state, or its ``jax.eval_shape``; shapes may carry a ``sharding``.
       batch: A batch, or its shapes.
+      *more: Nothing, as for a call.
       lowering_platforms: For which platforms, if not for the one that JAX runs on.
 
     Returns:
       A ``jax.stages.Lowered``; its ``compile()`` tells memory and cost.
     """
     check_is_state(state, batch)
+    if more:
+      raise TypeError(_MORE.format(1 + len(more)))
     where = placement(jax.tree.leaves(state))
-    traced = self._jitted.trace(state, batch, where)
+    try:
+      traced = self._jitted.trace(state, batch, where)
+    except TypeError as error:
+      explain_if_no_array(error, {"batch": batch, "state": state})
+      raise
     self._check_float16(state.opt_state, lambda: traced.jaxpr)
     return traced.lower(lowering_platforms=lowering_platforms)
 
 
+_MORE = (
+  "A step takes an mpjax.TrainState and one batch. Got {} arguments after the state. Write "
+  "step(state, (x, y)): loss_fn takes them as its batch."
+)
 _DELETED = (
   "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
   "with the state that the step returned, or make the step with donate=False."
@@ -335,6 +360,7 @@ def _unpack(out: Any, model_state: PyTree, has_aux: bool) -> tuple[Any, tuple[An
   named = dict(zip(parts, values, strict=True))
   if model_state is not None:
     _check_model_state(named["new_model_state"], model_state)
+  check_aux(named.get("aux"))
   return named["loss"], (named.get("new_model_state"), named.get("aux"))
 
 

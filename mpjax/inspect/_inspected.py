@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,8 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from mpjax._core.dtypes import FLOAT32, is_of
+from mpjax._core.dtypes import FLOAT32, describe, is_of
+from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import path_str
@@ -183,7 +184,7 @@ def subject_of(
     argnums: Which arguments of a function hold its parameters.
 
   Raises:
-    TypeError: ``fn`` cannot be called.
+    TypeError: ``fn`` cannot be called, or an argument came for the policy.
     ValueError: There is no policy, a spec cannot be parsed, or a Linen module lacks variables.
   """
   policies = _policies_of(fn, policy)
@@ -210,6 +211,11 @@ def subject_of(
 
 def _policies_of(fn: Any, policy: PolicyLike | None) -> PolicyMap:
   own = getattr(type(fn), POLICIES, None)
+  if _is_argument(policy):
+    raise TypeError(
+      f"A report takes a function, its policy, then its arguments. Got {describe(policy)} for the "
+      + ("policy. Pass None for the model's own: explain(model, None, x)." if own else _PLAIN)
+    )
   if policy is not None:
     return as_policy_map(policy)
   if own is None:
@@ -218,6 +224,19 @@ def _policies_of(fn: Any, policy: PolicyLike | None) -> PolicyMap:
       "example 'mixed_bfloat16'."
     )
   return own
+
+
+_PLAIN = (
+  "policy. Pass the plain function (the loss of a train step, what mpjax.autocast was given), then "
+  "the policy: explain(loss, 'mixed_bfloat16', params, batch)."
+)
+
+
+def _is_argument(policy: Any) -> bool:
+  """Whether what came for a policy is none, nor a dict that is meant for the rules of a map."""
+  if isinstance(policy, Mapping):
+    return not all(isinstance(part, str | Policy) for part in policy.values())
+  return not isinstance(policy, str | Policy | PolicyMap | None)
 
 
 def _linen_subject(

@@ -1,5 +1,7 @@
 """The triple of dtypes and its spec strings."""
 
+import copy
+import dataclasses
 import pickle
 from functools import partial
 
@@ -214,6 +216,27 @@ def test_a_policy_made_of_one_spec_names_parse():
     Policy(param_dtype="float32")
 
 
+@pytest.mark.parametrize(
+  ("args", "kwargs", "got"),
+  [
+    ((), {"compute_dtype": "bfloat16"}, "no param_dtype and no output_dtype"),
+    (("float32", "bfloat16"), {}, "no output_dtype"),
+    (("float32",), {"output_dtype": "float32"}, "no compute_dtype"),
+    ((), {"params": "f32", "compute": "bf16", "output": "f32"}, "the unknown keyword 'params'"),
+    (("f32", "bf16", "f32"), {"matmul": "fp8"}, "the unknown keyword 'matmul'"),
+  ],
+  ids=["one by name", "two by position", "none between", "keys of a spec", "a fourth"],
+)
+def test_a_policy_made_of_other_names_lists_them_and_the_strings(args, kwargs, got):
+  names = "param_dtype, compute_dtype and output_dtype"
+  with pytest.raises(TypeError, match=rf"{names}\. Got {got}\. Write .*a string: 'mixed_bfloat16'"):
+    Policy(*args, **kwargs)
+
+
+def test_a_policy_is_copied():
+  assert copy.copy(MIXED) == copy.deepcopy(MIXED) == dataclasses.replace(MIXED) == MIXED
+
+
 def test_a_dict_as_policy_names_policy_map():
   with pytest.raises(TypeError, match=r"Got a dict\..*mpjax\.PolicyMap\(rules, default=...\)"):
     as_policy({"head": "float32"})
@@ -231,6 +254,7 @@ HUGE = "x" * 10**5
     lambda: Policy.parse([HUGE] * 1000),
     lambda: Policy(HUGE),
     lambda: Policy(HUGE, "bf16", "f32"),
+    lambda: Policy(**{HUGE: HUGE}),
     lambda: as_policy({HUGE: HUGE}),
     lambda: as_policy(np.zeros((300, 300))),
     lambda: PolicyMap({f"({HUGE}": "float32"}, "float32"),

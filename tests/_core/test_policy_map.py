@@ -1,5 +1,6 @@
 """Rules by path: order, depth, what they refuse."""
 
+import copy
 import pickle
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_bad_pattern_and_a_bad_policy_say_so():
     mpjax.PolicyMap({3: "float32"}, default="float32")
   with pytest.raises(ValueError, match="mixed_bfloat16"):
     mpjax.PolicyMap({"a": "mixed_bf16"}, default="float32")
+
+
+def test_a_map_without_a_default_says_so_and_is_copied_with_one(policies):
+  with pytest.raises(TypeError, match=r"Got no default\. Write .*, default='mixed_bfloat16'\)"):
+    mpjax.PolicyMap({"a": "float32"})
+  with pytest.raises(TypeError, match=r"Got no rules\. Write mpjax\.PolicyMap\({'head'"):
+    mpjax.PolicyMap(default="mixed_bfloat16")
+  assert copy.deepcopy(policies) == copy.copy(policies) == policies
 
 
 def test_an_unused_rule_lists_the_paths(policies):

@@ -167,6 +167,23 @@ def test_a_checkpoint_of_other_arrays_is_refused_by_path(tmp_path, like, text):
     restored(tmp_path, like)
 
 
+@pytest.mark.parametrize(
+  ("given", "got"),
+  [
+    (
+      "/tmp/run",
+      r"the path '/tmp/run'\. Write .*ocp\.CheckpointManager\('/tmp/run', item_handlers=",
+    ),
+    (Path("/tmp/run"), r"the path '/tmp/run'\. Write restore\(manager, like\) with manager"),
+    ({"n": 0}, r"dict\. Write restore\(manager, like\) with .*ocp\.CheckpointManager\(directory"),
+  ],
+  ids=["string", "path", "state first"],
+)
+def test_a_restore_from_no_manager_says_how_to_make_one(given, got):
+  with pytest.raises(TypeError, match=rf"takes the ocp\.CheckpointManager of a run\. Got {got}"):
+    checkpoint.restore(given, like={"n": jnp.int32(0)})
+
+
 def test_a_restore_without_checkpoint_or_handler_says_what_to_do(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"Got none in .*latest_step\(\) first"):
     restored(tmp_path, {})

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen as nn
@@ -79,7 +80,86 @@ def statistics_without_their_name():
   return stepped(loss, created(PARAMS, model_state=statistics))
 
 
+def named_loss(params, x):
+  return loss_fn(params, x), {"x": x, "name": "loss"}
+
+
+def named_nnx_loss(model, x):
+  return jnp.mean(model(x)), ["loss", x]
+
+
+def nnx_stepped(loss, **settings):
+  model = make_model()
+  return mpjax.nnx.make_train_step(loss, **settings)(model, optimizer_of(model), X)
+
+
 WRONG = {
+  "inputs and labels apart": (
+    lambda: mpjax.make_train_step(loss_fn, TX)(created(PARAMS), X, X),
+    "Got 2 arguments after the state. Write step(state, (x, y))",
+  ),
+  "inputs and labels lowered apart": (
+    lambda: mpjax.make_train_step(loss_fn, TX).lower(created(PARAMS), X, X),
+    "Got 2 arguments after the state. Write step(state, (x, y))",
+  ),
+  "an NNX model, its optimizer and a batch": (
+    lambda: mpjax.make_train_step(loss_fn, TX)((m := make_model()), optimizer_of(m), X),
+    "Got the NNX model Linear. Use mpjax.nnx.make_train_step with nnx.Optimizer",
+  ),
+  "a string in the batch": (
+    lambda: stepped(loss_fn, created(PARAMS), {"x": X, "split": "train"}),
+    "takes arrays alone. Got 'train' of type str at batch/split. Leave it out, or close over it",
+  ),
+  "a string in a batch without a scaler": (
+    lambda: stepped(a_mean, mpjax.TrainState.create({"w": X}, SGD), (X, "train"), SGD),
+    "takes arrays alone. Got 'train' of type str at batch/1. Leave it out",
+  ),
+  "strings in an array": (
+    lambda: stepped(loss_fn, created(PARAMS), {"x": X, "names": np.array(["a", "b"])}),
+    "Got array(['a', 'b'], dtype='<U1') of type ndarray at batch/names",
+  ),
+  "a string lowered": (
+    lambda: mpjax.make_train_step(loss_fn, TX).lower(created(PARAMS), "train"),
+    "Got 'train' of type str at batch. Leave it out",
+  ),
+  "a string in a model_state": (
+    lambda: stepped(a_mean, created(PARAMS, model_state={"name": "net"})),
+    "Got 'net' of type str at state/model_state/name",
+  ),
+  "a string in an NNX batch": (
+    lambda: nnx_step(model := make_model(), optimizer_of(model), {"x": X, "split": "train"}),
+    "takes arrays alone. Got 'train' of type str at batch/split",
+  ),
+  "a string for an NNX loss": (
+    lambda: nnx_step(model := make_model(), optimizer_of(model), X, mode="train"),
+    "takes arrays alone. Got 'train' of type str at mode. Leave it out, or close over it in loss",
+  ),
+  "a string for an NNX loss lowered": (
+    lambda: nnx_step.lower(model := make_model(), optimizer_of(model), X, "train"),
+    "takes arrays alone. Got 'train' of type str at batch/1",
+  ),
+  "a string in aux": (
+    lambda: stepped(named_loss, created(PARAMS), has_aux=True),
+    "an aux of arrays: a step is compiled, and returns these alone. Got 'loss' of type str at name",
+  ),
+  "a string in an aux of micro-batches": (
+    lambda: stepped(
+      named_loss, created(PARAMS), has_aux=True, accumulate=3, policy="mixed_bfloat16"
+    ),
+    "Got 'loss' of type str at name. Leave it out of aux",
+  ),
+  "a string in an NNX aux": (
+    lambda: nnx_stepped(named_nnx_loss, has_aux=True),
+    "an aux of arrays: a step is compiled, and returns these alone. Got 'loss' of type str at 0",
+  ),
+  "a name to keep in float32": (
+    lambda: mpjax.keep_float32("head"),
+    "keep_float32 marks arrays. Got 'head' of type str. Mark the value itself, keep_float32(x);",
+  ),
+  "a name among what is kept in float32": (
+    lambda: mpjax.keep_float32({"x": X, "name": "head"}),
+    "keep_float32 marks arrays. Got 'head' of type str at name.",
+  ),
   "an NNX model for parameters": (
     lambda: created(make_model()),
     "Got the NNX Linear. Use mpjax.nnx.make_train_step with nnx.Optimizer",
@@ -286,6 +366,18 @@ def test_the_parameters_of_an_nnx_model_may_be_those_of_a_state():
 def test_a_type_error_inside_a_loss_is_its_own():
   with pytest.raises(TypeError, match=r"^unsupported operand"):
     stepped(lambda params, batch: params + 1, created(PARAMS))
+
+
+def test_a_type_error_inside_an_nnx_loss_is_its_own():
+  with pytest.raises(TypeError, match=r"^unsupported operand"):
+    nnx_stepped(lambda model, x: model + 1)
+
+
+def test_numbers_and_what_numpy_makes_of_them_may_be_in_a_batch_and_in_aux():
+  aux = {"n": 3, "flag": True, "row": np.arange(3), "none": None, "key": jax.random.key(0)}
+  state, batch = created(PARAMS), {"x": X, **aux}
+  metrics = stepped(lambda p, b: (loss_fn(p, b["x"]), aux), state, batch, has_aux=True)[1]
+  assert int(metrics.aux["n"]) == 3
 
 
 def test_raw_keys_are_keys():

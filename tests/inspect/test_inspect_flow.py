@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 
 import _planted as planted
 import mpjax
-from mpjax.inspect import _flow, _source_lines, explain
+from mpjax.inspect import _flow, _source_lines, check, explain
 
 W = planted.WIDTH
 X = jax.ShapeDtypeStruct((2, W), jnp.float32)
@@ -295,6 +295,31 @@ def test_what_cannot_be_explained_is_refused_with_what_to_do():
     explain(planted.LinenStray(), "mixed_bfloat16", X)
   with pytest.raises(ValueError, match=r"matched no module\. Closest: head"):
     explained(STRAY["linen"], mpjax.PolicyMap({"heda": "float32"}, default="mixed_bfloat16"))
+
+
+@pytest.mark.parametrize("tool", [explain, check])
+def test_a_report_without_the_policy_asks_for_the_plain_function_and_the_policy(tool):
+  loss = lambda params, batch: (batch[0] @ params["w"]).sum()
+  policed, params, batch = mpjax.autocast(loss, "mixed_bfloat16"), {"w": SQUARE}, (X, X)
+  wanted = r"the plain function.*: explain\(loss, 'mixed_bfloat16', params, batch\)"
+  with pytest.raises(TypeError, match=rf"its policy, then its arg.*Got dict for.*{wanted}"):
+    tool(policed, params, batch)
+  with pytest.raises(TypeError, match=rf"Got f32\[{W},{W}\] for the policy\. Pass {wanted}"):
+    tool(lambda w, x: x @ w, SQUARE, X)
+  model = mpjax.apply_policy(planted.NNXStray(nnx.Rngs(0)), "mixed_bfloat16")
+  with pytest.raises(TypeError, match=r"Got f32\[.*Pass None for .*: explain\(model, None, x\)"):
+    tool(model, X)
+  with pytest.raises(TypeError, match=r"Got a dict\. Policies by module path are mpjax\.PolicyMap"):
+    tool(loss, {"head": "float32"}, params, batch)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_the_reason_of_an_inner_product_holds_in_both_formats(policy):
+  (row,) = explain(lambda w, x: jnp.vdot(x @ w, x), policy, SQUARE, X).wide
+  assert row.reason.startswith("inner product: ")
+  narrow = row.reason.partition(": ")[2]
+  assert "257 is 256 in bfloat16" in narrow and "1e-4 squared 0 in float16" in narrow
+  assert jnp.bfloat16(257) == 256 and jnp.float16(1e-4) ** 2 == 0
 
 
 def test_gradients_of_results_without_a_float_are_refused():

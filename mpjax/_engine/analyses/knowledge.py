@@ -56,6 +56,7 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
+    is_solver: And in one without layers, which seeks something of what layers gave.
     tested: Which operands a loop around it hands to a test that multiplies for a residual.
   """
 
@@ -75,6 +76,7 @@ class Known(NamedTuple):
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
   is_to_tolerance: bool = False
+  is_solver: bool = False
   tested: frozenset[int] = frozenset()
 
 
@@ -121,6 +123,7 @@ class Knowledge:
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
+    is_solver: And in one without layers.
     tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
@@ -164,7 +167,8 @@ class Knowledge:
     self.moments = moments(self.frame, known.moments, is_sum, weights)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
-    self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
+    self.is_test, self.is_solver = known.is_test, known.is_solver
+    self.is_to_tolerance = known.is_to_tolerance
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
@@ -254,13 +258,14 @@ class Knowledge:
     matrices = [n for n, var in others.items() if forms[n] == PARAM and is_matrix(var)]
     weights = multiplied(body.jaxpr, matrices, range(body.carry.start), body.carry)
     is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
-    recurrences = self._analyses.recurrences
+    ends, recurrences = _ends_by_float(eqn), self._analyses.recurrences
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
       sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      is_to_tolerance=known.is_to_tolerance or _ends_by_float(eqn),
+      is_to_tolerance=known.is_to_tolerance or ends,
+      is_solver=known.is_solver or (ends and not matrices),
       tested=known.tested | self._tested(eqn, body),
       recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
       steady=tuple(
@@ -308,6 +313,7 @@ class Knowledge:
       recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       is_to_tolerance=self.is_to_tolerance,
+      is_solver=self.is_solver,
       tested=jaxprs.places_of(atoms, self.tested),
     )
 

@@ -1,9 +1,9 @@
 """Which values 16 bits would make 1 or 0, found before any equation is decided.
 
 ``log(sigmoid(x))``, ``1 - sigmoid(x)``, a gate that multiplies itself or what a long loop carries:
-the sigmoid runs in float32, for in 16 bits it is 1 from an argument of 6 on, and 0.999 is 1 in
-bfloat16. A hard sigmoid, ``clip((x + 3) / 6, 0, 1)``, is arithmetic that is cut off: all of that
-runs in float32. The sigmoid may stand in another body than what needs it, as the gates
+the sigmoid runs in float32, for in bfloat16 it is 1 from an argument of 6.3 on, and 0.999 is 1.
+A hard sigmoid, ``clip((x + 3) / 6, 0, 1)``, is arithmetic that is cut off: all of that runs in
+float32. The sigmoid may stand in another body than what needs it, as the gates
 do that are computed for all steps at once before the loop that they rule. A gate that is computed
 twice is needed as exactly at both places: the second may be what a derivative multiplies by.
 

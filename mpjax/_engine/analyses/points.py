@@ -14,33 +14,35 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mpjax._core.primitives import MATMULS, UNCHANGED
+from mpjax._core.primitives import CALLS, MATMULS, UNCHANGED
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
 _JOINS = frozenset({"add", "sub", "mul", "dot_general"})
-_LEADS_ON = UNCHANGED | _JOINS | {"neg", "slice", "dynamic_slice", "gather", "split", "unstack"}
+_CUTS = frozenset({"neg", "slice", "dynamic_slice", "gather", "split", "unstack", "pad"})
+_LEADS_ON = UNCHANGED | _JOINS | _CUTS
+_CHOOSES = frozenset({"select_n"})
+"""As `jnp.diag` puts numbers on a diagonal."""
 
 _LOOKS = 64
 """How many equations behind a matrix are looked at."""
 
 
-def transforms_points(
-  eqn: JaxprEqn, forms: Forms, makers: Mapping[Any, JaxprEqn], pure: Collection[Any]
-) -> bool:
+def transforms_points(eqn: JaxprEqn, forms: Forms, frame: Frame, pure: Collection[Any]) -> bool:
   """Whether a matmul multiplies points by a matrix as small, which is no layer's.
 
   Args:
     eqn: The matmul.
     forms: How its operands are held.
-    makers: The equations of its jaxpr, by what they make.
+    frame: The frame of its jaxpr.
     pure: What is made of parameters alone.
   """
   if eqn.primitive.name != "dot_general":
     return False
-  terms = matmuls.terms(eqn)
+  terms, makers = matmuls.terms(eqn), frame.makers
   if terms > matmuls.DIMENSIONS + 1:
     return False
   for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
@@ -52,9 +54,9 @@ def transforms_points(
     ):
       continue
     if terms > matmuls.DIMENSIONS:
-      found = _is_put_together(matrix, makers, by_rows_and_columns=True)
+      found = _is_put_together(matrix, frame, by_rows_and_columns=True)
     else:
-      found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, makers)
+      found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, frame)
     is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
     are_many = max(matmuls.free(eqn, 1 - n), default=1) > matmuls.DIMENSIONS >= terms
     are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
@@ -84,28 +86,36 @@ def _is_given(atom: Atom, form: Form | None, makers: Mapping[Any, JaxprEqn]) -> 
   return False
 
 
-def _is_put_together(
-  atom: Atom, makers: Mapping[Any, JaxprEqn], *, by_rows_and_columns: bool = False
-) -> bool:
+def _is_put_together(atom: Atom, frame: Frame, *, by_rows_and_columns: bool = False) -> bool:
   """Whether a value was made of others that are parts of it, or is a sum or product with such.
 
   Args:
     atom: The value.
-    makers: The equations of its jaxpr, by what they make.
+    frame: The frame of its jaxpr.
     by_rows_and_columns: Whether some of the parts must have been, too: not so the two halves of
       what a rotary embedding turns.
   """
-  waiting = [atom]
+  waiting = [(atom, frame)]
   for _ in range(_LOOKS):
     if not waiting:
       return False
-    atom = waiting.pop()
-    made = None if isinstance(atom, Literal) else makers.get(atom)
-    name = "" if made is None else made.primitive.name
-    if made is not None and name in _PUTS_TOGETHER:
-      return not by_rows_and_columns or any(_is_put_together(a, makers) for a in made.invars)
-    if made is not None and name in _LEADS_ON:
-      waiting += reversed(made.invars) if name in _JOINS else made.invars[:1]
+    atom, frame = waiting.pop()
+    made = frame.maker(atom)
+    if made is None:
+      waiting += (
+        [frame.outside[atom]] if not isinstance(atom, Literal) and atom in frame.outside else []
+      )
+      continue
+    name, read = made.primitive.name, made.invars[:0]
+    if name in _PUTS_TOGETHER:
+      return not by_rows_and_columns or any(_is_put_together(a, frame) for a in made.invars)
+    if name in _LEADS_ON:
+      read = made.invars[::-1] if name in _JOINS else made.invars[:1]
+    elif name in _CHOOSES:
+      read = made.invars[1:]
+    elif name in CALLS:
+      waiting += frame.inside(made, atom)[-1:]
+    waiting += [(before, frame) for before in read]
   return False
 
 

@@ -84,7 +84,7 @@ def sums_in(
     pure[var], origins[var] = 1 << n, 1 << n | (_LAYER if is_layer else 0)
   updates: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
-  stack, born = None, 0
+  stack, born, of_layers = None, 0, set[Any]()
   for eqn in inner.eqns:
     read = [a for a in eqn.invars if not isinstance(a, Literal)]
     if eqn.source_info.name_stack is not stack:  # many that follow each other share one
@@ -96,9 +96,12 @@ def sums_in(
       origins[var] = origin
     if read and pure.keys() >= {*read}:
       pure |= dict.fromkeys(eqn.outvars, origin & ~(_BORN | _LAYER))
+    elif eqn.primitive.name in MATMULS | UNCHANGED:
+      of_layers.update(eqn.outvars if _is_of_layer(eqn, read, pure, of_layers) else ())
     elif eqn.primitive.name in _STEPS and len(read) == 2:
       for target, change in (read, read[::-1]):
-        if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
+        is_bias = change in of_layers and jaxprs.size(target) in (1, *jaxprs.shape(target))
+        if _adds_to(eqn, target, pure, inner.invars) and change not in pure and not is_bias:
           related = origins.get(change, 0) & (pure[target] | _BORN)
           whole = related and _is_whole(target, pure[target], inner.invars)
           (updates if whole else others)[eqn.outvars[0]] = change
@@ -107,6 +110,13 @@ def sums_in(
   updates |= {var: change for var, change in others.items() if var in states}
   leading = _leading(needs, inner, updates, known.gradients)
   return Sums(pure, origins, frozenset(updates), leading, states)
+
+
+def _is_of_layer(
+  eqn: JaxprEqn, read: Sequence[Any], pure: Collection[Any], of_layers: Collection[Any]
+) -> bool:
+  """Whether an equation is a matmul by a parameter, or moves the result of one."""
+  return any(atom in (pure if eqn.primitive.name in MATMULS else of_layers) for atom in read)
 
 
 def _leading(

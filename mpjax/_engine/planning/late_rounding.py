@@ -34,7 +34,8 @@ _CHOOSES = frozenset({"select_n", "scatter", "concatenate", "pad", "slice", "dyn
 _LEADS_ON = ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
 _MAY_LEAD_ON = _LEADS_ON | SCALES | FUNCTIONS
 _ADDS_UP = ADDS | {"reduce_sum"}
-_ENDS = _ADDS_UP | FUNCTIONS | {"reduce_max", "reduce_min", "exp", "exp2", "gather"}
+_STEEP = frozenset({"exp", "exp2", "pow", "log"})
+_ENDS = _ADDS_UP | FUNCTIONS | _STEEP | {"reduce_max", "reduce_min", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
 

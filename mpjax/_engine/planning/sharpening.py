@@ -93,7 +93,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
       and (s.name in GATES or s.name == "div" or s.is_narrow)
     ),
     Rule.FULL,
-    "a 16-bit sigmoid is 1 from an argument of 6 on, and 0.999 is 1 in bfloat16",
+    "in bfloat16 a sigmoid is 1 from an argument of 6.3 on, in float16 of 8.4, and 0.999 is 1",
     lasts=True,
   ),
   Sharpening(
@@ -141,16 +141,19 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "numbers that float16 does not hold",
     {Rule.LOWER},
-    lambda s: s.compute == FLOAT16 and any(map(s.around.leaves_float16, s.eqn.invars)),
+    lambda s: (
+      (s.compute == FLOAT16 and any(map(s.around.leaves_float16, s.eqn.invars)))
+      or sight.leaves_range(s)
+    ),
     Rule.FULL,
-    "a matrix of 100000s would be one of infinities, and one of 1e-9s of zeros",
+    "a matrix of 100000s, or of squares, would be one of infinities, and one of 1e-9s of zeros",
   ),
   Sharpening(
     "inner product",
     MATMULS,
     lambda s: matmuls.is_inner(s.eqn),
     Rule.FULL,
-    "a sum of products, as (x * y).sum() is, and no more a matmul: 1e-4 squared is 0 in float16",
+    "a sum of products, as (x * y).sum() is: 257 is 256 in bfloat16, 1e-4 squared 0 in float16",
   ),
   Sharpening(
     "weighted sum",
@@ -197,7 +200,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "rotation or projection",
     MATMULS,
-    lambda s: transforms_points(s.eqn, s.forms, s.around.frame.makers, s.around.sums.pure),
+    lambda s: transforms_points(s.eqn, s.forms, s.around.frame, s.around.sums.pure),
     Rule.FULL,
     "a few terms of coordinates, as if it were written out: pixels come in steps of 2 in bfloat16",
   ),
@@ -230,6 +233,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "what comes back to the ends of a distance, or to a variance, is a small difference, too",
   ),
   Sharpening(
+    "loop to a tolerance",
+    MATMULS,
+    sight.decides_an_end,
+    Rule.FULL,
+    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
+  ),
+  Sharpening(
     "what is added up",
     MATMULS,
     lambda s: s.around.sums.is_sum(s.eqn),
@@ -243,17 +253,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     Rule.FULL,
     "a residual is a small difference: rounded, it never falls below a tolerance, nor if the loop "
     "multiplies in another format than its test",
-  ),
-  Sharpening(
-    "loop to a tolerance",
-    MATMULS,
-    lambda s: (
-      s.around.is_to_tolerance
-      and sight.is_of_float32(s)
-      and all(map(s.around.iterations.was_made, s.eqn.invars))
-    ),
-    Rule.FULL,
-    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
   ),
   Sharpening(
     "iteration",
@@ -313,14 +312,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     MATMULS,
     sight.has_integer,
     Rule.WIDE,
-    "the scale of integers stands behind the matmul: its sums leave the range of float16",
+    "the scale of integers stands behind the matmul: its sums are beyond what 16 bits tell apart",
   ),
   Sharpening(
     "few outputs",
     MATMULS,
     sight.is_head,
     Rule.WIDE,
-    "what a model predicts is read in its own unit: 1003 is 1000 in bfloat16",
+    "what a model predicts is read in its own unit: 1001 is 1000 in bfloat16",
   ),
   Sharpening(
     "own unit",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
-from mpjax._core.primitives import MATMULS, SCALES, Rule
+from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.plan import Place
@@ -103,19 +103,61 @@ def is_of_float32(sight: Sight) -> bool:
   )
 
 
+def leaves_range(sight: Sight) -> bool:
+  """Whether a matmul multiplies squares of data, or what else may leave the range of float16.
+
+  A power spectrum, times a bank of filters. What layers make, and first layers, are as by hand.
+  """
+  if sight.compute != FLOAT16 or not is_of_float32(sight) or is_of_parameters(sight):
+    return False
+  waiting, frame = list(sight.eqn.invars), sight.around.frame
+  for _ in range(_LOOKS):
+    made = frame.maker(waiting.pop()) if waiting else None
+    if made is not None and RULES.get(made.primitive.name) is Rule.RANGE:
+      return True
+    if made is not None and made.primitive.name in _KEEPS_RANGE:
+      waiting += made.invars
+    if not waiting:
+      return False
+  return False
+
+
+_KEEPS_RANGE = UNCHANGED | SCALES | ADDS | {"reduce_sum", "slice", "gather"}
+_LOOKS = 32
+"""How many equations behind an operand are looked at."""
+
+
+def decides_an_end(sight: Sight) -> bool:
+  """Whether a matmul multiplies what was computed, in float32, in a loop to a tolerance.
+
+  Or what layers gave by that, where the loop has none itself: a head that is fitted to features.
+  """
+  around = sight.around
+  if not around.is_to_tolerance or sight.name not in MATMULS:
+    return False
+  pairs = [*zip(sight.eqn.invars, sight.forms, strict=True)]
+  others = [atom for atom, form in pairs if not (around.is_solver and is_narrow(form))]
+  computed = all(form is not None and form.kind is not Kind.PARAM for _, form in pairs)
+  return computed and bool(others) and all(map(around.iterations.was_made, others))
+
+
 def iterates(sight: Sight) -> bool:
   """Whether a computed matrix is multiplied by a vector, as it is by others or in a loop.
 
   Or a matrix that a loop carries by a vector, if no layer made that: the keys of a fast weight
   programmer. What was given may be the frozen layer of a network, and its one example. Those of a
-  batch are kept for the backward pass, in 16 bits, as what the experts of a router say.
+  batch are kept for the backward pass, in 16 bits, as what the experts of a router say. The state
+  of a filter, of a few numbers, is one that recurs, whatever vector it is multiplied by.
   """
   around, carried, known = sight.around, sight.around.carried, sight.around.iterations
   for vector, matrix in matmuls.vectors(sight.eqn):
     if not isinstance(matrix, Literal) and matrix in carried:
       return not around.sums.may_be_of_layers([vector])
     if known.was_made(matrix) and known.was_made(vector):
-      return known.multiplies_vectors(matrix) or known.depends_on_carry(vector)
+      recurs = known.depends_on_carry(vector) or (
+        is_of_few(sight.eqn) and known.depends_on_carry(matrix)
+      )
+      return recurs or known.multiplies_vectors(matrix)
   return False
 
 
@@ -290,8 +332,12 @@ def is_hidden(sight: Sight) -> bool:
 
 
 def is_head(sight: Sight) -> bool:
-  """Whether a matmul makes little of much, and what is returned or no other matmul multiplies."""
-  if is_hidden(sight) or sight.place.has_cotangents:
+  """Whether a matmul makes little of much, and what is returned or no other matmul multiplies.
+
+  Not in a loop to a tolerance, as an adaptive solver's: a backward pass that takes its steps again
+  must accept the same, and what it makes leads elsewhere.
+  """
+  if sight.around.is_to_tolerance or is_hidden(sight) or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   return FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)

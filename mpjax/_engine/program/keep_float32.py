@@ -5,6 +5,8 @@ from typing import TypeVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from mpjax._core.arguments import no_array
+
 KEEP_FLOAT32 = "mpjax.keep_float32"
 
 T = TypeVar("T")
@@ -23,7 +25,7 @@ def keep_float32(x: T) -> T:
     The same values.
 
   Raises:
-    TypeError: If ``x`` is a function.
+    TypeError: If ``x`` is a function, or a leaf of it no array.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -37,4 +39,12 @@ def keep_float32(x: T) -> T:
       f"keep_float32 marks values. Got the function {getattr(x, '__name__', type(x).__name__)}. "
       'Mark what it returns, or write mpjax.autocast(fn, "float32") for one that runs in float32.'
     )
-  return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEEP_FLOAT32), x)
+  try:
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEEP_FLOAT32), x)
+  except TypeError as error:
+    if not (got := no_array(x)):
+      raise
+    raise TypeError(
+      f"keep_float32 marks arrays. Got {got}. Mark the value itself, keep_float32(x); for a module "
+      "by its path write a rule: mpjax.PolicyMap({'head': 'float32'}, default=...)."
+    ) from error

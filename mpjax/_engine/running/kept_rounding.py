@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax._core.primitives import UNCHANGED
+from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.program.jaxprs import behind, makers_of, variables_of
 from mpjax._engine.program.kinds import is_data, is_narrow
@@ -20,6 +20,7 @@ from mpjax._engine.program.versions import JaxprEqn, Var, open_jaxpr
 
 _GROWS = frozenset({"exp", "exp2"})
 _MOVES = UNCHANGED | {"select_n"}
+_LEADS_ON = _MOVES | ADDS | SCALES | {"neg"}
 _PICKS = frozenset({"reduce_max", "reduce_min"})
 """One of the values themselves, as a softmax subtracts: all are off alike, and normalized."""
 
@@ -31,13 +32,27 @@ def kept_rounding(plan: Plan) -> frozenset[Var]:
     return frozenset()
   makers = makers_of(open_jaxpr(plan.jaxpr))
   computing = {var: eqn for var, eqn in makers.items() if eqn.primitive.name not in _PICKS}
-  names = {n: step.eqn.primitive.name for n, step in enumerate(plan.steps)}
-  return frozenset(
-    var
-    for step in differences
-    if any(names.get(n) in _GROWS for n, _ in plan.readers.get(step.eqn.outvars[0], ()))
-    for var in _in_both(step, computing)
+  grows, narrow = _into_exponentials(plan), _narrow(plan)
+  return narrow.intersection(
+    var for step in differences if step.eqn.outvars[0] in grows for var in _in_both(step, computing)
   )
+
+
+def _narrow(plan: Plan) -> frozenset[Var]:
+  """What is held in 16 bits."""
+  pairs = [(open_jaxpr(plan.jaxpr).invars, plan.in_forms)]
+  pairs += [(step.eqn.outvars, step.outs) for step in plan.steps]
+  return frozenset(v for pair in pairs for v, form in zip(*pair, strict=True) if is_narrow(form))
+
+
+def _into_exponentials(plan: Plan) -> set[Var]:
+  """What exponentials are taken of: as it is, as a multiple, or with something added."""
+  found = set[Var]()
+  for eqn in (step.eqn for step in reversed(plan.steps)):
+    name = eqn.primitive.name
+    if name in _GROWS or (name in _LEADS_ON and not found.isdisjoint(eqn.outvars)):
+      found |= variables_of(eqn.invars)
+  return found
 
 
 def _is_difference(step: Step) -> bool:

@@ -96,7 +96,7 @@ def sums_in(
       origins[var] = origin
     if read and pure.keys() >= {*read}:
       pure |= dict.fromkeys(eqn.outvars, origin & ~(_BORN | _LAYER))
-    elif eqn.primitive.name in MATMULS | UNCHANGED:
+    elif eqn.primitive.name in _OF_LAYERS and not born:
       of_layers.update(eqn.outvars if _is_of_layer(eqn, read, pure, of_layers) else ())
     elif eqn.primitive.name in _STEPS and len(read) == 2:
       for target, change in (read, read[::-1]):
@@ -236,6 +236,8 @@ class Sums(NamedTuple):
 
 
 _STEPS = frozenset({"add", "sub", "add_any"})
+_OF_LAYERS = MATMULS | UNCHANGED
+"""What makes a layer's result, and what moves it."""
 _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 _OUTSIDE = 1 << 4097

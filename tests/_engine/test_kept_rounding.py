@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
+from jax.experimental import jet
 
 import mpjax
 from _jaxprs import equations
@@ -73,3 +75,15 @@ def test_a_value_less_what_is_computed_of_it_is_below_zero_for_whoever_reads_it(
 def test_others_round_as_they_like(fn):
   jaxpr = jax.make_jaxpr(mpjax.autocast(fn, "mixed_bfloat16"))(PARAMS, POINTS)
   assert not [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "reduce_precision"]
+
+
+def test_taylor_series_are_propagated_through_it():
+  fn = lambda x: (lambda z: jnp.exp(z - jnp.log(1 + jnp.exp(z))))(x @ PARAMS["w1"] / 8)
+  cast = mpjax.autocast(lambda p, x: p * fn(x), "mixed_bfloat16")
+  series = ((POINTS, jnp.ones_like(POINTS)),)
+  assert "reduce_precision" in str(jax.make_jaxpr(cast)(1.0, POINTS))
+  found = jet.jet(lambda x: cast(1.0, x), (POINTS,), series)
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(jet.jet(fn, (POINTS,), series)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(b).max()))

@@ -212,3 +212,66 @@ def test_a_curve_divides_by_the_number_that_its_author_wrote(policy):
   jaxpr = jax.make_jaxpr(mpjax.autocast(pixels, policy))(jnp.ones((8, 64)), X)
   quotients = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "div"]
   assert [eqn.outvars[0].aval.dtype for eqn in quotients] == [jnp.float32] * 2
+
+
+# What is none of these ---------------------------------------------------------------------------
+
+
+@both
+def test_a_state_that_is_given_back_adds_up(policy):
+  p = {"count": jnp.full(32, 100.0), "w": jax.random.normal(KEYS[0], (32, 32)) / 600}
+  x = jax.random.normal(KEYS[1], (32,))
+  turn = jax.jit(mpjax.autocast(lambda p, x: {**p, "count": p["count"] + x @ p["w"]}, policy))
+  state = p
+  for _ in range(50):
+    state = turn(state, x)
+  wanted = 50 * x @ p["w"]
+  np.testing.assert_allclose(state["count"] - 100, wanted, atol=0.02 * float(jnp.abs(wanted).max()))
+
+
+@both
+def test_a_vector_steps_by_a_preconditioner(policy):
+  p = {"w": jax.random.normal(KEYS[0], (32,)), "inverse": jnp.eye(32) / 100}
+  x = jax.random.normal(KEYS[1], (64, 32))
+  step = lambda p: p["w"] - p["inverse"] @ (x.T @ (x @ p["w"] - 1) / 64)
+  change, wanted = mpjax.autocast(step, policy)(p) - p["w"], step(p) - p["w"]
+  assert float(jnp.linalg.norm(change - wanted)) < 0.02 * float(jnp.linalg.norm(wanted))
+
+
+@both
+def test_what_a_rollout_predicts_is_read_in_its_own_unit(policy):
+  p = {"w": jnp.eye(32), "r": jnp.full((32, 1), 31.25).at[0].set(34.25)}
+
+  def total(p, state):
+    def body(carry):
+      state, total, is_done, n = carry
+      state = jax.nn.relu(state @ p["w"])
+      reward = (state @ p["r"])[:, 0]
+      return state, total + reward, is_done | (reward < 0), n + 1
+
+    start = state, jnp.zeros(2), jnp.zeros(2, bool), 0
+    return jax.lax.while_loop(lambda c: ~jnp.all(c[2]) & (c[3] < 5), body, start)[1]
+
+  found = mpjax.autocast(total, policy)(p, jnp.ones((2, 32)))
+  np.testing.assert_array_equal(found, total(p, jnp.ones((2, 32))))
+
+
+@both
+def test_attention_to_a_cache_stays_narrow_in_a_loop_that_ends_by_a_flag(policy):
+  def decode(p, h, memory):
+    keys = memory @ p["k"]
+
+    def body(carry):
+      h, is_done, n = carry
+      weights = jax.nn.softmax(jnp.einsum("bd,btd->bt", h @ p["q"], keys))
+      h = jnp.tanh(jnp.einsum("bt,btd->bd", weights, keys) @ p["o"])
+      return h, is_done | (h[:, 0] > 0.99), n + 1
+
+    start = h, jnp.zeros(2, bool), 0
+    return jax.lax.while_loop(lambda c: ~jnp.all(c[1]) & (c[2] < 5), body, start)[0]
+
+  p = {name: jnp.eye(16) for name in "kqo"}
+  jaxpr = jax.make_jaxpr(mpjax.autocast(decode, policy))(p, jnp.ones((2, 16)), jnp.ones((2, 9, 16)))
+  matmuls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+  assert len(matmuls) == 5
+  assert {a.aval.dtype for eqn in matmuls for a in eqn.invars} == {jnp.dtype(POLICIES[policy])}

@@ -32,6 +32,7 @@ class Frame:
   Attributes:
     inner: The jaxpr.
     makers: Its equations, by what they make.
+    is_backward, known, outside, steady: The other arguments.
   """
 
   def __init__(
@@ -51,13 +52,17 @@ class Frame:
     """The equation that makes a value, or None."""
     return None if isinstance(atom, Literal) else self.makers.get(atom)
 
+  def behind(self, atom: Atom) -> list[Seen]:
+    """The operand behind an argument, with its frame; nothing behind what is made in the jaxpr."""
+    found = None if isinstance(atom, Literal) else self.outside.get(atom)
+    return [] if found is None else [found]
+
   def number(self, atom: Atom) -> float | None:
     """The number that a value is all of, or None."""
     while (made := self.maker(atom)) and made.primitive.name in _KEEPS_NUMBER:
       (atom,) = made.invars
-    if not isinstance(atom, Literal) and atom in self.outside:
-      atom, frame = self.outside[atom]
-      return frame.number(atom)
+    for before, frame in self.behind(atom):
+      return frame.number(before)
     return self.known(atom)
 
   def number_moved(self, atom: Atom) -> float | None:

@@ -30,7 +30,7 @@ from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of
-from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits
+from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits, is_narrow
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -56,7 +56,8 @@ class Known(NamedTuple):
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
-    is_solver: And in one without layers, which seeks something of what layers gave.
+    features: Which operands layers gave, outside of such a loop in which there are none.
+    has_rule: Whether it is of a function with a derivative rule of its user's, or of that.
     tested: Which operands a loop around it hands to a test that multiplies for a residual.
   """
 
@@ -76,7 +77,8 @@ class Known(NamedTuple):
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
   is_to_tolerance: bool = False
-  is_solver: bool = False
+  features: frozenset[int] = frozenset()
+  has_rule: bool = False
   tested: frozenset[int] = frozenset()
 
 
@@ -123,7 +125,8 @@ class Knowledge:
     recurrence: What stands between what a long loop is given and what it hands on.
     is_test: Whether the jaxpr tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
-    is_solver: And in one without layers.
+    features: What layers gave, outside of such a loop in which there are none.
+    has_rule: Whether it is of a function with a user's derivative rule, or of that.
     tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
     totaled: What a sum, a root or a logarithm is taken of, if one is.
@@ -167,8 +170,9 @@ class Knowledge:
     self.moments = moments(self.frame, known.moments, is_sum, weights)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
-    self.is_test, self.is_solver = known.is_test, known.is_solver
-    self.is_to_tolerance = known.is_to_tolerance
+    self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance
+    self.features = frozenset(inner.invars[n] for n in known.features)
+    self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
     self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
@@ -238,7 +242,8 @@ class Knowledge:
       is_plain: Whether no rules stand beside it, as a user's own derivative.
     """
     own: Own[int] = self._own.among(eqn.invars) if is_plain else Own()
-    return self._entering(eqn, body, forms, own, *self._exact_of(eqn))
+    known = self._entering(eqn, body, forms, own, *self._exact_of(eqn))
+    return known if is_plain else known._replace(has_rule=True)
 
   def of_branches(self, eqn: JaxprEqn, forms: Forms) -> list[Known]:
     """What is known in each branch of a ``cond``, whose own operands are held so."""
@@ -258,14 +263,15 @@ class Knowledge:
     matrices = [n for n, var in others.items() if forms[n] == PARAM and is_matrix(var)]
     weights = multiplied(body.jaxpr, matrices, range(body.carry.start), body.carry)
     is_stack = any(n >= body.carry.stop for n in weights)  # of layers: each turn has its own
-    ends, recurrences = _ends_by_float(eqn), self._analyses.recurrences
+    is_solver, recurrences = not matrices and _ends_by("f", eqn), self._analyses.recurrences
+    given = range(body.carry.start if is_solver else 0)
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     return known._replace(
       sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
-      is_to_tolerance=known.is_to_tolerance or ends,
-      is_solver=known.is_solver or (ends and not matrices),
+      is_to_tolerance=known.is_to_tolerance or _ends_by(_OF_FLOATS, eqn),
+      features=known.features.union(n for n in given if is_narrow(forms[n])),
       tested=known.tested | self._tested(eqn, body),
       recurrence=Recurrence() if is_stack else recurrences.of_loop(eqn, body, self.recurrence),
       steady=tuple(
@@ -313,7 +319,8 @@ class Knowledge:
       recurrence=analyses.recurrences.entering(eqn, body, self.recurrence),
       is_test=self.is_test,
       is_to_tolerance=self.is_to_tolerance,
-      is_solver=self.is_solver,
+      features=frozenset(n for n, atom in enumerate(atoms) if self.is_feature(atom)),
+      has_rule=self.has_rule,
       tested=jaxprs.places_of(atoms, self.tested),
     )
 
@@ -334,23 +341,30 @@ class Knowledge:
     makers = self.frame.makers
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self.of_numbers))
 
+  def is_feature(self, atom: Atom) -> bool:
+    """Whether layers gave a value outside of the loop that seeks something of it."""
+    source = self._source(atom) if self.features else None
+    return not isinstance(source, Literal) and source in self.features
+
   def is_tested(self, atom: Atom) -> bool:
     """Whether the test of a loop reads what a value was moved from, too."""
     source = self._source(atom) if self.tested else None
     return not isinstance(source, Literal) and source in self.tested
 
 
+_OF_FLOATS = "fb"
+"""A loop may carry a float, or what it said of one."""
 _POOLS = UNCHANGED | {"concatenate", "reduce_max", "reduce_min"}
 
 
-def _ends_by_float(loop: JaxprEqn) -> bool:
-  """Whether a loop goes on or ends by a float that it carries, or by what it says of one."""
+def _ends_by(kinds: str, loop: JaxprEqn) -> bool:
+  """Whether a loop goes on or ends by something of certain kinds that it carries."""
   test, *_ = bodies_of(loop)
   if not test.is_test:
     return False
   carry = test.split(range(len(loop.invars))).carry
-  floats = [n in carry and jaxprs.kind(loop.invars[n]) in "fb" for n in test.operands]
-  return any(jaxprs.depending(test.jaxpr, floats))
+  found = [n in carry and jaxprs.kind(loop.invars[n]) in kinds for n in test.operands]
+  return any(jaxprs.depending(test.jaxpr, found))
 
 
 def _whole(inner: Jaxpr) -> Leading[int]:

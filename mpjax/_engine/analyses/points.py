@@ -22,8 +22,8 @@ from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
 
 _PUTS_TOGETHER = frozenset({"concatenate", "stack"})
 _JOINS = frozenset({"add", "sub", "mul", "dot_general"})
-_CUTS = frozenset({"neg", "slice", "dynamic_slice", "gather", "split", "unstack", "pad"})
-_LEADS_ON = UNCHANGED | _JOINS | _CUTS
+_TAKES = frozenset({"neg", "slice", "dynamic_slice", "gather", "split", "unstack", "pad"})
+_LEADS_ON = UNCHANGED | _JOINS | _TAKES
 _CHOOSES = frozenset({"select_n"})
 """As `jnp.diag` puts numbers on a diagonal."""
 
@@ -102,11 +102,9 @@ def _is_put_together(atom: Atom, frame: Frame, *, by_rows_and_columns: bool = Fa
     atom, frame = waiting.pop()
     made = frame.maker(atom)
     if made is None:
-      waiting += (
-        [frame.outside[atom]] if not isinstance(atom, Literal) and atom in frame.outside else []
-      )
+      waiting += frame.behind(atom)
       continue
-    name, read = made.primitive.name, made.invars[:0]
+    name, read = made.primitive.name, list[Atom]()
     if name in _PUTS_TOGETHER:
       return not by_rows_and_columns or any(_is_put_together(a, frame) for a in made.invars)
     if name in _LEADS_ON:

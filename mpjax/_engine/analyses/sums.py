@@ -1,7 +1,8 @@
 """What of a jaxpr is added up: changes of parameters, and gradients.
 
 ``w - rate * (x.T @ error)``: the matmul returns the float32 that it adds up in, since its result is
-added to the parameter that it came from, or is the gradient of one.
+added to the parameter that it came from, or is the gradient of one. A bias that comes twice,
+``b + tanh(b + y @ w) @ v``, is no such parameter: what is added to it is a product by another.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def sums_in(
     pure[var], origins[var] = 1 << n, 1 << n | (_LAYER if is_layer else 0)
   updates: dict[Any, Any] = {}
   others: dict[Any, Any] = {}
-  stack, born, of_layers = None, 0, set[Any]()
+  stack, born, products = None, 0, set[Any]()
   for eqn in inner.eqns:
     read = [a for a in eqn.invars if not isinstance(a, Literal)]
     if eqn.source_info.name_stack is not stack:  # many that follow each other share one
@@ -96,27 +97,21 @@ def sums_in(
       origins[var] = origin
     if read and pure.keys() >= {*read}:
       pure |= dict.fromkeys(eqn.outvars, origin & ~(_BORN | _LAYER))
-    elif eqn.primitive.name in _OF_LAYERS and not born:
-      of_layers.update(eqn.outvars if _is_of_layer(eqn, read, pure, of_layers) else ())
+    elif eqn.primitive.name in _PRODUCTS:
+      of = pure if eqn.primitive.name in MATMULS else products
+      products.update(eqn.outvars if any(atom in of for atom in read) else ())
     elif eqn.primitive.name in _STEPS and len(read) == 2:
       for target, change in (read, read[::-1]):
-        is_bias = change in of_layers and jaxprs.size(target) in (1, *jaxprs.shape(target))
-        if _adds_to(eqn, target, pure, inner.invars) and change not in pure and not is_bias:
+        if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
+          is_bias = eqn.primitive.name == "add" and change in products and _is_vector(target)
           related = origins.get(change, 0) & (pure[target] | _BORN)
           whole = related and _is_whole(target, pure[target], inner.invars)
-          (updates if whole else others)[eqn.outvars[0]] = change
+          (updates if whole and not is_bias else others)[eqn.outvars[0]] = change
   given_back = known.given_back
   states = _leading(needs, inner, {}, given_back, through_calls=True) if given_back else {}
   updates |= {var: change for var, change in others.items() if var in states}
   leading = _leading(needs, inner, updates, known.gradients)
   return Sums(pure, origins, frozenset(updates), leading, states)
-
-
-def _is_of_layer(
-  eqn: JaxprEqn, read: Sequence[Any], pure: Collection[Any], of_layers: Collection[Any]
-) -> bool:
-  """Whether an equation is a matmul by a parameter, or moves the result of one."""
-  return any(atom in (pure if eqn.primitive.name in MATMULS else of_layers) for atom in read)
 
 
 def _leading(
@@ -236,8 +231,8 @@ class Sums(NamedTuple):
 
 
 _STEPS = frozenset({"add", "sub", "add_any"})
-_OF_LAYERS = MATMULS | UNCHANGED
-"""What makes a layer's result, and what moves it."""
+_PRODUCTS = MATMULS | UNCHANGED
+"""What multiplies by a parameter, and what moves that."""
 _BORN = 1 << 4096
 """The bit of what was computed in a backward pass; the others are those of parameters."""
 _OUTSIDE = 1 << 4097
@@ -292,6 +287,11 @@ _STAYS = UNCHANGED | {"slice", "dynamic_slice", "gather"}
 def is_matrix(var: Var) -> bool:
   """Whether a variable has two dimensions or more, as the weights of a layer have."""
   return len(jaxprs.shape(var)) > 1
+
+
+def _is_vector(var: Var) -> bool:
+  """Whether at most one dimension of a variable is longer than one, as a bias has it."""
+  return jaxprs.size(var) in (1, *jaxprs.shape(var))
 
 
 def _adds_to(eqn: JaxprEqn, var: Any, pure: Mapping[Var, int], invars: Sequence[Any]) -> bool:

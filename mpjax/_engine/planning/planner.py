@@ -119,9 +119,8 @@ class Planner:
       out_forms: How the rule's results must be held; as they come out when None.
     """
     outs = (n for n, form in enumerate(primals) if is_data(form))
-    return self.plan(
-      jaxpr, in_forms, place, out_forms, Known(self.analyses.near_one.exact(jaxpr, outs))
-    )
+    known = Known(self.analyses.near_one.exact(jaxpr, outs), has_rule=True)
+    return self.plan(jaxpr, in_forms, place, out_forms, known)
 
   def governs(self, path: Path, op: str | None = None) -> tuple[int | None, Policy]:
     """The rule that governs a path, or an operation there: its index, None for the default.

@@ -233,11 +233,11 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "what comes back to the ends of a distance, or to a variance, is a small difference, too",
   ),
   Sharpening(
-    "loop to a tolerance",
+    "solver of features",
     MATMULS,
-    sight.decides_an_end,
+    sight.seeks_of_features,
     Rule.FULL,
-    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
+    "rounded in each turn, what a loop seeks of what layers gave never comes near enough",
   ),
   Sharpening(
     "what is added up",
@@ -253,6 +253,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     Rule.FULL,
     "a residual is a small difference: rounded, it never falls below a tolerance, nor if the loop "
     "multiplies in another format than its test",
+  ),
+  Sharpening(
+    "loop to a tolerance",
+    MATMULS,
+    sight.decides_an_end,
+    Rule.FULL,
+    "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
   ),
   Sharpening(
     "iteration",

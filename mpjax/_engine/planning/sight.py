@@ -128,17 +128,26 @@ _LOOKS = 32
 
 
 def decides_an_end(sight: Sight) -> bool:
-  """Whether a matmul multiplies what was computed, in float32, in a loop to a tolerance.
+  """Whether a matmul multiplies what was computed, in float32, in a loop to a tolerance."""
+  if not (sight.around.is_to_tolerance and is_of_float32(sight)):
+    return False
+  return all(map(sight.around.iterations.was_made, sight.eqn.invars))
 
-  Or what layers gave by that, where the loop has none itself: a head that is fitted to features.
+
+def seeks_of_features(sight: Sight) -> bool:
+  """Whether a matmul multiplies what a loop without layers seeks by what layers gave before it.
+
+  A head that is fitted to features, to a tolerance.
   """
   around = sight.around
-  if not around.is_to_tolerance or sight.name not in MATMULS:
+  if not around.features:
     return False
-  pairs = [*zip(sight.eqn.invars, sight.forms, strict=True)]
-  others = [atom for atom, form in pairs if not (around.is_solver and is_narrow(form))]
-  computed = all(form is not None and form.kind is not Kind.PARAM for _, form in pairs)
-  return computed and bool(others) and all(map(around.iterations.was_made, others))
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  others = [pair for pair in pairs if not (is_narrow(pair[1]) and around.is_feature(pair[0]))]
+  return 0 < len(others) < len(sight.forms) and all(
+    form is not None and form.kind in _NOT_NARROW and around.iterations.was_made(atom)
+    for atom, form in others
+  )
 
 
 def iterates(sight: Sight) -> bool:
@@ -334,10 +343,11 @@ def is_hidden(sight: Sight) -> bool:
 def is_head(sight: Sight) -> bool:
   """Whether a matmul makes little of much, and what is returned or no other matmul multiplies.
 
-  Not in a loop to a tolerance, as an adaptive solver's: a backward pass that takes its steps again
-  must accept the same, and what it makes leads elsewhere.
+  Not in a loop to a tolerance that a user's rule differentiates, as an adaptive solver's: a
+  backward pass that takes its steps again must accept the same, and what it makes leads elsewhere.
   """
-  if sight.around.is_to_tolerance or is_hidden(sight) or sight.place.has_cotangents:
+  is_taken_again = sight.around.is_to_tolerance and sight.around.has_rule
+  if is_taken_again or is_hidden(sight) or sight.place.has_cotangents:
     return False
   read = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   return FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)

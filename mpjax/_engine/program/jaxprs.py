@@ -26,7 +26,7 @@ from mpjax._engine.program.versions import (
 )
 
 _FLOAT32 = np.dtype(np.float32)
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def trace(fn: Callable[..., Any], avals: Sequence[Any]) -> ClosedJaxpr:
@@ -153,8 +153,8 @@ def sources(inner: Jaxpr, moves: Collection[str]) -> Callable[[Any], Any]:
 
 
 def equations(
-  jaxpr: AnyJaxpr, known: T, enter: Callable[[JaxprEqn, T], T]
-) -> Iterator[tuple[JaxprEqn, T]]:
+  jaxpr: AnyJaxpr, known: _T, enter: Callable[[JaxprEqn, _T], _T]
+) -> Iterator[tuple[JaxprEqn, _T]]:
   """Every equation of a jaxpr, at any depth, with what is known of it.
 
   Args:

@@ -16,6 +16,7 @@ import jax.custom_derivatives
 import jax.numpy as jnp
 from jax.interpreters import ad
 
+from mpjax._engine.analyses.knowledge import Known
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs, versions
@@ -174,7 +175,8 @@ def _vjp_plans(
   def backward_plan(ins: Slots, given: Slots) -> Plan:
     forms = (*forward_plan(ins).out_forms[count:], *given.keep(step.outs))
     held = tuple(ins.keep(step.operands[known:]))
-    return planner.plan(traced(ins).backward(given), forms, step.place, held)
+    backward = traced(ins).backward(given)
+    return planner.plan(backward, forms, step.place, held, Known(has_rule=True))
 
   return forward_plan, backward_plan
 

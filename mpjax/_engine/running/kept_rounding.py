@@ -4,6 +4,7 @@ XLA computes bfloat16 in float32, and leaves out the rounding between what it fu
 ``100 * h`` as it was rounded, another as it was before (its ``xla_allow_excess_precision``). That
 is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddexp` has it, whose f
 is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
+The rounding of x is kept whatever f is: it is fused as other operations are, and stores nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import jet
 
 from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
 from mpjax._engine.planning.plan import Plan, Step
@@ -73,6 +75,15 @@ def _in_both(step: Step, makers: dict[Var, JaxprEqn]) -> set[Var]:
     for eqn in (makers[var] for var in here - made if var in makers):
       waiting += eqn.invars if eqn.primitive.name in _MOVES else ()
   return found
+
+
+jet.jet_rules.setdefault(
+  lax.reduce_precision_p,
+  lambda primals, series, **params: (
+    lax.reduce_precision_p.bind(*primals, **params),
+    [lax.reduce_precision_p.bind(term, **params) for term in series[0]],
+  ),
+)  # it is linear, and JAX has none
 
 
 def rounded(x: jax.Array) -> jax.Array:

@@ -275,3 +275,17 @@ def test_attention_to_a_cache_stays_narrow_in_a_loop_that_ends_by_a_flag(policy)
   matmuls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
   assert len(matmuls) == 5
   assert {a.aval.dtype for eqn in matmuls for a in eqn.invars} == {jnp.dtype(POLICIES[policy])}
+
+
+@both
+def test_weights_that_are_scaled_in_a_function_stay_narrow_in_a_loop_to_a_tolerance(policy):
+  def refine(p, x, quantized):
+    w = jax.jit(lambda q: q.astype(jnp.float32) / 127)(quantized)
+    turn = lambda c: (jnp.tanh(jnp.tanh(c[0] @ w) @ w), jnp.abs(c[0]).max(), c[2] + 1)
+    return p * jax.lax.while_loop(lambda c: (c[1] > 0.1) & (c[2] < 9), turn, (x, 1.0, 0))[0]
+
+  args = jnp.float32(1.0), X, jnp.ones((8, 8), jnp.int8)
+  jaxpr = jax.make_jaxpr(mpjax.autocast(refine, policy))(*args)
+  matmuls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+  assert len(matmuls) == 2
+  assert {a.aval.dtype for eqn in matmuls for a in eqn.invars} == {jnp.dtype(POLICIES[policy])}

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from mpjax._core.primitives import UNCHANGED
+from mpjax._core.primitives import CALLS, UNCHANGED
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.program import jaxprs, matmuls
@@ -53,21 +53,27 @@ class Iterations:
     """
     if not isinstance(atom, Literal) and atom in self._weights:
       return False
-    waiting, frame, primitives = [atom], self._frame, self._contents.primitives
+    waiting, primitives = [(atom, self._frame)], self._contents.primitives
     for _ in range(_LOOKS):
       if not waiting:
         return isinstance(atom, Literal)
-      before = waiting.pop()
+      before, frame = waiting.pop()
       if isinstance(before, Literal) or not jaxprs.is_float32(before):
         continue  # a mask, or the integers of a quantized layer
       made = frame.maker(before)
       if before in self._made_before:
         return True
-      if made is None or any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
-        continue  # given, or drawn, as weights are
-      if made.primitive.name not in _SCALED:
+      if made is None:
+        waiting += frame.behind(before)
+        continue
+      if any("random_bits" in primitives(own.jaxpr) for own in bodies_of(made)):
+        continue  # drawn, as weights are
+      if made.primitive.name in CALLS:
+        waiting += frame.inside(made, before)
+      elif made.primitive.name in _SCALED:
+        waiting += [(operand, frame) for operand in _as_large(made, frame)]
+      else:
         return True
-      waiting += _as_large(made, frame)
     return False
 
   def multiplies_vectors(self, matrix: Atom) -> bool:

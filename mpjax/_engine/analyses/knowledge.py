@@ -207,8 +207,7 @@ class Knowledge:
 
   def is_head(self, atom: Atom) -> bool:
     """Whether a value is multiplied into a logarithm, however it was moved before."""
-    source = self._source(atom) if self._heads else None
-    return not isinstance(source, Literal) and source in self._heads
+    return self._was(atom, self._heads)
 
   @functools.cached_property
   def powers(self) -> frozenset[Var]:
@@ -343,13 +342,16 @@ class Knowledge:
 
   def is_feature(self, atom: Atom) -> bool:
     """Whether layers gave a value outside of the loop that seeks something of it."""
-    source = self._source(atom) if self.features else None
-    return not isinstance(source, Literal) and source in self.features
+    return self._was(atom, self.features)
 
   def is_tested(self, atom: Atom) -> bool:
     """Whether the test of a loop reads what a value was moved from, too."""
-    source = self._source(atom) if self.tested else None
-    return not isinstance(source, Literal) and source in self.tested
+    return self._was(atom, self.tested)
+
+  def _was(self, atom: Atom, among: Collection[Var]) -> bool:
+    """Whether a value was one of some, before it was moved."""
+    source = self._source(atom) if among else None  # as nearly never
+    return not isinstance(source, Literal) and source in among
 
 
 _OF_FLOATS = "fb"

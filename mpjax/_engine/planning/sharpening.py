@@ -15,7 +15,7 @@ from mpjax._engine.analyses.points import transforms_points
 from mpjax._engine.analyses.roles import GATES
 from mpjax._engine.analyses.running_sums import adds_neighbors
 from mpjax._engine.analyses.small_steps import is_small_step
-from mpjax._engine.planning import sight
+from mpjax._engine.planning import recurring, sight
 from mpjax._engine.planning.own_unit import adds_much
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
@@ -235,7 +235,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "solver of features",
     MATMULS,
-    sight.seeks_of_features,
+    recurring.seeks_of_features,
     Rule.FULL,
     "rounded in each turn, what a loop seeks of what layers gave never comes near enough",
   ),
@@ -257,28 +257,30 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "loop to a tolerance",
     MATMULS,
-    sight.decides_an_end,
+    recurring.decides_an_end,
     Rule.FULL,
     "float32 by float32, on which a loop's end depends: rounded, it never comes near enough",
   ),
   Sharpening(
     "iteration",
     MATMULS,
-    lambda s: sight.is_of_float32(s) and sight.iterates(s),
+    lambda s: sight.is_of_float32(s) and recurring.iterates(s),
     Rule.FULL,
     "a float32 matrix times a vector, again and again: to cast it costs as much as to multiply it",
   ),
   Sharpening(
     "linear recurrence",
     MATMULS,
-    sight.hands_on,
+    recurring.hands_on,
     Rule.FULL,
     "what rounds in one turn of a long loop is there in all later ones: 64 for 100",
   ),
   Sharpening(
     "product of neighbors, or power",
     MATMULS,
-    lambda s: sight.multiplies_neighbors(s) or (not s.has_layer and s.result in s.around.powers),
+    lambda s: (
+      recurring.multiplies_neighbors(s) or (not s.has_layer and s.result in s.around.powers)
+    ),
     Rule.FULL,
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),

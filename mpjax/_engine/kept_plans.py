@@ -126,14 +126,16 @@ _settings = operator.attrgetter(
 def _code_of(program: Program, operands: Sequence[jax.Array]) -> Hashable | None:
   """Equal for programs that are planned and executed alike; None where that cannot be told.
 
-  Of what is differentiated with respect to other operands another case of its rules is asked for.
+  Of what is differentiated with respect to other operands another case of its rules is asked for;
+  of a call with arrays alone none is, so its rules are not looked at.
   """
   rest = program.forms, program.known, program.policies, program.scoping
   settings = _settings(jax.config), source_info_util.current_name_stack()
   kinds = tuple(map(type, operands))
   try:
     constants = _constants(versions.constants(program.jaxpr))
-    code = _Codes().jaxpr(program.jaxpr), constants, rest, settings, kinds
+    codes = _Codes(with_rules=any(isinstance(x, Tracer) for x in operands))
+    code = codes.jaxpr(program.jaxpr), constants, rest, settings, kinds
   except _NotComparedError:
     return None
   return code if _has_hash(code) else None
@@ -148,9 +150,14 @@ def _has_hash(code: Hashable) -> bool:
 
 
 class _Codes:
-  """The codes of the jaxprs of one program."""
+  """The codes of the jaxprs of one program.
 
-  def __init__(self) -> None:
+  Args:
+    with_rules: Whether the derivative rules of functions are asked for.
+  """
+
+  def __init__(self, *, with_rules: bool) -> None:
+    self._with_rules = with_rules
     self._done: dict[tuple[int, int], tuple[Any, Hashable]] = {}  # by identity and depth
     self._open: list[Hashable] = []  # the function whose rules are being read, as often as it is
 
@@ -194,10 +201,12 @@ class _Codes:
     compared, for rules of rules may go on without end: each derivative of an exported function is
     exported itself.
     """
-    if eqn.params["symbolic_zeros"]:
-      raise _NotComparedError
     avals = tuple(atom.aval for atom in eqn.invars)
     function = eqn.primitive, self._body(eqn.params["call_jaxpr"]), avals, closed_over(eqn)
+    if not self._with_rules:
+      return function
+    if eqn.params["symbolic_zeros"]:
+      raise _NotComparedError
     if self._open and self._open[0] != function:
       raise _NotComparedError
     if len(self._open) == _DEPTH:

@@ -207,9 +207,27 @@ def test_a_rule_that_raises_does_so_where_it_is_needed(planned, weights):
 
   cast = mpjax.autocast(lambda p, x: only_forward(x @ p["w"]).sum(), POLICY)
   assert cast(weights, X) == cast(weights, X)
-  assert len(planned) == 2
-  with pytest.raises(NotImplementedError, match="no derivative"):
-    jax.grad(cast)(weights, X)
+  assert len(planned) == 1
+  for _ in range(2):
+    with pytest.raises(NotImplementedError, match="no derivative"):
+      jax.grad(cast)(weights, X)
+  assert len(planned) == 3
+
+
+def test_a_call_without_derivatives_does_not_look_at_rules(planned, weights, monkeypatch):
+  read = []
+  traced = kept_plans._traced_rules
+  monkeypatch.setattr(kept_plans, "_traced_rules", lambda eqn: read.append(eqn) or traced(eqn))
+  for scale in (2.0, 3.0):
+    cast = mpjax.autocast(lambda p, x, s=scale: by_a_rule(s)(x @ p["w"]).sum(), POLICY)
+    cast(weights, X)
+    cast(weights, X)
+  assert (len(planned), len(read)) == (1, 0)
+  slopes = [
+    jax.grad(mpjax.autocast(lambda x, s=scale: by_a_rule(s)(x).sum(), POLICY))(jnp.ones(2))
+    for scale in (2.0, 3.0)
+  ]
+  np.testing.assert_array_equal(slopes, [[2.0, 2.0], [3.0, 3.0]])
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])

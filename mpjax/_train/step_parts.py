@@ -2,15 +2,16 @@
 
 import dataclasses
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.core import Tracer
 
 from mpjax._core.arguments import no_array
 from mpjax._core.casting import cast_floating
@@ -284,17 +285,13 @@ def step_metrics(
   after: LossScalingState | None,
   aux: PyTree,
 ) -> StepMetrics:
-  """The metrics of a step, from its (scaled) gradients and the scaler before and after it."""
+  """The metrics of a step, from its (scaled) gradients and the scaler before and after it.
+
+  Without a scaler what there is to say of one is ``None``, for `Unscaled` to say.
+  """
   if before is None or after is None:
-    return StepMetrics(
-      loss=loss,
-      grad_norm=global_norm(grads),
-      loss_scale=jnp.ones((), FLOAT32),
-      applied=jnp.ones((), jnp.bool_),
-      consecutive_skips=jnp.zeros((), jnp.int32),
-      total_skips=jnp.zeros((), jnp.int32),
-      aux=aux,
-    )
+    nothing: Any = None
+    return StepMetrics(loss, global_norm(grads), *[nothing] * 4, aux)
   norm = global_norm(unscaled(grads, before.scale))
   return StepMetrics(
     loss=loss,
@@ -305,6 +302,40 @@ def step_metrics(
     total_skips=after.total_skips,
     aux=aux,
   )
+
+
+class Unscaled:
+  """What steps without a loss scaler report of one.
+
+  It is the same in all: made once for the devices of a step, and no result of each.
+  """
+
+  def __init__(self) -> None:
+    self._made: dict[Any, tuple[jax.Array, ...]] = {}
+    self._of = jax.jit(_unscaled, keep_unused=True)
+
+  def fill(self, metrics: StepMetrics) -> StepMetrics:
+    """The metrics of a step, whole."""
+    loss, norm, scale, _, _, _, aux = metrics
+    if scale is not None:
+      return metrics
+    if isinstance(loss, Tracer):
+      return StepMetrics(loss, norm, *_unscaled(loss), aux)
+    where = loss.sharding, loss.committed
+    made = self._made.get(where)
+    if made is None or any(map(_is_deleted, made)):  # a caller may donate what it was given
+      made = self._made[where] = self._of(loss)
+    return StepMetrics(loss, norm, *made, aux)
+
+
+_is_deleted = operator.methodcaller("is_deleted")
+
+
+def _unscaled(loss: jax.Array) -> tuple[jax.Array, ...]:
+  """The scale, whether a step was applied, and its skips, where the loss of a step is."""
+  del loss
+  none = jnp.zeros((), jnp.int32)
+  return jnp.ones((), FLOAT32), jnp.ones((), jnp.bool_), none, none
 
 
 def keep_if_skipped(applied: jax.Array, new_opt_state: PyTree, old_opt_state: PyTree) -> Any:
@@ -357,7 +388,7 @@ def raise_if_stuck(
     NonFiniteError: If so.
     TypeError: If the step is part of a function that is being traced.
   """
-  if isinstance(metrics.consecutive_skips, jax.core.Tracer):
+  if isinstance(metrics.consecutive_skips, Tracer):
     raise TypeError(
       "max_consecutive_skips is told on the host, after each step. Got a step inside of a jax.jit, "
       "a jax.lax.scan or another transformation, where it cannot raise. Call the step outside of "

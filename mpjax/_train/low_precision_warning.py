@@ -93,10 +93,14 @@ def _without_rounded(opt_state: PyTree) -> Any:
 
 
 class UnscaledFloat16Check:
-  """Looks at a step when it is first called, and warns if it needs a loss scaler and has none."""
+  """Looks at a step when it is first called, and warns if it needs a loss scaler and has none.
+
+  Attributes:
+    is_due: Whether it has not looked yet.
+  """
 
   def __init__(self) -> None:
-    self._is_due = True
+    self.is_due = True
 
   def __call__(self, opt_state: PyTree, trace: Callable[[], Any]) -> None:
     """Warns if float16 gradients go through a matmul of the step and nothing scales them.
@@ -108,9 +112,9 @@ class UnscaledFloat16Check:
       opt_state: The state of the step's optimizer.
       trace: Returns the step's jaxpr; called once at most.
     """
-    if not self._is_due:
+    if not self.is_due:
       return
-    self._is_due = False
+    self.is_due = False
     if find_scaling_state(opt_state) is None and _loses_small_gradients(trace()):
       warnings.warn(UNSCALED_FLOAT16, LowPrecisionWarning, stacklevel=3)
 

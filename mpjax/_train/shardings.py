@@ -23,6 +23,10 @@ class Placement(NamedTuple):
   shardings: tuple[NamedSharding | None, ...] = ()
 
 
+NOWHERE = Placement()
+"""That of a state on one device."""
+
+
 def placement(state: Sequence[Any]) -> Placement:
   """Reads where the leaves of a step's state are.
 
@@ -32,7 +36,7 @@ def placement(state: Sequence[Any]) -> Placement:
   if all(map(_is_concrete, {*map(type, state)})):  # looked at in every step: most are on one device
     kinds = {*map(type, map(_sharding_of, state))}
     if not any(issubclass(kind, NamedSharding) for kind in kinds):
-      return Placement()
+      return NOWHERE
   shardings = tuple(map(_kept_sharding, state))
   return Placement(shardings if any(shardings) else ())
 

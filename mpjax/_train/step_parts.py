@@ -290,8 +290,8 @@ def step_metrics(
   Without a scaler what there is to say of one is ``None``, for `Unscaled` to say.
   """
   if before is None or after is None:
-    nothing: Any = None
-    return StepMetrics(loss, global_norm(grads), *[nothing] * 4, aux)
+    none: Any = None
+    return StepMetrics(loss, global_norm(grads), none, none, none, none, aux)
   norm = global_norm(unscaled(grads, before.scale))
   return StepMetrics(
     loss=loss,
@@ -311,7 +311,8 @@ class Unscaled:
   """
 
   def __init__(self) -> None:
-    self._made: dict[Any, tuple[jax.Array, ...]] = {}
+    self._where: Any = None
+    self._made: Any = ()
     self._of = jax.jit(_unscaled, keep_unused=True)
 
   def fill(self, metrics: StepMetrics) -> StepMetrics:
@@ -320,12 +321,13 @@ class Unscaled:
     if scale is not None:
       return metrics
     if isinstance(loss, Tracer):
-      return StepMetrics(loss, norm, *_unscaled(loss), aux)
+      scale, applied, skips, total = _unscaled(loss)
+      return StepMetrics(loss, norm, scale, applied, skips, total, aux)
     where = loss.sharding, loss.committed
-    made = self._made.get(where)
-    if made is None or any(map(_is_deleted, made)):  # a caller may donate what it was given
-      made = self._made[where] = self._of(loss)
-    return StepMetrics(loss, norm, *made, aux)
+    if where != self._where or any(map(_is_deleted, self._made)):  # a caller may donate metrics
+      self._where, self._made = where, self._of(loss)
+    scale, applied, skips, total = self._made
+    return StepMetrics(loss, norm, scale, applied, skips, total, aux)
 
 
 _is_deleted = operator.methodcaller("is_deleted")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Never
 
 import jax
@@ -19,7 +20,7 @@ from mpjax._scaling.states import LossScalingState
 from mpjax._train.accumulation import Window, mean_loss, run_window
 from mpjax._train.buffers import Returned, explain_if_deleted, own_buffer, shared_buffers
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
-from mpjax._train.shardings import Placement, keep_placement, placement
+from mpjax._train.shardings import NOWHERE, Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
@@ -87,7 +88,8 @@ class TrainStep:
     given = state
     state, where = self._enter(state, batch)
     try:
-      self._check_float16(state.opt_state, lambda: self._jitted.trace(state, batch, where).jaxpr)
+      if self._check_float16.is_due:
+        self._check_float16(state.opt_state, partial(self._jaxpr, state, batch, where))
       state, metrics, bad = self._jitted(state, batch, where)
     except TypeError as error:
       explain_if_no_array(error, {"batch": batch, "state": given})
@@ -106,7 +108,7 @@ class TrainStep:
   def _enter(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Placement]:
     """A state whose arrays can be donated, if they are to be, and where they are."""
     if self._returned.is_it(state) and not (self._donate and self._batch_shares):
-      return state, Placement()
+      return state, NOWHERE
     leaves, structure = jax.tree.flatten(state)
     others = [x for x in jax.tree.leaves(batch) if isinstance(x, jax.Array)]
     self._batch_shares |= not {*map(id, others)}.isdisjoint(map(id, leaves))
@@ -114,6 +116,9 @@ class TrainStep:
       leaves = [own_buffer(x) if n in shared else x for n, x in enumerate(leaves)]
       state = structure.unflatten(leaves)
     return state, placement(leaves)
+
+  def _jaxpr(self, state: TrainState, batch: PyTree, where: Placement) -> Any:
+    return self._jitted.trace(state, batch, where).jaxpr
 
   def __repr__(self) -> str:
     return f"<{type(self).__name__} of {self._words}>"

@@ -1115,6 +1115,33 @@ def test_a_matmul_of_whole_numbers_counts(fn, policy):
   assert np.max(want) > 256
 
 
+BASE = jnp.array([1.0, 7.0, 49.0, 343.0])
+DIGITS = {
+  "of_a_vector": lambda d: d @ BASE,
+  "of_a_matrix": lambda d: jnp.stack([d, d]) @ jnp.stack([BASE, BASE[::-1]]).T,
+  "computed": lambda d: d @ 7.0 ** jnp.arange(4),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("number", DIGITS.values(), ids=DIGITS.keys())
+def test_digits_that_a_layer_gave_are_those_of_a_number(number, policy):
+  """No layer whose weights were rounded: 343 is 344 in bfloat16."""
+  digits = lambda w, x: jnp.round(jnp.clip(3 * (x @ w), -3, 3)) + 3
+  w, x = (jax.random.normal(jax.random.key(n), (m, 8)) for n, m in ((0, 4), (1, 200)))
+  found = mpjax.autocast(lambda w, x: (digits(w, x), number(digits(w, x))), policy)(w.T / 2, x)
+  np.testing.assert_array_equal(jnp.round(found[1]), jnp.round(number(found[0])))
+  assert found[1].max() > 2048
+
+
+def test_numbers_that_the_format_does_not_hold_are_no_layer():
+  base = jnp.ones((4, 8)) * BASE[:, None]
+  w, x = jnp.ones((8, 4)), jnp.ones((200, 8))
+  for policy, count in (("mixed_bfloat16", 1), ("mixed_float16", 0)):  # float16 holds 343
+    report = explain(lambda w, x: jnp.tanh(x @ w) @ base, policy, w, x)
+    assert len([op for op in report.wide if "does not hold" in op.reason]) == count
+
+
 def test_a_matmul_of_whole_numbers_with_others_is_narrow():
   fn = lambda w, x: (jax.nn.one_hot(jnp.arange(4), 4) @ w, jnp.tril(jnp.ones((8, 8))) @ (x @ w))
   assert explain(fn, "mixed_bfloat16", W, DATA).narrow_share == 1
@@ -2417,8 +2444,8 @@ def test_squares_of_distances_by_a_matmul_are_as_exact_as_in_float32(fn, policy)
 
 @both
 def test_distances_of_what_is_narrow_already_have_16_bit_products(policy):
-  fn = lambda w, x: DISTANCES["written_first"](x @ w, w)
-  _, product = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((4, 4)))
+  fn = lambda w, x: DISTANCES["written_first"](x @ w, (x + 1) @ w)
+  *_, product = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((4, 4)))
   assert {v.aval.dtype.itemsize for v in product.invars} == {2}
   assert product.outvars[0].aval.dtype == jnp.float32
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT16, FLOAT32
 from mpjax._core.primitives import KEEPS_NUMBERS
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Forms, fits, join, saturated
@@ -82,12 +82,35 @@ def numbers_of(value: Any) -> NumberSet:
   return frozenset({float(value)}) if real else None
 
 
-def largest_of(value: Any) -> NumberSet:
-  """The largest magnitude in a captured float32 array; None if it is large, and not looked at."""
+class Extremes(NamedTuple):
+  """What tells which formats hold an array.
+
+  Attributes:
+    largest: The largest magnitude in it.
+    longest: If all numbers are whole, the one with the most digits: 343 before 1024. Else 0.
+  """
+
+  largest: float
+  longest: float = 0.0
+
+  def lacked_by(self, dtype: np.dtype) -> bool:
+    """Whether a 16-bit format makes of it an array of infinities or zeros, or of other numbers."""
+    is_beyond = dtype == FLOAT16 and not fits(self.largest, dtype)
+    return is_beyond or float(np.asarray(self.longest).astype(dtype)) != self.longest
+
+
+def extremes_of(value: Any) -> Extremes | None:
+  """The extremes of a captured float32 array; None if it is large, and not looked at."""
   is_small = is_here(value) and 0 < np.size(value) <= LOOKED_AT
   if not is_small or getattr(value, "dtype", None) != FLOAT32:
     return None
-  return frozenset({float(np.abs(np.asarray(value)).max())})
+  magnitudes = np.abs(np.asarray(value)).ravel()
+  largest = float(magnitudes.max())
+  if not largest < 2**24 or (magnitudes != np.round(magnitudes)).any():
+    return Extremes(largest)
+  whole = magnitudes.astype(np.int64)
+  lowest_bits = np.maximum(whole & -whole, 1)
+  return Extremes(largest, float(whole[np.argmax(whole // lowest_bits)]))
 
 
 LOOKED_AT = 2**16

@@ -4,6 +4,7 @@
 of ``x @ x.T`` beside that: to a matmul is added, or from it subtracted, what sums up squares of
 what it multiplies, or multiplies sums of that. What is left is small beside both. A pool of its
 input beside a layer is no such thing, nor is one of its outputs that is subtracted from all.
+The squares may stand in the vectors themselves, ``[x, |x|**2, 1] @ [-2 * y, 1, |y|**2]``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import HAVE_BODIES
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.matmuls import operation
-from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Literal, Var
+from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 _PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
 _LEADS_ON = ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
@@ -50,6 +51,38 @@ def beside_their_squares(inner: Jaxpr, origins: Origins, weights: Collection[Var
     elif name in ADDS and seen.products:
       seen.sum(eqn)
   return seen.found
+
+
+def of_bordered(inner: Jaxpr, origins: Origins, weights: Collection[Var]) -> set[Var]:
+  """The matmuls of vectors in which sums of their own squares stand beside them.
+
+  Distances in one matmul, and the product of a hyperboloid, whose first entry is a root of these.
+  Weights multiply such a vector as any other, but where they have their squares in them, too.
+
+  Args:
+    inner: The jaxpr, open.
+    origins: The origins of its values.
+    weights: What makes a matmul a layer.
+  """
+  found = set[Var]()
+  for eqn in (eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"):
+    bordered = [_holds_its_squares(atom, origins) for atom in eqn.invars]
+    is_layer = any(bordered) and not variables_of(eqn.invars).isdisjoint(weights)
+    found |= {*eqn.outvars} if any(bordered) and (all(bordered) or not is_layer) else set()
+  return found
+
+
+def _holds_its_squares(atom: Atom, origins: Origins) -> bool:
+  """Whether an operand was put together of a value and of sums of its squares."""
+  made = origins.maker(atom)
+  if made is None or made.primitive.name != "concatenate":
+    return False
+  parts = variables_of(origins.of_all(made.invars))
+  return any(
+    before.value in parts and before.value is not part and before.is_sum and before.is_square
+    for part in parts
+    for before in _behind(part, origins)
+  )
 
 
 class _Product(NamedTuple):

@@ -16,7 +16,14 @@ import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
 from mpjax._core.primitives import MATMULS, UNCHANGED, Rule
-from mpjax._engine.analyses.constants import Adapting, Numbers, NumberSet, largest_of, numbers_of
+from mpjax._engine.analyses.constants import (
+  Adapting,
+  Extremes,
+  Numbers,
+  NumberSet,
+  extremes_of,
+  numbers_of,
+)
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
@@ -30,7 +37,7 @@ from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of
-from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, fits, is_narrow
+from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -192,18 +199,19 @@ class Knowledge:
       self.logarithms = needs.logarithms(jaxpr, outs)
       self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
 
-  def leaves_float16(self, atom: Atom) -> bool:
-    """Whether a matmul's operand, as far as it is known, is infinite or nothing in float16."""
+  def is_lacked_by(self, dtype: np.dtype, atom: Atom) -> bool:
+    """Whether a 16-bit format does not hold a matmul's operand, as far as that is known."""
     numbers = self.numbers.of(atom)
-    if numbers is None and self._captured:
-      numbers = self._captured.get(self._source(atom))
-    return bool(numbers) and not fits(max(map(abs, numbers)), FLOAT16)
+    if numbers:
+      return Extremes(max(map(abs, numbers))).lacked_by(dtype)
+    found = self._captured.get(self._source(atom)) if self._captured else None
+    return found is not None and found.lacked_by(dtype)
 
   @functools.cached_property
-  def _captured(self) -> dict[Any, NumberSet]:
-    """The largest numbers of the arrays that the jaxpr captured."""
+  def _captured(self) -> dict[Any, Extremes | None]:
+    """The extremes of the arrays that the jaxpr captured."""
     pairs = zip(self._inner.constvars, versions.constants(self._jaxpr), strict=True)
-    return {var: largest_of(value) for var, value in pairs}
+    return {var: extremes_of(value) for var, value in pairs}
 
   def is_head(self, atom: Atom) -> bool:
     """Whether a value is multiplied into a logarithm, however it was moved before."""

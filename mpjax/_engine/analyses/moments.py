@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._engine.analyses.distances import beside_their_squares
+from mpjax._engine.analyses.distances import beside_their_squares, of_bordered
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
@@ -59,6 +59,7 @@ def moments(
       found |= search.of_difference(second, product)
       found |= search.near_constant(second, product)
   found |= beside_their_squares(inner, search.origins, weights)
+  found |= of_bordered(inner, search.origins, weights)
   if not found:
     return Moments()
   values = frozenset(var for start in found for var in _chain(start, frame))

@@ -21,6 +21,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
 from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
+from mpjax._engine.program.kinds import PARAM
 
 
 class Sharpening(NamedTuple):
@@ -139,14 +140,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "there is nothing to cast",
   ),
   Sharpening(
-    "numbers that float16 does not hold",
+    "numbers that the format does not hold",
     {Rule.LOWER},
     lambda s: (
-      (s.compute == FLOAT16 and any(map(s.around.leaves_float16, s.eqn.invars)))
-      or sight.leaves_range(s)
+      any(s.around.is_lacked_by(s.compute, atom) for atom in s.eqn.invars) or sight.leaves_range(s)
     ),
     Rule.FULL,
-    "a matrix of 100000s, or of squares, would be one of infinities, and one of 1e-9s of zeros",
+    "a matrix of 100000s, or of squares, would be one of infinities in float16, and one of 1e-9s "
+    "of zeros; of whole numbers 343 would be 344 in bfloat16",
   ),
   Sharpening(
     "inner product",
@@ -179,7 +180,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "quantized layer",
     MATMULS,
-    lambda s: s.result in s.around.made.whole and sight.is_of_parameters(s),
+    lambda s: s.result in s.around.made.whole and sight.has_own_weights(s),
     Rule.WIDE,
     "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
   ),
@@ -287,7 +288,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "distance or variance",
     MATMULS,
-    lambda s: s.result in s.around.moments.values and sight.is_of_data(s),
+    lambda s: s.result in s.around.moments.values and (PARAM in s.forms or sight.is_of_data(s)),
     Rule.FULL,
     "a small difference of this and of what is added to it: what rounds in either is large beside",
   ),

@@ -145,6 +145,16 @@ def is_of_parameters(sight: Sight) -> bool:
   return bool(sight.around.sums.of_parameters(sight.eqn.invars))
 
 
+def has_own_weights(sight: Sight) -> bool:
+  """Whether parameters had part in both operands, or one is made of them alone.
+
+  Not where what a layer gave is multiplied by numbers of the program, as digits by their base.
+  """
+  sums, read = sight.around.sums, sight.eqn.invars
+  made = sums.of_parameters(read)
+  return made >= {0, 1} or any(read[n] in sums.pure for n in made)
+
+
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
 

@@ -82,9 +82,8 @@ class Interpreter:
 
   def _environment(self, plan: Plan) -> Environment:
     """Where the values of a plan's variables are while it runs."""
-    if id(plan) not in self._kept:
-      self._kept[id(plan)] = kept_rounding(plan)
-    return Environment(self.planner.adapting.saturated, plan.read_often, self._kept[id(plan)])
+    kept = kept_rounding(plan, self._kept)
+    return Environment(self.planner.adapting.saturated, plan.read_often, kept)
 
   def _units_of(self, plan: Plan) -> list[Unit | Repeat]:
     """What a plan executes one after the other."""

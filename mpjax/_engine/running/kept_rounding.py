@@ -4,10 +4,14 @@ XLA computes bfloat16 in float32, and leaves out the rounding between what it fu
 ``100 * h`` as it was rounded, another as it was before (its ``xla_allow_excess_precision``). That
 is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddexp` has it, whose f
 is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
-The rounding of x is kept whatever f is: it is fused as other operations are, and stores nothing.
+Nor is it in a distance, ``|x|**2 - 2 * x @ y.T + |y|**2``, where the matmul gets x as it was rounded
+and the squares as it was before: of near points nothing but the difference of both is left.
+The rounding of such an x is kept: it is fused as other operations are, and stores nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +19,64 @@ from jax import lax
 from jax.experimental import jet
 
 from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
+from mpjax._engine.planning.late_rounding import is_wide_matmul
 from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import behind, makers_of, variables_of
 from mpjax._engine.program.kinds import is_data, is_narrow
-from mpjax._engine.program.versions import JaxprEqn, Var, open_jaxpr
+from mpjax._engine.program.versions import Atom, JaxprEqn, Var, open_jaxpr
 
 _GROWS = frozenset({"exp", "exp2"})
 _MOVES = UNCHANGED | {"select_n"}
 _LEADS_ON = _MOVES | ADDS | SCALES | {"neg"}
+_HANDS_ON = _MOVES | SCALES | {"neg", "slice", "dynamic_slice", "concatenate"}
 _PICKS = frozenset({"reduce_max", "reduce_min"})
 """One of the values themselves, as a softmax subtracts: all are off alike, and normalized."""
 
 
-def kept_rounding(plan: Plan) -> frozenset[Var]:
-  """The narrow values from which is subtracted what was computed of them, before an exponential."""
-  differences = [step for step in plan.steps if _is_difference(step)]
-  if not differences:  # as nearly always
+def kept_rounding(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
+  """The narrow values of a plan whose rounding is kept.
+
+  Args:
+    plan: The plan.
+    known: Those of plans that were asked for before, by their identity; others are added.
+  """
+  if id(plan) not in known:
+    multiplied = _multiplied(plan, known)
+    differences = [step for step in plan.steps if _is_difference(step)]
+    found = _exponents(plan, differences) if differences else frozenset[Var]()
+    known[id(plan)] = found | (_narrow(plan) & multiplied if multiplied else multiplied)
+  return known[id(plan)]
+
+
+def _multiplied(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
+  """What matmuls that are small differences multiply, in the bodies of a plan too."""
+  found: list[Atom] = []
+  for step in plan.steps:
+    if is_wide_matmul(step):
+      found += step.eqn.invars
+    for body, inner in zip(bodies_of(step.eqn) if step.bodies else (), step.bodies, strict=False):
+      kept = kept_rounding(inner, known)
+      pairs = zip(open_jaxpr(inner.jaxpr).invars, body.take(step.eqn.invars), strict=True)
+      found += [atom for var, atom in pairs if var in kept]
+  if not found:  # as nearly always
     return frozenset()
+  makers = makers_of(open_jaxpr(plan.jaxpr))
+  return frozenset(var for atom in found for var in _moved_from(atom, makers))
+
+
+def _moved_from(atom: Atom, makers: dict[Var, JaxprEqn]) -> Iterator[Var]:
+  """A value, and what it was moved from or is a multiple of."""
+  waiting = [atom]
+  while waiting:
+    for var in variables_of([waiting.pop()]):
+      yield var
+      made = makers.get(var)
+      waiting += made.invars if made is not None and made.primitive.name in _HANDS_ON else ()
+
+
+def _exponents(plan: Plan, differences: Sequence[Step]) -> frozenset[Var]:
+  """The narrow values from which is subtracted what was computed of them, before an exponential."""
   makers = makers_of(open_jaxpr(plan.jaxpr))
   computing = {var: eqn for var, eqn in makers.items() if eqn.primitive.name not in _PICKS}
   grows, narrow = _into_exponentials(plan), _narrow(plan)

@@ -212,7 +212,8 @@ class _Codes:
     if len(self._open) == _DEPTH:
       return function
     self._open.append(function)
-    code = function, *map(self._body, _traced_rules(eqn))
+    traces, facts = _traced_rules(eqn)
+    code = function, facts, *map(self._body, traces)
     self._open.pop()
     return code
 
@@ -243,14 +244,17 @@ _DEPTH = 2
 """How often the rules of a function are read within each other."""
 
 
-def _traced_rules(eqn: JaxprEqn) -> list[ClosedJaxpr]:
-  """The traces of the rules, as they are where everything has a tangent."""
+def _traced_rules(eqn: JaxprEqn) -> tuple[list[ClosedJaxpr], Hashable]:
+  """The traces of the rules, as they are where everything has a tangent.
+
+  And which operands are residuals, of which the traces do not tell.
+  """
   ins, outs = slots(eqn.invars[closed_over(eqn) :]), slots(eqn.outvars)
   try:
     if eqn.primitive.name == "custom_jvp_call":
-      return [trace_jvp(eqn, ins)]
+      return [trace_jvp(eqn, ins)], None
     vjp = trace_vjp(eqn, ins)
-    return [vjp.forward, vjp.backward(outs)]
+    return [vjp.forward, vjp.backward(outs)], vjp.operands
   except Exception as error:  # a user's rule may raise anything, and only where it is needed
     raise _NotComparedError from error
 

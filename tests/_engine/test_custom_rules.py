@@ -203,3 +203,57 @@ def test_a_reference_from_outside_is_written(start, policy):
   jax.grad(mpjax.autocast(given, policy))(w, x, ref)
   mpjax.autocast(lambda w, x: given(w, x, ref), policy)(w, x)
   np.testing.assert_array_equal(ref[...], 3.0)
+
+
+@jax.custom_vjp
+def stash_gradient(refs, x):
+  """The identity, which writes the gradient of its result into a mutable array."""
+  return x
+
+
+def stash_backward(residuals, ct):
+  refs, x = residuals
+  refs["gradient"][...] = ct * x
+  return None, ct
+
+
+stash_gradient.defvjp(lambda refs, x: (x, (refs, x)), stash_backward)
+
+
+def stashing(w, x, ref):
+  return jnp.sum(jnp.sin(stash_gradient({"gradient": ref}, x @ w)) ** 2)
+
+
+@every_policy
+@pytest.mark.parametrize(
+  "inside",
+  [
+    lambda f: f,
+    jax.jit,
+    jax.checkpoint,
+    lambda f: lambda w, *rest: lax.fori_loop(0, 1, lambda _, c: c + f(w, *rest), 0.0),
+  ],
+  ids=["plain", "jit", "checkpoint", "scan"],
+)
+def test_a_rule_hands_a_mutable_operand_to_its_backward_pass(inside, policy):
+  w, x = jax.random.normal(jax.random.key(0), (4, 4)), jnp.ones((2, 4))
+
+  def run(fn):
+    ref = jax.new_ref(jnp.zeros((2, 4)))
+    return jax.grad(fn)(w, x, ref), ref[...]
+
+  under_policy = mpjax.autocast(inside(stashing), policy)
+  for fn in (under_policy, jax.jit(under_policy)):
+    for found, exact in zip(run(fn), run(stashing), strict=True):
+      assert found.dtype == jnp.float32
+      np.testing.assert_allclose(found, exact, rtol=0.05, atol=0.05)
+
+
+@every_policy
+def test_a_rule_does_not_differentiate_a_mutable_array_in_silence(policy):
+  def loss(x):
+    return jnp.sum(stash_gradient({"gradient": jax.new_ref(jnp.sin(x))}, x))
+
+  jax.grad(loss)(jnp.ones(3))
+  with pytest.raises(ValueError, match=r"Got Ref\{float32\[3\]\} that was made in .* ref\["):
+    jax.grad(mpjax.autocast(loss, policy))(jnp.ones(3))

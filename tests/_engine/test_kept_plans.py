@@ -183,6 +183,21 @@ def test_derivative_rules_are_the_same_where_their_traces_are(planned, weights):
   assert len(planned) == 2
 
 
+def keeps(number):
+  """The sum of two arrays with a rule that keeps one of them, as it came."""
+  plus = jax.custom_vjp(jnp.add)
+  plus.defvjp(lambda *given: (given[0] + given[1], given[number]), lambda kept, g: (g * kept, g))
+  return plus
+
+
+def test_rules_that_keep_another_operand_are_told_apart(planned):
+  one, two = jnp.full(4, 1.0), jnp.full(4, 2.0)
+  for number in (0, 1, 0):
+    loss = mpjax.autocast(lambda x, y: keeps(number)(x, y).sum(), POLICY)  # noqa: B023
+    np.testing.assert_array_equal(jax.grad(loss)(one, two), (one, two)[number])
+  assert len(planned) == 2
+
+
 def test_a_rule_that_looks_at_zeros_is_planned_at_each_call(planned, weights):
   for _ in range(2):
     jax.grad(mpjax.autocast(scaled, POLICY))(weights, X, 2.0, symbolic_zeros=True)

@@ -116,13 +116,23 @@ class Vjp(NamedTuple):
   """A custom_vjp's two halves as jaxprs, the second traced when it is asked for.
 
   A backward pass that raises when it is traced does so only where one is needed.
+
+  A residual that is an operand is no result of the forward pass: a mutable array (``jax.new_ref``)
+  may be handed to the backward pass, and a jaxpr cannot return one.
   """
 
   forward: Any
-  """operands -> (outputs, residuals)"""
+  """operands -> (outputs, residuals that are no operands)"""
+  operands: tuple[int | None, ...]
+  """For each residual, which operand it is; None for what the forward pass computes"""
   backward: Callable[[Slots], Any]
   """From the results that have a cotangent: (residuals, cotangents) -> cotangents of the operands
   that were asked for"""
+
+  def residuals(self, operands: Sequence[T], computed: Sequence[T]) -> list[T]:
+    """All residuals, or what is known of each, of the operands and of those that are computed."""
+    rest = iter(computed)
+    return [next(rest) if n is None else operands[n] for n in self.operands]
 
 
 def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
@@ -134,17 +144,19 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
   """
   avals: list[Any] = [a.aval for a in eqn.invars]
   results: list[Any] = [v.aval for v in eqn.outvars]
-  residual_tree = None
+  residual_tree, places = None, []
 
   def forward(*operands: jax.Array) -> list[jax.Array]:
-    nonlocal residual_tree
+    nonlocal residual_tree, places
     fn, values = _differentiable(eqn, ins, operands)
     out, pullback = jax.vjp(fn, *values)
     residuals, residual_tree = jax.tree.flatten(pullback)
-    return [*out, *residuals]
+    numbers = {id(x): n for n, x in enumerate(operands)}
+    places = [numbers.get(id(x)) for x in residuals]
+    return [*out, *(x for x, n in zip(residuals, places, strict=True) if n is None)]
 
   closed = captured.trace(forward, avals)
-  stored = [v.aval for v in versions.open_jaxpr(closed).outvars[len(results) :]]
+  computed = [v.aval for v in versions.open_jaxpr(closed).outvars[len(results) :]]
 
   def backward(outs: Slots) -> Any:
     def back(*flat: Any) -> list[jax.Array]:
@@ -156,7 +168,9 @@ def trace_vjp(eqn: JaxprEqn, ins: Slots) -> Vjp:
 
     return captured.trace(back, [*stored, *outs.keep(results)])
 
-  return Vjp(closed, backward)
+  vjp = Vjp(closed, tuple(places), backward)
+  stored = vjp.residuals(avals, computed)
+  return vjp
 
 
 def trace_transpose(eqn: JaxprEqn, count: int, outs: Slots) -> ClosedJaxpr:

@@ -14,6 +14,7 @@ import jax
 import jax.custom_batching
 import jax.custom_derivatives
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
 from mpjax._engine.analyses.knowledge import Known
@@ -128,19 +129,24 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
 def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's forward and backward pass under the policy."""
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
+  captured, given = operands[:known], operands[known:]
+  refs = [x for x in given if isinstance(x, jax.Ref)]
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
-  captured = operands[:known]
+  inputs = inputs.only([not isinstance(x, jax.Ref) for x in given])
   plans = functools.partial(_vjp_plans, interpreter.planner)
-  forward_plan, backward_plan = interpreter.of_step(step, plans)
+  rules, forward_plan, backward_plan = interpreter.of_step(step, plans)
 
   @jax.custom_vjp
   def call(*primals: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
-  def forward(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
-    ins = inputs.only([p.perturbed for p in primals])
-    flat = interpreter.run(forward_plan(ins), [*captured, *(p.value for p in primals)])
-    return flat[:count], (ins, flat[count:])
+  def forward(ins: Slots, primals: Sequence[Any]) -> tuple[list[Any], tuple[Slots, list[Any]]]:
+    operands = [*captured, *primals]
+    flat = interpreter.run(forward_plan(ins), operands)
+    return flat[:count], (ins, rules(ins).residuals(operands, flat[count:]))
+
+  def forward_of_some(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
+    return forward(inputs.only([p.perturbed for p in primals]), [p.value for p in primals])
 
   def backward(residuals: tuple[Slots, list[Any]], cotangents: list[jax.Array]) -> tuple[Any, ...]:
     ins, stored = residuals
@@ -148,37 +154,67 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
     flat = iter(interpreter.run(backward_plan(ins, given), [*stored, *given.keep(cotangents)]))
     return tuple(next(flat) if asked else None for asked in ins.differentiable)
 
-  call.defvjp(forward, backward, symbolic_zeros=True)
-  return call(*operands[known:])
+  if not refs:
+    call.defvjp(forward_of_some, backward, symbolic_zeros=True)
+    return call(*given)
+  # A mutable array can be a residual only where JAX does not tell which operands have tangents.
+  call.defvjp(lambda *primals: forward(inputs, primals), backward)
+  return _beside_constants(refs, call(*given))
+
+
+@jax.custom_vjp
+def _beside_constants(refs: list[Any], values: list[jax.Array]) -> list[jax.Array]:
+  """The values, after a look at the mutable arrays: with respect to them nothing is derived."""
+  del refs
+  return values
+
+
+def _forward_beside(refs: list[Any], values: list[Any]) -> tuple[list[jax.Array], None]:
+  derived = [jax.typeof(ref.value) for ref in refs if ref.perturbed]
+  if derived:
+    raise ValueError(
+      f"Under a policy a custom_vjp takes a mutable array as a constant. Got {derived[0]} that was "
+      "made in the function that is differentiated. Pass it what the array holds, ref[...], or "
+      "make the array outside of that function."
+    )
+  return [x.value for x in values], None
+
+
+def _backward_beside(_: None, cotangents: list[Any]) -> tuple[None, list[Any]]:
+  return None, [None if isinstance(x, SymbolicZero) else x for x in cotangents]
+
+
+_beside_constants.defvjp(_forward_beside, _backward_beside, symbolic_zeros=True)
 
 
 def _vjp_plans(
   planner: Planner, step: Step
-) -> tuple[Callable[[Slots], Plan], Callable[[Slots, Slots], Plan]]:
-  """The plans of the two passes, by the operands whose cotangents are asked for.
+) -> tuple[Callable[[Slots], Vjp], Callable[[Slots], Plan], Callable[[Slots, Slots], Plan]]:
+  """The two passes and the plans of each, by the operands whose cotangents are asked for.
 
   The backward pass goes by the results that have a cotangent, too.
   """
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
 
   @functools.cache
-  def traced(ins: Slots) -> Vjp:
+  def rules(ins: Slots) -> Vjp:
     return custom_derivatives.trace_vjp(eqn, ins)
 
   @functools.cache
   def forward_plan(ins: Slots) -> Plan:
-    jaxpr = traced(ins).forward
+    jaxpr = rules(ins).forward
     forward = functools.partial(planner.rule_of, jaxpr, step.operands, step.place, step.outs)
     return forward((*step.outs, *forward().out_forms[count:]))
 
   @functools.cache
   def backward_plan(ins: Slots, given: Slots) -> Plan:
-    forms = (*forward_plan(ins).out_forms[count:], *given.keep(step.outs))
+    computed = forward_plan(ins).out_forms[count:]
+    forms = (*rules(ins).residuals(step.operands, computed), *given.keep(step.outs))
     held = tuple(ins.keep(step.operands[known:]))
-    backward = traced(ins).backward(given)
+    backward = rules(ins).backward(given)
     return planner.plan(backward, forms, step.place, held, Known(has_rule=True))
 
-  return forward_plan, backward_plan
+  return rules, forward_plan, backward_plan
 
 
 def custom_vmap(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

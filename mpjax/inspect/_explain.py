@@ -79,11 +79,11 @@ def explain(
   """
   subject = subject_of(fn, policy, args, kwargs, argnums)
   subject = subject.backward() if grad else subject
-  decided = subject.decide_abstractly()
-  flow = _flow.follow(decided.planner, decided.plan, subject.operand_names())
-  flow.remarks.update(batch_first(subject, decided.plan))
-  flow.remarks.update(never_reached(subject, decided))
-  named = [(of_float64(r, subject, decided.plan), n) for r, n in flow.remarks.items()]
+  planned = subject.plan_abstractly()
+  flow = _flow.follow(planned.planner, planned.plan, subject.operand_names())
+  flow.remarks.update(batch_first(subject, planned.plan))
+  flow.remarks.update(never_reached(subject, planned.planner))
+  named = [(of_float64(r, subject, planned.plan), n) for r, n in flow.remarks.items()]
   flow.remarks = Counter(dict(named))
   return _report(subject, flow)
 

@@ -12,8 +12,8 @@ from jax import lax
 from mpjax._core.dtypes import describe
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine.analyses.loop_carries import long_sums
-from mpjax._engine.execute import Decided
 from mpjax._engine.planning.plan import Plan, Step
+from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import bodies_of, repetitions
 from mpjax._engine.program.kinds import is_data
@@ -141,10 +141,10 @@ def of_float64(remark: Remark, subject: Subject, plan: Plan) -> Remark:
   )
 
 
-def never_reached(subject: Subject, decided: Decided) -> list[Remark]:
+def never_reached(subject: Subject, planner: Planner) -> list[Remark]:
   """Says of rules that they never win: rules above them take all that they match."""
   policies = subject.policies
-  shadowed = policies.shadowed((*decided.planner.ops, *subject.known))
+  shadowed = policies.shadowed((*planner.ops, *subject.known))
   return [
     Remark("rule", (), UNKNOWN, f"{rule!r} never wins, for {' and '.join(map(repr, others))}")
     for rule, others in shadowed

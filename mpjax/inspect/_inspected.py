@@ -20,6 +20,7 @@ from mpjax._core.tree_paths import path_str
 from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
+from mpjax._engine.kept_plans import Planned
 from mpjax._engine.planning.plan import LOCATED, Scoping
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 from mpjax._flax.policed import PLAIN, POLICIES
@@ -143,19 +144,22 @@ class Subject(NamedTuple):
       known=self.known,
     )
 
-  def decide_abstractly(self) -> Decided:
-    """Trace and plan it without arrays: every array among the arguments may be a shape."""
+  def plan_abstractly(self) -> Planned:
+    """Trace and plan it without arrays: every array among the arguments may be a shape.
+
+    What is planned outlives the trace, and holds nothing of it.
+    """
     leaves, tree = jax.tree.flatten((self.args, self.kwargs))
-    decided: list[Decided] = []
+    found: list[Planned] = []
 
     def trace(arrays: list[Any]) -> None:
       rest = iter(arrays)
       merged = [next(rest) if has_shape(x) else x for x in leaves]
       args, kwargs = jax.tree.unflatten(tree, merged)
-      decided.append(self._replace(args=args, kwargs=kwargs).decide())
+      found.append(self._replace(args=args, kwargs=kwargs).decide().planned)
 
     jax.eval_shape(trace, [x for x in leaves if has_shape(x)])
-    return decided[0]
+    return found[0]
 
   def operand_names(self) -> list[str]:
     """The paths of the arrays among the arguments, in the order of the trace."""

@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,3 +99,26 @@ def test_reports_are_not_made_of_something_else():
     mpjax.inspect.range_report(gradients, "float16")
   with pytest.raises(TypeError, match=r"Got dict. Pass mpjax.inspect.statistics\(opt_state\)"):
     mpjax.inspect.update_report(gradients)
+
+
+POLICY = "mixed_bfloat16"
+TOOLS = {
+  "explain": lambda fn, *args: mpjax.inspect.explain(fn, POLICY, *args),
+  "gradient": lambda fn, *args: mpjax.inspect.explain(fn, POLICY, *args, grad=True),
+  "check": lambda fn, *args: mpjax.inspect.check(fn, POLICY, *args),
+  "locate": lambda fn, *args: mpjax.inspect.locate_nonfinite(fn, *args, policy=POLICY),
+  "record": lambda fn, *args: mpjax.inspect.record(fn, POLICY)(*args)[1],
+  "cost": lambda fn, *args: mpjax.inspect.cost(fn, *args, policies=[POLICY]),
+  "tune": lambda fn, *args: mpjax.inspect.tune(fn, args, candidates=[POLICY]),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_a_report_leaves_nothing_of_a_trace_behind(tool):
+  def loss(params, x):
+    return jnp.mean(jax.nn.relu(x @ params["w"]) ** 2)
+
+  args = {"w": jnp.eye(4)}, jnp.ones((2, 4))
+  with jax.checking_leaks():
+    report = tool(loss, *args)
+  assert report is not None

@@ -51,6 +51,20 @@ def check_params(params: PyTree) -> None:
       )
 
 
+def refuse_shapes(tree: PyTree) -> None:
+  """Refuses shapes where arrays must be.
+
+  Raises:
+    TypeError: If there is a ``jax.ShapeDtypeStruct``; the message says how to get a state of these.
+  """
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      raise TypeError(
+        f"A state is created from arrays. Got the shape {describe(leaf)}{_at(path)}. For a state "
+        "of shapes write jax.eval_shape(lambda params: TrainState.create(params, tx), params)."
+      )
+
+
 _KEPT = nnx.BatchStat | nnx.Cache | nnx.Intermediate | nnx.RngState
 """Variables that no optimizer moves: a state of a whole model holds them."""
 

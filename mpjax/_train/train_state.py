@@ -12,7 +12,7 @@ from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import find_states
-from mpjax._train.created import check_key, check_params
+from mpjax._train.created import check_key, check_params, refuse_shapes
 from mpjax._train.shardings import place_beside
 from mpjax._train.step_parts import check_is_own_state, is_key
 
@@ -62,6 +62,8 @@ class TrainState:
     The optimizer's state is made for float32 parameters, whatever they are held in, and sharded
     as they are; what has no shape of theirs is replicated over their mesh.
 
+    A state of shapes, such as `mpjax.checkpoint.restore` takes, is the ``jax.eval_shape`` of this.
+
     Args:
       params: The parameters.
       tx: The optimizer.
@@ -73,15 +75,21 @@ class TrainState:
 
     Raises:
       TypeError: If ``tx`` is not an optax transformation, ``params`` is one, a module, or no
-        pytree of arrays, or ``rng`` is not one key.
+        pytree of arrays, there are shapes (``jax.ShapeDtypeStruct``) in the place of arrays, or
+        ``rng`` is not one key.
       ValueError: If ``tx`` holds a loss scaler that is not the outermost transformation.
 
     Example:
       >>> state = TrainState.create({"w": jnp.ones(2)}, optax.sgd(0.1))
       >>> state.step, state.params
       (Array(0, dtype=int32), {'w': Array([1., 1.], dtype=float32)})
+      >>> shapes = {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}
+      >>> jax.eval_shape(lambda params: TrainState.create(params, optax.sgd(0.1)), shapes).params
+      {'w': ShapeDtypeStruct(shape=(2,), dtype=float32)}
     """
     check_params(params)
+    refuse_shapes(params)
+    refuse_shapes(model_state)
     check_key(rng)
     opt_state = initial_state(as_transformation(tx), params)
     find_scaling_state(opt_state)

@@ -320,6 +320,16 @@ WRONG = {
     lambda: mpjax.TrainState.create(TX, PARAMS),
     "Got the optimizer first. Write TrainState.create(params, tx)",
   ),
+  "shapes for parameters": (
+    lambda: mpjax.TrainState.create(jax.eval_shape(lambda: PARAMS), TX),
+    "write jax.eval_shape(lambda params: TrainState.create(params, tx), params)",
+  ),
+  "shapes for a model's state": (
+    lambda: mpjax.TrainState.create(
+      PARAMS, TX, model_state={"m": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}
+    ),
+    "Got the shape bf16[2] at m. For a state of shapes write",
+  ),
   "the state for the scale": (
     lambda: mpjax.value_and_grad(loss_fn)(PARAMS, X, loss_scale=TX.init(PARAMS)),
     "Got LossScalingState. Pass loss_scale=mpjax.loss_scale(opt_state)",
@@ -361,6 +371,13 @@ def test_the_parameters_of_an_nnx_model_may_be_those_of_a_state():
   state, metrics = stepped(loss, created(params))
   assert metrics.applied
   assert isinstance(state.params, nnx.State)
+
+
+def test_the_shapes_of_a_state_are_had_without_arrays():
+  shapes = jax.eval_shape(lambda: PARAMS)
+  state = jax.eval_shape(lambda params: mpjax.TrainState.create(params, TX), shapes)
+  assert jax.tree.leaves(state.params) == jax.tree.leaves(shapes)
+  assert jax.tree.leaves(state) == jax.tree.leaves(jax.eval_shape(lambda: created(PARAMS)))
 
 
 def test_a_type_error_inside_a_loss_is_its_own():

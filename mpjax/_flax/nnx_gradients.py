@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ def value_and_grad(
   that it adds. So it does when the gradients turn out not to be finite and the step is skipped;
   `mpjax.nnx.make_train_step` puts it back then, a loop of one's own does it with `mpjax.select`.
 
+  Made under ``nnx.set_graph_mode(False)`` or ``nnx.set_graph_updates(False)``, it does what
+  ``nnx.value_and_grad`` does there: it differentiates all that a model holds, which must be floats,
+  and returns the gradients as such a model, of which ``nnx.Optimizer`` takes its own. The values of
+  Variables that the loss changes arrive; Variables and submodules that it adds do not.
+
   Args:
     loss_fn: Returns a real scalar, or a pair of it and auxiliary output if ``has_aux``. Its
       arguments are NNX models, other graph nodes (``nnx.Rngs``) and pytrees of arrays.
@@ -50,7 +56,8 @@ def value_and_grad(
   Raises:
     TypeError: If ``loss_fn`` is no function, or ``argnums`` a bool; when called, if the loss is not
       a real floating-point scalar.
-    ValueError: When called, if a model to differentiate has no Variable that ``wrt`` names.
+    ValueError: If ``wrt`` or an ``nnx.DiffState`` chooses Variables where all are differentiated;
+      when called, if a model to differentiate has no Variable that ``wrt`` names.
 
   Example:
     >>> import mpjax, optax
@@ -69,6 +76,10 @@ def value_and_grad(
   check_positions(argnums)
   single = isinstance(argnums, int | nnx.DiffState)
   numbers: tuple[Any, ...] = (argnums,) if single else tuple(argnums)  # pyright: ignore
+  graph, updates = nnx.set_graph_mode.current_value(), nnx.set_graph_updates.current_value()
+  chooses = graph and updates
+  if not chooses:
+    _check_chooses_none(numbers, wrt)
 
   def value_and_scaled_grad(
     *args: Any, loss_scale: jax.typing.ArrayLike | None = None, **kwargs: Any
@@ -83,9 +94,11 @@ def value_and_grad(
       loss = float32_loss(loss)
       return loss * scale.astype(loss.dtype), (loss, aux)
 
-    places = [_place(args, number, wrt) for number in numbers]
+    positions = [_position(args, number) for number in numbers]
+    filters = [getattr(number, "filter", wrt) for number in numbers]
+    places = [*map(functools.partial(_place, args), positions, filters)] if chooses else positions
     chosen = places[0] if single else tuple(places)
-    grad = nnx.grad(scaled_loss, argnums=chosen, has_aux=True)
+    grad = nnx.grad(scaled_loss, argnums=chosen, has_aux=True, graph=graph, graph_updates=updates)
     # Graph nodes move only among the positional arguments of nnx.grad.
     grads, (loss, aux) = grad(*args, *kwargs.values())
     return ((loss, aux) if has_aux else loss), grads
@@ -93,16 +106,37 @@ def value_and_grad(
   return named_after(loss_fn, value_and_scaled_grad)
 
 
-def _place(args: Sequence[Any], number: int | nnx.DiffState, wrt: Any) -> Any:
-  """What ``nnx.grad`` takes for an argument: its position, for a model with the Variables."""
+def _check_chooses_none(numbers: Sequence[int | nnx.DiffState], wrt: Any) -> None:
+  """Refuses a choice of Variables.
+
+  Raises:
+    ValueError: If there is one.
+  """
+  chosen = [number for number in numbers if isinstance(number, nnx.DiffState)]
+  if chosen or wrt is not nnx.Param:
+    got = chosen[0] if chosen else f"wrt={wrt!r}"
+    raise ValueError(
+      "Under nnx.set_graph_mode(False) or nnx.set_graph_updates(False) all Variables of a model "
+      f"are differentiated. Got {got}. Leave it out, for an optimizer takes its own of the "
+      "gradients, or make the function under nnx.set_graph_mode(True) and "
+      "nnx.set_graph_updates(True)."
+    )
+
+
+def _position(args: Sequence[Any], number: int | nnx.DiffState) -> int:
+  """The position of an argument that is differentiated, counted from the first."""
   if isinstance(number, nnx.DiffState):
-    number, wrt = number.argnum, number.filter
+    number = number.argnum
   if not -len(args) <= number < len(args):
     raise ValueError(
       f"argnums must name arguments of the call. Got {number} for {len(args)} positional "
       "arguments. Pass what is differentiated by position."
     )
-  number %= len(args)
+  return number % len(args)
+
+
+def _place(args: Sequence[Any], number: int, wrt: Any) -> int | nnx.DiffState:
+  """What ``nnx.grad`` takes for an argument: its position, for a model with the Variables."""
   if not is_node(args[number]):
     return number
   if not jax.tree.leaves(nnx.state(args[number], wrt)):

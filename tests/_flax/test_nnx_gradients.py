@@ -181,3 +181,69 @@ def test_a_module_is_no_loss(make, kind):
 def test_a_module_of_the_other_kind_is_told_where_to_go(apply_policy, module, text):
   with pytest.raises(TypeError, match=text):
     apply_policy(module, "mixed_bfloat16")
+
+
+# Flax's tree mode ---------------------------------------------------------------------------------
+
+
+class Normed(nnx.Module):
+  """Statistics, and floats alone: Flax differentiates all of it."""
+
+  def __init__(self, rngs):
+    self.layer = nnx.Linear(4, 3, rngs=rngs)
+    self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.norm(self.layer(x))
+
+
+@pytest.fixture(params=[(True, False), (False, False), (False, True)], ids=str)
+def tree_mode(request):
+  graph, updates = request.param
+  with nnx.set_graph_mode(graph), nnx.set_graph_updates(updates):
+    yield
+
+
+@pytest.mark.parametrize("argnums", [0, -2, (0, 1), [1, 0]], ids=str)
+def test_in_tree_mode_it_does_what_flax_does(x, argnums, tree_mode):
+  model, other = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
+  before = np.array(model.norm.mean[...])
+  found = mpjax.nnx.value_and_grad(loss_fn, argnums)(model, x, loss_scale=4.0)
+  loss, grads = nnx.value_and_grad(loss_fn, argnums=argnums)(other, x)
+  chex.assert_trees_all_equal(found, (loss, jax.tree.map(lambda g: g * 4.0, grads)))
+  chex.assert_trees_all_equal(nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(other)))
+  assert np.any(before != model.norm.mean[...])
+
+
+def test_a_loop_of_ones_own_trains_in_tree_mode(x, tree_mode):
+  model = mpjax.apply_policy(Normed(nnx.Rngs(0)), "mixed_float16")
+  tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2), init_scale=2.0**10)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def step(model, optimizer, x):
+    scale = mpjax.loss_scale(optimizer.opt_state)
+    run = mpjax.nnx.value_and_grad(lambda m, x: (loss_fn(m, x), {"x": x}), has_aux=True)
+    (loss, _), grads = run(model, x, loss_scale=scale)
+    optimizer.update(model, grads)
+    return loss
+
+  losses = [float(step(model, optimizer, x)) for _ in range(10)]
+  assert losses[-1] < losses[0] and int(optimizer.step[...]) == 10
+
+
+@pytest.mark.parametrize(
+  "chosen",
+  [{"wrt": nnx.LoRAParam}, {"argnums": (1, nnx.DiffState(0, nnx.Param))}],
+  ids=["wrt", "DiffState"],
+)
+def test_variables_cannot_be_chosen_in_tree_mode(chosen, tree_mode):
+  with pytest.raises(ValueError, match=r"all Variables.*Got (wrt=|DiffState).*Leave it out"):
+    mpjax.nnx.value_and_grad(loss_fn, **chosen)
+
+
+def test_a_function_made_in_graph_mode_stays_in_it(model, x):
+  run = mpjax.nnx.value_and_grad(loss_fn)
+  with nnx.set_graph_updates(False):
+    _, grads = run(model, x, loss_scale=1.0)
+  assert isinstance(grads, nnx.State) and set(grads) == {"hidden", "norm", "head"}

@@ -4,8 +4,8 @@ XLA computes bfloat16 in float32, and leaves out the rounding between what it fu
 ``100 * h`` as it was rounded, another as it was before (its ``xla_allow_excess_precision``). That
 is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddexp` has it, whose f
 is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
-Nor is it in a distance, ``|x|**2 - 2 * x @ y.T + |y|**2``, where the matmul gets x as it was rounded
-and the squares as it was before: of near points nothing but the difference of both is left.
+Nor is it in a distance, ``|x|**2 - 2 * x @ y.T + |y|**2``, where the matmul gets x as it was
+rounded, the squares as it was before: of near points little but the difference of both is left.
 The rounding of such an x is kept: it is fused as other operations are, and stores nothing.
 """
 

@@ -32,10 +32,11 @@ from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, totaled
 from mpjax._engine.analyses.made_of import Made, Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
+from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
-from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -221,6 +222,19 @@ class Knowledge:
   def powers(self) -> frozenset[Var]:
     """Products of powers of a matrix, see `linear_recurrences`."""
     return powers(self._inner, self.carried)
+
+  @functools.cached_property
+  def quadratic(self) -> frozenset[Any]:
+    """The matmuls that an inner product multiplies by what they multiply."""
+    found, of = set[Any](), self._source
+    for eqn in filter(matmuls.is_inner, self._inner.eqns):
+      for product, vector in (eqn.invars, eqn.invars[::-1]):
+        made = self.frame.maker(product)
+        while made is not None and (before := handed_on(made)):
+          made = self.frame.maker(before[0])
+        if made is not None and made.primitive.name == "dot_general":
+          found |= {*made.outvars} if of(vector) in map(of, made.invars) else set()
+    return frozenset(found)
 
   @functools.cached_property
   def pooled(self) -> frozenset[Var]:

@@ -152,7 +152,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "inner product",
     MATMULS,
-    lambda s: matmuls.is_inner(s.eqn),
+    lambda s: matmuls.is_inner(s.eqn) or sight.is_of_quadratic_form(s),
     Rule.FULL,
     "a sum of products, as (x * y).sum() is: 257 is 256 in bfloat16, 1e-4 squared 0 in float16",
   ),

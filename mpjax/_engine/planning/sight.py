@@ -197,6 +197,15 @@ def is_square(sight: Sight) -> bool:
   return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
 
 
+def is_of_quadratic_form(sight: Sight) -> bool:
+  """Whether a vector is multiplied by a matrix of data, and an inner product by that vector again.
+
+  ``w @ S @ w`` is one sum of products. A bilinear layer has a parameter in its middle.
+  """
+  is_vector = len(jaxprs.shape(sight.result)) == 1  # few are
+  return is_vector and PARAM not in sight.forms and sight.result in sight.around.quadratic
+
+
 def is_weighted_sum(sight: Sight) -> bool:
   """Whether a matmul weighs terms with constants: a few, as a Runge-Kutta method does.
 

@@ -97,7 +97,7 @@ def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bo
   return found is None or any(_is_inexact(number, step.outs[0]) for number in found)
 
 
-def is_wide_matmul(step: Step) -> bool:
+def _is_wide_matmul(step: Step) -> bool:
   """Whether a step is a matmul that needs its operands' cotangents in float32."""
   return bool(step.because) and step.rule in (Rule.FULL, Rule.EXACT)
 
@@ -105,7 +105,7 @@ def is_wide_matmul(step: Step) -> bool:
 def _leads_to_matmul(plan: Plan, step: Step) -> bool:
   """Whether such matmuls read what a step makes."""
   readers = plan.readers[step.eqn.outvars[0]]
-  return any(n != _RESULT and is_wide_matmul(plan.steps[n]) for n, _ in readers)
+  return any(n != _RESULT and _is_wide_matmul(plan.steps[n]) for n, _ in readers)
 
 
 def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
@@ -195,7 +195,7 @@ def _is_late(
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  is_end = step.eqn.primitive.name in ends or is_wide_matmul(step)
+  is_end = step.eqn.primitive.name in ends or _is_wide_matmul(step)
   is_end = is_end or (step.eqn.primitive.name == "concatenate" and _leads_to_matmul(plan, step))
   return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 

@@ -116,6 +116,10 @@ class Float8(NamedTuple):
   reason: str = ""
 
 
+MOMENT = "distance or variance"
+"""How the reasons begin of matmuls that are `moments`."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
   """One equation with what was decided for it."""
@@ -138,6 +142,11 @@ class Step:
   because: str = ""
   """Why its rule is not that of its primitive, if it is a matmul; or would not be, if the policy
   map did not change it."""
+
+  @property
+  def is_moment(self) -> bool:
+    """Whether it is a matmul of which little is left beside others of what it multiplies."""
+    return self.because.startswith(MOMENT)
 
   @property
   def in_float8(self) -> bool:

@@ -17,6 +17,7 @@ from mpjax._engine.analyses.running_sums import adds_neighbors
 from mpjax._engine.analyses.small_steps import is_small_step
 from mpjax._engine.planning import recurring, sight
 from mpjax._engine.planning.own_unit import adds_much
+from mpjax._engine.planning.plan import MOMENT
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
@@ -286,14 +287,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),
   Sharpening(
-    "distance or variance",
+    MOMENT,
     MATMULS,
     lambda s: s.result in s.around.moments.values and (PARAM in s.forms or sight.is_of_data(s)),
     Rule.FULL,
     "a small difference of this and of what is added to it: what rounds in either is large beside",
   ),
   Sharpening(
-    "distance or variance of narrow values",
+    f"{MOMENT} of narrow values",
     MATMULS,
     lambda s: s.result in s.around.moments.values,
     Rule.EXACT,

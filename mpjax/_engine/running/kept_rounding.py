@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental import jet
 
 from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
-from mpjax._engine.planning.late_rounding import is_wide_matmul
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import behind, makers_of, variables_of
@@ -50,10 +49,10 @@ def kept_rounding(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var
 
 
 def _multiplied(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
-  """What matmuls that are small differences multiply, in the bodies of a plan too."""
+  """What matmuls that are moments multiply, in the bodies of a plan too."""
   found: list[Atom] = []
   for step in plan.steps:
-    if is_wide_matmul(step):
+    if step.is_moment:
       found += step.eqn.invars
     for body, inner in zip(bodies_of(step.eqn) if step.bodies else (), step.bodies, strict=False):
       kept = kept_rounding(inner, known)

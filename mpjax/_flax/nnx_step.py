@@ -31,7 +31,6 @@ from mpjax._train.shardings import Placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
-  Unscaled,
   autocast_loss,
   check_aux,
   explain_if_no_array,
@@ -62,7 +61,6 @@ class TrainStep:
     self._limit = max_consecutive_skips
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
-    self._unscaled = Unscaled()
 
   def __call__(
     self, model: Any, optimizer: Any = None, *batch: Any, **keywords: Any
@@ -105,7 +103,7 @@ class TrainStep:
     if self._limit is not None:
       params = nnx.state(model, optimizer.wrt)
       raise_if_stuck(metrics, bad, params, self._limit, (model, optimizer))
-    return self._unscaled.fill(metrics)
+    return metrics
 
   def __repr__(self) -> str:
     return f"<{type(self).__name__} of {self._words}>"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -285,13 +284,17 @@ def step_metrics(
   after: LossScalingState | None,
   aux: PyTree,
 ) -> StepMetrics:
-  """The metrics of a step, from its (scaled) gradients and the scaler before and after it.
-
-  Without a scaler what there is to say of one is ``None``, for `Unscaled` to say.
-  """
+  """The metrics of a step, from its (scaled) gradients and the scaler before and after it."""
   if before is None or after is None:
-    none: Any = None
-    return StepMetrics(loss, global_norm(grads), none, none, none, none, aux)
+    return StepMetrics(
+      loss=loss,
+      grad_norm=global_norm(grads),
+      loss_scale=jnp.ones((), FLOAT32),
+      applied=jnp.ones((), jnp.bool_),
+      consecutive_skips=jnp.zeros((), jnp.int32),
+      total_skips=jnp.zeros((), jnp.int32),
+      aux=aux,
+    )
   norm = global_norm(unscaled(grads, before.scale))
   return StepMetrics(
     loss=loss,
@@ -302,42 +305,6 @@ def step_metrics(
     total_skips=after.total_skips,
     aux=aux,
   )
-
-
-class Unscaled:
-  """What steps without a loss scaler report of one.
-
-  It is the same in all: made once for the devices of a step, and no result of each.
-  """
-
-  def __init__(self) -> None:
-    self._where: Any = None
-    self._made: Any = ()
-    self._of = jax.jit(_unscaled, keep_unused=True)
-
-  def fill(self, metrics: StepMetrics) -> StepMetrics:
-    """The metrics of a step, whole."""
-    loss, norm, scale, _, _, _, aux = metrics
-    if scale is not None:
-      return metrics
-    if isinstance(loss, Tracer):
-      scale, applied, skips, total = _unscaled(loss)
-      return StepMetrics(loss, norm, scale, applied, skips, total, aux)
-    where = loss.sharding, loss.committed
-    if where != self._where or any(map(_is_deleted, self._made)):  # a caller may donate metrics
-      self._where, self._made = where, self._of(loss)
-    scale, applied, skips, total = self._made
-    return StepMetrics(loss, norm, scale, applied, skips, total, aux)
-
-
-_is_deleted = operator.methodcaller("is_deleted")
-
-
-def _unscaled(loss: jax.Array) -> tuple[jax.Array, ...]:
-  """The scale, whether a step was applied, and its skips, where the loss of a step is."""
-  del loss
-  none = jnp.zeros((), jnp.int32)
-  return jnp.ones((), FLOAT32), jnp.ones((), jnp.bool_), none, none
 
 
 def keep_if_skipped(applied: jax.Array, new_opt_state: PyTree, old_opt_state: PyTree) -> Any:

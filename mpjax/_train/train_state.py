@@ -89,7 +89,7 @@ class TrainState:
     """
     check_params(params)
     refuse_shapes(params)
-    refuse_shapes(model_state)
+    refuse_shapes({"model_state": model_state})
     check_key(rng)
     opt_state = initial_state(as_transformation(tx), params)
     find_scaling_state(opt_state)

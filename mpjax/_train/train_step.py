@@ -24,7 +24,6 @@ from mpjax._train.shardings import NOWHERE, Placement, keep_placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
-  Unscaled,
   autocast_loss,
   called,
   check_aux,
@@ -58,7 +57,6 @@ class TrainStep:
     self._limit = max_consecutive_skips
     self._donate = donate
     self._check_float16 = UnscaledFloat16Check()
-    self._unscaled = Unscaled()
     self._returned = Returned()
     self._batch_shares = False
 
@@ -103,7 +101,7 @@ class TrainStep:
     self._returned.note(state, state.step)
     if self._limit is not None:
       raise_if_stuck(metrics, bad, state.params, self._limit, state)
-    return state, self._unscaled.fill(metrics)
+    return state, metrics
 
   def _enter(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Placement]:
     """A state whose arrays can be donated, if they are to be, and where they are."""

@@ -1,5 +1,6 @@
 """Matmuls in distances and variances: what comes back to their ends is a small difference."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -271,6 +272,63 @@ NEAR = {
   "of_centers_in_one_matmul": lambda net, e, other: beside(e, net["centers"], augmented=True),
   "hyperbolic": lambda net, e, other: hyperbolic(e, other),
 }
+
+
+class Deep(nn.Module):
+  """As many equal layers as run as one function."""
+
+  @nn.compact
+  def __call__(self, x):
+    for _ in range(5):
+      x = nn.gelu(nn.Dense(32)(x))
+    return 20 * jnp.tanh(x)
+
+
+OWN = {
+  "squares": squares,
+  "inner_product": lambda e: jnp.einsum("id,id->i", e, e),
+  "vecdot": lambda e: jnp.vecdot(e, e),
+}
+
+
+@both
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN.keys())
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_a_point_is_none_away_from_itself(own, scale, policy):
+  deep = Deep()
+  params = deep.init(KEYS[0], X)
+
+  def distances(params, x):
+    e = scale * deep.apply(params, x)
+    return own(e)[:, None] - 2 * e @ e.T + own(e)[None], own(e)
+
+  with jax.numpy_rank_promotion("allow"):
+    found, large = jax.jit(mpjax.autocast(distances, policy))(params, X)
+  assert (jnp.abs(jnp.diagonal(found)) < 1e-5 * large).all()
+
+
+def beside_norms(e, *others):
+  return jnp.concatenate([e, jnp.sqrt(squares(e))[:, None], *others], 1)
+
+
+FEATURES = {
+  "frozen": lambda w, e: beside_norms(e) @ jnp.tile(X[:33], 2),
+  "masked": lambda w, e: beside_norms(e) @ (w[1] * jnp.sign(X[:33])),
+  "neighbors": lambda w, e: jnp.tile(X, 2)[:, :48] @ beside_norms(e),
+  "values": lambda w, e: jax.nn.softmax(e @ e.T) @ beside_norms(e),
+  "with_a_one": lambda w, e: beside_norms(e, jnp.ones((48, 1))) @ X[:34],
+}
+
+
+@both
+@pytest.mark.parametrize("fn", FEATURES.values(), ids=FEATURES.keys())
+def test_norms_among_features_are_features(fn, policy):
+  w = jax.random.normal(KEYS[3], (2, 33, 32))
+  with jax.numpy_rank_promotion("allow"):
+    layers = lambda w, x: fn(w, jax.nn.relu(x @ w[0, :32]))
+    jaxpr = jax.make_jaxpr(mpjax.autocast(layers, policy))(w, X)
+  products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert {v.aval.dtype.itemsize for e in products for v in e.invars} == {2}
 
 
 @both

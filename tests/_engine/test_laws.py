@@ -1119,7 +1119,6 @@ BASE = jnp.array([1.0, 7.0, 49.0, 343.0])
 DIGITS = {
   "of_a_vector": lambda d: d @ BASE,
   "of_a_matrix": lambda d: jnp.stack([d, d]) @ jnp.stack([BASE, BASE[::-1]]).T,
-  "computed": lambda d: d @ 7.0 ** jnp.arange(4),
 }
 
 
@@ -1179,6 +1178,17 @@ def test_a_layer_whose_weights_are_rounded_is_narrow_and_exact(case, policy):
   fn = lambda w, x: quantize(x * scale) @ quantize(w * scale)
   assert explain(fn, policy, weights, x).narrow_share == 1
   np.testing.assert_array_equal(mpjax.autocast(fn, policy)(weights, x), fn(weights, x))
+
+
+@both
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_layer_whose_frozen_weights_have_8_bits_is_narrow_and_exact(captured, policy):
+  frozen = (jnp.arange(64 * 64) * 37 % 255 - 127).reshape(64, 64).astype(jnp.int8)
+  w, x = jnp.eye(64), jnp.round(10 * jax.random.normal(jax.random.key(4), (32, 64)))
+  weights = lambda q: (frozen if captured else q).astype(jnp.float32)
+  fn = lambda w, x, q: jnp.round(x @ w) @ weights(q)
+  assert explain(fn, policy, w, x, frozen).narrow_share == 1
+  np.testing.assert_array_equal(mpjax.autocast(fn, policy)(w, x, frozen), fn(w, x, frozen))
 
 
 # Products without a contraction -------------------------------------------------------------------

@@ -83,7 +83,7 @@ def numbers_of(value: Any) -> NumberSet:
 
 
 class Extremes(NamedTuple):
-  """What tells which formats hold an array.
+  """What tells which formats hold an array, infinities and NaN left out.
 
   Attributes:
     largest: The largest magnitude in it.
@@ -105,8 +105,9 @@ def extremes_of(value: Any) -> Extremes | None:
   if not is_small or getattr(value, "dtype", None) != FLOAT32:
     return None
   magnitudes = np.abs(np.asarray(value)).ravel()
-  largest = float(magnitudes.max())
-  if not largest < 2**24 or (magnitudes != np.round(magnitudes)).any():
+  magnitudes = magnitudes[np.isfinite(magnitudes)]
+  largest = float(magnitudes.max(initial=0.0))
+  if not 0 < largest < 2**24 or (magnitudes != np.round(magnitudes)).any():
     return Extremes(largest)
   whole = magnitudes.astype(np.int64)
   lowest_bits = np.maximum(whole & -whole, 1)

@@ -53,36 +53,55 @@ def beside_their_squares(inner: Jaxpr, origins: Origins, weights: Collection[Var
   return seen.found
 
 
-def of_bordered(inner: Jaxpr, origins: Origins, weights: Collection[Var]) -> set[Var]:
-  """The matmuls of vectors in which sums of their own squares stand beside them.
+def of_bordered(inner: Jaxpr, origins: Origins) -> set[Var]:
+  """The matmuls of vectors in which sums of their own squares stand beside them, both of them.
 
   Distances in one matmul, and the product of a hyperboloid, whose first entry is a root of these.
-  Weights multiply such a vector as any other, but where they have their squares in them, too.
+  In a distance a one stands beside the squares, for those of the other; the product has a sign.
+  Without either the squares are features as others are.
 
   Args:
     inner: The jaxpr, open.
     origins: The origins of its values.
-    weights: What makes a matmul a layer.
   """
   found = set[Var]()
   for eqn in (eqn for eqn in inner.eqns if eqn.primitive.name == "dot_general"):
-    bordered = [_holds_its_squares(atom, origins) for atom in eqn.invars]
-    is_layer = any(bordered) and not variables_of(eqn.invars).isdisjoint(weights)
-    found |= {*eqn.outvars} if any(bordered) and (all(bordered) or not is_layer) else set()
+    first, second = (_bordered(atom, origins) for atom in eqn.invars)
+    if first and second and (first.has_number or second.has_number):
+      found |= {*eqn.outvars}
   return found
 
 
-def _holds_its_squares(atom: Atom, origins: Origins) -> bool:
-  """Whether an operand was put together of a value and of sums of its squares."""
-  made = origins.maker(atom)
-  if made is None or made.primitive.name != "concatenate":
-    return False
-  parts = variables_of(origins.of_all(made.invars))
-  return any(
-    before.value in parts and before.value is not part and before.is_sum and before.is_square
-    for part in parts
+class _Bordered(NamedTuple):
+  """A vector in which sums of its squares stand.
+
+  Attributes:
+    has_number: Whether a number stands in it, too, or it is multiplied as a whole, as by signs.
+  """
+
+  has_number: bool
+
+
+def _bordered(atom: Atom, origins: Origins) -> _Bordered | None:
+  """What an operand is, if it was put together of a value and of sums of its squares."""
+  made, is_signed = origins.maker(atom), False
+  if made is not None and made.primitive.name == "mul":
+    joined = [eqn for eqn in map(origins.maker, made.invars) if _joins(eqn)]
+    made, is_signed = joined[0] if joined else None, True
+  if made is None or not _joins(made):
+    return None
+  parts = origins.of_all(made.invars)
+  values = variables_of(parts)
+  holds = any(
+    before.value in values and before.value is not part and before.is_sum and before.is_square
+    for part in values
     for before in _behind(part, origins)
   )
+  return _Bordered(is_signed or len(values) < len(parts)) if holds else None
+
+
+def _joins(eqn: JaxprEqn | None) -> bool:
+  return eqn is not None and eqn.primitive.name == "concatenate"
 
 
 class _Product(NamedTuple):

@@ -208,6 +208,16 @@ class Knowledge:
     found = self._captured.get(self._source(atom)) if self._captured else None
     return found is not None and found.lacked_by(dtype)
 
+  def holds_whole(self, dtype: np.dtype, atom: Atom) -> bool:
+    """Whether a 16-bit format holds an operand of whole numbers, as far as that is known."""
+    source = self._source(atom)
+    made = self.frame.maker(source)
+    if made is not None and made.primitive.name == "convert_element_type":
+      before: Any = made.invars[0].aval
+      return jaxprs.kind(made.invars[0]) in "biu" and before.dtype.itemsize == 1
+    found = self._captured.get(source)
+    return found is not None and found.longest > 0 and not found.lacked_by(dtype)
+
   @functools.cached_property
   def _captured(self) -> dict[Any, Extremes | None]:
     """The extremes of the arrays that the jaxpr captured."""

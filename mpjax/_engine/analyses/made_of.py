@@ -29,7 +29,7 @@ T = TypeVar("T")
 Indices = frozenset[int]
 
 _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
-  *("add", "sub", "mul", "neg", "abs", "max", "min", "square", "integer_pow", "pow", "add_any"),
+  *("add", "sub", "mul", "neg", "abs", "max", "min", "square", "add_any"),
   *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
 }
 _MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})

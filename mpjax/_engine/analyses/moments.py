@@ -59,7 +59,7 @@ def moments(
       found |= search.of_difference(second, product)
       found |= search.near_constant(second, product)
   found |= beside_their_squares(inner, search.origins, weights)
-  found |= of_bordered(inner, search.origins, weights)
+  found |= of_bordered(inner, search.origins)
   if not found:
     return Moments()
   values = frozenset(var for start in found for var in _chain(start, frame))

@@ -15,6 +15,7 @@ besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -56,7 +57,7 @@ def rounding_late(
       hand, and no loss does.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  late = _late(plan, multiplied, is_whole=is_whole)
+  late = _late(plan, numbers, multiplied, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -132,7 +133,13 @@ def _is_inexact(number: float, form: Form | None) -> bool:
   return form is not None and float(np.asarray(number).astype(form.dtype)) != number
 
 
-def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int]:
+def _late(
+  plan: Plan,
+  numbers: Callable[[Atom], NumberSet],
+  multiplied: Collection[Var],
+  *,
+  is_whole: bool,
+) -> set[int]:
   """The steps that make or lead on multiples, and whose result float32 alone reads.
 
   Once, or to add or multiply: what is added up and read again besides is most often normalized.
@@ -154,11 +161,23 @@ def _late(plan: Plan, multiplied: Collection[Var], *, is_whole: bool) -> set[int
     is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
       rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
-      if rounds_inside and step.eqn.primitive.name in ADDS:
-        continue  # others would read the sum as it was before
+      if rounds_inside and _rounds(step, numbers):
+        continue  # others would read what it makes as it was before
       late.add(n)
       exact |= {n} if rounds_inside else set()
   return late
+
+
+def _rounds(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
+  """Whether what a step makes of narrow values needs more digits than these."""
+  if step.bodies:
+    return any(_rounds(inner, lambda atom: None) for inner in step.bodies[0].steps)
+  if step.eqn.primitive.name in ADDS:
+    return True
+  if not _is_multiple(step):
+    return False
+  found = numbers(step.eqn.invars[step.operands.index(CONSTANT)])
+  return found is None or any(math.frexp(number)[0] not in (0.0, 0.5, -0.5) for number in found)
 
 
 def _leads_on(step: Step) -> bool:

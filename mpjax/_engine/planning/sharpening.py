@@ -181,7 +181,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "quantized layer",
     MATMULS,
-    lambda s: s.result in s.around.made.whole and sight.has_own_weights(s),
+    lambda s: s.result in s.around.made.whole and sight.is_quantized_layer(s),
     Rule.WIDE,
     "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
   ),

@@ -145,14 +145,19 @@ def is_of_parameters(sight: Sight) -> bool:
   return bool(sight.around.sums.of_parameters(sight.eqn.invars))
 
 
-def has_own_weights(sight: Sight) -> bool:
-  """Whether parameters had part in both operands, or one is made of them alone.
+def is_quantized_layer(sight: Sight) -> bool:
+  """Whether a parameter had part in a matmul of whole numbers, and 16 bits hold these.
 
-  Not where what a layer gave is multiplied by numbers of the program, as digits by their base.
+  The weights are made of parameters, or frozen, of 8 bits. Digits that a layer gave are multiplied
+  by the powers of their base, which are none.
   """
   sums, read = sight.around.sums, sight.eqn.invars
   made = sums.of_parameters(read)
-  return made >= {0, 1} or any(read[n] in sums.pure for n in made)
+  others = [atom for n, atom in enumerate(read) if n not in made]
+  is_held = any(read[n] in sums.pure for n in made) or all(
+    sight.around.holds_whole(sight.compute, atom) for atom in others
+  )
+  return bool(made) and is_held
 
 
 def reads_solution(sight: Sight) -> bool:

@@ -98,7 +98,8 @@ class Interpreter:
         for n, step in enumerate(plan.steps)
         if n not in taken
       }
-      self._units[id(plan)] = repeats.joined(plan, dict(sorted({**rest, **found}.items())))
+      units, kept = dict(sorted({**rest, **found}.items())), kept_rounding(plan, self._kept)
+      self._units[id(plan)] = repeats.joined(plan, units, kept)
     return self._units[id(plan)]
 
   def _run_unit(
@@ -156,7 +157,7 @@ class Interpreter:
       run = _rounding(compute, island.dtype, last, inner)
       run = jax.checkpoint(run, prevent_cse=not island.merges)
     with jaxprs.located(last, slice(scopes, inner)):
-      values.fill(outputs, run(*map(values.get, inputs)))
+      values.write(last.outvars, run(*map(values.get, inputs)))
     if isinstance(island, Softmax) and island.matmul is not None:
       self._run_weighting(plan.steps[island.matmul], outputs[0], values, scopes)
 

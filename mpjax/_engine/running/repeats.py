@@ -9,7 +9,7 @@ module by later ones.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from mpjax._core.primitives import JITTED, Rule
 from mpjax._engine.planning.plan import Plan, Read, Step
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 from mpjax._engine.running.environment import Key, nearest, shared
 from mpjax._engine.running.islands import Island
 from mpjax._engine.running.softmax import Softmax
@@ -60,18 +60,19 @@ class Repeat(NamedTuple):
   """Equal for runs that compute the same from their inputs."""
 
 
-def joined(plan: Plan, units: Mapping[int, Unit]) -> list[Unit | Repeat]:
+def joined(plan: Plan, units: Mapping[int, Unit], kept: Collection[Var]) -> list[Unit | Repeat]:
   """What a plan executes, those runs of units that recur often as repeats.
 
   Args:
     plan: The plan.
     units: What it executes one after the other, by the index of the step for which it is run.
+    kept: The values whose rounding is kept, see `kept_rounding`.
   """
   runs = _runs(units)
   worthy = [run for run in runs if len(run) > 1 or not isinstance(units[run[0]], Step)]
   repeats: dict[int, Repeat] = {}
   if len(worthy) >= OFTEN:
-    repeats = {run[0]: _repeat(plan, {n: units[n] for n in run}) for run in worthy}
+    repeats = {run[0]: _repeat(plan, {n: units[n] for n in run}, kept) for run in worthy}
   count = Counter(repeat.code for repeat in repeats.values())
   found: list[Unit | Repeat] = []
   for run in runs:
@@ -111,7 +112,7 @@ def _is_simple(step: Step) -> bool:
   return not step.eqn.effects and (called or step.rule in _SIMPLE)
 
 
-def _repeat(plan: Plan, units: Mapping[int, Unit]) -> Repeat:
+def _repeat(plan: Plan, units: Mapping[int, Unit], kept: Collection[Var]) -> Repeat:
   steps = {i: plan.steps[i] for index, unit in units.items() for i in _steps_of(index, unit)}
   eqns = [step.eqn for step in steps.values()]
   made = {var: n for n, var in enumerate([v for eqn in eqns for v in eqn.outvars])}
@@ -141,7 +142,8 @@ def _repeat(plan: Plan, units: Mapping[int, Unit]) -> Repeat:
   outputs = tuple(dict.fromkeys(handed))
   exits = tuple((made[key.var], key.via, key.wide) for key in outputs)
   kinds = tuple(map(_kind, units.values()))
-  whole = _hashable((kinds, tuple(code), exits))
+  rounded = tuple(n for var, n in made.items() if var in kept)
+  whole = _hashable((kinds, tuple(code), exits, rounded))
   return Repeat(tuple(units.values()), eqns[0], scopes, tuple(inputs), outputs, whole)
 
 

@@ -307,6 +307,51 @@ def test_a_point_is_none_away_from_itself(own, scale, policy):
   assert (jnp.abs(jnp.diagonal(found)) < 1e-5 * large).all()
 
 
+def units(e):
+  return e / jnp.linalg.norm(e, axis=-1, keepdims=True)
+
+
+def concordance(a, b):
+  """Of two heads, by their covariance and variances."""
+  mean = lambda v: v.mean(0)
+  apart = mean(a * a) - mean(a) ** 2 + mean(b * b) - mean(b) ** 2 + (mean(a) - mean(b)) ** 2
+  return (1 - 2 * (mean(a * b) - mean(a) * mean(b)) / apart).mean()
+
+
+def likelihood(a, b):
+  """Of a Gaussian process with a linear kernel of features."""
+  factor = jnp.linalg.cholesky(a @ a.T + 0.1 * jnp.eye(48))
+  solution = jax.scipy.linalg.cho_solve((factor, True), X[:, 0])
+  return (X[:, 0] @ solution / 2 + jnp.log(jnp.diagonal(factor)).sum()) / 48
+
+
+SMALL = {
+  "concordance": concordance,
+  "cosine": lambda a, b: (1 - (units(a) * units(b)).sum(-1)).mean(),
+  "by_norms": lambda a, b: (
+    1 - (a * b).sum(-1) / (jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1))
+  ).mean(),
+  "near_one": lambda a, b: jnp.log(1 + 1e-4 - units(a) @ units(b).T).mean(),
+  "angle": lambda a, b: jnp.arccos(jnp.clip(units(a) @ units(b).T, -1 + 1e-6, 1 - 1e-6)).mean(),
+  "likelihood": likelihood,
+}
+
+
+@both
+@pytest.mark.parametrize("loss", SMALL.values(), ids=SMALL.keys())
+def test_what_is_small_beside_its_terms_is_as_by_hand(loss, policy):
+  """Under the default compiler; by hand everything behind the layers is float32."""
+  near = X + 0.03 * jax.random.normal(KEYS[3], X.shape)
+  total = lambda net, dtype=None: loss(*(embed(net, x, dtype) for x in (X, near)))
+  by_hand = lambda net: total(net, POLICIES[policy])
+  with jax.numpy_rank_promotion("allow"):
+    pairs = (total, {}), (by_hand, ROUNDING), (mpjax.autocast(total, policy), {})
+    runs = [jax.jit(jax.value_and_grad(f), compiler_options=options) for f, options in pairs]
+    exact, hand, ours = [jax.device_get(run(NET)) for run in runs]
+  assert abs(ours[0] - exact[0]) <= 1.5 * abs(hand[0] - exact[0]) + 2e-3 * abs(exact[0])
+  assert off(ours[1], exact[1]) <= 1.5 * off(hand[1], exact[1]) + 2e-3
+
+
 def beside_norms(e, *others):
   return jnp.concatenate([e, jnp.sqrt(squares(e))[:, None], *others], 1)
 

@@ -182,7 +182,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
+    self.totaled: Collection[Var] = totaled(inner.eqns)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)

@@ -6,7 +6,7 @@ square of a distance, see `distances`. Where the sums are matmuls or convolution
 float32; those of operands that are narrow already multiply in 16 bits, but return float32, and so
 does their derivative: what comes back to x by way of the product and of ``|x|**2`` is a small
 difference, too. The same holds of a matmul that a constant is subtracted from which it is near:
-``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``.
+``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``, and of one whose arc cosine is taken.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mpjax._core.primitives import JITTED
 from mpjax._engine.analyses.distances import beside_their_squares, of_bordered
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
 from mpjax._engine.analyses.recomputed import same_values
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
@@ -58,6 +60,8 @@ def moments(
     for second, product in (eqn.invars, eqn.invars[::-1]):
       found |= search.of_difference(second, product)
       found |= search.near_constant(second, product)
+  for eqn in [eqn for eqn in inner.eqns if eqn.primitive.name in _STEEP_NEAR_ONE]:
+    found |= search.of_unit_vectors(eqn.invars[0])
   found |= beside_their_squares(inner, search.origins, weights)
   found |= of_bordered(inner, search.origins)
   if not found:
@@ -102,7 +106,7 @@ class _Search:
     """
     number = self.origins.of(constant)
     is_number = isinstance(number, Literal)
-    if is_number and abs(number.val) not in (1, 2):
+    if is_number and not any(abs(abs(number.val) - whole) <= _NEAR for whole in (1, 2)):
       return set()
     if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
       return set()
@@ -112,11 +116,25 @@ class _Search:
     if made is None or made.primitive.name != "dot_general":
       return set()
     if is_number:
-      is_layer = not variables_of(made.invars).isdisjoint(self._weights)
-      return set() if is_layer else {*made.outvars}
+      return self._unless_layer(made)
     first, second = self.origins.of_all(made.invars)
     is_own = first is second and not isinstance(first, Literal)
     return {*made.outvars} if is_own and is_computed(constant, self.origins.makers) else set()
+
+  def of_unit_vectors(self, value: Atom) -> set[Var]:
+    """A matmul that an angle is taken of, clipped or not: that is steep where vectors are near."""
+    for _ in range(_CLIPS):
+      made = self.origins.maker(value)
+      if made is None or made.primitive.name == "dot_general" or not _clips(made):
+        break
+      value = next((a for a in made.invars if jaxprs.shape(a)), value)
+    else:
+      return set()
+    return self._unless_layer(made) if made and made.primitive.name == "dot_general" else set()
+
+  def _unless_layer(self, made: JaxprEqn) -> set[Var]:
+    """What a matmul makes that has no weights."""
+    return {*made.outvars} if variables_of(made.invars).isdisjoint(self._weights) else set()
 
   def of_difference(self, second: Atom, product: Atom) -> set[Var]:
     """The moments of a second one less a product of two first ones; none if it is none."""
@@ -163,6 +181,22 @@ class _Search:
   @functools.cached_property
   def _same(self) -> Mapping[Any, int]:
     return same_values(self._frame.inner)
+
+
+def _clips(made: JaxprEqn) -> bool:
+  """Whether an equation keeps values within bounds, or calls what does nothing else."""
+  if made.primitive.name in JITTED:
+    inner = versions.open_jaxpr(bodies_of(made)[0].jaxpr)
+    return {eqn.primitive.name for eqn in inner.eqns} <= _BOUNDS | {"convert_element_type"}
+  return made.primitive.name in _BOUNDS
+
+
+_BOUNDS = frozenset({"max", "min", "clamp"})
+_STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh"})
+_CLIPS = 4
+"""How many bounds a value may have, one after the other."""
+_NEAR = 0.01
+"""So near one, or two, a number is meant as it: ``1 + 1e-4 - a @ b.T``."""
 
 
 def _sorted_shape(atom: Atom) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
 from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
-from mpjax._engine.program.kinds import PARAM
+from mpjax._engine.program.kinds import PARAM, is_narrow
 
 
 class Sharpening(NamedTuple):
@@ -108,9 +108,10 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "term of a total",
     {"mul"},
-    lambda s: all(s.are_float16) and s.result in s.around.totaled,
+    lambda s: all(map(is_narrow, s.forms)) and s.result in s.around.totaled,
     Rule.FULL,
-    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
+    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16, "
+    "and a covariance is a small difference of such sums",
   ),
   Sharpening(
     "pool",
@@ -310,6 +311,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     ),
     Rule.FULL,
     "a linear system multiplies what rounds by its condition",
+  ),
+  Sharpening(
+    "amplified, of narrow values",
+    MATMULS,
+    sight.is_amplified,
+    Rule.EXACT,
+    "they round no more, but what comes back from a linear system is multiplied by its condition",
   ),
   Sharpening(
     "layer before a linear system",

@@ -6,6 +6,7 @@ is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddex
 is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
 Nor is it in a distance, ``|x|**2 - 2 * x @ y.T + |y|**2``, where the matmul gets x as it was
 rounded, the squares as it was before: of near points little but the difference of both is left.
+Nor behind a Gram matrix that is inverted, whose features come again in its derivative.
 The rounding of such an x is kept: it is fused as other operations are, and stores nothing.
 """
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import jet
 
-from mpjax._core.primitives import ADDS, SCALES, UNCHANGED
+from mpjax._core.primitives import ADDS, SCALES, UNCHANGED, Rule
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import behind, makers_of, variables_of
@@ -49,10 +50,10 @@ def kept_rounding(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var
 
 
 def _multiplied(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
-  """What matmuls that are moments multiply, in the bodies of a plan too."""
+  """What matmuls multiply that are moments, or amplified, in the bodies of a plan too."""
   found: list[Atom] = []
   for step in plan.steps:
-    if step.is_moment:
+    if step.rule is Rule.EXACT or step.is_moment:
       found += step.eqn.invars
     for body, inner in zip(bodies_of(step.eqn) if step.bodies else (), step.bodies, strict=False):
       kept = kept_rounding(inner, known)

@@ -28,7 +28,7 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
-from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, totaled
+from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, summed, totaled
 from mpjax._engine.analyses.made_of import Made, Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
@@ -182,7 +182,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.totaled: Collection[Var] = totaled(inner.eqns)
+    self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)
@@ -232,6 +232,11 @@ class Knowledge:
   def powers(self) -> frozenset[Var]:
     """Products of powers of a matrix, see `linear_recurrences`."""
     return powers(self._inner, self.carried)
+
+  @functools.cached_property
+  def summed(self) -> Collection[Var]:
+    """What is summed up, and read by nothing else."""
+    return summed(self._inner)
 
   @functools.cached_property
   def quadratic(self) -> frozenset[Any]:

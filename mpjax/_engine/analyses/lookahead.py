@@ -317,5 +317,20 @@ def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
   return found
 
 
+def summed(inner: Jaxpr) -> set[Var]:
+  """The variables of which sums are taken and nothing else, moved before, or as a multiple."""
+  found, read = set[Var](), variables_of(inner.outvars)
+  for eqn in reversed(inner.eqns):
+    name, variables = eqn.primitive.name, variables_of(eqn.invars)
+    is_multiple = name in SCALES and len(variables) < len(eqn.invars)
+    leads_on = name in _STAYS_ALONE or is_multiple
+    if name == "reduce_sum" or (leads_on and not found.isdisjoint(eqn.outvars)):
+      found |= variables
+    else:
+      read |= variables
+  return found - read
+
+
+_STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

@@ -108,10 +108,16 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "term of a total",
     {"mul"},
-    lambda s: all(map(is_narrow, s.forms)) and s.result in s.around.totaled,
+    lambda s: all(s.are_float16) and s.result in s.around.totaled,
     Rule.FULL,
-    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16, "
-    "and a covariance is a small difference of such sums",
+    "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
+  ),
+  Sharpening(
+    "sum of products",
+    {"mul"},
+    lambda s: all(map(is_narrow, s.forms)) and s.result in s.around.summed,
+    Rule.FULL,
+    "an inner product written out: a covariance is a small difference of such sums",
   ),
   Sharpening(
     "pool",

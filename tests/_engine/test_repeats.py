@@ -89,8 +89,8 @@ def test_runs_that_recur_are_found_and_traced_once(operands, monkeypatch):
   found, jitted = [], []
   joined, jit = repeats.joined, jax.jit
 
-  def counting_joined(plan, units):
-    parts = joined(plan, units)
+  def counting_joined(plan, units, kept):
+    parts = joined(plan, units, kept)
     found.extend(part for part in parts if isinstance(part, repeats.Repeat))
     return parts
 

@@ -328,7 +328,7 @@ WRONG = {
     lambda: mpjax.TrainState.create(
       PARAMS, TX, model_state={"m": jax.ShapeDtypeStruct((2,), jnp.bfloat16)}
     ),
-    "Got the shape bf16[2] at m. For a state of shapes write",
+    "Got the shape bf16[2] at model_state/m. For a state of shapes write",
   ),
   "the state for the scale": (
     lambda: mpjax.value_and_grad(loss_fn)(PARAMS, X, loss_scale=TX.init(PARAMS)),

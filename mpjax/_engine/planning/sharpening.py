@@ -115,7 +115,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "sum of products",
     {"mul"},
-    lambda s: all(map(is_narrow, s.forms)) and s.result in s.around.summed,
+    lambda s: (
+      not s.place.has_cotangents and all(map(is_narrow, s.forms)) and s.result in s.around.summed
+    ),
     Rule.FULL,
     "an inner product written out: a covariance is a small difference of such sums",
   ),

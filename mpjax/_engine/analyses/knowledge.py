@@ -205,18 +205,22 @@ class Knowledge:
     numbers = self.numbers.of(atom)
     if numbers:
       return Extremes(max(map(abs, numbers))).lacked_by(dtype)
-    found = self._captured.get(self._source(atom)) if self._captured else None
+    found = self._extremes(atom)
     return found is not None and found.lacked_by(dtype)
 
   def holds_whole(self, dtype: np.dtype, atom: Atom) -> bool:
     """Whether a 16-bit format holds an operand of whole numbers, as far as that is known."""
-    source = self._source(atom)
-    made = self.frame.maker(source)
+    made = self.frame.maker(self._source(atom))
     if made is not None and made.primitive.name == "convert_element_type":
       before: Any = made.invars[0].aval
       return jaxprs.kind(made.invars[0]) in "biu" and before.dtype.itemsize == 1
-    found = self._captured.get(source)
+    found = self._extremes(atom)
     return found is not None and found.longest > 0 and not found.lacked_by(dtype)
+
+  def _extremes(self, atom: Atom) -> Extremes | None:
+    """The extremes of an operand, if that is an array which the jaxpr captured."""
+    source = self._source(atom) if self._captured else None
+    return None if isinstance(source, Literal) else self._captured.get(source)
 
   @functools.cached_property
   def _captured(self) -> dict[Any, Extremes | None]:

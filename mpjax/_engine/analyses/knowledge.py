@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import MATMULS, UNCHANGED, Rule
+from mpjax._core.primitives import JITTED, MATMULS, UNCHANGED, Rule
 from mpjax._engine.analyses.constants import (
   Adapting,
   Extremes,
@@ -35,6 +35,7 @@ from mpjax._engine.analyses.near_one import Exact, NearOne
 from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.analyses.running_sums import additions
+from mpjax._engine.analyses.solutions import solutions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of
@@ -127,6 +128,7 @@ class Knowledge:
     sums: What is added up.
     made: What is made of something alone.
     leading: What leads somewhere.
+    solutions: What belongs to a linear system behind it.
     iterated: The results of the matmuls of power iterations.
     moments: Moments of which one is subtracted from another, and their derivatives.
     running: The results of additions that are written out term by term.
@@ -171,6 +173,7 @@ class Knowledge:
     self.made = analyses.makings.variables(jaxpr, known.made)
     outside = known.leading if known.exact is not None else _whole(inner)
     self.leading = needs.leading(jaxpr, outside)
+    self.solutions = solutions(inner, self.made.solved, self.sums.pure, self._multiplies, needs)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     weights = self.sums.weights(inner)
@@ -199,6 +202,12 @@ class Knowledge:
       outs = frozenset(known.logarithms)
       self.logarithms = needs.logarithms(jaxpr, outs)
       self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
+
+  def _multiplies(self, eqn: JaxprEqn) -> bool:
+    """Whether an equation is a matmul, or a call of a function that holds one."""
+    if eqn.primitive.name not in JITTED:
+      return eqn.primitive.name in MATMULS
+    return self._analyses.contents.matmuls(bodies_of(eqn)[0].jaxpr)
 
   def is_lacked_by(self, dtype: np.dtype, atom: Atom) -> bool:
     """Whether a 16-bit format does not hold a matmul's operand, as far as that is known."""
@@ -343,11 +352,13 @@ class Knowledge:
     atoms, analyses = body.take(eqn.invars), self._analyses
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     sums = self.sums.entering(eqn, body, forms)
+    made = self.made._replace(solved=self.solutions.values)
+    leading = self.leading._replace(factored=self.leading.factored | self.solutions.beside)
     return Known(
       exact=exact,
       sums=sums,
-      made=analyses.makings.entering(eqn, body, self.made),
-      leading=analyses.needs.entering(eqn, self.leading),
+      made=analyses.makings.entering(eqn, body, made),
+      leading=analyses.needs.entering(eqn, leading),
       moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
       of_numbers=self._of_numbers_in(body, atoms, forms, sums.of_parameters),
       made_before=self.iterations.entering(body, atoms, forms),

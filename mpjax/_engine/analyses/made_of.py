@@ -20,6 +20,7 @@ import numpy as np
 from mpjax._core.primitives import UNCHANGED, Trait, having
 from mpjax._engine.analyses.constants import LOOKED_AT, is_here
 from mpjax._engine.analyses.contents import SOLVES, Contents, skips_entries
+from mpjax._engine.analyses.solutions import STAYS_SOLVED
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.program.jaxprs import behind, kind
@@ -33,9 +34,6 @@ _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
   *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
 }
 _MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})
-_STAYS_SOLVED = UNCHANGED | {
-  *("neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div", "add", "sub")
-}
 _STAYS_SKIPPED = UNCHANGED | {"slice", "pad", "concatenate"}
 
 
@@ -152,7 +150,7 @@ class Makings:
   def __init__(self, contents: Contents) -> None:
     self._contents = contents
     self._whole = MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
-    self._solved = MadeOf(_none, "", SOLVES, _STAYS_SOLVED, any, {"dot_general"})
+    self._solved = MadeOf(_none, "", SOLVES, STAYS_SOLVED, any, {"dot_general"})
     self._skipped = MadeOf(
       _none, "", {"slice"}, _STAYS_SKIPPED, any, {"dot_general", "add"}, skips_entries
     )

@@ -76,7 +76,9 @@ def is_amplified(sight: Sight) -> bool:
 
   A layer before a linear system is a layer.
   """
-  return sight.result in sight.around.leading.factored and PARAM not in sight.forms
+  around = sight.around
+  is_used = sight.result in around.leading.factored or sight.result in around.solutions.beside
+  return is_used and PARAM not in sight.forms
 
 
 def is_amplified_later(sight: Sight) -> bool:
@@ -163,19 +165,24 @@ def is_quantized_layer(sight: Sight) -> bool:
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
 
-  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). Of parameters,
-  or of random numbers that are to be some, only the last time: a layer may multiply what is made
-  of its own.
+  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). A layer's values
+  are those of a layer behind it, too, as whitened ones are: but where few are made of many, or all
+  belongs to one system. Of parameters, or of random numbers that are to be some, only the last
+  time: a layer may multiply what is made of its own.
   """
-  found, around = sight.around.made.solved, sight.around
+  found, around = sight.around.solutions.values, sight.around
   if not found:  # as nearly always
     return False
-  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found]
+  pairs = [*zip(sight.eqn.invars, sight.forms, strict=True)]
+  read = [a for a, form in pairs if not (isinstance(a, Literal) or is_narrow(form)) and a in found]
+  others = [a for a in sight.eqn.invars if a not in read]
   if not read:
     return False
-  if sight.has_narrow:  # what is made of a layer's values is none if it multiplies few of them
-    few = FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read))
-    return few and not any(a in around.sums.pure for a in read)
+  if sight.has_narrow:
+    size, largest = jaxprs.size(sight.result), max(map(jaxprs.size, read))
+    few = FEWER * size <= largest or any(2 * size <= jaxprs.size(a) for a in others)
+    is_one = few or sight.result in around.solutions.beside
+    return is_one and not any(a in around.sums.pure for a in sight.eqn.invars)
   is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
   of_data = [a for a in read if not is_layer(a)]
   if any(depends_on_more_than_numbers(a, around.frame.makers) for a in of_data):

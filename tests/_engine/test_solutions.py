@@ -1,0 +1,87 @@
+"""What linear systems of features and of data give is multiplied, and what it is multiplied by."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import mpjax
+from _jaxprs import equations
+
+POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+both = pytest.mark.parametrize("policy", POLICIES)
+KEYS = jax.random.split(jax.random.key(0), 6)
+SUPPORT, QUERIES = (jax.random.normal(KEYS[n], (rows, 32)) + 2 for n, rows in enumerate((25, 40)))
+LABELS = jax.nn.one_hot(jnp.arange(25) % 5, 5)
+TARGETS = jax.random.normal(KEYS[2], (40, 5))
+W = jax.random.normal(KEYS[3], (32, 64)) / 6
+
+
+def damped(gram):
+  return gram + 0.1 * jnp.eye(len(gram))
+
+
+def whitening(s):
+  values, vectors = jnp.linalg.eigh(damped(s.T @ s / len(s)))
+  return (vectors * (values**-0.5)[None]) @ vectors.T
+
+
+SYSTEMS = {
+  "dual": lambda s, q: q @ (s.T @ jnp.linalg.solve(damped(s @ s.T), LABELS)),
+  "kernel": lambda s, q: (q @ s.T) @ jnp.linalg.solve(damped(s @ s.T), LABELS),
+  "einsum": lambda s, q: jnp.einsum(
+    "md,dk->mk", q, jnp.einsum("nd,nk->dk", s, jnp.linalg.solve(damped(s @ s.T), LABELS))
+  ),
+  "inverse": lambda s, q: q @ (jnp.linalg.inv(damped(s.T @ s)) @ (s.T @ LABELS)),
+  "inverse_from_the_left": lambda s, q: q @ jnp.linalg.inv(damped(s.T @ s)) @ s.T @ LABELS,
+  "projection": lambda s, q: (s @ jnp.linalg.inv(damped(s.T @ s)) @ s.T) @ TARGETS[:25],
+  "pseudo_inverse": lambda s, q: q @ jnp.linalg.pinv(damped(s.T @ s)) @ (s.T @ LABELS),
+  "correlations": lambda s, q: (lambda s, q: whitening(s) @ (s.T @ q / 25) @ whitening(q))(
+    s[:, :16], q[:25, 16:32]
+  ),
+}
+
+
+def error(found, want):
+  pairs = zip(*map(jax.tree.leaves, (found, want)), strict=True)
+  return max(float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in pairs)
+
+
+@pytest.mark.quick(every=2)
+@both
+@pytest.mark.parametrize("fn", SYSTEMS.values(), ids=SYSTEMS.keys())
+def test_what_belongs_to_a_system_of_features_is_as_exact_as_by_hand(fn, policy):
+  """Outside of the layer all is float32 by hand; an inverse that rounds is 100 times as far off."""
+
+  def loss(w, dtype=jnp.float32):
+    s, q = ((x.astype(dtype) @ w.astype(dtype)).astype(jnp.float32) for x in (SUPPORT, QUERIES))
+    return jnp.mean(fn(jnp.tanh(s), jnp.tanh(q)) ** 2)
+
+  losses = loss, lambda w: loss(w, POLICIES[policy]), mpjax.autocast(loss, policy)
+  want, by_hand, found = jax.jit(lambda w: [jax.value_and_grad(f)(w) for f in losses])(W)
+  assert error(found, want) <= 2 * error(by_hand, want)
+
+
+@both
+@pytest.mark.parametrize("fn", SYSTEMS.values(), ids=SYSTEMS.keys())
+def test_a_system_of_data_is_float32(fn, policy):
+  program = lambda w, s, q: w[0, 0] * fn(s, q)
+  jaxpr = jax.make_jaxpr(mpjax.autocast(program, policy))(W, SUPPORT, QUERIES)
+  products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert products and {v.aval.dtype.itemsize for e in products for v in e.invars} == {4}
+
+
+@both
+def test_layers_behind_a_system_stay_narrow(policy):
+  """Whitened features go on as those of a layer do, and so do solutions that weights multiply."""
+
+  def network(w, x):
+    h = jnp.tanh(x @ w)
+    h = jax.nn.relu(((h - h.mean(0, keepdims=True)) @ whitening(h)) @ w.T)
+    basis = jnp.linalg.eigh(x.T @ x)[1]
+    return h @ jnp.tanh(basis @ w) @ w.T
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(network, policy))(W, SUPPORT)
+  products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  layers = [e for e in products if 25 in e.outvars[0].aval.shape]
+  assert len(layers) == 5
+  assert {v.aval.dtype.itemsize for e in layers for v in e.invars} == {2}

@@ -160,11 +160,10 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ),
   ("reduce_prod cumprod", Facts(Rule.FULL, "errors multiply up", _T.MULTIPLIES_UP)),
   (
-    "add_any scatter-add scatter-sub scatter-mul scatter-max scatter-min select_and_scatter_add "
-    "select_and_gather_add",
+    "add_any scatter-add scatter-sub scatter-mul select_and_scatter_add select_and_gather_add",
     Facts(Rule.FULL, _COTANGENTS),
   ),
-  ("reduce_max reduce_min", Facts(Rule.FULL, _LARGEST)),
+  ("reduce_max reduce_min scatter-max scatter-min", Facts(Rule.FULL, _LARGEST)),
   (
     "cholesky eig eigh hessenberg lu qr schur svd tridiagonal geqp3 geqrf",
     Facts(Rule.ALWAYS, _NO_KERNEL, _T.FACTORS),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import JITTED, MATMULS, UNCHANGED, Rule
+from mpjax._core.primitives import JITTED, MATMULS, Rule
 from mpjax._engine.analyses.constants import (
   Adapting,
   Extremes,
@@ -28,7 +28,15 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
-from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs, summed, totaled
+from mpjax._engine.analyses.lookahead import (
+  MOVES,
+  Leading,
+  Needs,
+  subtracted,
+  summed,
+  totaled,
+  weighted,
+)
 from mpjax._engine.analyses.made_of import Made, Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
@@ -39,6 +47,7 @@ from mpjax._engine.analyses.solutions import solutions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of
+from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
@@ -265,15 +274,19 @@ class Knowledge:
     return frozenset(found)
 
   @functools.cached_property
-  def pooled(self) -> frozenset[Var]:
-    """What is moved and then multiplied by a matmul, and read by nothing else."""
-    read, made = jaxprs.variables_of(self._inner.outvars), set[Var]()
-    for eqn in reversed(self._inner.eqns):
-      name = eqn.primitive.name
-      if name not in MATMULS and not (name in _POOLS and read.isdisjoint(eqn.outvars)):
-        read |= jaxprs.variables_of(eqn.invars)
-      made |= {*eqn.outvars}
-    return frozenset(made - read)
+  def subtracted(self) -> Collection[Var]:
+    """What is subtracted from something, or divides it, moved or chosen before."""
+    return subtracted(self._inner, self._analyses.contents)
+
+  @functools.cached_property
+  def weighted(self) -> Collection[Var]:
+    """What nothing but weights multiplies, no moment among it."""
+    return weighted(self._inner, self._is_layer, self._analyses.contents)
+
+  def _is_layer(self, matmul: JaxprEqn) -> bool:
+    """Whether weights are multiplied, and for no moment."""
+    is_moment = not self.moments.values.isdisjoint(matmul.outvars)
+    return not is_moment and any(var in self.sums.pure for var in variables_of(matmul.invars))
 
   @functools.cached_property
   def _source(self) -> Callable[[Any], Any]:
@@ -408,7 +421,6 @@ class Knowledge:
 
 _OF_FLOATS = "fb"
 """A loop may carry a float, or what it said of one."""
-_POOLS = UNCHANGED | {"concatenate", "reduce_max", "reduce_min"}
 
 
 def _ends_by(kinds: str, loop: JaxprEqn) -> bool:

@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
-from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import (
+  ADDS,
+  JITTED,
+  MATMULS,
+  RULES,
+  SCALES,
+  UNCHANGED,
+  Rule,
+  Trait,
+  having,
+)
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
@@ -331,6 +341,50 @@ def summed(inner: Jaxpr) -> set[Var]:
   return found - read
 
 
+def subtracted(inner: Jaxpr, contents: Contents) -> set[Var]:
+  """The variables that are subtracted or divided by, or are exponents, moved or chosen before.
+
+  As the largest of some scores is subtracted from these. What a jaxpr returns may be so outside.
+  """
+  found = variables_of(inner.outvars)
+  for eqn in reversed(inner.eqns):
+    name, bodies = eqn.primitive.name, bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
+    leads_on = (name in _CHOOSES or bodies) and not found.isdisjoint(eqn.outvars)
+    if name in _TAKES_AWAY:
+      found |= variables_of(eqn.invars[-1:])
+    elif leads_on or any(contents.any_of(_TAKES_AWAY, body.jaxpr) for body in bodies):
+      found |= variables_of(eqn.invars)
+  return found
+
+
+def weighted(
+  inner: Jaxpr, is_layer: Callable[[JaxprEqn], bool], contents: Contents
+) -> frozenset[Var]:
+  """The variables that nothing but layers read, multiplied or chosen among before.
+
+  Args:
+    inner: The jaxpr, open.
+    is_layer: Whether a matmul has weights.
+    contents: Tells what functions do that are called.
+  """
+  others, made = variables_of(inner.outvars), set[Var]()
+  for eqn in reversed(inner.eqns):
+    name = eqn.primitive.name
+    leads_on = name in _STAYS_WEIGHTED or (
+      name in JITTED and contents.primitives(bodies_of(eqn)[0].jaxpr) <= _STAYS_WEIGHTED
+    )
+    is_end = name in MATMULS and is_layer(eqn)
+    if not is_end and not (leads_on and others.isdisjoint(eqn.outvars)):
+      others |= variables_of(eqn.invars)
+    made |= {*eqn.outvars}
+  return frozenset(made - others)
+
+
+_TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2"})
+_CHOOSES = having(Trait.KEEPS_NUMBERS) | {
+  *("max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min")
+}
+_STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
 _STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

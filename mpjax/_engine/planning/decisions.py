@@ -16,7 +16,13 @@ from mpjax._core.primitives import Rule
 from mpjax._engine.analyses import constants
 from mpjax._engine.planning.module_exits import held_as
 from mpjax._engine.planning.plan import Plan
-from mpjax._engine.planning.sight import Sight, foreign_format, looks_up_rows, scales_parameter
+from mpjax._engine.planning.sight import (
+  Sight,
+  foreign_format,
+  is_layer_of_one,
+  looks_up_rows,
+  scales_parameter,
+)
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kernels import kernel_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Form, Forms, Kind, join, narrow
@@ -102,7 +108,7 @@ def _follow(sight: Sight) -> Decision:
   if sight.eqn.outvars[0] in sight.around.sums.updates:
     form = DATA
   decision = _uniform(sight, form)
-  if looks_up_rows(sight) and sight.compute != FLOAT32:
+  if sight.compute != FLOAT32 and (looks_up_rows(sight) or is_layer_of_one(sight)):
     return decision._replace(outs=(narrow(sight.compute),))
   return decision
 

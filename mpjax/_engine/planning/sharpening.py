@@ -100,10 +100,17 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "square",
-    {"integer_pow", "mul"},
-    sight.is_square,
+    {"integer_pow", "mul", "square"},
+    lambda s: sight.is_square(s) and not sight.is_activation(s),
     Rule.FULL,
     "nearly always feeds a sum: a variance, a norm",
+  ),
+  Sharpening(
+    "square before a layer",
+    {"square"},
+    lambda s: s.is_narrow,
+    Rule.FOLLOW,
+    "weights alone multiply it: it rounds there anyway",
   ),
   Sharpening(
     "term of a total",
@@ -123,10 +130,10 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   ),
   Sharpening(
     "pool",
-    {"reduce_max", "reduce_min"},
-    lambda s: s.is_narrow and s.result in s.around.pooled,
+    {"reduce_max", "reduce_min", "scatter-max", "scatter-min"},
+    lambda s: s.is_narrow and sight.is_pooled(s),
     Rule.FOLLOW,
-    "a matmul alone reads the largest: it seeds no softmax, and is one of the narrow values",
+    "the largest goes on into a layer, subtracted from nothing: it is one of the narrow values",
   ),
   Sharpening(
     "picked numbers",

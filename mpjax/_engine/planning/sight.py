@@ -206,7 +206,24 @@ def is_square(sight: Sight) -> bool:
   eqn = sight.eqn
   if eqn.primitive.name == "integer_pow":
     return eqn.params["y"] == 2
-  return eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+  return eqn.primitive.name == "square" or (
+    eqn.primitive.name == "mul" and eqn.invars[0] is eqn.invars[1]
+  )
+
+
+def is_activation(sight: Sight) -> bool:
+  """Whether weights alone multiply a square of what a layer gave, in bfloat16: of a `relu`, say.
+
+  Anything else that reads a square sums it up, and float16 has no room for it.
+  """
+  of_layer = sight.is_narrow and not any(sight.are_float16)
+  return of_layer and sight.result in sight.around.weighted
+
+
+def is_pooled(sight: Sight) -> bool:
+  """Whether the largest of some values goes on into a layer, and is no seed of a softmax."""
+  around = sight.around
+  return sight.result in around.leading.multiplied and sight.result not in around.subtracted
 
 
 def is_of_quadratic_form(sight: Sight) -> bool:
@@ -373,6 +390,21 @@ def looks_up_rows(sight: Sight) -> bool:
     jaxprs.size_of(indices.shape[:-1]) > 1
     and row > POINT
     and sight.result in sight.around.leading.multiplied
+  )
+
+
+def is_layer_of_one(sight: Sight) -> bool:
+  """Whether a layer has one input, and no phases come out of it: what it makes is a layer's.
+
+  It multiplies as it stands, so that the input does not round.
+  """
+  return (
+    sight.name in MATMULS
+    and any(
+      f == PARAM and len(jaxprs.shape(a)) > 1
+      for a, f in zip(sight.eqn.invars, sight.forms, strict=True)
+    )
+    and sight.result not in sight.around.leading.phases
   )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from jax import lax
 from jax.core import Tracer
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Rule, Trait, having
+from mpjax._core.primitives import SCALES, Rule, Trait, having
 from mpjax._engine.planning.decisions import PRODUCTS
 from mpjax._engine.planning.plan import Plan, Step, shared_by_turns
 from mpjax._engine.planning.planner import Planner
@@ -275,13 +276,22 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
   it does so as written, and c is not stored.
   """
   if step.parameter is not None and step.outs[0] is not None and step.outs[0].dtype != FLOAT32:
-    shape = jaxprs.shape(step.eqn.outvars[0])
-    parameter = operands[step.parameter]  # a number, or as many dimensions as the result has
-    spread = lax.broadcast_in_dim(parameter, shape, range(parameter.ndim))
-    operands[step.parameter] = to_dtype(spread, step.outs[0].dtype)
+    if step.eqn.primitive.name in SCALES:  # whose derivative would store c
+      run = jax.checkpoint(functools.partial(_spreading, interpreter, step), prevent_cse=False)
+      return run(*operands)
+    return _spreading(interpreter, step, *operands)
   if lookups.may_repeat(step):
     return [interpreter.of_step(step, lookups.adding_up)(*operands)]
   return _bind(interpreter, step, operands)
+
+
+def _spreading(interpreter: Interpreter, step: Step, *operands: jax.Array) -> list[jax.Array]:
+  """An elementwise operation with a parameter that is a number, or of as many dimensions."""
+  (out,), given = step.outs, [*operands]
+  parameter = given[step.parameter]
+  spread = lax.broadcast_in_dim(parameter, jaxprs.shape(step.eqn.outvars[0]), range(parameter.ndim))
+  given[step.parameter] = to_dtype(spread, out.dtype)
+  return _bind(interpreter, step, given)
 
 
 def _wide(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

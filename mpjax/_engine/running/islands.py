@@ -22,7 +22,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine.planning.plan import Plan, Readers, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.kinds import Kind, is_data
+from mpjax._engine.program.kinds import Kind, is_data, is_narrow
 from mpjax._engine.program.versions import Literal, Var
 from mpjax._engine.running import softmax
 from mpjax._engine.running.softmax import Softmax
@@ -77,6 +77,8 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
     elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
       taken |= mixed
       found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
+    elif last not in taken and _stores_casts(steps[last]):
+      found[last] = _island(steps, [last], None)._replace(merges=True)
   return found
 
 
@@ -135,6 +137,13 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
   made = {s.eqn.outvars[0] for s in inside} & stored
   is_step = {*read} <= variables_of(inside[-1].eqn.invars)  # from what it was to what comes
   return not read or (is_step and len(read) < len([v for v in made if jaxprs.size(v) >= size]))
+
+
+def _stores_casts(step: Step) -> bool:
+  """Whether a product of two narrow values is float32: its derivative stores its factors so."""
+  first, second = step.eqn.invars if step.eqn.primitive.name == "mul" else (None, None)
+  is_wide = first is not second and is_data(step.outs[0])
+  return is_wide and all(is_narrow(form) for form in step.operands)
 
 
 def _keeps_size(step: Step) -> bool:

@@ -2785,6 +2785,8 @@ NEAR = 0.02 * jax.random.normal(jax.random.key(3), (16, 16))
 NEARLY_ONE = {
   "cosine_distances": lambda w, x: 1 - unit(x + w[0, 0]) @ unit(x).T,
   "of_pairs": lambda w, x: jnp.diagonal(unit(x + w[0, 0]) @ unit(x).T - 1),
+  "diagonal": lambda w, x: 1 - jnp.diag(unit(x + w[0, 0]) @ (4 * unit(x).T) / 4),
+  "identity": lambda w, x: (unit(x + w[0, 0]) @ unit(x).T - jnp.eye(16)) * jnp.eye(16),
   "orthogonal": lambda w, x: w.T @ w - jnp.eye(16),
   "by_einsum": lambda w, x: jnp.identity(16) - jnp.einsum("ij,ik->jk", w, w) / 1.0,
   "scaled": lambda w, x: 1.5 * jnp.eye(16) - 1.5 * (w @ w.T),

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from mpjax._core.primitives import JITTED, MATMULS, Trait, having
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.program.jaxprs import kind
 from mpjax._engine.program.matmuls import operation, weights_of
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 
@@ -64,10 +65,17 @@ class Contents:
       found |= {_WEIGHTED} if any(map(weights_of, weighing)) else set()
       slices = eqns if "slice" in found else ()
       found |= {_SKIPS} if any(map(skips_entries, slices)) else set()
+      converts = eqns if "convert_element_type" in found else ()
+      found |= {"complex"} if any(map(makes_complex, converts)) else set()
       holding = [eqn for eqn in eqns if eqn.primitive.name in HAVE_BODIES]
       for body in (body for eqn in holding for body in bodies_of(eqn)):
         found |= self.primitives(body.jaxpr)
     return found
+
+
+def makes_complex(eqn: JaxprEqn) -> bool:
+  """Whether an equation makes a complex number of a float, as in ``exp(1j * x)``."""
+  return eqn.primitive.name == "convert_element_type" and kind(eqn.outvars[0]) == "c"
 
 
 def skips_entries(eqn: JaxprEqn) -> bool:

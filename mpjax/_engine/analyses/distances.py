@@ -139,8 +139,7 @@ class _Seen:
       product = _Product(eqn.outvars[0], operands, is_layer)
       self.products[product.result] = {product.result: product}
     elif self.products and len(eqn.invars) == len(eqn.outvars) == 1:
-      behind = _behind_call(eqn, _Before(eqn.outvars[0]), self._origins)
-      entries = {before.value for before in behind if before.is_entry}
+      entries = picked_from(eqn.outvars[0], self._origins)
       whole = [self.products[var] for var in entries if var in self.products]
       self.products |= dict.fromkeys(eqn.outvars, whole[0]) if whole else {}
 
@@ -206,6 +205,11 @@ def _squared(term: Var, product: _Product, origins: Origins) -> set[Var]:
         sides.add((node, side))
         found |= {before.value} if (node, 1 - side) in sides else set()
   return found
+
+
+def picked_from(value: Var, origins: Origins) -> set[Var]:
+  """What a value holds entries of, or a call of a function that picks them gives: a diagonal."""
+  return {before.value for before in _behind(value, origins) if before.is_entry}
 
 
 class _Before(NamedTuple):

@@ -22,7 +22,7 @@ from mpjax._core.primitives import (
   Trait,
   having,
 )
-from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.contents import Contents, makes_complex
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.jaxprs import variables_of
@@ -66,8 +66,8 @@ LOGARITHMS = Question(having(Trait.LOGARITHM))
 FACTORED = Question(having(Trait.FACTORS))
 """What leads into the factorization of a matrix."""
 
-_PHASES = Question(frozenset({"sin", "cos"}))
-"""What leads into a sine or cosine."""
+_PHASES = Question(frozenset({"sin", "cos", "tan", "complex", "rem", "round", "floor", "ceil"}))
+"""What leads into a sine, or is a complex number, or of which no more counts than what is left."""
 
 _FACTORED_LATER = FACTORED._replace(through_matmuls=True)
 
@@ -87,7 +87,7 @@ class Leading(NamedTuple, Generic[T]):
   Attributes:
     factored: What leads into the factorization of a matrix or a linear system.
     factored_later: And what does so by way of other matmuls, as ``h @ p`` of ``h @ p @ h.T``.
-    phases: What leads into a sine or cosine.
+    phases: What leads into a sine or cosine, or is taken modulo something.
     multiplied: What leads into a matmul, if rows are looked up in the jaxpr or multiplied.
     returned: What leads to a result of the whole function, if there are matmuls; but not by way of
       a sum of values that layers made, a residual stream.
@@ -208,7 +208,7 @@ class Needs:
           results = jaxprs.places_of(eqn.outvars, found)
           read = self._through_bodies(asked_at(question, eqn), eqn, results)[0]
           found |= variables_of(eqn.invars[n] for n in read)
-        elif name in question.ends:
+        elif name in question.ends or ("complex" in question.ends and makes_complex(eqn)):
           is_layer = not (matmuls.is_inner(eqn) or matmuls.may_transform_points(eqn))
           is_end = asked_at(question, eqn).ends and is_layer
           found |= variables_of(eqn.invars) if is_end else set()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import JITTED
-from mpjax._engine.analyses.distances import beside_their_squares, of_bordered
+from mpjax._engine.analyses.distances import beside_their_squares, of_bordered, picked_from
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
@@ -100,7 +100,7 @@ class _Search:
     return frozenset(found)
 
   def near_constant(self, constant: Atom, value: Atom) -> set[Var]:
-    """A matmul less one, or of a value with itself less a matrix that the program computes.
+    """A matmul less one or the identity, or of a value with itself less another computed matrix.
 
     Or entries of it, as its diagonal. One less than what a layer gives is as far from it as any.
     """
@@ -111,15 +111,27 @@ class _Search:
     if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
       return set()
     made = self.origins.maker(value)
-    if made is not None and made.primitive.name == "gather":
-      made = self.origins.maker(made.invars[0])
+    if made is not None and made.primitive.name in _PICKS:
+      found = map(self.origins.maker, picked_from(self.origins.of(value), self.origins))
+      made = next((eqn for eqn in found if eqn is not None), None)
     if made is None or made.primitive.name != "dot_general":
       return set()
     if is_number:
       return self._unless_layer(made)
+    if not is_computed(constant, self.origins.makers):
+      return set()
     first, second = self.origins.of_all(made.invars)
     is_own = first is second and not isinstance(first, Literal)
-    return {*made.outvars} if is_own and is_computed(constant, self.origins.makers) else set()
+    return {*made.outvars} if is_own else self._unless_layer(made) if self._is_mask(constant) else set()
+
+  def _is_mask(self, constant: Atom) -> bool:
+    """Whether a matrix was made of truths, as the identity is."""
+    made = self._frame.maker(constant)
+    return (
+      made is not None
+      and made.primitive.name == "convert_element_type"
+      and jaxprs.kind(made.invars[0]) == "b"
+    )
 
   def of_unit_vectors(self, value: Atom) -> set[Var]:
     """A matmul that an angle is taken of, clipped or not: that is steep where vectors are near."""
@@ -191,6 +203,7 @@ def _clips(made: JaxprEqn) -> bool:
   return made.primitive.name in _BOUNDS
 
 
+_PICKS = JITTED | {"gather"}
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh"})
 _CLIPS = 4

@@ -130,7 +130,7 @@ _LOOKS = 32
 
 
 def is_phase(sight: Sight) -> bool:
-  """Whether a sine is taken of a matmul of data, with what is trained if that has few terms.
+  """Whether a matmul of data is taken modulo a period, with what is trained if that has few terms.
 
   As random features of coordinates have, which stand among the parameters, and the first layer of
   a network of sines.

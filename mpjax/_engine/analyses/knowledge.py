@@ -9,6 +9,7 @@ gathered for one jaxpr, and handed on to the bodies that this holds.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.solutions import solutions
 from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
 from mpjax._engine.program import jaxprs, matmuls, versions
-from mpjax._engine.program.bodies import Body, bodies_of
+from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
@@ -70,7 +71,8 @@ class Known(NamedTuple):
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
     carry: Which operands a loop hands on from turn to turn.
-    steady: Which operands are scalars that are the same in every turn of a loop.
+    steady: Which operands are scalars that are the same in every turn of a loop; vectors of a long
+      one, too.
     recurrence: What a long loop hands on with linear operations.
     is_test: Whether it tells a loop to go on.
     is_to_tolerance: Whether it stands in a loop that ends by a float.
@@ -328,6 +330,7 @@ class Knowledge:
     is_solver, recurrences = not matrices and _ends_by("f", eqn), self._analyses.recurrences
     given = range(body.carry.start if is_solver else 0)
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
+    rank = 1 if (repetitions(eqn) or math.inf) > _LAYERS else 0  # with a step for each channel
     return known._replace(
       sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
@@ -339,7 +342,7 @@ class Knowledge:
       steady=tuple(
         n
         for n, (atom, form) in consts
-        if not is_stack and form is not None and not jaxprs.shape(atom)
+        if not is_stack and form is not None and len(jaxprs.shape(atom)) <= rank
       ),
     )
 
@@ -419,6 +422,8 @@ class Knowledge:
     return not isinstance(source, Literal) and source in among
 
 
+_LAYERS = 16
+"""As many turns as a loop has that is a network with the same weights in each layer."""
 _OF_FLOATS = "fb"
 """A loop may carry a float, or what it said of one."""
 

@@ -122,7 +122,9 @@ class _Search:
       return set()
     first, second = self.origins.of_all(made.invars)
     is_own = first is second and not isinstance(first, Literal)
-    return {*made.outvars} if is_own else self._unless_layer(made) if self._is_mask(constant) else set()
+    return (
+      {*made.outvars} if is_own else self._unless_layer(made) if self._is_mask(constant) else set()
+    )
 
   def _is_mask(self, constant: Atom) -> bool:
     """Whether a matrix was made of truths, as the identity is."""

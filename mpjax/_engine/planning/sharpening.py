@@ -349,6 +349,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "the scale of integers stands behind the matmul: its sums are beyond what 16 bits tell apart",
   ),
   Sharpening(
+    "few sums of data",
+    MATMULS,
+    lambda s: sight.weighs_data(s) and sight.is_head(s),
+    Rule.FULL,
+    "a mean of data is in their unit, and compared with them: 1001 is 1000 in bfloat16",
+  ),
+  Sharpening(
     "few outputs",
     MATMULS,
     sight.is_head,

@@ -316,6 +316,15 @@ def is_head(sight: Sight) -> bool:
   return FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, read), default=0)
 
 
+def weighs_data(sight: Sight) -> bool:
+  """Whether a matmul multiplies data, by no parameters: as weights that a layer gave do."""
+  if PARAM in sight.forms:
+    return False
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
+  return len(sight.around.sums.of_parameters(data)) < len(data)
+
+
 FEWER = 8
 """Predictions of which there are this many times fewer than features cost nothing in float32."""
 

@@ -8,8 +8,9 @@ that ``jax.vjp`` returns is the backward pass; ``jax.vmap`` of it is the rule fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -95,6 +96,24 @@ def trace_jvp(eqn: JaxprEqn, ins: Slots) -> ClosedJaxpr:
     return [*out, *outs.keep(out_tangents)]
 
   return captured.trace(rule, [*avals, *ins.keep(avals[closed_over(eqn) :])])
+
+
+@contextlib.contextmanager
+def named(eqn: JaxprEqn) -> Iterator[None]:
+  """Says what to write where a rule reads an array of the call that its function was made in.
+
+  Rules run when the trace that their equation stands in has ended.
+  """
+  try:
+    yield
+  except jax.errors.UnexpectedTracerError as error:
+    inner = versions.open_jaxpr(eqn.params["call_jaxpr"])
+    raise TypeError(
+      f"A derivative rule of {inner.debug_info.func_src_info} reads an array that the function "
+      "around it computed. A policy traces that function before it is differentiated, so that the "
+      "array is gone when the rule runs. Make it an argument of the function with the rule; or "
+      "differentiate inside of the policy: mpjax.autocast(jax.grad(loss), policy)."
+    ) from error
 
 
 def _differentiable(

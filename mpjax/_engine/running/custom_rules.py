@@ -57,6 +57,7 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   def call(*primals: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
+  @custom_derivatives.named(eqn)
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     ins, count = inputs.nonzero(tangents), len(step.outs)
     plan, given = rule_plan(ins), ins.keep(tangents)
@@ -140,6 +141,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   def call(*primals: jax.Array) -> list[jax.Array]:
     return interpreter.run(step.bodies[0], [*captured, *primals])
 
+  @custom_derivatives.named(eqn)
   def forward(ins: Slots, primals: Sequence[Any]) -> tuple[list[Any], tuple[Slots, list[Any]]]:
     operands = [*captured, *primals]
     flat = interpreter.run(forward_plan(ins), operands)
@@ -148,6 +150,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   def forward_of_some(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
     return forward(inputs.only([p.perturbed for p in primals]), [p.value for p in primals])
 
+  @custom_derivatives.named(eqn)
   def backward(residuals: tuple[Slots, list[Any]], cotangents: list[jax.Array]) -> tuple[Any, ...]:
     ins, stored = residuals
     given = outs.nonzero(cotangents)

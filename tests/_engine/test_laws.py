@@ -662,6 +662,10 @@ STEPPED = {
   "in_a_hidden_layer": repeated(lambda w, y: y + jnp.tanh(0.002 * (y @ w)) @ w),
   "by_small_weights": in_scan(lambda w, y: y + slope(w, y) @ (0.002 * w)),
   "into_a_function": in_scan(lambda w, y: y + jnp.expm1(jnp.sin(0.002 * (y @ w)))),
+  "of_each_channel": in_scan(lambda w, y: y + jnp.diag(w)[None] / 300 * slope(w, y)),
+  "learned_for_each": lambda w, y: (
+    lambda sizes: in_scan(lambda w, y: y + sizes * slope(w, y))(w, y)
+  )(jax.nn.softplus(jnp.diag(w) - 6.9)[None]),
 }
 
 
@@ -2682,6 +2686,12 @@ def test_activations_that_are_returned_stay_narrow(fn, policy):
   passed=lambda x, b: jnp.cos(6 * jnp.einsum("nd,df->nf", x, b)),
   jitted=lambda x, b: jax.jit(jnp.sin)(6 * x @ b),
   complex_exponential=lambda x, b: jnp.cos(x @ b) + 2 * jnp.sin((x @ b).T).T,
+  complex_number=lambda x, b: jnp.exp(6j * (x @ b)).real,
+  of_two_parts=lambda x, b: jnp.exp(lax.complex(0 * (x @ b), 6 * (x @ b))).imag,
+  tangent=lambda x, b: jnp.arctan(jnp.tan(x @ b) / 8),
+  triangle=lambda x, b: (lambda a: jnp.abs(a - jnp.round(a)))(x @ b),
+  modulus=lambda x, b: jnp.sin(6.28 * ((x @ b) % 1.0)),
+  cardinal=lambda x, b: jnp.sinc(x @ b),
 )
 def test_phases_of_data_are_exact(fn, policy):
   points = jax.random.uniform(jax.random.key(0), (32, 3))
@@ -3046,6 +3056,25 @@ HEADS = {
     lambda y, _: (forecast(p, y, 1)[-1], y), x @ p["w"] + p["b"], None, length=3
   )[1],
 }
+
+
+WEIGHED = {
+  "kernel_regression": lambda w, x, y: jax.nn.softmax(jnp.tanh(x @ w) @ x.T) @ y - 300,
+  "centroids": lambda w, x, y: (lambda a: jnp.einsum("nk,n->k", a, y[:, 0]) / a.sum(0))(
+    jax.nn.softmax(x @ w)
+  ),
+  "smoothing": lambda w, x, y: w[0, 0] * (jnp.exp(-(x[:, :1] ** 2) - (x[:, :1] ** 2).T) @ y - y),
+}
+
+
+@both
+@pytest.mark.parametrize("fn", WEIGHED.values(), ids=WEIGHED.keys())
+def test_means_of_data_are_in_their_unit(fn, policy):
+  """What a layer gave are the weights: by hand they round, and the data do not."""
+  x = jax.random.normal(jax.random.key(0), (40, 8))
+  y = 300 + jax.random.normal(jax.random.key(1), (40, 1))
+  found, want = in_both_formats(fn, policy, jnp.eye(8) / 4, x, y)
+  np.testing.assert_allclose(found, want, atol=0.01 * np.abs(want).max() + 0.01)
 
 
 def forecast(p, y, steps):

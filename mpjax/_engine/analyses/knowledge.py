@@ -281,6 +281,11 @@ class Knowledge:
     return subtracted(self._inner, self._analyses.contents)
 
   @functools.cached_property
+  def only_multiplied(self) -> Collection[Var]:
+    """What nothing but matmuls read."""
+    return weighted(self._inner, lambda eqn: True, self._analyses.contents)
+
+  @functools.cached_property
   def weighted(self) -> Collection[Var]:
     """What nothing but weights multiplies, no moment among it."""
     return weighted(self._inner, self._is_layer, self._analyses.contents)

@@ -222,8 +222,9 @@ def is_activation(sight: Sight) -> bool:
 
 def is_pooled(sight: Sight) -> bool:
   """Whether the largest of some values goes on into a layer, and is no seed of a softmax."""
-  around = sight.around
-  return sight.result in around.leading.multiplied and sight.result not in around.subtracted
+  around, result = sight.around, sight.result
+  is_multiplied = result in around.leading.multiplied or result in around.only_multiplied
+  return is_multiplied and result not in around.subtracted
 
 
 def is_of_quadratic_form(sight: Sight) -> bool:
@@ -317,12 +318,15 @@ def is_head(sight: Sight) -> bool:
 
 
 def weighs_data(sight: Sight) -> bool:
-  """Whether a matmul multiplies data, by no parameters: as weights that a layer gave do."""
-  if PARAM in sight.forms:
-    return False
-  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  """Whether a matmul multiplies data, by no weights of a layer: by those that one gave, say."""
+  sums, frame, read = sight.around.sums, sight.around.frame, sight.eqn.invars
+  pairs = zip(read, sight.forms, strict=True)
   data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
-  return len(sight.around.sums.of_parameters(data)) < len(data)
+  if len(sums.of_parameters(data)) == len(data):
+    return False
+  scaled = [eqn for eqn in map(frame.maker, read) if eqn and eqn.primitive.name in SCALES]
+  weights = jaxprs.variables_of([*read, *(a for eqn in scaled for a in eqn.invars)])
+  return not any(var in sums.pure for var in weights)
 
 
 FEWER = 8
@@ -403,18 +407,16 @@ def looks_up_rows(sight: Sight) -> bool:
 
 
 def is_layer_of_one(sight: Sight) -> bool:
-  """Whether a layer has one input, and no phases come out of it: what it makes is a layer's.
+  """Whether a layer has one input: what it makes is a layer's, though the input does not round.
 
-  It multiplies as it stands, so that the input does not round.
+  But phases, and what drives a system that a loop integrates.
   """
-  return (
-    sight.name in MATMULS
-    and any(
-      f == PARAM and len(jaxprs.shape(a)) > 1
-      for a, f in zip(sight.eqn.invars, sight.forms, strict=True)
-    )
-    and sight.result not in sight.around.leading.phases
-  )
+  if sight.name not in MATMULS:
+    return False
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  has_weights = any(form == PARAM and len(jaxprs.shape(atom)) > 1 for atom, form in pairs)
+  leading, recurrence = sight.around.leading, sight.around.recurrence
+  return has_weights and sight.result not in {*leading.phases, *recurrence.leads}
 
 
 POINT = 4

@@ -77,7 +77,7 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
     elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
       taken |= mixed
       found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
-    elif last not in taken and _stores_casts(steps[last]):
+    elif last not in taken and _stores_casts(steps[last], readers):
       found[last] = _island(steps, [last], None)._replace(merges=True)
   return found
 
@@ -139,11 +139,16 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
   return not read or (is_step and len(read) < len([v for v in made if jaxprs.size(v) >= size]))
 
 
-def _stores_casts(step: Step) -> bool:
-  """Whether a product of two narrow values is float32: its derivative stores its factors so."""
+def _stores_casts(step: Step, readers: Readers) -> bool:
+  """Whether a product of two narrow values is float32: its derivative stores its factors so.
+
+  Where others read one of them in float32, all their cotangents add up so.
+  """
   first, second = step.eqn.invars if step.eqn.primitive.name == "mul" else (None, None)
-  is_wide = first is not second and is_data(step.outs[0])
-  return is_wide and all(is_narrow(form) for form in step.operands)
+  if first is second or not is_data(step.outs[0]) or not all(map(is_narrow, step.operands)):
+    return False
+  read = [read for atom in step.eqn.invars for _, read in readers[atom]]
+  return sum(r.to == FLOAT32 for r in read) == len(step.eqn.invars)
 
 
 def _keeps_size(step: Step) -> bool:

@@ -1,0 +1,119 @@
+"""What is stored for the backward pass is no more than by hand, where a scan makes it count.
+
+Outside of a loop a compiler may compute again what it need not store.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax, nn
+
+import mpjax
+from _turns import in_turns
+
+POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+X = jax.random.normal(jax.random.key(0), (64, 32))
+W = jax.random.normal(jax.random.key(1), (6, 32, 32)) / 12
+SERIES = jax.random.normal(jax.random.key(2), (48, 16, 1))
+GROUPS = jax.random.randint(jax.random.key(3), (256,), 0, 64)
+SENDERS = jax.random.randint(jax.random.key(4), (256,), 0, 64)
+
+
+def stack(layer):
+  """Equal layers in a scan, each with a matrix and a vector of its own."""
+
+  def run(p, cast):
+    turn = lambda h, own: (h + layer(h, own, cast), None)
+    return lax.scan(turn, cast(X) @ cast(p["in"]), {"w": p["w"], "v": p["w"][:, :1]})[0]
+
+  return run
+
+
+def recurrence(cell):
+  """A recurrent network over a series of single numbers."""
+
+  def run(p, cast):
+    gates = lambda u, h: cast(u) @ cast(p["w"][0, :1]) + h @ cast(p["in"])
+    turn = lambda h, u: (cell(gates(u, h), h), None)
+    return lax.scan(turn, cast(jnp.zeros((16, 32))), SERIES)[0]
+
+  return run
+
+
+def largest_neighbor(p, cast):
+  h = cast(X)
+  for w in p["w"]:
+    found = jax.ops.segment_max((h @ cast(w))[SENDERS], GROUPS, 64)
+    h = nn.relu(jnp.where(jnp.isfinite(found), found, 0)) + h
+  return h @ cast(p["in"])
+
+
+def largest_of_eight(p, cast):
+  h = cast(X)
+  for w in p["w"]:
+    h = nn.relu((h @ cast(w))[SENDERS.reshape(64, 4)].max(1)) + h
+  return h @ cast(p["in"])
+
+
+PROGRAMS = {
+  "layer_scale": stack(lambda h, own, cast: cast(own["v"]) * nn.relu(h @ cast(own["w"]))),
+  "rezero": stack(lambda h, own, cast: cast(own["v"][0, 0]) * nn.relu(h @ cast(own["w"]))),
+  "learned_steepness": stack(
+    lambda h, own, cast: jnp.tanh(cast(own["v"]) * h) @ cast(own["w"]) @ cast(own["w"])
+  ),
+  "inner_products": stack(
+    lambda h, own, cast: (
+      cast(
+        jnp.sum((h @ cast(own["w"])) * (h @ cast(own["w"].T)), -1, keepdims=True, dtype=jnp.float32)
+      )
+      @ cast(own["v"])
+    )
+  ),
+  "gates": recurrence(lambda g, h: (1 - nn.sigmoid(g)) * h + nn.sigmoid(g) * jnp.tanh(g)),
+  "network": recurrence(lambda g, h: jnp.tanh(g)),
+  "largest_neighbor": largest_neighbor,
+  "largest_of_eight": largest_of_eight,
+}
+IN_BFLOAT16 = {  # float16 has no room for squares
+  "squared_relu": stack(lambda h, own, cast: nn.relu(h @ cast(own["w"])) ** 2 @ cast(own["w"])),
+  "gated_square": stack(lambda h, own, cast: (jnp.square(h @ cast(own["w"])) * h) @ cast(own["w"])),
+}
+
+
+def loss(program, p, dtype=jnp.float32):
+  return jnp.mean(program(p, lambda x: x.astype(dtype)).astype(jnp.float32) ** 2)
+
+
+def stored(fn, p):
+  kept = jax.eval_shape(lambda p: jax.vjp(fn, p)[1], p)
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+def assert_no_more(program, policy):
+  p = {"w": W, "in": W[0]}
+  found = stored(mpjax.autocast(lambda p: loss(program, p), policy), p)
+  assert found <= 1.1 * stored(lambda p: loss(program, p, POLICIES[policy]), p)
+
+
+@in_turns(("program", "policy"), PROGRAMS, [*POLICIES])
+def test_no_more_is_stored_than_by_hand(program, policy):
+  assert_no_more(program, policy)
+
+
+@pytest.mark.parametrize("program", IN_BFLOAT16.values(), ids=IN_BFLOAT16.keys())
+def test_squares_that_weights_multiply_are_stored_as_by_hand(program):
+  assert_no_more(program, "mixed_bfloat16")
+
+
+@in_turns(("program", "policy"), PROGRAMS | IN_BFLOAT16, [*POLICIES])
+def test_gradients_are_as_exact_as_by_hand(program, policy):
+  fns = (
+    lambda p: loss(program, p),
+    lambda p: loss(program, p, POLICIES[policy]),
+    mpjax.autocast(lambda p: loss(program, p), policy),
+  )
+  want, by_hand, found = jax.jit(lambda p: [jax.grad(f)(p) for f in fns])({"w": W, "in": W[0]})
+  for name, exact in want.items():
+    error = lambda g, name=name, exact=exact: np.linalg.norm(g[name] - exact)
+    assert error(found) <= 2 * error(by_hand) + 1e-6 * np.linalg.norm(exact)

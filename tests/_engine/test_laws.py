@@ -2725,6 +2725,8 @@ def test_phases_of_layers_stay_narrow(policy):
   kelvin=lambda h: h * 20 + 300,
   taken=lambda h: h - 100.0,
   of_a_module=lambda h: jax.jit(lambda h: h + 273.15)(h),
+  strain=lambda h: (1 + h / 8) * (1 - h[::-1] / 8) - 1,
+  determinant=lambda h: jnp.linalg.det(jnp.eye(2) + h.reshape(8, 2, 2) / 8) - 1,
 )
 def test_an_output_comes_back_in_its_own_unit(fn, policy):
   x = jnp.arange(32.0).reshape(8, 4) / 16 - 1  # that both formats hold

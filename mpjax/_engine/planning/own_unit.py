@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
+from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED, Trait, having
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.planning.sight import Sight, is_hidden
 from mpjax._engine.program import jaxprs
@@ -21,12 +21,19 @@ def adds_much(sight: Sight) -> bool:
   """
   if is_hidden(sight) or sight.place.has_cotangents:
     return False
-  known = [sight.around.numbers.of(atom) for atom in sight.eqn.invars]
-  if any(numbers and all(UNIT <= abs(n) < MASKS for n in numbers) for numbers in known):
-    return True
+  found = [sight.around.numbers.of(atom) or () for atom in sight.eqn.invars]
+  known = [[abs(n) for n in numbers if n] for numbers in found]  # in the identity, beside zeros
+  if any(numbers and all(UNIT <= n < MASKS for n in numbers) for numbers in known):
+    return not _is_gate(sight)
   others = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   around = sight.around
   return len(others) == 1 and _is_output(others[0], around.frame, around.sums.pure)
+
+
+def _is_gate(sight: Sight) -> bool:
+  """Whether a number is added to what lies between bounds, as in the ``1 + tanh(x)`` of a gelu."""
+  made = map(sight.around.frame.maker, sight.eqn.invars)
+  return any(eqn is not None and eqn.primitive.name in _SATURATES for eqn in made)
 
 
 def _is_output(atom: Atom, frame: Frame, pure: Collection[Any]) -> bool:
@@ -64,8 +71,9 @@ def _pure_in(frame: Frame, pure: Collection[Any]) -> Collection[Any]:
   return own
 
 
+_SATURATES = having(Trait.SATURATES)
 _AFFINE = ADDS | SCALES
 _LEADS_ON = UNCHANGED | _AFFINE | {"neg", "slice", "dynamic_slice"}
 
-UNIT, MASKS = 2, 2**24
-"""From where on numbers are those of a unit, and from where on those of a mask."""
+UNIT, MASKS = 0.75, 2**24
+"""From where on numbers are those of a unit, as the 1 of a strain, and from where on of a mask."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import JITTED, MATMULS, Rule
+from mpjax._core.primitives import Rule
 from mpjax._engine.analyses.constants import (
   Adapting,
   Extremes,
@@ -33,6 +33,7 @@ from mpjax._engine.analyses.lookahead import (
   MOVES,
   Leading,
   Needs,
+  scores,
   subtracted,
   summed,
   totaled,
@@ -79,6 +80,7 @@ class Known(NamedTuple):
     features: Which operands layers gave, outside of such a loop in which there are none.
     has_rule: Whether it is of a function with a derivative rule of its user's, or of that.
     tested: Which operands a loop around it hands to a test that multiplies for a residual.
+    systems: Which operands belong to a linear system outside.
   """
 
   exact: Exact | None = None
@@ -100,6 +102,7 @@ class Known(NamedTuple):
   features: frozenset[int] = frozenset()
   has_rule: bool = False
   tested: frozenset[int] = frozenset()
+  systems: frozenset[int] = frozenset()
 
 
 NOTHING = Known()
@@ -184,7 +187,9 @@ class Knowledge:
     self.made = analyses.makings.variables(jaxpr, known.made)
     outside = known.leading if known.exact is not None else _whole(inner)
     self.leading = needs.leading(jaxpr, outside)
-    self.solutions = solutions(inner, self.made.solved, self.sums.pure, self._multiplies, needs)
+    systems = frozenset(inner.invars[n] for n in known.systems)
+    pure, contents = self.sums.pure, analyses.contents
+    self.solutions = solutions(inner, self.made.solved, systems, pure, contents, needs)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
     weights = self.sums.weights(inner)
@@ -213,12 +218,6 @@ class Knowledge:
       outs = frozenset(known.logarithms)
       self.logarithms = needs.logarithms(jaxpr, outs)
       self._heads = needs.heads(jaxpr, outs)[0].union(inner.invars[n] for n in known.heads)
-
-  def _multiplies(self, eqn: JaxprEqn) -> bool:
-    """Whether an equation is a matmul, or a call of a function that holds one."""
-    if eqn.primitive.name not in JITTED:
-      return eqn.primitive.name in MATMULS
-    return self._analyses.contents.matmuls(bodies_of(eqn)[0].jaxpr)
 
   def is_lacked_by(self, dtype: np.dtype, atom: Atom) -> bool:
     """Whether a 16-bit format does not hold a matmul's operand, as far as that is known."""
@@ -279,6 +278,11 @@ class Knowledge:
   def subtracted(self) -> Collection[Var]:
     """What is subtracted from something, or divides it, moved or chosen before."""
     return subtracted(self._inner, self._analyses.contents)
+
+  @functools.cached_property
+  def scores(self) -> Collection[Var]:
+    """What is an exponent, or is put in order, as a multiple of it or with something added."""
+    return scores(self._inner, self._analyses.contents)
 
   @functools.cached_property
   def only_multiplied(self) -> Collection[Var]:
@@ -373,12 +377,11 @@ class Knowledge:
     atoms, analyses = body.take(eqn.invars), self._analyses
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     sums = self.sums.entering(eqn, body, forms)
-    made = self.made._replace(solved=self.solutions.values)
     leading = self.leading._replace(factored=self.leading.factored | self.solutions.beside)
     return Known(
       exact=exact,
       sums=sums,
-      made=analyses.makings.entering(eqn, body, made),
+      made=analyses.makings.entering(eqn, body, self.made),
       leading=analyses.needs.entering(eqn, leading),
       moments=jaxprs.ordered_places(eqn.outvars, self.moments.values),
       of_numbers=self._of_numbers_in(body, atoms, forms, sums.of_parameters),
@@ -394,6 +397,7 @@ class Knowledge:
       features=frozenset(n for n, atom in enumerate(atoms) if self.is_feature(atom)),
       has_rule=self.has_rule,
       tested=jaxprs.places_of(atoms, self.tested),
+      systems=jaxprs.places_of(atoms, self.solutions.values),
     )
 
   def _of_numbers_in(

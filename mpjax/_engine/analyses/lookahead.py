@@ -342,18 +342,27 @@ def summed(inner: Jaxpr) -> set[Var]:
 
 
 def subtracted(inner: Jaxpr, contents: Contents) -> set[Var]:
-  """The variables that are subtracted or divided by, or are exponents, moved or chosen before.
+  """The variables that are subtracted or divided by, or are exponents, or multiples of which are.
 
   As the largest of some scores is subtracted from these. What a jaxpr returns may be so outside.
   """
-  found = variables_of(inner.outvars)
+  return _read_by(inner, _TAKES_AWAY, variables_of(inner.outvars), contents)
+
+
+def scores(inner: Jaxpr, contents: Contents) -> set[Var]:
+  """The variables that are exponents or put in order, or multiples of which are."""
+  return _read_by(inner, _ORDERS, set(), contents)
+
+
+def _read_by(inner: Jaxpr, names: frozenset[str], found: set[Var], contents: Contents) -> set[Var]:
+  """What some primitives read last, and some variables; moved, chosen, added or scaled before."""
   for eqn in reversed(inner.eqns):
     name, bodies = eqn.primitive.name, bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
-    leads_on = (name in _CHOOSES or bodies) and not found.isdisjoint(eqn.outvars)
-    if name in _TAKES_AWAY:
-      found |= variables_of(eqn.invars[-1:])
-    elif leads_on or any(contents.any_of(_TAKES_AWAY, body.jaxpr) for body in bodies):
+    leads_on = (name in _LEADS_ON or bodies) and not found.isdisjoint(eqn.outvars)
+    if leads_on or any(contents.any_of(names, body.jaxpr) for body in bodies):
       found |= variables_of(eqn.invars)
+    elif name in names:
+      found |= variables_of(eqn.invars[-1:])
   return found
 
 
@@ -380,10 +389,14 @@ def weighted(
   return frozenset(made - others)
 
 
-_TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2"})
-_CHOOSES = having(Trait.KEEPS_NUMBERS) | {
-  *("max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min")
-}
+_TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
+_ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
+_LEADS_ON = (
+  having(Trait.KEEPS_NUMBERS)
+  | {"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"}
+  | SCALES
+  | ADDS
+)
 _STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
 _STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}

@@ -20,7 +20,6 @@ import numpy as np
 from mpjax._core.primitives import UNCHANGED, Trait, having
 from mpjax._engine.analyses.constants import LOOKED_AT, is_here
 from mpjax._engine.analyses.contents import SOLVES, Contents, skips_entries
-from mpjax._engine.analyses.solutions import STAYS_SOLVED
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, settled
 from mpjax._engine.program.jaxprs import behind, kind
@@ -33,6 +32,10 @@ _KEEPS_WHOLE = having(Trait.KEEPS_NUMBERS | Trait.MATMUL) | {
   *("add", "sub", "mul", "neg", "abs", "max", "min", "square", "add_any"),
   *("reduce_sum", "reduce_max", "reduce_min", "cumsum", "scatter-add", "psum"),
 }
+STAYS_SOLVED = UNCHANGED | {
+  *("neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div", "add", "sub")
+}
+"""What makes a solution of one, whatever else it reads."""
 _MAKES_WHOLE = frozenset({"iota", "round", "floor", "ceil", "sign"})
 _STAYS_SKIPPED = UNCHANGED | {"slice", "pad", "concatenate"}
 

@@ -3,32 +3,31 @@
 ``x @ inv(s.T @ s) @ s.T @ y``: an inverse is large where a matrix nearly loses a dimension, and
 what is large cancels behind the last of the products. So they all belong to one linear system, and
 so does what is multiplied by a solution. Weights that are made so, as orthogonal ones, are those of
-a layer; and what multiplies a solution by weights is a layer, too.
+a layer, as is what multiplies a solution by weights. Eigenvectors are no larger than one: only what
+is scaled by their eigenvalues is a solution in this sense, ``(v * w**-0.5) @ v.T``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import NamedTuple
 
-from mpjax._core.primitives import JITTED, SCALES, UNCHANGED
+from mpjax._core.primitives import JITTED, MATMULS, SCALES
+from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.lookahead import Needs
+from mpjax._engine.analyses.made_of import STAYS_SOLVED
 from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.program import jaxprs
+from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.versions import Jaxpr, JaxprEqn, Var
-
-STAYS_SOLVED = UNCHANGED | {
-  *("neg", "slice", "dynamic_slice", "gather", "select_n", "mul", "div", "add", "sub")
-}
-"""What makes a solution of one, whatever else it reads."""
 
 
 class Solutions(NamedTuple):
   """The variables of a jaxpr that belong to linear systems and decompositions.
 
   Attributes:
-    values: What these give, and products of that.
+    values: What these give, and products of what may be large of it.
     beside: What is multiplied by such, if it is not made of parameters alone.
   """
 
@@ -39,8 +38,9 @@ class Solutions(NamedTuple):
 def solutions(
   inner: Jaxpr,
   solved: Collection[Var],
+  given: Collection[Var],
   weights: Collection[Var],
-  is_product: Callable[[JaxprEqn], bool],
+  contents: Contents,
   needs: Needs,
 ) -> Solutions:
   """What belongs to linear systems and decompositions in a jaxpr.
@@ -48,29 +48,48 @@ def solutions(
   Args:
     inner: The jaxpr, open.
     solved: What these give, before any matmul, and multiples of it.
+    given: Which operands belong to such outside.
     weights: What is made of parameters alone.
-    is_product: Whether an equation is a matmul, or a call of a function that holds one.
+    contents: Tells what functions hold that are called.
     needs: Tells where values lead.
   """
-  values, beside = {var for var in solved if var not in weights}, set[Var]()
-  if not values:  # as nearly always
-    return Solutions(solved)
+  if not (solved or given):  # as nearly always
+    return Solutions()
+  values, beside, of = {*given}, set[Var](), {*solved}
   for eqn in inner.eqns:
-    read = variables_of(eqn.invars)
-    if values.isdisjoint(read):
-      continue
-    if eqn.primitive.name in STAYS_SOLVED:
-      is_activation = eqn.primitive.name in SCALES and not handed_on(eqn)  # x times a gate of x
-      values |= set() if is_activation else {*eqn.outvars}
-    elif is_product(eqn) and not any(var in weights for var in read):
-      values |= {*eqn.outvars}
-      beside |= read
-  for eqn in reversed(inner.eqns if beside else []):
-    if beside.isdisjoint(eqn.outvars):
+    read, name = variables_of(eqn.invars), eqn.primitive.name
+    if name in SCALES and len(read) == 2 and read <= of:
+      is_large = not read.isdisjoint(solved)  # vectors times a function of their values
+    elif name in STAYS_SOLVED:  # but x times a gate of x
+      is_large = not values.isdisjoint(read) and (name not in SCALES or bool(handed_on(eqn)))
+    elif not values.isdisjoint(read) and _holds(MATMULS, eqn, contents):
+      is_large = not any(var in weights for var in read)
+      beside |= read if is_large else set()
+    else:
+      is_large = _holds(_SOLVES, eqn, contents) and any(var in solved for var in eqn.outvars)
+    values |= {var for var in eqn.outvars if var not in weights} if is_large else set()
+    of |= {*eqn.outvars} if not of.isdisjoint(read) and name not in MATMULS else set()
+  return Solutions(values, _before(inner, beside, needs))
+
+
+def _holds(names: Collection[str], eqn: JaxprEqn, contents: Contents) -> bool:
+  """Whether an equation is one of some primitives, or calls a function that holds one."""
+  bodies = bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
+  return eqn.primitive.name in names or any(contents.any_of(names, b.jaxpr) for b in bodies)
+
+
+def _before(inner: Jaxpr, found: set[Var], needs: Needs) -> Collection[Var]:
+  """Some variables, and those that they are multiples or sums of."""
+  for eqn in reversed(inner.eqns if found else []):
+    if found.isdisjoint(eqn.outvars):
       continue
     if eqn.primitive.name in JITTED:
-      places = needs.before(eqn, jaxprs.places_of(eqn.outvars, beside))
-      beside |= variables_of(eqn.invars[n] for n in places)
-    elif needs.passes(eqn.primitive.name):
-      beside |= variables_of(eqn.invars)
-  return Solutions(values | {*solved}, beside)
+      places = needs.before(eqn, jaxprs.places_of(eqn.outvars, found))
+      found |= variables_of(eqn.invars[n] for n in places)
+    elif eqn.primitive.name in STAYS_SOLVED:
+      found |= variables_of(eqn.invars)
+  return found
+
+
+_SOLVES = MATMULS | {"custom_linear_solve", "triangular_solve", "tridiagonal_solve"}
+"""What gives more than vectors of length one: a function that multiplies what it solved, too."""

@@ -108,7 +108,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "square before a layer",
     {"square"},
-    lambda s: s.is_narrow,
+    sight.is_activation,
     Rule.FOLLOW,
     "weights alone multiply it: it rounds there anyway",
   ),

@@ -165,29 +165,38 @@ def is_quantized_layer(sight: Sight) -> bool:
 def reads_solution(sight: Sight) -> bool:
   """Whether what a linear system or a decomposition gives is multiplied, and no layer's value.
 
-  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). A layer's values
-  are those of a layer behind it, too, as whitened ones are: but where few are made of many, or all
-  belongs to one system. Of parameters, or of random numbers that are to be some, only the last
-  time: a layer may multiply what is made of its own.
+  As ``inv(a) @ b``, ``(u * s) @ v``, or a gradient in the basis of its own (SOAP). Of parameters,
+  or of random numbers that are to be some, only the last time: a layer may multiply what is made
+  of its own.
   """
-  found, around = sight.around.solutions.values, sight.around
-  if not found:  # as nearly always
+  around = sight.around
+  solved, values, pure = around.made.solved, around.solutions.values, around.sums.pure
+  if not (solved or values):  # as nearly always
     return False
-  pairs = [*zip(sight.eqn.invars, sight.forms, strict=True)]
-  read = [a for a, form in pairs if not (isinstance(a, Literal) or is_narrow(form)) and a in found]
-  others = [a for a in sight.eqn.invars if a not in read]
-  if not read:
-    return False
-  if sight.has_narrow:
-    size, largest = jaxprs.size(sight.result), max(map(jaxprs.size, read))
-    few = FEWER * size <= largest or any(2 * size <= jaxprs.size(a) for a in others)
-    is_one = few or sight.result in around.solutions.beside
-    return is_one and not any(a in around.sums.pure for a in sight.eqn.invars)
+  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  wide: list[Any] = [a for a, f in pairs if not (isinstance(a, Literal) or is_narrow(f))]
+  read = [a for a in wide if a in solved or a in values]
+  if not read or sight.has_narrow:
+    return bool(read) and _belongs_to_system(sight, read)
+  if any(a in pure and a not in read for a in wide):  # weights: a layer, of products of solutions
+    read = [a for a in read if a in solved]
   is_layer = around.sums.origins.get if sight.place.has_cotangents else around.sums.may_be_weights
   of_data = [a for a in read if not is_layer(a)]
   if any(depends_on_more_than_numbers(a, around.frame.makers) for a in of_data):
     return True
-  return sight.result not in around.leading.multiplied
+  return bool(read) and sight.result not in around.leading.multiplied
+
+
+def _belongs_to_system(sight: Sight, solutions: Sequence[Any]) -> bool:
+  """Whether a layer's values and solutions are multiplied for a linear system, not for a layer.
+
+  Whitened values are those of a layer. Few that are made of a large solution are not, nor is what
+  other solutions are multiplied by behind it.
+  """
+  if any(not isinstance(a, Literal) and a in sight.around.sums.pure for a in sight.eqn.invars):
+    return False
+  few = FEWER * jaxprs.size(sight.result) <= max(map(jaxprs.size, solutions))
+  return few or sight.result in sight.around.solutions.beside
 
 
 def has_integer(sight: Sight) -> bool:
@@ -318,7 +327,12 @@ def is_head(sight: Sight) -> bool:
 
 
 def weighs_data(sight: Sight) -> bool:
-  """Whether a matmul multiplies data, by no weights of a layer: by those that one gave, say."""
+  """Whether a matmul multiplies data, by no weights of a layer: by those that one gave, say.
+
+  Data that are compared with a query give scores.
+  """
+  if sight.result in sight.around.scores:
+    return False
   sums, frame, read = sight.around.sums, sight.around.frame, sight.eqn.invars
   pairs = zip(read, sight.forms, strict=True)
   data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
@@ -407,16 +421,17 @@ def looks_up_rows(sight: Sight) -> bool:
 
 
 def is_layer_of_one(sight: Sight) -> bool:
-  """Whether a layer has one input: what it makes is a layer's, though the input does not round.
+  """Whether a hidden layer has one input: what it makes is narrow, though the input did not round.
 
   But phases, and what drives a system that a loop integrates.
   """
-  if sight.name not in MATMULS:
+  if sight.name not in MATMULS or not is_hidden(sight):
     return False
-  pairs = zip(sight.eqn.invars, sight.forms, strict=True)
+  pairs = [*zip(sight.eqn.invars, sight.forms, strict=True)]
   has_weights = any(form == PARAM and len(jaxprs.shape(atom)) > 1 for atom, form in pairs)
+  is_of_input = any(form is not None and form.kind is Kind.DATA for _, form in pairs)
   leading, recurrence = sight.around.leading, sight.around.recurrence
-  return has_weights and sight.result not in {*leading.phases, *recurrence.leads}
+  return has_weights and is_of_input and sight.result not in {*leading.phases, *recurrence.leads}
 
 
 POINT = 4

@@ -1250,6 +1250,43 @@ def test_an_outer_product_of_what_is_narrow_stays_narrow(policy):
   assert outer.invars[0].aval.dtype == first.invars[0].aval.dtype
 
 
+LINE = jnp.linspace(990, 1010, 32)[:, None]
+OF_ONE = {
+  "returned": lambda w, t: t @ w[:1] + w[1],
+  "its_own_layer": lambda w, t: t @ w[:1] @ jnp.eye(4) * 0 + (t @ w[:1] - 1000 * w[0]),
+  "of_two_parameters": lambda w, t: w[:, :1] @ w[:1] - 1,
+}
+
+
+@both
+@pytest.mark.parametrize("fn", OF_ONE.values(), ids=OF_ONE.keys())
+def test_what_a_layer_of_one_input_returns_is_exact(fn, policy):
+  """A line through data near 1000: in 16 bits it would predict 1000, 1004, 1008."""
+  w = jnp.arange(1.0, 17).reshape(4, 4) / 8 + 0.01
+  found, want = in_both_formats(fn, policy, w, LINE)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-4)
+
+
+@both
+def test_a_hidden_layer_of_one_input_is_narrow(policy):
+  found = equations(
+    jax.make_jaxpr(mpjax.autocast(lambda w, t: jnp.tanh(t @ w[:1] + w[1]) @ w, policy))(W, LINE)
+  )
+  (tanh,) = [e for e in found if e.primitive.name == "tanh"]
+  assert tanh.outvars[0].aval.dtype.itemsize == 2
+
+
+@both
+@cases(
+  neighbors=lambda w, x, bank: jax.nn.logsumexp(5 * (x @ w) @ bank.T, -1),
+  best=lambda w, x, bank: jnp.argmax((x @ w) @ bank.T, -1),
+)
+def test_scores_of_data_are_those_of_a_layer(fn, policy):
+  bank = jax.random.normal(jax.random.key(5), (64, 64))
+  found = matmuls(mpjax.autocast(fn, policy), jnp.eye(64), bank[:4], bank)
+  assert operand_bytes(found) == {2}
+
+
 # Near one -----------------------------------------------------------------------------------------
 
 GATES = {"z": jnp.eye(4) * 0.1, "w": jnp.eye(4)}

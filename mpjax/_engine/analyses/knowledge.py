@@ -377,7 +377,7 @@ class Knowledge:
     atoms, analyses = body.take(eqn.invars), self._analyses
     numbers = tuple(self.numbers.of(atom) for atom in atoms)
     sums = self.sums.entering(eqn, body, forms)
-    leading = self.leading._replace(factored=self.leading.factored | self.solutions.beside)
+    leading = self.leading._replace(factored=self.leading.factored.union(self.solutions.beside))
     return Known(
       exact=exact,
       sums=sums,

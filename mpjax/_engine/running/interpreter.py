@@ -275,22 +275,24 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
   ``add h d:bf16[8,4]``, so that the gradient of b sums up in float32. Where the result is float32
   it does so as written, and c is not stored.
   """
-  if step.parameter is not None and step.outs[0] is not None and step.outs[0].dtype != FLOAT32:
+  out = step.outs[0] if step.parameter is not None else None
+  if step.parameter is not None and out is not None and out.dtype != FLOAT32:
+    run = functools.partial(_spreading, interpreter, step, step.parameter, out.dtype)
     if step.eqn.primitive.name in SCALES:  # whose derivative would store c
-      run = jax.checkpoint(functools.partial(_spreading, interpreter, step), prevent_cse=False)
-      return run(*operands)
-    return _spreading(interpreter, step, *operands)
+      run = jax.checkpoint(run, prevent_cse=False)
+    return run(*operands)
   if lookups.may_repeat(step):
     return [interpreter.of_step(step, lookups.adding_up)(*operands)]
   return _bind(interpreter, step, operands)
 
 
-def _spreading(interpreter: Interpreter, step: Step, *operands: jax.Array) -> list[jax.Array]:
-  """An elementwise operation with a parameter that is a number, or of as many dimensions."""
-  (out,), given = step.outs, [*operands]
-  parameter = given[step.parameter]
+def _spreading(
+  interpreter: Interpreter, step: Step, place: int, dtype: np.dtype, *operands: jax.Array
+) -> list[jax.Array]:
+  """An elementwise operation of a parameter, a number or of as many dimensions as the result."""
+  parameter, given = operands[place], [*operands]
   spread = lax.broadcast_in_dim(parameter, jaxprs.shape(step.eqn.outvars[0]), range(parameter.ndim))
-  given[step.parameter] = to_dtype(spread, out.dtype)
+  given[place] = to_dtype(spread, dtype)
   return _bind(interpreter, step, given)
 
 

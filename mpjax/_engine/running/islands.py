@@ -147,8 +147,9 @@ def _stores_casts(step: Step, readers: Readers) -> bool:
   first, second = step.eqn.invars if step.eqn.primitive.name == "mul" else (None, None)
   if first is second or not is_data(step.outs[0]) or not all(map(is_narrow, step.operands)):
     return False
-  read = [read for atom in step.eqn.invars for _, read in readers[atom]]
-  return sum(r.to == FLOAT32 for r in read) == len(step.eqn.invars)
+  factors = variables_of(step.eqn.invars)
+  read = [read for factor in factors for _, read in readers[factor]]
+  return sum(r.to == FLOAT32 for r in read) == len(factors)
 
 
 def _keeps_size(step: Step) -> bool:

@@ -231,3 +231,21 @@ def test_results_that_nobody_differentiates_have_zero_cotangents(operands):
     got, want = (jax.grad(f, (0, 1))(*operands) for f in (mpjax.autocast(loss, "bfloat16"), loss))
     for a, b in zip(got, want, strict=True):
       assert jnp.linalg.norm(a - b) <= 0.05 * jnp.linalg.norm(b)
+
+
+@pytest.mark.parametrize("rule", ["vjp", "jvp"])
+def test_a_rule_that_reads_what_its_caller_computed_says_what_to_write(rule):
+  def loss(w, x):
+    scale = jnp.tanh(x).mean(0, keepdims=True)
+    scaled = getattr(jax, f"custom_{rule}")(lambda y: y * scale)
+    if rule == "vjp":
+      scaled.defvjp(lambda y: (y * scale, None), lambda _, ct: (ct * scale,))
+    else:
+      scaled.defjvp(lambda y, t: (y[0] * scale, t[0] * scale))
+    return scaled(x @ w).sum()
+
+  arguments = jnp.eye(4), jnp.ones((2, 4))
+  with pytest.raises(TypeError, match="Make it an argument of the function with the rule"):
+    jax.grad(mpjax.autocast(loss, "mixed_bfloat16"))(*arguments)
+  inside = mpjax.autocast(jax.grad(loss), "mixed_bfloat16")(*arguments)
+  np.testing.assert_allclose(inside, jax.grad(loss)(*arguments), rtol=0.01)

@@ -46,7 +46,7 @@ from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.solutions import solutions
-from mpjax._engine.analyses.sums import Summing, is_matrix, multiplied, sums_in
+from mpjax._engine.analyses.sums import Summing, is_matrix, is_vector, multiplied, sums_in
 from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.jaxprs import variables_of
@@ -339,7 +339,7 @@ class Knowledge:
     is_solver, recurrences = not matrices and _ends_by("f", eqn), self._analyses.recurrences
     given = range(body.carry.start if is_solver else 0)
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
-    rank = 1 if (repetitions(eqn) or math.inf) > _LAYERS else 0  # with a step for each channel
+    is_long = (repetitions(eqn) or math.inf) > _LAYERS  # with a step for each channel
     return known._replace(
       sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
@@ -351,7 +351,9 @@ class Knowledge:
       steady=tuple(
         n
         for n, (atom, form) in consts
-        if not is_stack and form is not None and len(jaxprs.shape(atom)) <= rank
+        if not is_stack
+        and form is not None
+        and (is_vector(atom) if is_long else not jaxprs.shape(atom))
       ),
     )
 

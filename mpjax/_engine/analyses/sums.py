@@ -103,7 +103,7 @@ def sums_in(
     elif eqn.primitive.name in _STEPS and len(read) == 2:
       for target, change in (read, read[::-1]):
         if _adds_to(eqn, target, pure, inner.invars) and change not in pure:
-          is_bias = eqn.primitive.name == "add" and change in products and _is_vector(target)
+          is_bias = eqn.primitive.name == "add" and change in products and is_vector(target)
           related = origins.get(change, 0) & (pure[target] | _BORN)
           whole = related and _is_whole(target, pure[target], inner.invars)
           (updates if whole and not is_bias else others)[eqn.outvars[0]] = change
@@ -289,7 +289,7 @@ def is_matrix(var: Var) -> bool:
   return len(jaxprs.shape(var)) > 1
 
 
-def _is_vector(var: Var) -> bool:
+def is_vector(var: Atom) -> bool:
   """Whether at most one dimension of a variable is longer than one, as a bias has it."""
   return jaxprs.size(var) in (1, *jaxprs.shape(var))
 

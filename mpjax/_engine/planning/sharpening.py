@@ -351,9 +351,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "few sums of data",
     MATMULS,
-    lambda s: sight.weighs_data(s) and sight.is_head(s),
+    lambda s: sight.is_head(s) and sight.weighs_data(s),
     Rule.FULL,
-    "a mean of data is in their unit, and compared with them: 1001 is 1000 in bfloat16",
+    "what is made of data may be in their unit, and compared with them: 1001 is 1000 in bfloat16",
   ),
   Sharpening(
     "few outputs",

@@ -331,12 +331,10 @@ def weighs_data(sight: Sight) -> bool:
 
   Data that are compared with a query give scores.
   """
-  if sight.result in sight.around.scores:
-    return False
   sums, frame, read = sight.around.sums, sight.around.frame, sight.eqn.invars
   pairs = zip(read, sight.forms, strict=True)
   data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
-  if len(sums.of_parameters(data)) == len(data):
+  if len(sums.of_parameters(data)) == len(data) or sight.result in sight.around.scores:
     return False
   scaled = [eqn for eqn in map(frame.maker, read) if eqn and eqn.primitive.name in SCALES]
   weights = jaxprs.variables_of([*read, *(a for eqn in scaled for a in eqn.invars)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED, Trait, having
+from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.planning.sight import Sight, is_hidden
 from mpjax._engine.program import jaxprs
@@ -16,24 +16,38 @@ from mpjax._engine.program.versions import Atom, Literal
 def adds_much(sight: Sight) -> bool:
   """Whether a number like 300 is added to an output, which no matmul multiplies, or subtracted.
 
+  Or one like 1 to a fraction of it, as in a strain ``eye(3) + 0.1 * h``.
   Or a parameter, to what has had its bias or scale: corners of a mesh, anchors, the level of a
   series. What has had an activation is a stream, to which positions are added.
   """
   if is_hidden(sight) or sight.place.has_cotangents:
     return False
-  found = [sight.around.numbers.of(atom) or () for atom in sight.eqn.invars]
-  known = [[abs(n) for n in numbers if n] for numbers in found]  # in the identity, beside zeros
-  if any(numbers and all(UNIT <= n < MASKS for n in numbers) for numbers in known):
-    return not _is_gate(sight)
+  first, second = sight.eqn.invars
+  if _is_of_unit(sight, first, second) or _is_of_unit(sight, second, first):
+    return True
   others = [a for a, form in zip(sight.eqn.invars, sight.forms, strict=True) if form != PARAM]
   around = sight.around
   return len(others) == 1 and _is_output(others[0], around.frame, around.sums.pure)
 
 
-def _is_gate(sight: Sight) -> bool:
-  """Whether a number is added to what lies between bounds, as in the ``1 + tanh(x)`` of a gelu."""
-  made = map(sight.around.frame.maker, sight.eqn.invars)
-  return any(eqn is not None and eqn.primitive.name in _SATURATES for eqn in made)
+def _is_of_unit(sight: Sight, number: Atom, value: Atom) -> bool:
+  """Whether numbers are large, or are so beside a fraction of a value; zeros may be among them."""
+  sizes = [abs(n) for n in sight.around.numbers.of(number) or () if n]
+  if not sizes or max(sizes) >= MASKS:
+    return False
+  return min(sizes) >= UNIT or min(sizes) >= 2 * _fraction(value, sight.around.frame)
+
+
+def _fraction(atom: Atom, frame: Frame) -> float:
+  """The number by which a value was multiplied last, before it was moved; 1 if by none."""
+  while (made := frame.maker(atom)) and made.primitive.name in UNCHANGED:
+    atom = made.invars[0]
+  if made is None or made.primitive.name not in SCALES:
+    return 1.0
+  is_product = made.primitive.name == "mul"
+  numbers = [frame.number(a) for a in made.invars[not is_product :]]
+  known = next((abs(n) for n in numbers if n), 1.0)
+  return known if is_product else 1 / known
 
 
 def _is_output(atom: Atom, frame: Frame, pure: Collection[Any]) -> bool:
@@ -71,9 +85,8 @@ def _pure_in(frame: Frame, pure: Collection[Any]) -> Collection[Any]:
   return own
 
 
-_SATURATES = having(Trait.SATURATES)
 _AFFINE = ADDS | SCALES
 _LEADS_ON = UNCHANGED | _AFFINE | {"neg", "slice", "dynamic_slice"}
 
-UNIT, MASKS = 0.75, 2**24
-"""From where on numbers are those of a unit, as the 1 of a strain, and from where on of a mask."""
+UNIT, MASKS = 2, 2**24
+"""From where on numbers are those of a unit, and from where on those of a mask."""

@@ -49,7 +49,7 @@ def largest_neighbor(p, cast):
   return h @ cast(p["in"])
 
 
-def largest_of_eight(p, cast):
+def largest_of_four(p, cast):
   h = cast(X)
   for w in p["w"]:
     h = nn.relu((h @ cast(w))[SENDERS.reshape(64, 4)].max(1)) + h
@@ -73,7 +73,7 @@ PROGRAMS = {
   "gates": recurrence(lambda g, h: (1 - nn.sigmoid(g)) * h + nn.sigmoid(g) * jnp.tanh(g)),
   "network": recurrence(lambda g, h: jnp.tanh(g)),
   "largest_neighbor": largest_neighbor,
-  "largest_of_eight": largest_of_eight,
+  "largest_of_four": largest_of_four,
 }
 IN_BFLOAT16 = {  # float16 has no room for squares
   "squared_relu": stack(lambda h, own, cast: nn.relu(h @ cast(own["w"])) ** 2 @ cast(own["w"])),

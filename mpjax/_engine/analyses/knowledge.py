@@ -276,7 +276,7 @@ class Knowledge:
 
   @functools.cached_property
   def subtracted(self) -> Collection[Var]:
-    """What is subtracted from something, or divides it, moved or chosen before."""
+    """What is subtracted from something, or divides it, moved, chosen or scaled before."""
     return subtracted(self._inner, self._analyses.contents)
 
   @functools.cached_property

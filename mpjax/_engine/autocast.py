@@ -36,9 +36,7 @@ def autocast(
 
   Args:
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
-      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. A
-      derivative rule inside must not close over values that ``fn`` computes: JAX then refuses
-      ``grad(jit(fn))`` and ``grad(autocast(fn))`` alike, and ``autocast(grad(fn))`` works.
+      values of arrays; arguments that are no arrays (numbers, strings, flags) are static.
       NNX models and other graph nodes may be among the arguments: what the call changes in their
       Variables arrives.
     policy: A `Policy`, a `PolicyMap`, or a spec string.

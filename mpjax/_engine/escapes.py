@@ -1,8 +1,9 @@
-"""Finds the values of a trace that leave it in objects which JAX does not look into.
+"""Finds the values of a trace that outlive it in objects which JAX does not look into.
 
 ``lambda x: h * x``, or a distribution that keeps ``loc`` in an attribute, is one static result to
 JAX. The traced ``h`` in it means nothing once the call has ended: what comes back is a copy of the
-object, as far as it leads to ``h``, that holds the array instead.
+object, as far as it leads to ``h``, that holds the array instead. A derivative rule that closes
+over ``h`` runs when the call is differentiated: `read_by_rules` tells what will be asked for.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import jax
 from jax.core import Tracer
 from jax.tree_util import PyTreeDef, default_registry
 
-from mpjax._engine.program import versions
-from mpjax._engine.program.versions import AnyJaxpr
+from mpjax._engine.program import jaxprs, versions
+from mpjax._engine.program.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, Var
+from mpjax._engine.running.custom_derivatives import HAVE_RULES
 
 _MOST = 5000
 """Objects that are looked at in one result: what users make is small, what it refers to may not."""
@@ -57,6 +59,19 @@ def hidden(leaves: Iterable[Any], tree: Any) -> list[Escaped]:
       if isinstance(inside, Tracer):
         found.setdefault(id(inside), Escaped(name, inside))
   return [*found.values()]
+
+
+def read_by_rules(jaxpr: AnyJaxpr) -> frozenset[Var]:
+  """The variables of the values that rules for derivatives and batching close over.
+
+  Args:
+    jaxpr: A trace. The rules stand in its equations and in those of its bodies.
+  """
+  eqns = (eqn for eqn, _ in jaxprs.equations(jaxpr, None, lambda eqn, known: known))
+  params = [x for eqn in eqns if eqn.primitive.name in HAVE_RULES for x in eqn.params.values()]
+  held = [x for x in params if not isinstance(x, Jaxpr | ClosedJaxpr)]
+  found = (x for x, _ in _within(held) if isinstance(x, Tracer))
+  return frozenset(filter(None, map(versions.variable, found)))
 
 
 def computed(found: Sequence[Escaped], jaxpr: AnyJaxpr) -> list[Escaped]:

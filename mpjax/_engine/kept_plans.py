@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import operator
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,13 @@ from jax.core import Tracer
 from jax.extend import source_info_util
 
 from mpjax._core.policy_map import PolicyMap
+from mpjax._engine import escapes
 from mpjax._engine.analyses.knowledge import Known
 from mpjax._engine.planning.plan import Plan, Scoping
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import versions
 from mpjax._engine.program.kinds import Forms
-from mpjax._engine.program.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from mpjax._engine.program.versions import AnyJaxpr, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from mpjax._engine.running.custom_derivatives import closed_over, slots, trace_jvp, trace_vjp
 from mpjax._engine.running.interpreter import Interpreter
 
@@ -58,12 +59,18 @@ class Program:
 class Planned:
   """A program's plan, and what was rebuilt to run it.
 
+  Args:
+    program: The program.
+    read_by_rules: The variables whose values rules close over that run later. There are none in a
+      program that is kept, for such rules are not compared.
+
   Attributes:
     planner: The planner that made the plan.
     plan: The plan.
   """
 
-  def __init__(self, program: Program) -> None:
+  def __init__(self, program: Program, read_by_rules: Collection[Var] = ()) -> None:
+    self._read_by_rules = read_by_rules
     self.planner = Planner(program.policies, program.scoping)
     self.plan: Plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
     self._interpreters: dict[tuple[float, bool], Interpreter] = {}
@@ -72,8 +79,12 @@ class Planned:
     """What runs the plan, with what it rebuilt in earlier runs of this kind."""
     key = loss_scale, stepwise
     if key not in self._interpreters:
-      made = Interpreter(self.planner, stepwise=stepwise, loss_scale=loss_scale)
-      self._interpreters[key] = made
+      self._interpreters[key] = Interpreter(
+        self.planner,
+        stepwise=stepwise,
+        loss_scale=loss_scale,
+        read_by_rules=self._read_by_rules,
+      )
     return self._interpreters[key]
 
 
@@ -83,10 +94,11 @@ def planned(program: Program, operands: Sequence[jax.Array]) -> Planned:
   It is kept where every operand is an array that is there, or the derivative of a call with such
   is taken: under ``jax.jit`` JAX itself keeps what a trace led to.
   """
-  if program.scoping.located or not all(map(_is_there, operands)):
-    return Planned(program)
-  code = _code_of(program, operands)
-  return Planned(program) if code is None else _kept(_Coded(code, program))
+  is_kept = not program.scoping.located and all(map(_is_there, operands))
+  code = _code_of(program, operands) if is_kept else None
+  if code is None:
+    return Planned(program, escapes.read_by_rules(program.jaxpr))
+  return _kept(_Coded(code, program))
 
 
 class _Coded:

@@ -46,6 +46,12 @@ def like(original: Any, closed: Any) -> tuple[Any, Sequence[Any]]:
   return inner, consts
 
 
+def variable(tracer: Any) -> Var | None:
+  """The variable that stands for a value of a trace in its jaxpr, where the value has one."""
+  found = getattr(tracer, "val", None)
+  return found if isinstance(found, Var) else None
+
+
 class LoopShape(NamedTuple):
   """How the operands of a scan or while loop are laid out."""
 

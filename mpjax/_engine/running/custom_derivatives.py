@@ -71,6 +71,10 @@ def slots_of(avals: Sequence[Any]) -> Slots:
   )
 
 
+HAVE_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vmap_call"})
+"""The primitives whose equations hold functions that run when they are transformed."""
+
+
 def closed_over(eqn: JaxprEqn) -> int:
   """How many leading operands are values that the function with a rule of its own closed over.
 
@@ -100,19 +104,19 @@ def trace_jvp(eqn: JaxprEqn, ins: Slots) -> ClosedJaxpr:
 
 @contextlib.contextmanager
 def named(eqn: JaxprEqn) -> Iterator[None]:
-  """Says what to write where a rule reads an array of the call that its function was made in.
+  """Says what to write where a rule reads an array that it cannot.
 
-  Rules run when the trace that their equation stands in has ended.
+  Rules run when the trace that their equation stands in has ended. In float32, too, JAX refuses
+  what is differentiated itself, and what a jitted function or a loop around the rule computed.
   """
   try:
     yield
   except jax.errors.UnexpectedTracerError as error:
     inner = versions.open_jaxpr(eqn.params["call_jaxpr"])
     raise TypeError(
-      f"A derivative rule of {inner.debug_info.func_src_info} reads an array that the function "
-      "around it computed. A policy traces that function before it is differentiated, so that the "
-      "array is gone when the rule runs. Make it an argument of the function with the rule; or "
-      "differentiate inside of the policy: mpjax.autocast(jax.grad(loss), policy)."
+      f"A derivative rule of {inner.debug_info.func_src_info} reads an array that is gone when the "
+      "rule runs, because it is differentiated as well, or was computed in a function that JAX "
+      "traced first. Make it an argument of the function with the rule."
     ) from error
 
 

@@ -37,6 +37,10 @@ class Interprets(Protocol):
     """Execute a plan on operands that are held as its forms say."""
     ...
 
+  def run_of_rules(self) -> Callable[[Plan, Sequence[jax.Array]], list[jax.Array]]:
+    """`run` for rules of the step that runs: later, with what they close over as it is now."""
+    ...
+
   def rebuild(self, plan: Plan) -> ClosedJaxpr:
     """The closed jaxpr of a plan."""
     ...
@@ -50,7 +54,7 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   """The body under the policy, with the user's derivative under the policy."""
   eqn, known = step.eqn, custom_derivatives.closed_over(step.eqn)
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
-  captured = operands[:known]
+  captured, run_rule = operands[:known], interpreter.run_of_rules()
   rule_plan = interpreter.of_step(step, functools.partial(_jvp_plans, interpreter.planner))
 
   @jax.custom_jvp
@@ -61,7 +65,7 @@ def custom_jvp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
     ins, count = inputs.nonzero(tangents), len(step.outs)
     plan, given = rule_plan(ins), ins.keep(tangents)
-    run = functools.partial(interpreter.run, plan)
+    run = functools.partial(run_rule, plan)
     if not plan.in_float8:
       flat = run([*captured, *primals, *given])
       return flat[:count], outs.fill(flat[count:])
@@ -130,7 +134,7 @@ def custom_lin(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
 def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's forward and backward pass under the policy."""
   eqn, count, known = step.eqn, len(step.outs), custom_derivatives.closed_over(step.eqn)
-  captured, given = operands[:known], operands[known:]
+  captured, given, run_rule = operands[:known], operands[known:], interpreter.run_of_rules()
   refs = [x for x in given if isinstance(x, jax.Ref)]
   inputs, outs = custom_derivatives.slots(eqn.invars[known:]), custom_derivatives.slots(eqn.outvars)
   inputs = inputs.only([not isinstance(x, jax.Ref) for x in given])
@@ -144,7 +148,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   @custom_derivatives.named(eqn)
   def forward(ins: Slots, primals: Sequence[Any]) -> tuple[list[Any], tuple[Slots, list[Any]]]:
     operands = [*captured, *primals]
-    flat = interpreter.run(forward_plan(ins), operands)
+    flat = run_rule(forward_plan(ins), operands)
     return flat[:count], (ins, rules(ins).residuals(operands, flat[count:]))
 
   def forward_of_some(*primals: Any) -> tuple[list[Any], tuple[Slots, list[Any]]]:
@@ -154,7 +158,7 @@ def custom_vjp(interpreter: Interprets, step: Step, operands: list[jax.Array]) -
   def backward(residuals: tuple[Slots, list[Any]], cotangents: list[jax.Array]) -> tuple[Any, ...]:
     ins, stored = residuals
     given = outs.nonzero(cotangents)
-    flat = iter(interpreter.run(backward_plan(ins, given), [*stored, *given.keep(cotangents)]))
+    flat = iter(run_rule(backward_plan(ins, given), [*stored, *given.keep(cotangents)]))
     return tuple(next(flat) if asked else None for asked in ins.differentiable)
 
   if not refs:
@@ -222,6 +226,7 @@ def _vjp_plans(
 
 def custom_vmap(interpreter: Interprets, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   """The body under the policy, with the user's own batching under the policy."""
+  run_rule = interpreter.run_of_rules()
 
   @jax.custom_batching.custom_vmap
   def call(*operands: jax.Array) -> list[jax.Array]:
@@ -233,7 +238,7 @@ def custom_vmap(interpreter: Interprets, step: Step, operands: list[jax.Array]) 
       return interpreter.run(step.bodies[0], operands), [False] * len(step.outs)
     jaxpr, found = custom_derivatives.trace_vmap(step.eqn, size, batched)
     plan = interpreter.planner.rule_of(jaxpr, step.operands, step.place, step.outs, step.outs)
-    return interpreter.run(plan, operands), found
+    return run_rule(plan, operands), found
 
   return call(*operands)
 

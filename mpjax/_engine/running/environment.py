@@ -87,6 +87,9 @@ class Environment:
       else:
         self._known[key] = value
 
+  def __contains__(self, var: Var) -> bool:
+    return Key(var) in self._known
+
   def get(self, key: Key) -> Any:
     """A value as some equations share it."""
     if key[:2] in self._often:

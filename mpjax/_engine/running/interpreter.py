@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -49,13 +49,20 @@ class Interpreter:
     stepwise: Whether to run every step by itself, so that each keeps its own line and scope and
       none is computed again in the backward pass: for reports, not for speed.
     loss_scale: What cotangents are multiplied by inside.
+    read_by_rules: The variables, of the plan that is run first, whose values rules close over.
   """
 
   def __init__(
-    self, planner: Planner, *, stepwise: bool = False, loss_scale: float = UNSCALED
+    self,
+    planner: Planner,
+    *,
+    stepwise: bool = False,
+    loss_scale: float = UNSCALED,
+    read_by_rules: Collection[Var] = (),
   ) -> None:
     self.planner, self.loss_scale = planner, loss_scale
-    self._stepwise = stepwise
+    self._stepwise, self._read_by_rules = stepwise, read_by_rules
+    self._around: Environment | None = None  # of the outermost plan that runs now
     self._rebuilt: dict[Hashable, Any] = {}
     self._units: dict[int, list[Unit | Repeat]] = {}
     self._kept: dict[int, frozenset[Var]] = {}
@@ -77,9 +84,29 @@ class Interpreter:
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
-    for unit in self._units_of(plan):
-      self._run_unit(plan, unit, values)
+    around, self._around = self._around, self._around or values
+    try:
+      for unit in self._units_of(plan):
+        self._run_unit(plan, unit, values)
+    finally:
+      self._around = around
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  def run_of_rules(self) -> Callable[[Plan, Sequence[jax.Array]], list[jax.Array]]:
+    """`run` for rules of the step that runs: later, with what they close over as it is now."""
+    around = self._around
+    if around is None or not self._read_by_rules:
+      return self.run
+    known = {v: around.get(Key(v)) for v in self._read_by_rules if v in around}
+
+    def now(constant: Any) -> Any:
+      value = known.get(versions.variable(constant))
+      return constant if value is None else to_dtype(value, constant.dtype)
+
+    def run(plan: Plan, operands: Sequence[jax.Array]) -> list[jax.Array]:
+      return self.run(plan, operands, [*map(now, versions.constants(plan.jaxpr))])
+
+    return run
 
   def _environment(self, plan: Plan) -> Environment:
     """Where the values of a plan's variables are while it runs."""

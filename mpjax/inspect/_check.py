@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, get_abstract_mesh
 
 from mpjax._core.policy_map import PolicyLike, as_policy_map
+from mpjax._engine.escapes import read_by_rules
 from mpjax._engine.execute import Decided
 from mpjax._engine.planning.plan import LOCATED, Plan
 from mpjax._engine.planning.planner import Planner
@@ -131,8 +132,10 @@ class _Comparison:
     self._output = subject.policies.default.output_dtype
     self._plans = Pair(self._reference_plan(subject), decided.plan)
     reference = Planner(as_policy_map("float32"), LOCATED)
+    self._reads = read_by_rules(self._plans.narrow.jaxpr)
+    sides = (reference, decided.planner)
     self._lockstep = Lockstep(
-      Interpreter(reference, stepwise=True), Interpreter(decided.planner, stepwise=True)
+      *(Interpreter(side, stepwise=True, read_by_rules=self._reads) for side in sides)
     )
     self.inside = first_region(decided.plan)
     self._reference = reference
@@ -169,7 +172,7 @@ class _Comparison:
       return self._lockstep.run(self._plans, given)
     planners = Pair(self._reference, self._decided.planner)
     columns = (
-      Interpreter(planner).run(plan, [pair[side] for pair in given])
+      Interpreter(planner, read_by_rules=self._reads).run(plan, [pair[side] for pair in given])
       for side, (planner, plan) in enumerate(zip(planners, self._plans, strict=True))
     )
     return [Pair(*pair) for pair in zip(*columns, strict=True)], []

@@ -19,7 +19,7 @@ from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import Kind
-from mpjax._engine.running.interpreter import Interpreter
+from mpjax._engine.running.scaled_cotangents import UNSCALED
 from mpjax._flax.policed import POLICIES
 from mpjax.inspect._flow_report import TOP, module_name
 from mpjax.inspect._inspected import Subject, concrete, is_real, subject_of
@@ -193,7 +193,7 @@ def _program(
 ) -> tuple[Any, list[str], list[Any]]:
   """The jaxpr to run, the names of its results, and its operands."""
   call, operands = decided.call, decided.call.operands
-  run = Interpreter(decided.planner, stepwise=True).run
+  run = decided.planned.interpreter(UNSCALED, stepwise=True).run
   forward = call.flat
   if subject.policies.is_float32():  # as it is: 16-bit parameters are not widened
     operands = [jnp.asarray(x) for x in call.leaves if is_traced(x)]

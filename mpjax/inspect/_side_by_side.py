@@ -103,13 +103,14 @@ class Lockstep:
       side.write(inner.constvars, consts)
     crossings: list[Crossing] = []
     borders = _borders(plans.narrow, base, line)
-    for steps in zip(plans.reference.steps, plans.narrow.steps, strict=True):
-      pair = Pair(*steps)
-      crossings += self._step(pair, values, line_of(pair.narrow.eqn, line))
-      for var in pair.narrow.eqn.outvars:
-        if var in borders:
-          both = [side.get(Key(var)) for side in values]
-          crossings.append(Crossing(borders[var], compare(*both)))
+    with self._run.reference.within(values.reference), self._run.narrow.within(values.narrow):
+      for steps in zip(plans.reference.steps, plans.narrow.steps, strict=True):
+        pair = Pair(*steps)
+        crossings += self._step(pair, values, line_of(pair.narrow.eqn, line))
+        for var in pair.narrow.eqn.outvars:
+          if var in borders:
+            both = [side.get(Key(var)) for side in values]
+            crossings.append(Crossing(borders[var], compare(*both)))
     for var in inner.invars:
       if var in borders:
         crossings.append(Crossing(borders[var], compare(*(side.get(Key(var)) for side in values))))

@@ -455,3 +455,18 @@ def test_float16_gradients_that_vanish_ask_for_the_scale_of_training():
   assert advice in mpjax.inspect.check(loss, "mixed_float16", w, x).summary
   scaled = mpjax.inspect.check(loss, "mixed_float16", w, x, loss_scale=2.0**15)
   assert scaled.agrees and advice not in scaled.summary
+
+
+def test_a_derivative_rule_reads_what_the_function_around_it_computed():
+  def loss(w, x):
+    scale = jnp.tanh(x).mean(0, keepdims=True)
+    scaled = jax.custom_vjp(lambda y: y * scale)
+    scaled.defvjp(lambda y: (y * scale, None), lambda _, ct: (ct * scale,))
+    return jnp.mean(scaled(jnp.sin(x @ w)))
+
+  w, x = jax.random.normal(jax.random.key(0), (2, 8, 8))
+  report = check(loss, "mixed_bfloat16", w, x)
+  assert report.agrees
+  assert 0 < report.gradients[0].gradient.error < 0.02
+  for policy in ("mixed_bfloat16", "float32"):
+    assert locate_nonfinite(loss, w, x, policy=policy, backward=True).finite

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -84,13 +85,20 @@ class Interpreter:
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
-    around, self._around = self._around, self._around or values
-    try:
+    with self.within(values):
       for unit in self._units_of(plan):
         self._run_unit(plan, unit, values)
+    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
+
+  @contextlib.contextmanager
+  def within(self, values: Environment) -> Iterator[None]:
+    """Where steps run that write these values, and bodies of theirs: the outermost are kept."""
+    around = self._around
+    self._around = around or values
+    try:
+      yield
     finally:
       self._around = around
-    return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
 
   def run_of_rules(self) -> Callable[[Plan, Sequence[jax.Array]], list[jax.Array]]:
     """`run` for rules of the step that runs: later, with what they close over as it is now."""

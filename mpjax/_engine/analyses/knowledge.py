@@ -29,25 +29,16 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
-from mpjax._engine.analyses.lookahead import (
-  MOVES,
-  Leading,
-  Needs,
-  scores,
-  subtracted,
-  summed,
-  totaled,
-  weighted,
-)
+from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs
 from mpjax._engine.analyses.made_of import Made, Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
-from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
+from mpjax._engine.analyses.readers import Readers
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.solutions import solutions
 from mpjax._engine.analyses.sums import Summing, is_matrix, is_vector, multiplied, sums_in
-from mpjax._engine.program import jaxprs, matmuls, versions
+from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
@@ -153,7 +144,7 @@ class Knowledge:
     has_rule: Whether it is of a function with a user's derivative rule, or of that.
     tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
-    totaled: What a sum, a root or a logarithm is taken of, if one is.
+    readers: What all that reads a value does with it.
     of_numbers: Operands that the program makes of numbers alone.
     iterations: What equations made, and what is multiplied by a vector again and again.
     powers: Products of powers of a matrix.
@@ -201,7 +192,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.totaled: Collection[Var] = totaled(inner.eqns) if self.in_float16 else ()
+    self.readers = Readers(self.frame, contents, self._is_layer)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)
@@ -255,44 +246,6 @@ class Knowledge:
   def powers(self) -> frozenset[Var]:
     """Products of powers of a matrix, see `linear_recurrences`."""
     return powers(self._inner, self.carried)
-
-  @functools.cached_property
-  def summed(self) -> Collection[Var]:
-    """What is summed up, and read by nothing else."""
-    return summed(self._inner)
-
-  @functools.cached_property
-  def quadratic(self) -> frozenset[Any]:
-    """The matmuls that an inner product multiplies by what they multiply."""
-    found, of = set[Any](), self._source
-    for eqn in filter(matmuls.is_inner, self._inner.eqns):
-      for product, vector in (eqn.invars, eqn.invars[::-1]):
-        made = self.frame.maker(product)
-        while made is not None and (before := handed_on(made)):
-          made = self.frame.maker(before[0])
-        if made is not None and made.primitive.name == "dot_general":
-          found |= {*made.outvars} if of(vector) in map(of, made.invars) else set()
-    return frozenset(found)
-
-  @functools.cached_property
-  def subtracted(self) -> Collection[Var]:
-    """What is subtracted from something, or divides it, moved, chosen or scaled before."""
-    return subtracted(self._inner, self._analyses.contents)
-
-  @functools.cached_property
-  def scores(self) -> Collection[Var]:
-    """What is an exponent, or is put in order, as a multiple of it or with something added."""
-    return scores(self._inner, self._analyses.contents)
-
-  @functools.cached_property
-  def only_multiplied(self) -> Collection[Var]:
-    """What nothing but matmuls read."""
-    return weighted(self._inner, lambda eqn: True, self._analyses.contents)
-
-  @functools.cached_property
-  def weighted(self) -> Collection[Var]:
-    """What nothing but weights multiplies, no moment among it."""
-    return weighted(self._inner, self._is_layer, self._analyses.contents)
 
   def _is_layer(self, matmul: JaxprEqn) -> bool:
     """Whether weights are multiplied, and for no moment."""

@@ -7,16 +7,14 @@ them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from mpjax._core import scopes
 from mpjax._core.primitives import (
   ADDS,
-  JITTED,
   MATMULS,
   RULES,
-  SCALES,
   UNCHANGED,
   Rule,
   Trait,
@@ -308,96 +306,3 @@ def _of_layers(inner: Jaxpr, question: Question, contents: Contents) -> tuple[se
     ):
       found |= {*eqn.outvars}
   return found, operands
-
-
-def totaled(eqns: Sequence[JaxprEqn]) -> set[Var]:
-  """The variables of which a sum, a root or a logarithm is taken.
-
-  Moved, with another sign, as a multiple, or with something added to it: ``(a * b).sum()``,
-  ``sqrt(a * a + b * b + 1e-6)``.
-  """
-  found = set[Var]()
-  for eqn in reversed(eqns):
-    name = eqn.primitive.name
-    if name in _TOTALS or (name in _STAYS_A_TERM and not found.isdisjoint(eqn.outvars)):
-      found |= variables_of(eqn.invars)
-    elif name in SCALES and not found.isdisjoint(eqn.outvars):
-      factors = variables_of(eqn.invars)
-      found |= factors if len(factors) < len(eqn.invars) else set()  # by a number
-  return found
-
-
-def summed(inner: Jaxpr) -> set[Var]:
-  """The variables of which sums are taken and nothing else, moved before, or as a multiple."""
-  found, read = set[Var](), variables_of(inner.outvars)
-  for eqn in reversed(inner.eqns):
-    name, variables = eqn.primitive.name, variables_of(eqn.invars)
-    is_multiple = name in SCALES and len(variables) < len(eqn.invars)
-    leads_on = name in _STAYS_ALONE or is_multiple
-    if name == "reduce_sum" or (leads_on and not found.isdisjoint(eqn.outvars)):
-      found |= variables
-    else:
-      read |= variables
-  return found - read
-
-
-def subtracted(inner: Jaxpr, contents: Contents) -> set[Var]:
-  """The variables that are subtracted or divided by, or are exponents, or multiples of which are.
-
-  As the largest of some scores is subtracted from these. What a jaxpr returns may be so outside.
-  """
-  return _read_by(inner, _TAKES_AWAY, variables_of(inner.outvars), contents)
-
-
-def scores(inner: Jaxpr, contents: Contents) -> set[Var]:
-  """The variables that are exponents or put in order, or multiples of which are."""
-  return _read_by(inner, _ORDERS, set(), contents)
-
-
-def _read_by(inner: Jaxpr, names: frozenset[str], found: set[Var], contents: Contents) -> set[Var]:
-  """What some primitives read last, and some variables; moved, chosen, added or scaled before."""
-  for eqn in reversed(inner.eqns):
-    name, bodies = eqn.primitive.name, bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
-    leads_on = (name in _LEADS_ON or bodies) and not found.isdisjoint(eqn.outvars)
-    if leads_on or any(contents.any_of(names, body.jaxpr) for body in bodies):
-      found |= variables_of(eqn.invars)
-    elif name in names:
-      found |= variables_of(eqn.invars[-1:])
-  return found
-
-
-def weighted(
-  inner: Jaxpr, is_layer: Callable[[JaxprEqn], bool], contents: Contents
-) -> frozenset[Var]:
-  """The variables that nothing but layers read, multiplied or chosen among before.
-
-  Args:
-    inner: The jaxpr, open.
-    is_layer: Whether a matmul has weights.
-    contents: Tells what functions do that are called.
-  """
-  others, made = variables_of(inner.outvars), set[Var]()
-  for eqn in reversed(inner.eqns):
-    name = eqn.primitive.name
-    leads_on = name in _STAYS_WEIGHTED or (
-      name in JITTED and contents.primitives(bodies_of(eqn)[0].jaxpr) <= _STAYS_WEIGHTED
-    )
-    is_end = name in MATMULS and is_layer(eqn)
-    if not is_end and not (leads_on and others.isdisjoint(eqn.outvars)):
-      others |= variables_of(eqn.invars)
-    made |= {*eqn.outvars}
-  return frozenset(made - others)
-
-
-_TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
-_ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
-_LEADS_ON = (
-  having(Trait.KEEPS_NUMBERS)
-  | {"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"}
-  | SCALES
-  | ADDS
-)
-_STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
-_STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
-_TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
-_STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

@@ -14,15 +14,10 @@ from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.primitives import Rule
 from mpjax._engine.analyses import constants
+from mpjax._engine.planning.matmul_sight import foreign_format, is_layer_of_one
 from mpjax._engine.planning.module_exits import held_as
 from mpjax._engine.planning.plan import Plan
-from mpjax._engine.planning.sight import (
-  Sight,
-  foreign_format,
-  is_layer_of_one,
-  looks_up_rows,
-  scales_parameter,
-)
+from mpjax._engine.planning.sight import Sight, looks_up_rows, scales_parameter
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kernels import kernel_of
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Form, Forms, Kind, join, narrow

@@ -7,7 +7,8 @@ from typing import Any
 
 from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
 from mpjax._engine.analyses.frames import Frame
-from mpjax._engine.planning.sight import Sight, is_hidden
+from mpjax._engine.planning.matmul_sight import is_hidden
+from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import PARAM
 from mpjax._engine.program.versions import Atom, Literal

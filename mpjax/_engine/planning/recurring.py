@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mpjax._engine.planning.sight import NOT_NARROW, Sight, is_of_float32
+from mpjax._engine.planning.matmul_sight import NOT_NARROW, is_of_float32
+from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import FEW, is_data, is_narrow
 from mpjax._engine.program.versions import JaxprEqn, Literal

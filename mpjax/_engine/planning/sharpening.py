@@ -15,7 +15,7 @@ from mpjax._engine.analyses.points import transforms_points
 from mpjax._engine.analyses.roles import GATES
 from mpjax._engine.analyses.running_sums import adds_neighbors
 from mpjax._engine.analyses.small_steps import is_small_step
-from mpjax._engine.planning import recurring, sight
+from mpjax._engine.planning import matmul_sight, recurring, sight
 from mpjax._engine.planning.own_unit import adds_much
 from mpjax._engine.planning.plan import MOMENT
 from mpjax._engine.planning.sight import Sight
@@ -115,7 +115,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "term of a total",
     {"mul"},
-    lambda s: all(s.are_float16) and s.result in s.around.totaled,
+    lambda s: all(s.are_float16) and s.result in s.around.readers.totaled,
     Rule.FULL,
     "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
   ),
@@ -123,7 +123,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "sum of products",
     {"mul"},
     lambda s: (
-      not s.place.has_cotangents and all(map(is_narrow, s.forms)) and s.result in s.around.summed
+      not s.place.has_cotangents
+      and all(map(is_narrow, s.forms))
+      and s.result in s.around.readers.summed
     ),
     Rule.FULL,
     "an inner product written out: a covariance is a small difference of such sums",
@@ -145,7 +147,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "matmul with another format",
     {Rule.LOWER},
-    sight.has_foreign_float,
+    matmul_sight.has_foreign_float,
     Rule.TRACED,
     "float64, complex and 8-bit operands are their author's",
   ),
@@ -160,7 +162,8 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "numbers that the format does not hold",
     {Rule.LOWER},
     lambda s: (
-      any(s.around.is_lacked_by(s.compute, atom) for atom in s.eqn.invars) or sight.leaves_range(s)
+      any(s.around.is_lacked_by(s.compute, atom) for atom in s.eqn.invars)
+      or matmul_sight.leaves_range(s)
     ),
     Rule.FULL,
     "a matrix of 100000s, or of squares, would be one of infinities in float16, and one of 1e-9s "
@@ -169,21 +172,21 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "inner product",
     MATMULS,
-    lambda s: matmuls.is_inner(s.eqn) or sight.is_of_quadratic_form(s),
+    lambda s: matmuls.is_inner(s.eqn) or matmul_sight.is_of_quadratic_form(s),
     Rule.FULL,
     "a sum of products, as (x * y).sum() is: 257 is 256 in bfloat16, 1e-4 squared 0 in float16",
   ),
   Sharpening(
     "weighted sum",
     MATMULS,
-    sight.is_weighted_sum,
+    matmul_sight.is_weighted_sum,
     Rule.MULTIPLY,
     "terms times numbers of which some cancel: an error estimate, an expectation",
   ),
   Sharpening(
     "stencil",
     MATMULS,
-    lambda s: s.name == "conv_general_dilated" and sight.has_constant_weights(s),
+    lambda s: s.name == "conv_general_dilated" and matmul_sight.has_constant_weights(s),
     Rule.FULL,
     "differences of neighbors are small beside these",
   ),
@@ -197,7 +200,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "quantized layer",
     MATMULS,
-    lambda s: s.result in s.around.made.whole and sight.is_quantized_layer(s),
+    lambda s: s.result in s.around.made.whole and matmul_sight.is_quantized_layer(s),
     Rule.WIDE,
     "16 bits hold the grid of 8 that its weights are rounded to, and the sums are float32",
   ),
@@ -225,21 +228,21 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "fixed transform",
     MATMULS,
-    sight.is_fixed_transform,
+    matmul_sight.is_fixed_transform,
     Rule.FULL,
     "it interpolates or differentiates data, as what is no matmul would: labels survive",
   ),
   Sharpening(
     "centering",
     MATMULS,
-    sight.is_centering,
+    matmul_sight.is_centering,
     Rule.FULL,
     "what is left of values less their mean is small beside them",
   ),
   Sharpening(
     "phase",
     MATMULS,
-    sight.is_phase,
+    matmul_sight.is_phase,
     Rule.FULL,
     "only what is left of it modulo a period counts: of 100 that is 6",
   ),
@@ -282,7 +285,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "iteration",
     MATMULS,
-    lambda s: sight.is_of_float32(s) and recurring.iterates(s),
+    lambda s: matmul_sight.is_of_float32(s) and recurring.iterates(s),
     Rule.FULL,
     "a float32 matrix times a vector, again and again: to cast it costs as much as to multiply it",
   ),
@@ -305,7 +308,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     MOMENT,
     MATMULS,
-    lambda s: s.result in s.around.moments.values and (PARAM in s.forms or sight.is_of_data(s)),
+    lambda s: (
+      s.result in s.around.moments.values and (PARAM in s.forms or matmul_sight.is_of_data(s))
+    ),
     Rule.FULL,
     "a small difference of this and of what is added to it: what rounds in either is large beside",
   ),
@@ -320,9 +325,9 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "amplified",
     MATMULS,
     lambda s: (
-      (sight.is_amplified(s) and sight.is_of_data(s))
-      or sight.is_amplified_later(s)
-      or sight.reads_solution(s)
+      (matmul_sight.is_amplified(s) and matmul_sight.is_of_data(s))
+      or matmul_sight.is_amplified_later(s)
+      or matmul_sight.reads_solution(s)
     ),
     Rule.FULL,
     "a linear system multiplies what rounds by its condition",
@@ -330,7 +335,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "amplified, of narrow values",
     MATMULS,
-    sight.is_amplified,
+    matmul_sight.is_amplified,
     Rule.EXACT,
     "they round no more, but what comes back from a linear system is multiplied by its condition",
   ),
@@ -344,21 +349,21 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "integers",
     MATMULS,
-    sight.has_integer,
+    matmul_sight.has_integer,
     Rule.WIDE,
     "the scale of integers stands behind the matmul: its sums are beyond what 16 bits tell apart",
   ),
   Sharpening(
     "few sums of data",
     MATMULS,
-    lambda s: sight.is_head(s) and sight.weighs_data(s),
+    lambda s: matmul_sight.is_head(s) and matmul_sight.weighs_data(s),
     Rule.FULL,
     "what is made of data may be in their unit, and compared with them: 1001 is 1000 in bfloat16",
   ),
   Sharpening(
     "few outputs",
     MATMULS,
-    sight.is_head,
+    matmul_sight.is_head,
     Rule.WIDE,
     "what a model predicts is read in its own unit: 1001 is 1000 in bfloat16",
   ),

@@ -108,8 +108,8 @@ class Interpreter:
     known = {v: around.get(Key(v)) for v in self._read_by_rules if v in around}
 
     def now(constant: Any) -> Any:
-      value = known.get(versions.variable(constant))
-      return constant if value is None else to_dtype(value, constant.dtype)
+      variable = versions.variable(constant)
+      return to_dtype(known[variable], constant.dtype) if variable in known else constant
 
     def run(plan: Plan, operands: Sequence[jax.Array]) -> list[jax.Array]:
       return self.run(plan, operands, [*map(now, versions.constants(plan.jaxpr))])

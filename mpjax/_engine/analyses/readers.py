@@ -1,0 +1,143 @@
+"""What all that reads a value does with it, found backwards in one jaxpr.
+
+`lookahead` follows a value to where one of its ways ends, in bodies and outside. Here the question
+is what is made of it by everything that reads it, or next; most jaxprs are never asked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+from mpjax._core.primitives import ADDS, JITTED, MATMULS, SCALES, UNCHANGED, Trait, having
+from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.frames import Frame
+from mpjax._engine.analyses.lookahead import LOGARITHMS, MOVES
+from mpjax._engine.analyses.origins import handed_on
+from mpjax._engine.program import jaxprs, matmuls
+from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
+from mpjax._engine.program.jaxprs import variables_of
+from mpjax._engine.program.versions import JaxprEqn, Var
+
+
+class Readers:
+  """What reads the values of one jaxpr.
+
+  Args:
+    frame: The jaxpr.
+    contents: Tells what functions do that are called.
+    is_layer: Whether a matmul has weights.
+  """
+
+  def __init__(
+    self, frame: Frame, contents: Contents, is_layer: Callable[[JaxprEqn], bool]
+  ) -> None:
+    self._frame, self._inner = frame, frame.inner
+    self._contents, self._is_layer = contents, is_layer
+
+  @functools.cached_property
+  def totaled(self) -> Collection[Var]:
+    """The variables of which a sum, a root or a logarithm is taken.
+
+    Moved, with another sign, as a multiple, or with something added to it: ``(a * b).sum()``,
+    ``sqrt(a * a + b * b + 1e-6)``.
+    """
+    found = set[Var]()
+    for eqn in reversed(self._inner.eqns):
+      name = eqn.primitive.name
+      if name in _TOTALS or (name in _STAYS_A_TERM and not found.isdisjoint(eqn.outvars)):
+        found |= variables_of(eqn.invars)
+      elif name in SCALES and not found.isdisjoint(eqn.outvars):
+        factors = variables_of(eqn.invars)
+        found |= factors if len(factors) < len(eqn.invars) else set()  # by a number
+    return found
+
+  @functools.cached_property
+  def summed(self) -> Collection[Var]:
+    """The variables of which sums are taken and nothing else, moved before, or as a multiple."""
+    found, read = set[Var](), variables_of(self._inner.outvars)
+    for eqn in reversed(self._inner.eqns):
+      name, variables = eqn.primitive.name, variables_of(eqn.invars)
+      is_multiple = name in SCALES and len(variables) < len(eqn.invars)
+      leads_on = name in _STAYS_ALONE or is_multiple
+      if name == "reduce_sum" or (leads_on and not found.isdisjoint(eqn.outvars)):
+        found |= variables
+      else:
+        read |= variables
+    return found - read
+
+  @functools.cached_property
+  def subtracted(self) -> Collection[Var]:
+    """The variables that are subtracted or divided by, or are exponents, or multiples of which are.
+
+    As the largest of some scores is subtracted from these. What a jaxpr returns may be so outside.
+    """
+    return self._read_by(_TAKES_AWAY, variables_of(self._inner.outvars))
+
+  @functools.cached_property
+  def scores(self) -> Collection[Var]:
+    """The variables that are exponents or put in order, or multiples of which are."""
+    return self._read_by(_ORDERS, set())
+
+  def _read_by(self, names: frozenset[str], found: set[Var]) -> set[Var]:
+    """What some primitives read last, and some variables; moved, chosen, added, scaled before."""
+    for eqn in reversed(self._inner.eqns):
+      name, bodies = eqn.primitive.name, bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
+      leads_on = (name in _LEADS_ON or bodies) and not found.isdisjoint(eqn.outvars)
+      if leads_on or any(self._contents.any_of(names, body.jaxpr) for body in bodies):
+        found |= variables_of(eqn.invars)
+      elif name in names:
+        found |= variables_of(eqn.invars[-1:])
+    return found
+
+  @functools.cached_property
+  def multiplied(self) -> Collection[Var]:
+    """What nothing but matmuls read."""
+    return self._read_only_by(lambda matmul: True)
+
+  @functools.cached_property
+  def weighted(self) -> Collection[Var]:
+    """What nothing but layers read."""
+    return self._read_only_by(self._is_layer)
+
+  def _read_only_by(self, is_one: Callable[[JaxprEqn], bool]) -> Collection[Var]:
+    """What nothing but some of the matmuls read, multiplied or chosen among before."""
+    others, made = variables_of(self._inner.outvars), set[Var]()
+    for eqn in reversed(self._inner.eqns):
+      name = eqn.primitive.name
+      leads_on = name in _STAYS_WEIGHTED or (
+        name in JITTED and self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= _STAYS_WEIGHTED
+      )
+      is_end = name in MATMULS and is_one(eqn)
+      if not is_end and not (leads_on and others.isdisjoint(eqn.outvars)):
+        others |= variables_of(eqn.invars)
+      made |= {*eqn.outvars}
+    return frozenset(made - others)
+
+  @functools.cached_property
+  def quadratic(self) -> Collection[Any]:
+    """The matmuls that an inner product multiplies by what they multiply."""
+    found, of = set[Any](), jaxprs.sources(self._inner, MOVES)
+    for eqn in filter(matmuls.is_inner, self._inner.eqns):
+      for product, vector in (eqn.invars, eqn.invars[::-1]):
+        made = self._frame.maker(product)
+        while made is not None and (before := handed_on(made)):
+          made = self._frame.maker(before[0])
+        if made is not None and made.primitive.name == "dot_general":
+          found |= {*made.outvars} if of(vector) in map(of, made.invars) else set()
+    return frozenset(found)
+
+
+_TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
+_ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
+_LEADS_ON = (
+  having(Trait.KEEPS_NUMBERS)
+  | {"max", "min", "reduce_max", "reduce_min", "scatter-max", "scatter-min"}
+  | SCALES
+  | ADDS
+)
+_STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
+_STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
+_TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
+_STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

@@ -47,7 +47,7 @@ def rounding_early(plan: Plan) -> Plan:
       moves.append(n)
   steps, changed = list(plan.steps), False
   for n in reversed(moves):
-    readers = [plan.readers.get(var, []) for var in steps[n].eqn.outvars]
+    readers = [plan.readers[var] for var in steps[n].eqn.outvars]
     found = sorted({reader for reads in readers for reader, _ in reads})
     if max(map(len, readers), default=0) == 1 and found[0] >= 0:  # no result of the plan
       changed |= _round(steps, n, found)

@@ -156,7 +156,7 @@ def _late(
   for n, step in reversed(likely):
     leads_on = _leads_on(step)
     (result,) = step.eqn.outvars
-    reads = plan.readers.get(result, []) if leads_on else []
+    reads = plan.readers[result] if leads_on else []
     ends = _ADDS_UP if result in multiplied else _ENDS
     is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):

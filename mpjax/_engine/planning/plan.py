@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -192,15 +192,21 @@ class Plan:
 
   @cached_property
   def readers(self) -> Readers:
-    """Which steps read each variable, by index, and how; its results are read by step -1."""
-    readers: Readers = defaultdict(list)
-    entries = [(n, step.eqn.invars, step.reads) for n, step in enumerate(self.steps)]
-    entries.append((-1, versions.open_jaxpr(self.jaxpr).outvars, self.out_reads))
-    for index, atoms, reads in entries:
-      for atom, read in zip(atoms, reads, strict=True):
+    """Which steps read each variable, by index, and how; its results are read by step -1.
+
+    Nothing reads some variables, as tracing keeps what is computed for nobody.
+    """
+    inner = versions.open_jaxpr(self.jaxpr)
+    readers: Readers = {var: [] for var in (*inner.constvars, *inner.invars)}
+    for index, step in enumerate(self.steps):
+      for atom, read in zip(step.eqn.invars, step.reads, strict=True):
         if not isinstance(atom, Literal):
           readers[atom].append((index, read))
-    return dict(readers)
+      readers |= {var: [] for var in step.eqn.outvars}
+    for atom, read in zip(inner.outvars, self.out_reads, strict=True):
+      if not isinstance(atom, Literal):
+        readers[atom].append((-1, read))
+    return readers
 
   @cached_property
   def read_often(self) -> dict[Often, np.dtype]:
@@ -266,7 +272,7 @@ def narrowed(body: Plan, operands: range) -> Forms:
   """
   forms = list(body.in_forms[operands.start : operands.stop])
   for n, var in enumerate(versions.open_jaxpr(body.jaxpr).invars[operands.start : operands.stop]):
-    reads = body.readers.get(var, [])
+    reads = body.readers[var]
     wanted = reads[0][1].to if len(reads) == 1 else None
     if forms[n] == DATA and wanted is not None and wanted != FLOAT32:
       forms[n] = narrow(wanted)
@@ -288,7 +294,7 @@ def shared_by_turns(eqn: JaxprEqn, plan: Plan) -> tuple[int, ...]:
   return tuple(
     n
     for n, form in enumerate(plan.in_forms[: body.carry.start])
-    if is_narrow(form) and turns * len(plan.readers.get(variables[n], ())) > FEW
+    if is_narrow(form) and turns * len(plan.readers[variables[n]]) > FEW
   )
 
 

@@ -163,7 +163,7 @@ def _keeps_size(step: Step) -> bool:
 
 def _is_read_narrow(readers: Readers, step: Step) -> bool:
   """Whether everything that reads a value first casts it to 16 bits."""
-  formats = {read.via or read.to or FLOAT32 for _, read in readers.get(step.eqn.outvars[0], ())}
+  formats = {read.via or read.to or FLOAT32 for _, read in readers[step.eqn.outvars[0]]}
   return bool(formats) and FLOAT32 not in formats
 
 
@@ -182,7 +182,7 @@ def _reach_back(
   while queue and len(members) < most:
     index = -heapq.heappop(queue)
     step = steps[index]
-    users = readers.get(step.eqn.outvars[0], ())
+    users = readers[step.eqn.outvars[0]]
     others = [n for n, read in users if n not in members or read.via is not None]
     if index != last and (others or not wide[index]):
       continue

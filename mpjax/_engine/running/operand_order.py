@@ -33,7 +33,7 @@ def turned(plan: Plan) -> dict[int, Order]:
     matmul = step.rule is Rule.LOWER and step.eqn.primitive.name == "dot_general"
     if not matmul or step.parameter is not None or _is_particular(step):
       continue
-    reads = readers.get(step.eqn.outvars[0], [])
+    reads = readers[step.eqn.outvars[0]]
     (reader, _), *others = reads or [(-1, None)]
     if others or reader < 0 or not _is_transpose(plan.steps[reader]):
       continue

@@ -135,7 +135,7 @@ def _repeat(plan: Plan, units: Mapping[int, Unit], kept: Collection[Var]) -> Rep
     )
     for i, step in steps.items()
   ]
-  read = [(shared(var, r), n in steps) for var in made for n, r in plan.readers.get(var, ())]
+  read = [(shared(var, r), n in steps) for var in made for n, r in plan.readers[var]]
   inside = {key for key, is_inside in read if is_inside}
   outside = [key for key, is_inside in read if not is_inside]
   handed = [near for key in outside for near in (Key(key.var), nearest(key, inside))]

@@ -117,7 +117,7 @@ def _formats(steps: Sequence[Step], readers: Readers, var: Var) -> tuple[list[np
   """
   formats, multiples, waiting = set[np.dtype](), list[int](), [var]
   while waiting:
-    for n, read in readers.get(waiting.pop(), ()):
+    for n, read in readers[waiting.pop()]:
       if n >= 0 and _is_multiple(steps[n]) and read.to in (None, FLOAT32) and read.via is None:
         multiples.append(n)
         waiting += steps[n].eqn.outvars
@@ -231,7 +231,7 @@ def _is_one_number(
 
 def _is_inside(steps: Sequence[Step], readers: Readers, index: int, members: list[int]) -> bool:
   """Whether only members read what a step makes, in float32."""
-  reads = readers.get(steps[index].eqn.outvars[0], ())
+  reads = readers[steps[index].eqn.outvars[0]]
   return all(n in members and read.via is None and read.to in (None, FLOAT32) for n, read in reads)
 
 

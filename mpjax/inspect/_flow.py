@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32, describe
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import Rule, Trait, having
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import versions
@@ -306,7 +306,10 @@ class _Walker:
       _count_matmul(self.flow.wide, key, step, spot)
 
   def count_traced(self, step: Step, rule: str, spot: Spot) -> None:
-    """Count what runs as traced in a 16-bit scope, and the matmuls that it holds."""
+    """Count what runs as traced in a 16-bit scope, and the matmuls that it holds.
+
+    Those of a linear system are float32 for what they compute.
+    """
     path, backward, *_ = step.place
     name, line = step.eqn.primitive.name, line_of(step.eqn, spot.line)
     wide = OpCount()
@@ -320,7 +323,10 @@ class _Walker:
       wide.count or (rule == "unknown" and any(step.operands))
     ):
       return
-    entry = self.flow.traced.setdefault((name, line, path), OpCount())
+    if name in _FACTORS:
+      entry = self.flow.wide.setdefault(WideKey(path, backward, line, _SYSTEM), OpCount())
+    else:
+      entry = self.flow.traced.setdefault((name, line, path), OpCount())
     entry.count += wide.count
     entry.flops += wide.flops
 
@@ -341,6 +347,10 @@ class _Walker:
           continue
         widened.add((atom, dtype))
         self.flow.casts[(step.place.path, _other(dtype, form), dtype.name)] += 1
+
+
+_FACTORS = having(Trait.FACTORS)
+_SYSTEM = "linear system: it multiplies what rounds by its condition"
 
 
 def _count_matmul(entries: dict[Any, OpCount], key: Any, step: Step, spot: Spot) -> None:

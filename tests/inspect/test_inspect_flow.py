@@ -348,17 +348,29 @@ def with_a_solve(w, x):
   return lax.custom_linear_solve(lambda v: w @ v, b, solve, symmetric=True)
 
 
-@pytest.mark.parametrize(("fn", "op"), [(with_a_kernel, "pallas_call"), (with_a_solve, "linear")])
-def test_matmuls_inside_of_what_runs_as_traced_count_as_float32(fn, op):
-  report = explain(fn, "mixed_bfloat16", SQUARE, X)
+def test_matmuls_inside_of_what_runs_as_traced_count_as_float32():
+  report = explain(with_a_kernel, "mixed_bfloat16", SQUARE, X)
   (traced,) = report.unknown
-  assert op in traced.op and traced.matmuls >= 1 and traced.line.function.startswith("with_a")
+  assert traced.op == "pallas_call" and traced.line.function == "with_a_kernel"
+  assert traced.matmuls == float32_matmuls(report) >= 1
   assert 0 < report.narrow_share < 1 and not report.keeps_promise
   assert "100%" not in report.summary and "does what it promises" not in report.summary
-  assert op in report.summary and "mpjax.cast_inputs" in report.summary
-  assert sum(o.count for o in report.ops if o.op == "dot_general" and o.dtype == "float32") == (
-    traced.matmuls
-  )
+  assert "pallas_call" in report.summary and "mpjax.cast_inputs" in report.summary
+
+
+def test_those_of_a_linear_system_are_float32_for_what_they_compute():
+  report = explain(with_a_solve, "mixed_bfloat16", SQUARE, X)
+  (row,) = report.wide
+  assert row.reason.startswith("linear system: ") and row.line.function == "with_a_solve"
+  assert row.count == float32_matmuls(report) >= 1
+  assert 0 < report.narrow_share < 1 and report.keeps_promise and not report.unknown
+  assert "100%" not in report.summary and "in float32 for what they compute" in report.summary
+  assert "cast_inputs" not in str(report)
+
+
+def float32_matmuls(report):
+  found = [op for op in report.ops if op.op == "dot_general" and op.dtype == "float32"]
+  return sum(op.count for op in found)
 
 
 def moved_by_a_camera(p, points):

@@ -230,6 +230,10 @@ MASK = {
   "where_both": Op(("F", "B=", "F="), lambda knob, a, m, b: jnp.where(m, a, b)),
   "additive_mask": Op(("F", "B="), lambda knob, a, m: a + (1 - m.astype(a.dtype)) * -1e9),
   "times_mask": Op(("F", "B="), lambda knob, a, m: a * m),
+  "chosen": unary(lambda a: a + 0.01 * jnp.where(a > 0, a > 1, False)),
+  "forced": Op(("F", "B="), lambda knob, a, m: a + 0.1 * jnp.where(m, False, bool(knob % 2))),
+  "causal": Op(("M",), lambda knob, a: a + (1.0 - jnp.tril(jnp.ones(a.shape, bool))) * -1e4),
+  "doubled": Op(("F", "B="), lambda knob, a, m: a * jnp.where(m, 2, 1)),
 }  # fmt: skip
 CAST = {
   "to_float32": unary(lambda a: a.astype(jnp.float32)),

@@ -322,3 +322,26 @@ def test_a_masked_logit_of_16_bits_is_finite(policy):
   whole = mpjax.Policy.parse(policy.removeprefix("mixed_"))
   got = mpjax.autocast(fn, whole)(jnp.eye(8), jnp.ones((2, 8)))
   assert np.all(np.isfinite(got)) or policy == "mixed_float16"  # which has no such number
+
+
+OF_BOOLEANS = {
+  "causal": lambda h: (1.0 - jnp.tril(jnp.ones(h.shape, bool))) * -1e9,
+  "causal_by_number": lambda h: -1e4 * ~jnp.tril(jnp.ones(h.shape, bool), 1),
+  "chosen": lambda h: 0.01 * jnp.where(h > 0, h > 1, False),
+  "forced": lambda h: 0.1 * jnp.where(h > 0, False, True),
+  "integers": lambda h: 0.1 * jnp.where(h > 0, 1, 0),
+  "placed": lambda h: -1e4 * jnp.zeros(h.shape[-1], bool).at[0].set(True),
+  "in_a_jit": jax.jit(lambda h: 0.1 * jnp.where(h > 0, h > 1, False)),
+}
+
+
+@in_turns(("mask", "policy"), OF_BOOLEANS, [*UNIT])
+def test_a_mask_of_boolean_literals_is_added_as_in_float32(mask, policy):
+  w, x = 0.3 * jax.random.normal(jax.random.key(0), (2, 8, 8))
+
+  def attend(w, x):
+    h = x @ w
+    return nn.softmax(h @ h.T + mask(h)) @ h
+
+  got, want = mpjax.autocast(attend, policy)(w, x), attend(w, x)
+  assert jnp.max(jnp.abs(got - want)) <= 8 * UNIT[policy] * jnp.max(jnp.abs(want))

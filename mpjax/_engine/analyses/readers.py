@@ -116,6 +116,22 @@ class Readers:
     return frozenset(made - others)
 
   @functools.cached_property
+  def taken_back(self) -> Collection[Var]:
+    """Sums and differences with a value that the next one takes away again: ``z + (q - z)``."""
+    found = set[Var]()
+    if not any(eqn.primitive.name == "sub" for eqn in self._inner.eqns):
+      return found
+    source = jaxprs.sources(self._inner, _HANDED_ON)
+    for eqn in filter(_is_sum, self._inner.eqns):
+      for place, atom in enumerate(eqn.invars):
+        made = self._frame.maker(source(atom))
+        if made is not None and _is_sum(made):
+          other, sign = source(eqn.invars[1 - place]), _sign(eqn, place)
+          inside = sum(_sign(made, n) for n, x in enumerate(made.invars) if source(x) is other)
+          found |= {*made.outvars} if _sign(eqn, 1 - place) + sign * inside == 0 else set()
+    return found
+
+  @functools.cached_property
   def quadratic(self) -> Collection[Any]:
     """The matmuls that an inner product multiplies by what they multiply."""
     found, of = set[Any](), jaxprs.sources(self._inner, MOVES)
@@ -129,6 +145,16 @@ class Readers:
     return frozenset(found)
 
 
+def _is_sum(eqn: JaxprEqn) -> bool:
+  return eqn.primitive.name in ADDS
+
+
+def _sign(eqn: JaxprEqn, place: int) -> int:
+  """With which sign a sum or difference takes an operand."""
+  return -1 if place == 1 and eqn.primitive.name == "sub" else 1
+
+
+_HANDED_ON = MOVES | {"stop_gradient"}
 _TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
 _ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
 _LEADS_ON = (

@@ -152,8 +152,8 @@ class _Sizes:
       eqn = frame.maker(atom)
       if eqn is None:
         if isinstance(atom, Literal) or atom not in frame.outside:
-          number = frame.known(atom)
-          if number is None and atom in frame.steady:  # a learned step counts as small
+          number, is_variable = frame.known(atom), not isinstance(atom, Literal)
+          if number is None and is_variable and atom in frame.steady:  # learned: counts as small
             number = SMALL / 2
           return factor if number is None else factor * abs(number)
         atom, frame = frame.outside[atom]

@@ -322,6 +322,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "they round no more, but what comes back to them is a small difference, too",
   ),
   Sharpening(
+    "difference that is taken back",
+    ADDS,
+    lambda s: s.is_narrow and s.result in s.around.readers.taken_back,
+    Rule.FULL,
+    "what is left, as the code of a straight-through estimator, may be small beside both",
+  ),
+  Sharpening(
     "amplified",
     MATMULS,
     lambda s: (

@@ -1,0 +1,81 @@
+"""What is subtracted and added again leaves what it is beside, however small: straight-through."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import mpjax
+from _turns import in_turns
+
+CODES, WIDTH = 64, 8
+COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+held = lax.stop_gradient
+
+ESTIMATORS = {
+  "added": lambda z, q: z + held(q - z),
+  "first": lambda z, q: held(q - z) + z,
+  "subtracted": lambda z, q: z - held(z - q),
+  "sum_less": lambda z, q: (z + held(q)) - held(z),
+  "less_sum": lambda z, q: held(z + q) - z,
+  "moved": lambda z, q: (z.T + held(q - z).T).T,
+  "jitted": jax.jit(lambda z, q: z + held(q - z)),
+  "in_a_loop": lambda z, q: lax.map(lambda rows: rows[0] + held(rows[1] - rows[0]), (z, q)),
+  "checkpoint": jax.checkpoint(lambda z, q: z + held(q - z)),
+  "sign": lambda z, q: z + held(0.01 * jnp.sign(z) - z),
+  "hard_softmax": lambda z, q: 1e-3 * nn.one_hot(jnp.argmax(z, -1), WIDTH) - held(z) + z,
+}
+
+
+def through_codes(estimator, multiply, p, x, ids):
+  z = multiply(x, p["encoder"])
+  return multiply(estimator(z, p["codes"][ids]), p["decoder"])
+
+
+@in_turns(("estimator", "policy"), ESTIMATORS, [*COMPUTE])
+def test_codes_reach_the_decoder_as_by_hand(estimator, policy):
+  """Codes are small beside what they stand for, as they are at the start of a training."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  p = {
+    "encoder": 0.35 * jax.random.normal(keys[0], (WIDTH, WIDTH)),
+    "codes": jax.random.uniform(keys[1], (CODES, WIDTH), minval=-1 / CODES, maxval=1 / CODES),
+    "decoder": 0.35 * jax.random.normal(keys[2], (WIDTH, WIDTH)),
+  }
+  x, ids = jax.random.normal(keys[3], (32, WIDTH)), jnp.arange(32) * 2
+
+  def by_hand(a, b):
+    narrow = COMPUTE[policy]
+    return (a.astype(narrow) @ b.astype(narrow)).astype(jnp.float32)
+
+  def run(multiply):
+    return lambda p, x: through_codes(estimator, multiply, p, x, ids)
+
+  def error(fn):
+    decoded = jax.jit(jax.grad(lambda p, x: jnp.mean((fn(p, x) - x) ** 2)))
+    pairs = [(fn(p, x), want(p, x)), (decoded(p, x)["decoder"], decoded_wanted)]
+    return [jnp.linalg.norm(got - wanted) / jnp.linalg.norm(wanted) for got, wanted in pairs]
+
+  want = run(jnp.matmul)
+  decoded_wanted = jax.grad(lambda p, x: jnp.mean((want(p, x) - x) ** 2))(p, x)["decoder"]
+  for own, hand in zip(error(mpjax.autocast(want, policy)), error(run(by_hand)), strict=True):
+    assert own <= 2 * hand
+
+
+@pytest.mark.parametrize("policy", COMPUTE)
+def test_nothing_of_it_is_stored_in_float32(policy):
+  w, x = jax.random.normal(jax.random.key(0), (2, 64, 64))
+
+  def loss(w, x):
+    z = nn.relu(x @ w)
+    return jnp.mean((ESTIMATORS["added"](z, jnp.round(z)) @ w) ** 2)
+
+  def stored(fn):
+    found = jax.eval_shape(lambda w: jax.vjp(fn, w, x)[1], w)
+    wide = [leaf for leaf in jax.tree.leaves(found) if leaf.dtype == np.float32]
+    return sum(leaf.size for leaf in wide)
+
+  cast = mpjax.autocast(loss, policy)
+  without = mpjax.autocast(lambda w, x: jnp.mean((nn.relu(x @ w) @ w) ** 2), policy)
+  assert stored(cast) <= stored(without)

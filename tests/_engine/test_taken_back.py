@@ -21,6 +21,14 @@ ESTIMATORS = {
   "sum_less": lambda z, q: (z + held(q)) - held(z),
   "less_sum": lambda z, q: held(z + q) - z,
   "moved": lambda z, q: (z.T + held(q - z).T).T,
+  "moved_twice": lambda z, q: (z.T + held(q.T - z.T)).T,
+  "reshaped_twice": lambda z, q: (z.reshape(-1) + held(q.reshape(-1) - z.reshape(-1))).reshape(
+    z.shape
+  ),
+  "cut_twice": lambda z, q: jnp.concatenate(
+    [z[:, a:b] + held(q[:, a:b] - z[:, a:b]) for a, b in ((0, 4), (4, 8))], 1
+  ),
+  "times_one": lambda z, q: z + 1.0 * held(q - z),
   "jitted": jax.jit(lambda z, q: z + held(q - z)),
   "in_a_loop": lambda z, q: lax.map(lambda rows: rows[0] + held(rows[1] - rows[0]), (z, q)),
   "checkpoint": jax.checkpoint(lambda z, q: z + held(q - z)),

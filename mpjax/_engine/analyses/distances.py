@@ -21,6 +21,7 @@ from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
 _PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
+_SQUARES = frozenset({"mul", "square", "integer_pow"})
 _LEADS_ON = ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
 
 _LOOKS = 32
@@ -50,6 +51,8 @@ def beside_their_squares(inner: Jaxpr, origins: Origins, weights: Collection[Var
       seen.product(eqn)
     elif name in ADDS and seen.products:
       seen.sum(eqn)
+    elif name in _SQUARES and seen.products:
+      seen.square(eqn)
   return seen.found
 
 
@@ -159,6 +162,12 @@ class _Seen:
     }
     if 0 < len(own) <= _PRODUCTS_OF_A_SUM:
       self.products[eqn.outvars[0]] = own
+
+  def square(self, eqn: JaxprEqn) -> None:
+    """Notes the square of a matmul: less products of squares it is that of an area, or a sine."""
+    first, last = (self._origins.of(eqn.invars[n]) for n in (0, -1))
+    if first is last and first in self.products:
+      self.products[eqn.outvars[0]] = self.products[first]
 
   def _add(self, product: _Product, squared: set[Var]) -> None:
     """Adds what a term sums up squares of to what others did; a layer needs those of both."""

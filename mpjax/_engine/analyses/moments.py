@@ -70,6 +70,10 @@ def moments(
   return Moments(values, search.derivatives(values))
 
 
+_AXES = 4
+"""Along how many axes one after the other sums may be taken."""
+
+
 class _Search:
   """Looks for moments in a jaxpr; its arguments are those of `moments`.
 
@@ -110,7 +114,10 @@ class _Search:
       return set()
     if not is_number and len({*jaxprs.shape(constant)[-2:]}) != 1:  # no square matrix
       return set()
-    made = self.origins.maker(value)
+    factors = self.origins.of_all(_factors(self.origins.maker(value)))
+    if factors and factors[0] is factors[1]:  # of a cosine, for its sine
+      value = factors[0]
+    made = self._product_behind(value) if is_number else self.origins.maker(value)
     if made is not None and made.primitive.name in _PICKS:
       found = map(self.origins.maker, picked_from(self.origins.of(value), self.origins))
       made = next((eqn for eqn in found if eqn is not None), None)
@@ -137,14 +144,18 @@ class _Search:
 
   def of_unit_vectors(self, value: Atom) -> set[Var]:
     """A matmul that an angle is taken of, clipped or not: that is steep where vectors are near."""
-    for _ in range(_CLIPS):
-      made = self.origins.maker(value)
-      if made is None or made.primitive.name == "dot_general" or not _clips(made):
-        break
-      value = next((a for a in made.invars if jaxprs.shape(a)), value)
-    else:
-      return set()
+    made = self._product_behind(value)
     return self._unless_layer(made) if made and made.primitive.name == "dot_general" else set()
+
+  def _product_behind(self, value: Atom) -> JaxprEqn | None:
+    """What makes a value, before it was clipped and divided by what the lengths of vectors are."""
+    made = self.origins.maker(value)
+    for _ in range(_CLIPS):
+      if made is not None and made.primitive.name == "div":
+        made = self.origins.maker(made.invars[0])
+      elif made is not None and _clips(made):
+        made = self.origins.maker(next((a for a in made.invars if jaxprs.shape(a)), value))
+    return made
 
   def _unless_layer(self, made: JaxprEqn) -> set[Var]:
     """What a matmul makes that has no weights."""
@@ -158,21 +169,32 @@ class _Search:
     known = [eqn for eqn in made if eqn is not None and self._is_sum(eqn)]
     if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
       return set()
-    return variables_of(sums) if self._are_moments(*known) else set()
+    return self._of_sums(*known)
 
-  def _are_moments(self, second: JaxprEqn, *firsts: JaxprEqn) -> bool:
-    """Whether sums are one of products, ``a * b``, and the same of the factors, of a and of b.
+  def _of_sums(self, second: JaxprEqn, *firsts: JaxprEqn, most: int = _AXES) -> set[Var]:
+    """What sums make if they are one of products, ``a * b``, and the same of a and of b.
 
-    With the same weights beside them; or a matmul of a and b, and their sums.
+    With the same weights beside them; or a matmul of a and b, and their sums. Or sums of such sums,
+    as along one axis after the other.
     """
     read, *of_firsts = [self.origins.of_all(eqn.invars) for eqn in (second, *firsts)]
+    made = {var for eqn in (second, *firsts) for var in eqn.outvars}
     for n, atom in enumerate(read):
       factors = self.origins.of_all(_factors(self.origins.maker(atom)))
       weights = [other for m, other in enumerate(read) if m != n]
       if factors and self._match(factors, of_firsts, weights):
-        return True
+        return made
+      inner = [self.origins.maker(own[n]) for own in (read, *of_firsts) if n < len(own)]
+      known = [eqn for eqn in inner if eqn is not None and self._is_sum(eqn)]
+      is_nested = (
+        most > 1
+        and len(known) == 1 + len(firsts)
+        and all(self._is_same_in(weight, own) for weight in weights for own in of_firsts)
+      )
+      if is_nested and (found := self._of_sums(*known, most=most - 1)):
+        return made | found
     sums = all(len(own) == 1 for own in of_firsts)
-    return sums and len(read) == 2 and self._match(read, of_firsts, [])
+    return made if sums and len(read) == 2 and self._match(read, of_firsts, []) else set()
 
   def _match(
     self, factors: Sequence[Any], of_firsts: Sequence[Sequence[Any]], weights: Sequence[Any]
@@ -201,15 +223,19 @@ def _clips(made: JaxprEqn) -> bool:
   """Whether an equation keeps values within bounds, or calls what does nothing else."""
   if made.primitive.name in JITTED:
     inner = versions.open_jaxpr(bodies_of(made)[0].jaxpr)
-    return {eqn.primitive.name for eqn in inner.eqns} <= _BOUNDS | {"convert_element_type"}
+    return {eqn.primitive.name for eqn in inner.eqns} <= _BOUNDS | _CHOOSE
   return made.primitive.name in _BOUNDS
 
 
 _PICKS = JITTED | {"gather"}
 _BOUNDS = frozenset({"max", "min", "clamp"})
-_STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh"})
+_CHOOSE = frozenset(
+  {"gt", "eq", "lt", "select_n", "broadcast_in_dim", "convert_element_type", "div"}
+)
+"""What bounds and their derivatives are made of beside."""
+_STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh", "one_minus_square"})
 _CLIPS = 4
-"""How many bounds a value may have, one after the other."""
+"""How many bounds and divisors a value may have, one after the other."""
 _NEAR = 0.01
 """So near one, or two, a number is meant as it: ``1 + 1e-4 - a @ b.T``."""
 

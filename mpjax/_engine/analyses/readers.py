@@ -7,7 +7,7 @@ is what is made of it by everything that reads it, or next; most jaxprs are neve
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mpjax._core.primitives import ADDS, JITTED, MATMULS, SCALES, UNCHANGED, Trait, having
@@ -15,10 +15,11 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.lookahead import LOGARITHMS, MOVES
 from mpjax._engine.analyses.origins import handed_on
+from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.versions import JaxprEqn, Var
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
 class Readers:
@@ -118,18 +119,45 @@ class Readers:
   @functools.cached_property
   def taken_back(self) -> Collection[Var]:
     """Sums and differences with a value that the next one takes away again: ``z + (q - z)``."""
-    found = set[Var]()
-    if not any(eqn.primitive.name == "sub" for eqn in self._inner.eqns):
-      return found
-    source = jaxprs.sources(self._inner, _HANDED_ON)
-    for eqn in filter(_is_sum, self._inner.eqns):
-      for place, atom in enumerate(eqn.invars):
-        made = self._frame.maker(source(atom))
-        if made is not None and _is_sum(made):
-          other, sign = source(eqn.invars[1 - place]), _sign(eqn, place)
-          inside = sum(_sign(made, n) for n, x in enumerate(made.invars) if source(x) is other)
-          found |= {*made.outvars} if _sign(eqn, 1 - place) + sign * inside == 0 else set()
+    found, made = set[Var](), dict[Any, JaxprEqn]()  # the sums behind values
+    for eqn in self._inner.eqns:
+      name = eqn.primitive.name
+      if name not in _LEADS_TO_SUMS:  # most
+        continue
+      known = {n: made[a] for n, a in enumerate(eqn.invars) if type(a) is not Literal and a in made}
+      if name in ADDS:
+        for place, before in known.items():
+          is_pair = "sub" in (name, before.primitive.name)
+          if is_pair and self._cancels(eqn, place, before):
+            found |= {*before.outvars}
+        made[eqn.outvars[0]] = eqn
+      elif known:
+        for atom in _handed_on(eqn):
+          made |= dict.fromkeys(eqn.outvars, made[atom]) if atom in made else {}
     return found
+
+  def _cancels(self, eqn: JaxprEqn, place: int, made: JaxprEqn) -> bool:
+    """Whether nothing is left of a sum's other operand in it, since the one at a place has it."""
+    other = self._before(eqn.invars[1 - place])
+    inside = map(self._before, made.invars)
+    signs = (_sign(made, n) for n, atom in enumerate(inside) if self._is_same(atom, other))
+    return _sign(eqn, 1 - place) + _sign(eqn, place) * sum(signs) == 0
+
+  def _is_same(self, first: Any, second: Any) -> bool:
+    """Whether two operands are one value, or computed alike."""
+    if isinstance(first, Literal) or isinstance(second, Literal):
+      return False
+    return first is second or self._numbered[first] == self._numbered[second]
+
+  @functools.cached_property
+  def _numbered(self) -> Mapping[Var, int]:
+    return same_values(self._inner)
+
+  def _before(self, atom: Any) -> Any:
+    """What an operand was before it was moved, held from derivatives, or multiplied by one."""
+    while (made := self._frame.maker(atom)) and (before := _handed_on(made)):
+      (atom,) = before
+    return atom
 
   @functools.cached_property
   def quadratic(self) -> Collection[Any]:
@@ -145,8 +173,13 @@ class Readers:
     return frozenset(found)
 
 
-def _is_sum(eqn: JaxprEqn) -> bool:
-  return eqn.primitive.name in ADDS
+def _handed_on(eqn: JaxprEqn) -> list[Atom]:
+  """What an equation hands on as it is; none if it does something else."""
+  name = eqn.primitive.name
+  if name in _HANDED_ON:
+    return eqn.invars[:1]
+  ones = [isinstance(a, Literal) and not jaxprs.shape(a) and a.val == 1 for a in eqn.invars]
+  return [eqn.invars[1 - ones.index(True)]] if name == "mul" and True in ones else []
 
 
 def _sign(eqn: JaxprEqn, place: int) -> int:
@@ -155,6 +188,7 @@ def _sign(eqn: JaxprEqn, place: int) -> int:
 
 
 _HANDED_ON = MOVES | {"stop_gradient"}
+_LEADS_TO_SUMS = _HANDED_ON | ADDS | {"mul"}
 _TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
 _ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
 _LEADS_ON = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
-from mpjax._core.primitives import JITTED, MATMULS, SCALES
+from mpjax._core.primitives import JITTED, MATMULS, SCALES, Trait, having
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.lookahead import Needs
 from mpjax._engine.analyses.made_of import STAYS_SOLVED
@@ -79,17 +79,18 @@ def _holds(names: Collection[str], eqn: JaxprEqn, contents: Contents) -> bool:
 
 
 def _before(inner: Jaxpr, found: set[Var], needs: Needs) -> Collection[Var]:
-  """Some variables, and those that they are multiples or sums of."""
+  """Some variables, and those that they are multiples, sums or functions of, one by one."""
   for eqn in reversed(inner.eqns if found else []):
     if found.isdisjoint(eqn.outvars):
       continue
     if eqn.primitive.name in JITTED:
       places = needs.before(eqn, jaxprs.places_of(eqn.outvars, found))
       found |= variables_of(eqn.invars[n] for n in places)
-    elif eqn.primitive.name in STAYS_SOLVED:
+    elif eqn.primitive.name in _LEADS_ON:
       found |= variables_of(eqn.invars)
   return found
 
 
+_LEADS_ON = STAYS_SOLVED | having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
 _SOLVES = MATMULS | {"custom_linear_solve", "triangular_solve", "tridiagonal_solve"}
 """What gives more than vectors of length one: a function that multiplies what it solved, too."""

@@ -118,6 +118,8 @@ class Float8(NamedTuple):
 
 MOMENT = "distance or variance"
 """How the reasons begin of matmuls that are `moments`."""
+TAKEN_BACK = "sum that is taken back"
+"""How those begin of sums of which the next one takes a part away again."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -140,13 +142,13 @@ class Step:
   float8: Float8 | None = None
   """What its policy's wish for float8 came to; None if it has none, or this is no matmul."""
   because: str = ""
-  """Why its rule is not that of its primitive, if it is a matmul; or would not be, if the policy
-  map did not change it."""
+  """Why its rule is not that of its primitive, if it is told; or would not be, if the policy map
+  did not change it."""
 
   @property
-  def is_moment(self) -> bool:
-    """Whether it is a matmul of which little is left beside others of what it multiplies."""
-    return self.because.startswith(MOMENT)
+  def is_of_difference(self) -> bool:
+    """Whether little is left of it beside other terms, which read the same values."""
+    return self.because.startswith((MOMENT, TAKEN_BACK))
 
   @property
   def in_float8(self) -> bool:

@@ -31,6 +31,7 @@ from mpjax._engine.planning.plan import (
   ONE_FLOAT32,
   PLAIN,
   ROOT,
+  TAKEN_BACK,
   Float8,
   Place,
   Plan,
@@ -252,7 +253,8 @@ class _Walk:
 
   def because(self, eqn: JaxprEqn, rule: Rule, found: Sharpening | None, decision: Decision) -> str:
     """What of a step is to be told: see `Step.because`."""
-    if found is not None and (eqn.primitive.name in MATMULS or rule is Rule.NAMED):
+    is_told = eqn.primitive.name in MATMULS or rule is Rule.NAMED
+    if found is not None and (is_told or found.name == TAKEN_BACK):
       return found.because
     is_update = eqn.outvars and eqn.outvars[0] in self.around.sums.updates
     return _CHANGE if is_update and any(w and w.itemsize == 2 for w in decision.wanted) else ""

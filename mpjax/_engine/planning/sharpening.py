@@ -17,7 +17,7 @@ from mpjax._engine.analyses.running_sums import adds_neighbors
 from mpjax._engine.analyses.small_steps import is_small_step
 from mpjax._engine.planning import matmul_sight, recurring, sight
 from mpjax._engine.planning.own_unit import adds_much
-from mpjax._engine.planning.plan import MOMENT
+from mpjax._engine.planning.plan import MOMENT, TAKEN_BACK
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
@@ -261,6 +261,17 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "rounded in each turn, what a loop seeks of what layers gave never comes near enough",
   ),
   Sharpening(
+    "amplified",
+    MATMULS,
+    lambda s: (
+      (matmul_sight.is_amplified(s) and matmul_sight.is_of_data(s))
+      or matmul_sight.is_amplified_later(s)
+      or matmul_sight.reads_solution(s)
+    ),
+    Rule.FULL,
+    "a linear system multiplies what rounds by its condition",
+  ),
+  Sharpening(
     "what is added up",
     MATMULS,
     lambda s: s.around.sums.is_sum(s.eqn),
@@ -322,22 +333,11 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "they round no more, but what comes back to them is a small difference, too",
   ),
   Sharpening(
-    "difference that is taken back",
+    TAKEN_BACK,
     ADDS,
-    lambda s: s.is_narrow and s.result in s.around.readers.taken_back,
+    lambda s: s.has_narrow and s.result in s.around.readers.taken_back,
     Rule.FULL,
     "what is left, as the code of a straight-through estimator, may be small beside both",
-  ),
-  Sharpening(
-    "amplified",
-    MATMULS,
-    lambda s: (
-      (matmul_sight.is_amplified(s) and matmul_sight.is_of_data(s))
-      or matmul_sight.is_amplified_later(s)
-      or matmul_sight.reads_solution(s)
-    ),
-    Rule.FULL,
-    "a linear system multiplies what rounds by its condition",
   ),
   Sharpening(
     "amplified, of narrow values",

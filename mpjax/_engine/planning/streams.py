@@ -94,5 +94,6 @@ class Streams:
       for atom, form in pairs
       if form is not None
     ]
-    if own and max(own) is Kind.NARROW and is_elementwise(step):
+    is_exact = step.is_of_difference  # it is float32 for what is added to it
+    if own and max(own) is Kind.NARROW and is_elementwise(step) and not is_exact:
       self._of_narrow.update(step.eqn.outvars)

@@ -6,7 +6,8 @@ is as good as either, but in ``exp(x - f(x))``, as the derivative of a `logaddex
 is at least x: where x is 1000 the two x differ by up to 4, and instead of one it gives ``exp(4)``.
 Nor is it in a distance, ``|x|**2 - 2 * x @ y.T + |y|**2``, where the matmul gets x as it was
 rounded, the squares as it was before: of near points little but the difference of both is left.
-Nor behind a Gram matrix that is inverted, whose features come again in its derivative.
+Nor behind a Gram matrix that is inverted, whose features come again in its derivative; nor in
+``z + (q - z)``, of which z is taken away again.
 The rounding of such an x is kept: it is fused as other operations are, and stores nothing.
 """
 
@@ -29,7 +30,7 @@ from mpjax._engine.program.versions import Atom, JaxprEqn, Var, open_jaxpr
 _GROWS = frozenset({"exp", "exp2"})
 _MOVES = UNCHANGED | {"select_n"}
 _LEADS_ON = _MOVES | ADDS | SCALES | {"neg"}
-_HANDS_ON = _MOVES | SCALES | {"neg", "slice", "dynamic_slice", "concatenate"}
+_HANDS_ON = _MOVES | SCALES | {"neg", "slice", "dynamic_slice", "concatenate", "stop_gradient"}
 _PICKS = frozenset({"reduce_max", "reduce_min"})
 """One of the values themselves, as a softmax subtracts: all are off alike, and normalized."""
 
@@ -50,10 +51,10 @@ def kept_rounding(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var
 
 
 def _multiplied(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
-  """What matmuls multiply that are moments, or amplified, in the bodies of a plan too."""
+  """What is read by moments, by what is amplified or taken back, in the bodies of a plan too."""
   found: list[Atom] = []
   for step in plan.steps:
-    if step.rule is Rule.EXACT or step.is_moment:
+    if step.rule is Rule.EXACT or step.is_of_difference:
       found += step.eqn.invars
     for body, inner in zip(bodies_of(step.eqn) if step.bodies else (), step.bodies, strict=False):
       kept = kept_rounding(inner, known)

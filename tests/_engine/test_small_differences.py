@@ -1,0 +1,133 @@
+"""Functions of what a layer gave whose terms nearly cancel: as exact as with float32 by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.scipy.linalg import expm
+
+import mpjax
+from _turns import in_turns
+
+COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+KEYS = jax.random.split(jax.random.key(0), 5)
+X = jax.random.normal(KEYS[0], (12, 64))
+SIGNS = jax.random.normal(KEYS[1], (12, 12))
+TARGETS = jax.random.normal(KEYS[2], (12, 4))
+IMAGES = jax.random.uniform(KEYS[3], (12, 12, 12, 1))
+BLUR = np.exp(-0.5 * (np.arange(-3, 4) / 1.5) ** 2)
+BLUR = jnp.asarray(BLUR / BLUR.sum(), jnp.float32)
+
+
+def parts(h):
+  """Inner products of rows, and the products of their squared lengths."""
+  lengths = (h**2).sum(1)
+  return h @ h.T, lengths[:, None] * lengths[None]
+
+
+def cosines(h):
+  inner, lengths = parts(h)
+  return jnp.clip(inner / jnp.sqrt(lengths), -1 + 1e-6, 1 - 1e-6)
+
+
+def normalized(h):
+  units = h / jnp.linalg.norm(h, axis=1, keepdims=True)
+  return jnp.clip(units @ units.T, -1 + 1e-6, 1 - 1e-6)
+
+
+def area(h):
+  inner, lengths = parts(h)
+  return jnp.sqrt(jnp.maximum(lengths - inner * inner, 1e-12))
+
+
+def damped(kernel):
+  return kernel + 0.1 * jnp.eye(len(kernel))
+
+
+def solved_kernel(h):
+  inner, _ = parts(h / 4)
+  return TARGETS.T @ jnp.linalg.solve(damped(inner * (4 - area(h / 4))), TARGETS)
+
+
+def polynomial_kernel(h):
+  kernel = lambda a, b: (a @ b.T / 16 + 1) ** 3
+  weights = jnp.linalg.solve(damped(kernel(h[:8], h[:8])), TARGETS[:8])
+  return kernel(h[8:], h[:8]) @ weights
+
+
+def along_axes(x):
+  layout = ("NHWC", "HWIO", "NHWC")
+  for kernel in (BLUR.reshape(-1, 1, 1, 1), BLUR.reshape(1, -1, 1, 1)):
+    x = lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=layout)
+  return x
+
+
+def convolved(x):
+  blur = lambda row: jnp.convolve(row, BLUR, mode="valid")
+  return jax.vmap(lambda image: jax.vmap(blur, 1, 1)(jax.vmap(blur)(image)))(x[..., 0])
+
+
+def by_matrices(x):
+  bands = jnp.stack([jnp.roll(jnp.pad(BLUR, (0, 5)), n) for n in range(6)])
+  return jnp.einsum("ih,bhwc,jw->bijc", bands, x, bands)
+
+
+def local_variance(blur):
+  def of(h):
+    x = jax.nn.sigmoid(jnp.tile(h, (1, 9))).reshape(IMAGES.shape)
+    return blur(x**2) - blur(x) ** 2, blur(x * IMAGES) - blur(x) * blur(IMAGES)
+
+  return of
+
+
+PROGRAMS = {
+  "area": lambda h: SIGNS * area(h),
+  "angle": lambda h: SIGNS * jnp.arccos(cosines(h)),
+  "angle_of_units": lambda h: SIGNS * jnp.arccos(normalized(h)),
+  "sine": lambda h: SIGNS * jnp.sqrt(1 - normalized(h) ** 2),
+  "solved_kernel": solved_kernel,
+  "polynomial_kernel": polynomial_kernel,
+  "exponential_of_a_matrix": lambda h: jax.vmap(lambda a: expm(a.reshape(4, 4)))(h),
+  "variance_along_axes": local_variance(along_axes),
+  "variance_by_convolve": local_variance(convolved),
+  "variance_by_matrices": local_variance(by_matrices),
+}
+ROUNDED_BEFORE = {name for name in PROGRAMS if name.startswith("variance")}
+"""Of a sigmoid of what a layer gave, which is float32 by hand."""
+
+
+def distance(found, want):
+  pairs = [*zip(*map(jax.tree.leaves, (found, want)), strict=True)]
+  off = sum(jnp.sum((a - b) ** 2) for a, b in pairs)
+  return jnp.sqrt(off / sum(jnp.sum(b**2) for _, b in pairs))
+
+
+@in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
+@pytest.mark.parametrize("biased", [False, True])
+def test_values_and_gradients_are_as_exact_as_by_hand(name, policy, biased):
+  """Of gradients that are taken outside, and inside."""
+  w, b = jax.random.normal(KEYS[4], (64, 16)) / 8, jnp.full((1, 16), 0.1)
+
+  def value(p, dtype=jnp.float32):
+    h = (X.astype(dtype) @ p["w"].astype(dtype)).astype(jnp.float32)
+    return PROGRAMS[name](h + p["b"] if biased else h)
+
+  def gradient(fn, inside=lambda grad: grad):
+    loss = lambda p: sum(leaf.sum() / len(leaf) for leaf in jax.tree.leaves(fn(p)))
+    return lambda p: inside(jax.grad(loss))(p)["w"]
+
+  def cast(fn):
+    return mpjax.autocast(fn, policy)
+
+  def by_hand(p):
+    return value(p, COMPUTE[policy])
+
+  most = 6 if name in ROUNDED_BEFORE else 2.5
+  for found, hand, want in (
+    (cast(value), by_hand, value),
+    (gradient(cast(value)), gradient(by_hand), gradient(value)),
+    (gradient(value, cast), gradient(by_hand), gradient(value)),
+  ):
+    own, allowed, exact = (jax.jit(fn)({"w": w, "b": b}) for fn in (found, hand, want))
+    assert distance(own, exact) <= most * distance(allowed, exact)

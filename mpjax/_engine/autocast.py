@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -94,7 +94,7 @@ def autocast(
     )
   if policies.is_float32():
     return in_a_region(fn)
-  numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+  numbers = tuple(argnums) if isinstance(argnums, Iterable) else (argnums,)
   if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
     raise TypeError(
       f"argnums must be positions, integers; got {argnums!r}. Give the positions of the arguments "

@@ -1,12 +1,13 @@
 """Gradients of a scaled loss."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mpjax._core.arguments import power_of_two
 from mpjax._core.dtypes import FLOAT32, describe
 
 
@@ -29,9 +30,9 @@ def value_and_grad(
     unscaled.
 
   Raises:
-    TypeError: If ``loss_fn`` is no function, or ``argnums`` a bool; when called, if the loss is not
-      a real floating-point scalar, or no ``loss_scale`` is passed.
-    ValueError: When called, if ``loss_scale`` is a number that is not positive.
+    TypeError: If ``loss_fn`` is no function, or ``argnums`` are no positions; when called, if the
+      loss is not a real floating-point scalar, or no ``loss_scale`` is passed.
+    ValueError: When called, if ``loss_scale`` is a number that is no power of two.
 
   Example:
     >>> loss_fn = lambda w: (w * w).astype(jnp.float16)
@@ -58,15 +59,20 @@ def value_and_grad(
 
 
 def check_positions(argnums: Any) -> None:
-  """Refuses a bool where positions are meant: it would be the position 0 or 1.
+  """Refuses numbers that are no positions; a bool would be the position 0 or 1.
 
   Raises:
-    TypeError: If so.
+    TypeError: If there are any.
   """
   if isinstance(argnums, bool):
     raise TypeError(
       f"argnums must be positions, integers. Got {argnums}. For auxiliary output write "
       f"has_aux={argnums}."
+    )
+  if any(isinstance(n, bool | float | str) for n in np.ravel(np.asarray(argnums, object))):
+    raise TypeError(
+      f"argnums must be positions, integers. Got {argnums!r}. Give those of the arguments to "
+      "differentiate."
     )
 
 
@@ -83,7 +89,7 @@ def read_scale(loss_scale: Any) -> jax.Array:
 
   Raises:
     TypeError: If there is none, or it is not a real scalar.
-    ValueError: If it is a number that is not positive and finite.
+    ValueError: If it is a number that is no power of two, by which alone floats are scaled exactly.
   """
   if loss_scale is None:
     raise TypeError(
@@ -97,11 +103,8 @@ def read_scale(loss_scale: Any) -> jax.Array:
       f"{describe(loss_scale) if hasattr(loss_scale, 'dtype') else type(loss_scale).__name__}. "
       "Pass loss_scale=mpjax.loss_scale(opt_state)."
     )
-  if isinstance(loss_scale, int | float) and not 0 < loss_scale < math.inf:
-    raise ValueError(
-      f"loss_scale must be positive and finite. Got {loss_scale!r}. Pass "
-      "loss_scale=mpjax.loss_scale(opt_state), or 1 for gradients that are not scaled."
-    )
+  if isinstance(loss_scale, int | float):
+    power_of_two("loss_scale", loss_scale)
   return jnp.asarray(loss_scale, FLOAT32)
 
 

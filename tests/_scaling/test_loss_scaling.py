@@ -825,7 +825,15 @@ WRONG = {
   ),
   "a scale of zero": (
     lambda: mpjax.value_and_grad(mean)(PARAMS, loss_scale=0.0),
-    "loss_scale must be positive and finite. Got 0.0",
+    "loss_scale must be a positive power of two, so that scaling is exact. Got 0.0",
+  ),
+  "a scale that rounds": (
+    lambda: mpjax.value_and_grad(mean)(PARAMS, loss_scale=300.0),
+    "Got 300.0. Choose 2**8 = 256",
+  ),
+  "a fraction for positions": (
+    lambda: mpjax.value_and_grad(mean, 1.5),
+    "argnums must be positions, integers. Got 1.5",
   ),
   "a negative scale": (lambda: mpjax.value_and_grad(mean)(PARAMS, loss_scale=-2), "Got -2"),
   "no loss": (lambda: mpjax.value_and_grad(None), "takes a loss function. Got NoneType"),

@@ -283,7 +283,7 @@ def test_what_is_no_function_is_refused():
     mpjax.autocast(3, BF16)
   with pytest.raises(TypeError, match="argnums must be positions, integers; got 'w'"):
     mpjax.autocast(affine, BF16, argnums="w")
-  with pytest.raises(TypeError, match="argnums must be positions, integers; got 1.5"):
+  with pytest.raises(TypeError, match=r"argnums must be positions, integers; got 1\.5"):
     mpjax.autocast(affine, BF16, argnums=1.5)
 
 

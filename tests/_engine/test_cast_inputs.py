@@ -396,3 +396,17 @@ def test_the_pallas_kernels_of_jax_take_16_bits_forwards_and_backwards(make, pla
   assert all(results == {"f32"} for results in wide)
   assert all("bf16" in results for results in narrow)  # the sums of a softmax stay float32
   assert len(narrow) == len(wide) > 1
+
+
+@pytest.mark.parametrize("derived", [lambda fn: fn, jax.grad], ids=["value", "gradient"])
+def test_attention_runs_in_float16_on_a_cpu(derived, standard_promotion):
+  """JAX asks for its float32 sums by an algorithm that CPUs do not have."""
+  q = jax.random.normal(jax.random.key(0), (1, 4, 2, 8))
+
+  def attend(w, q):
+    heads = mpjax.cast_inputs(jax.nn.dot_product_attention)(q * w, q, q)
+    return jax.jit(mpjax.cast_inputs(jax.nn.dot_product_attention))(heads, q, q).sum()
+
+  for fn in (derived(attend), jax.jit(derived(attend))):
+    cast = derived(mpjax.autocast(attend, "mixed_float16"))
+    np.testing.assert_allclose(cast(jnp.float32(1.5), q), fn(jnp.float32(1.5), q), rtol=0.01)

@@ -118,6 +118,33 @@ def without_algorithm(params: dict[str, Any]) -> dict[str, Any]:
   return params if known else params | {"precision": None}
 
 
+def without_presets(jaxpr: Any) -> Any:
+  """A jaxpr whose float16 matmuls are asked for float32 sums by the dtype of their results alone.
+
+  JAX's attention asks for them by an algorithm, too, which CPUs do not have.
+  """
+  inner = versions.open_jaxpr(jaxpr)
+  eqns = [eqn.replace(params=_params_without_presets(eqn.params)) for eqn in inner.eqns]
+  changed = inner.replace(eqns=eqns)
+  return ClosedJaxpr(changed, versions.constants(jaxpr)) if hasattr(jaxpr, "jaxpr") else changed
+
+
+def _params_without_presets(params: dict[str, Any]) -> dict[str, Any]:
+  if params.get("precision") is jax.lax.DotAlgorithmPreset.F16_F16_F32:
+    return params | {"precision": None}
+
+  def changed(value: Any) -> Any:
+    if isinstance(value, tuple):
+      return tuple(map(changed, value)) if any(map(_is_jaxpr, value)) else value
+    return without_presets(value) if _is_jaxpr(value) else value
+
+  return {key: changed(value) for key, value in params.items()}
+
+
+def _is_jaxpr(value: Any) -> bool:
+  return isinstance(value, Jaxpr | ClosedJaxpr)
+
+
 _DTYPE_PARAMS = frozenset({"preferred_element_type", "out_dtype", "new_dtype", "dtype"})
 
 

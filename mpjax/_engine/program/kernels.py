@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from mpjax._core.dtypes import CASTABLE, FLOAT32, describe
+from mpjax._core.dtypes import CASTABLE, FLOAT16, FLOAT32, describe
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.versions import AnyJaxpr, ClosedJaxpr
 
@@ -151,7 +151,8 @@ def traced(name: str, fn: Run, arrays: Sequence[jax.Array]) -> tuple[Kernel, lis
 
   def trace(dtype: np.dtype) -> ClosedJaxpr:
     cast = [jaxprs.with_dtype(a, dtype) if a.dtype == FLOAT32 else a for a in avals]
-    return jaxprs.trace(fn, cast)
+    closed = jaxprs.trace(fn, cast)
+    return jaxprs.without_presets(closed) if dtype == FLOAT16 else closed
 
   formats = in_every_format(trace)
   jaxpr_of = {d: f for d, f in formats.items() if not isinstance(f, Exception)}

@@ -67,11 +67,12 @@ def read_by_rules(jaxpr: AnyJaxpr) -> frozenset[Var]:
   Args:
     jaxpr: A trace. The rules stand in its equations and in those of its bodies.
   """
-  eqns = (eqn for eqn, _ in jaxprs.equations(jaxpr, None, lambda eqn, known: known))
-  params = [x for eqn in eqns if eqn.primitive.name in HAVE_RULES for x in eqn.params.values()]
-  held = [x for x in params if not isinstance(x, Jaxpr | ClosedJaxpr)]
-  found = (x for x, _ in _within(held) if isinstance(x, Tracer))
-  return frozenset(filter(None, map(versions.variable, found)))
+  found, seen = set[Var | None](), dict[int, Any]()
+  for eqn, _ in jaxprs.equations(jaxpr, None, lambda eqn, known: known):
+    params = eqn.params.values() if eqn.primitive.name in HAVE_RULES else ()
+    held = [x for x in params if not isinstance(x, Jaxpr | ClosedJaxpr)]
+    found |= {versions.variable(x) for x, _ in _within(held, seen) if isinstance(x, Tracer)}
+  return frozenset(filter(None, found))
 
 
 def computed(found: Sequence[Escaped], jaxpr: AnyJaxpr) -> list[Escaped]:
@@ -132,17 +133,22 @@ def _nodes(tree: Any) -> Iterator[tuple[str, Any]]:
     yield from _nodes(child)
 
 
-def _within(value: Any) -> Iterator[tuple[Any, Any]]:
-  """An object and what it holds, the nearest first, each with what holds it."""
+def _within(value: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[Any, Any]]:
+  """An object and what it holds, the nearest first, each with what holds it.
+
+  Args:
+    value: The object.
+    seen: What is not looked into again, by its identity; what is met is added.
+  """
   queue: list[tuple[Any, Any]] = [(value, None)]
-  seen = set[int]()
+  seen = {} if seen is None else seen
   for found, holder in queue:
     if isinstance(found, _PLAIN):
       continue
     yield found, holder
     if id(found) in seen or isinstance(found, Tracer | jax.Array):
       continue
-    seen.add(id(found))
+    seen[id(found)] = found  # held, so that no other object has its identity
     if len(queue) < _MOST:
       queue.extend((part, found) for part in _parts(found))
 

@@ -265,11 +265,18 @@ def reads_through_another_rule(rule, w, x):
   return outer(x @ w)
 
 
+def reads_behind_many_rules(rule, w, x):
+  for n in range(60):
+    x = scaled_by(rule, lambda n=n: 1 + 0.01 * n * jnp.ones((1, 1)))(x) / (1 + 0.01 * n)
+  return scaled_by(rule, lambda: jnp.tanh(x))(x @ w)
+
+
 READERS = {
   "a_loop": reads_a_loop,
   "what_is_narrow": reads_what_is_narrow,
   "from_a_checkpoint": reads_from_a_checkpoint,
   "through_another_rule": reads_through_another_rule,
+  "behind_many_rules": reads_behind_many_rules,
 }
 DERIVED = {
   "eagerly": jax.grad,

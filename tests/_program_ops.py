@@ -234,6 +234,7 @@ MASK = {
   "forced": Op(("F", "B="), lambda knob, a, m: a + 0.1 * jnp.where(m, False, bool(knob % 2))),
   "causal": Op(("M",), lambda knob, a: a + (1.0 - jnp.tril(jnp.ones(a.shape, bool))) * -1e4),
   "doubled": Op(("F", "B="), lambda knob, a, m: a * jnp.where(m, 2, 1)),
+  "by_variance": unary(lambda a: a / jnp.full_like(a, 0.5) ** 2),
 }  # fmt: skip
 CAST = {
   "to_float32": unary(lambda a: a.astype(jnp.float32)),

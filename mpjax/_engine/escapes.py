@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.core import Tracer
+import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import DebugInfo
 from jax.tree_util import PyTreeDef, default_registry
 
 from mpjax._engine.program import jaxprs, versions
@@ -29,7 +31,8 @@ _MOST = 5000
 
 _ATOMS = str | bytes | int | float | complex | bool | None
 _SHARED = type | types.ModuleType | types.CodeType | jax.sharding.Mesh | type(default_registry)
-_PLAIN = _ATOMS | _SHARED
+_FACTS = DebugInfo | ShapedArray | np.dtype
+_PLAIN = _ATOMS | _SHARED | _FACTS
 
 
 class Escaped(NamedTuple):

@@ -324,6 +324,23 @@ def test_a_masked_logit_of_16_bits_is_finite(policy):
   assert np.all(np.isfinite(got)) or policy == "mixed_float16"  # which has no such number
 
 
+SQUARED = {
+  "variance": lambda h: h**2 / jnp.full_like(h, 0.5) ** 2,
+  "product": lambda h: h @ h.T * (jnp.ones((8, 8)) * jnp.ones((8, 8))),
+  "first_state": lambda h: h + (jnp.zeros_like(h) ** 2).mean(-1, keepdims=True) @ h[:1],
+  "less": lambda h: h - (h @ h.T) * (1 - jnp.full((8, 8), 0.5) ** 2),
+}
+
+
+@in_turns(("fn", "policy"), SQUARED, [*UNIT])
+def test_constants_are_squared_behind_a_matmul(fn, policy):
+  w, x = 0.3 * jax.random.normal(jax.random.key(0), (2, 8, 8))
+  loss = lambda w, x: fn(x @ w).sum()
+  for program in (loss, jax.grad(loss)):
+    got, want = mpjax.autocast(program, policy)(w, x), program(w, x)
+    assert jnp.max(jnp.abs(got - want)) <= 16 * UNIT[policy] * jnp.max(jnp.abs(want))
+
+
 OF_BOOLEANS = {
   "causal": lambda h: (1.0 - jnp.tril(jnp.ones(h.shape, bool))) * -1e9,
   "causal_by_number": lambda h: -1e4 * ~jnp.tril(jnp.ones(h.shape, bool), 1),

@@ -265,6 +265,28 @@ def reads_through_another_rule(rule, w, x):
   return outer(x @ w)
 
 
+def reads_what_is_within_an_island(rule, w, x):
+  h = lax.stop_gradient(x @ w)
+  s = jnp.exp(h)
+  return (scaled_by(rule, lambda: s)(x @ w) * jnp.log1p(s)) @ w
+
+
+def reads_what_is_within_a_softmax(rule, w, x):
+  scores = lax.stop_gradient(x @ w)
+  e = jnp.exp(scores - scores.max(-1, keepdims=True))
+  return scaled_by(rule, lambda: e)(x @ w) * ((e / e.sum(-1, keepdims=True)) @ w)
+
+
+def reads_in_equal_layers(rule, w, x):
+  helper = jax.jit(lambda z: jnp.exp(0.1 * z) * z + 0.2)
+  for _ in range(4):
+    m = helper(lax.stop_gradient(x @ w))
+    n = m * m
+    x = x + 0.1 * scaled_by(rule, lambda m=m: m)(jnp.tanh(x @ w))
+    x = x + 0.1 * scaled_by(rule, lambda n=n: n)(jnp.tanh(x @ w)) * jnp.tanh(n + 1.0)
+  return x
+
+
 def reads_behind_many_rules(rule, w, x):
   for n in range(60):
     x = scaled_by(rule, lambda n=n: 1 + 0.01 * n * jnp.ones((1, 1)))(x) / (1 + 0.01 * n)
@@ -276,6 +298,9 @@ READERS = {
   "what_is_narrow": reads_what_is_narrow,
   "from_a_checkpoint": reads_from_a_checkpoint,
   "through_another_rule": reads_through_another_rule,
+  "within_an_island": reads_what_is_within_an_island,
+  "within_a_softmax": reads_what_is_within_a_softmax,
+  "in_equal_layers": reads_in_equal_layers,
   "behind_many_rules": reads_behind_many_rules,
 }
 DERIVED = {

@@ -23,9 +23,9 @@ def planned(monkeypatch):
   found = []
   plan = kept_plans.Planned.__init__
 
-  def counting(self, program):
+  def counting(self, program, *read_by_rules):
     found.append(self)
-    plan(self, program)
+    plan(self, program, *read_by_rules)
 
   monkeypatch.setattr(kept_plans.Planned, "__init__", counting)
   return found

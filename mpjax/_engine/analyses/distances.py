@@ -166,7 +166,7 @@ class _Seen:
   def square(self, eqn: JaxprEqn) -> None:
     """Notes the square of a matmul: less products of squares it is that of an area, or a sine."""
     first, last = (self._origins.of(eqn.invars[n]) for n in (0, -1))
-    if first is last and first in self.products:
+    if first is last and not isinstance(first, Literal) and first in self.products:
       self.products[eqn.outvars[0]] = self.products[first]
 
   def _add(self, product: _Product, squared: set[Var]) -> None:
@@ -214,6 +214,14 @@ def _squared(term: Var, product: _Product, origins: Origins) -> set[Var]:
         sides.add((node, side))
         found |= {before.value} if (node, 1 - side) in sides else set()
   return found
+
+
+def holds_lengths(divisor: Atom, matmul: JaxprEqn, origins: Origins) -> bool:
+  """Whether sums of squares of what a matmul multiplies stand behind what it is divided by."""
+  term, operands = origins.of(divisor), _multiplies(matmul, origins)
+  if isinstance(term, Literal) or operands is None:
+    return False
+  return bool(_squared(term, _Product(matmul.outvars[0], operands, is_layer=False), origins))
 
 
 def picked_from(value: Var, origins: Origins) -> set[Var]:

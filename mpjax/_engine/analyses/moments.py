@@ -16,7 +16,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mpjax._core.primitives import JITTED
-from mpjax._engine.analyses.distances import beside_their_squares, of_bordered, picked_from
+from mpjax._engine.analyses.distances import (
+  beside_their_squares,
+  holds_lengths,
+  of_bordered,
+  picked_from,
+)
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
@@ -148,14 +153,18 @@ class _Search:
     return self._unless_layer(made) if made and made.primitive.name == "dot_general" else set()
 
   def _product_behind(self, value: Atom) -> JaxprEqn | None:
-    """What makes a value, before it was clipped and divided by what the lengths of vectors are."""
-    made = self.origins.maker(value)
+    """What makes a value, before it was clipped, and divided by lengths of what is multiplied."""
+    made, divisors = self.origins.maker(value), list[Atom]()
     for _ in range(_CLIPS):
       if made is not None and made.primitive.name == "div":
+        divisors.append(made.invars[1])
         made = self.origins.maker(made.invars[0])
       elif made is not None and _clips(made):
         made = self.origins.maker(next((a for a in made.invars if jaxprs.shape(a)), value))
-    return made
+    if made is None or made.primitive.name != "dot_general":
+      return None if divisors else made
+    is_cosine = all(holds_lengths(divisor, made, self.origins) for divisor in divisors)
+    return made if is_cosine else None
 
   def _unless_layer(self, made: JaxprEqn) -> set[Var]:
     """What a matmul makes that has no weights."""
@@ -223,7 +232,8 @@ def _clips(made: JaxprEqn) -> bool:
   """Whether an equation keeps values within bounds, or calls what does nothing else."""
   if made.primitive.name in JITTED:
     inner = versions.open_jaxpr(bodies_of(made)[0].jaxpr)
-    return {eqn.primitive.name for eqn in inner.eqns} <= _BOUNDS | _CHOOSE
+    names = {eqn.primitive.name for eqn in inner.eqns}
+    return names <= _BOUNDS | _CHOOSE and not _BOUNDS.isdisjoint(names)
   return made.primitive.name in _BOUNDS
 
 

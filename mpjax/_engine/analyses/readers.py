@@ -119,7 +119,12 @@ class Readers:
   @functools.cached_property
   def taken_back(self) -> Collection[Var]:
     """Sums and differences with a value that the next one takes away again: ``z + (q - z)``."""
-    found, made = set[Var](), dict[Any, JaxprEqn]()  # the sums behind values
+    return {var for before in self.restoring.values() for var in before.outvars}
+
+  @functools.cached_property
+  def restoring(self) -> Mapping[Var, JaxprEqn]:
+    """These next ones, by what they make, each with the sum of which it leaves a part."""
+    found, made = dict[Var, JaxprEqn](), dict[Any, JaxprEqn]()  # the sums behind values
     for eqn in self._inner.eqns:
       name = eqn.primitive.name
       if name not in _LEADS_TO_SUMS:  # most
@@ -129,7 +134,7 @@ class Readers:
         for place, before in known.items():
           is_pair = "sub" in (name, before.primitive.name)
           if is_pair and self._cancels(eqn, place, before):
-            found |= {*before.outvars}
+            found[eqn.outvars[0]] = before
         made[eqn.outvars[0]] = eqn
       elif known:
         for atom in _handed_on(eqn):
@@ -147,7 +152,15 @@ class Readers:
     """Whether two operands are one value, or computed alike."""
     if isinstance(first, Literal) or isinstance(second, Literal):
       return False
-    return first is second or self._numbered[first] == self._numbered[second]
+    if first is second or not self._are_alike(first, second):
+      return first is second
+    return self._numbered[first] == self._numbered[second]
+
+  def _are_alike(self, first: Var, second: Var) -> bool:
+    """Whether two values may be one, as far as their types and their equations tell."""
+    made = [self._frame.maker(var) for var in (first, second)]
+    names = {eqn and eqn.primitive.name for eqn in made}
+    return None not in names and len(names) == 1 and first.aval == second.aval
 
   @functools.cached_property
   def _numbered(self) -> Mapping[Var, int]:

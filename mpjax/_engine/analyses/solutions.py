@@ -79,16 +79,26 @@ def _holds(names: Collection[str], eqn: JaxprEqn, contents: Contents) -> bool:
 
 
 def _before(inner: Jaxpr, found: set[Var], needs: Needs) -> Collection[Var]:
-  """Some variables, and those that they are multiples, sums or functions of, one by one."""
+  """Some variables, and those that they are multiples, sums or functions of, one by one.
+
+  Behind a function of a value nothing is looked at that adds it to another: a kernel is one of
+  what was multiplied, and the last activation of a network is none.
+  """
+  behind_function = set[Var]()
   for eqn in reversed(inner.eqns if found else []):
+    read = variables_of(eqn.invars)
     if found.isdisjoint(eqn.outvars):
+      if not behind_function.isdisjoint(eqn.outvars) and eqn.primitive.name in _LEADS_ON:
+        behind_function |= read if len(read) == 1 else set()
       continue
     if eqn.primitive.name in JITTED:
       places = needs.before(eqn, jaxprs.places_of(eqn.outvars, found))
       found |= variables_of(eqn.invars[n] for n in places)
-    elif eqn.primitive.name in _LEADS_ON:
-      found |= variables_of(eqn.invars)
-  return found
+    elif eqn.primitive.name in STAYS_SOLVED:
+      found |= read
+    elif eqn.primitive.name in _LEADS_ON and len(read) == 1:
+      behind_function |= read
+  return found | behind_function
 
 
 _LEADS_ON = STAYS_SOLVED | having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)

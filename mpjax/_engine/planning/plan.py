@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -209,6 +209,11 @@ class Plan:
       if not isinstance(atom, Literal):
         readers[atom].append((-1, read))
     return readers
+
+  def hand_out(self, variables: Collection[Var]) -> None:
+    """Let some of its variables be read outside, as its results are, so that each has a value."""
+    for var in self.readers.keys() & {*variables}:
+      self.readers[var].append((-1, AS_HELD))
 
   @cached_property
   def read_often(self) -> dict[Often, np.dtype]:

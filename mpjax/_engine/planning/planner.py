@@ -47,7 +47,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.planning.streams import Streams
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
-from mpjax._engine.program.kinds import PARAM, Form, Forms, is_data, join
+from mpjax._engine.program.kinds import PARAM, Form, Forms, is_data, is_narrow, join
 from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -221,6 +221,8 @@ class _Walk:
       decision = _WAYS[rule](self, eqn, forms, place)
     else:
       decision = decisions.decide(rule, sight)
+    if name in ADDS and decision.outs == ONE_FLOAT32 and sight.has_narrow:
+      decision = self.restored(eqn, forms, decision)
     pairs = zip(vias, forms, decision.wanted, strict=True)
     reads = tuple([_read(v, f, w) if v or w else AS_HELD for v, f, w in pairs])
     self.around.numbers.follow(eqn)
@@ -250,6 +252,15 @@ class _Walk:
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)
     return step
+
+  def restored(self, eqn: JaxprEqn, forms: Forms, decision: Decision) -> Decision:
+    """What is left of a sum that is taken back is held as it was without that: narrow, mostly."""
+    before = self.around.readers.restoring.get(eqn.outvars[0])
+    read = [a for a in before.invars if not isinstance(a, Literal)] if before else []
+    if not read or not is_narrow(join([self.forms[a] for a in read])):
+      return decision
+    stream = join([form for form in forms if is_narrow(form)])
+    return decision._replace(outs=(stream,))
 
   def because(self, eqn: JaxprEqn, rule: Rule, found: Sharpening | None, decision: Decision) -> str:
     """What of a step is to be told: see `Step.because`."""

@@ -103,7 +103,7 @@ class Lockstep:
       side.write(inner.constvars, consts)
     crossings: list[Crossing] = []
     borders = _borders(plans.narrow, base, line)
-    with self._run.reference.within(values.reference), self._run.narrow.within(values.narrow):
+    with self._run.reference.running(values.reference), self._run.narrow.running(values.narrow):
       for steps in zip(plans.reference.steps, plans.narrow.steps, strict=True):
         pair = Pair(*steps)
         crossings += self._step(pair, values, line_of(pair.narrow.eqn, line))

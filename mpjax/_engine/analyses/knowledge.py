@@ -34,10 +34,10 @@ from mpjax._engine.analyses.made_of import Made, Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import Exact, NearOne
 from mpjax._engine.analyses.power_iteration import Own, own_variables, power_iteration
-from mpjax._engine.analyses.readers import Readers
 from mpjax._engine.analyses.running_sums import additions
 from mpjax._engine.analyses.solutions import solutions
 from mpjax._engine.analyses.sums import Summing, is_matrix, is_vector, multiplied, sums_in
+from mpjax._engine.analyses.uses import Uses
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of, repetitions
 from mpjax._engine.program.jaxprs import variables_of
@@ -144,7 +144,7 @@ class Knowledge:
     has_rule: Whether it is of a function with a user's derivative rule, or of that.
     tested: What a loop around it hands to a test that multiplies for a residual.
     in_float16: Whether a format is float16.
-    readers: What all that reads a value does with it.
+    uses: What all that reads a value does with it.
     of_numbers: Operands that the program makes of numbers alone.
     iterations: What equations made, and what is multiplied by a vector again and again.
     powers: Products of powers of a matrix.
@@ -192,7 +192,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.readers = Readers(self.frame, contents, self._is_layer)
+    self.uses = Uses(self.frame, contents, self._is_layer)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self.tested = frozenset(inner.invars[n] for n in known.tested)

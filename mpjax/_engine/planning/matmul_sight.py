@@ -158,7 +158,7 @@ def is_of_quadratic_form(sight: Sight) -> bool:
   ``w @ S @ w`` is one sum of products. A bilinear layer has a parameter in its middle.
   """
   is_vector = len(jaxprs.shape(sight.result)) == 1  # few are
-  return is_vector and PARAM not in sight.forms and sight.result in sight.around.readers.quadratic
+  return is_vector and PARAM not in sight.forms and sight.result in sight.around.uses.quadratic
 
 
 def is_weighted_sum(sight: Sight) -> bool:
@@ -242,7 +242,7 @@ def weighs_data(sight: Sight) -> bool:
   sums, frame, read = sight.around.sums, sight.around.frame, sight.eqn.invars
   pairs = zip(read, sight.forms, strict=True)
   data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
-  if len(sums.of_parameters(data)) == len(data) or sight.result in sight.around.readers.scores:
+  if len(sums.of_parameters(data)) == len(data) or sight.result in sight.around.uses.scores:
     return False
   scaled = [eqn for eqn in map(frame.maker, read) if eqn and eqn.primitive.name in SCALES]
   weights = jaxprs.variables_of([*read, *(a for eqn in scaled for a in eqn.invars)])

@@ -255,7 +255,7 @@ class _Walk:
 
   def restored(self, eqn: JaxprEqn, forms: Forms, decision: Decision) -> Decision:
     """What is left of a sum that is taken back is held as it was without that: narrow, mostly."""
-    before = self.around.readers.restoring.get(eqn.outvars[0])
+    before = self.around.uses.restoring.get(eqn.outvars[0])
     read = [a for a in before.invars if not isinstance(a, Literal)] if before else []
     if not read or not is_narrow(join([self.forms[a] for a in read])):
       return decision

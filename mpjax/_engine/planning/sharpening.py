@@ -115,7 +115,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "term of a total",
     {"mul"},
-    lambda s: all(s.are_float16) and s.result in s.around.readers.totaled,
+    lambda s: all(s.are_float16) and s.result in s.around.uses.totaled,
     Rule.FULL,
     "a product of two values, of which a sum or a root is taken: 300 times 300 exceeds float16",
   ),
@@ -125,7 +125,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: (
       not s.place.has_cotangents
       and all(map(is_narrow, s.forms))
-      and s.result in s.around.readers.summed
+      and s.result in s.around.uses.summed
     ),
     Rule.FULL,
     "an inner product written out: a covariance is a small difference of such sums",
@@ -335,7 +335,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     TAKEN_BACK,
     ADDS,
-    lambda s: s.has_narrow and s.result in s.around.readers.taken_back,
+    lambda s: s.has_narrow and s.result in s.around.uses.taken_back,
     Rule.FULL,
     "what is left, as the code of a straight-through estimator, may be small beside both",
   ),

@@ -94,14 +94,14 @@ def is_activation(sight: Sight) -> bool:
   Anything else that reads a square sums it up, and float16 has no room for it.
   """
   of_layer = sight.is_narrow and not any(sight.are_float16)
-  return of_layer and sight.result in sight.around.readers.weighted
+  return of_layer and sight.result in sight.around.uses.weighted
 
 
 def is_pooled(sight: Sight) -> bool:
   """Whether the largest of some values goes on into a layer, and is no seed of a softmax."""
   around, result = sight.around, sight.result
-  is_multiplied = result in around.leading.multiplied or result in around.readers.multiplied
-  return is_multiplied and result not in around.readers.subtracted
+  is_multiplied = result in around.leading.multiplied or result in around.uses.only_multiplied
+  return is_multiplied and result not in around.uses.subtracted
 
 
 def multiplies_by_much(sight: Sight) -> bool:

@@ -85,13 +85,13 @@ class Interpreter:
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
-    with self.within(values):
+    with self.running(values):
       for unit in self._units_of(plan):
         self._run_unit(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
 
   @contextlib.contextmanager
-  def within(self, values: Environment) -> Iterator[None]:
+  def running(self, values: Environment) -> Iterator[None]:
     """Where steps run that write these values, and bodies of theirs: the outermost are kept."""
     around = self._around
     self._around = around or values

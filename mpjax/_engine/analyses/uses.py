@@ -1,4 +1,4 @@
-"""What all that reads a value does with it, found backwards in one jaxpr.
+"""What all that reads a value does with it: its uses, found backwards in one jaxpr.
 
 `lookahead` follows a value to where one of its ways ends, in bodies and outside. Here the question
 is what is made of it by everything that reads it, or next; most jaxprs are never asked.
@@ -22,8 +22,8 @@ from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
-class Readers:
-  """What reads the values of one jaxpr.
+class Uses:
+  """How the values of one jaxpr are used.
 
   Args:
     frame: The jaxpr.
@@ -93,7 +93,7 @@ class Readers:
     return found
 
   @functools.cached_property
-  def multiplied(self) -> Collection[Var]:
+  def only_multiplied(self) -> Collection[Var]:
     """What nothing but matmuls read."""
     return self._read_only_by(lambda matmul: True)
 
@@ -129,7 +129,7 @@ class Readers:
       name = eqn.primitive.name
       if name not in _LEADS_TO_SUMS:  # most
         continue
-      known = {n: made[a] for n, a in enumerate(eqn.invars) if type(a) is not Literal and a in made}
+      known = {n: made[a] for n, a in enumerate(eqn.invars) if isinstance(a, Var) and a in made}
       if name in ADDS:
         for place, before in known.items():
           is_pair = "sub" in (name, before.primitive.name)

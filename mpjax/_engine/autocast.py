@@ -36,7 +36,9 @@ def autocast(
 
   Args:
     fn: A function of pytrees. Like under ``jax.jit`` its control flow must not depend on the
-      values of arrays; arguments that are no arrays (numbers, strings, flags) are static.
+      values of arrays; arguments that are no arrays (numbers, strings, flags) are static. A
+      derivative rule inside may close over what ``fn`` computes, as in float32, but for that of a
+      ``jax.custom_jvp`` under a ``jax.vmap`` inside.
       NNX models and other graph nodes may be among the arguments: what the call changes in their
       Variables arrives.
     policy: A `Policy`, a `PolicyMap`, or a spec string.

@@ -20,8 +20,8 @@ from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.matmuls import operation
 from mpjax._engine.program.versions import Atom, Jaxpr, JaxprEqn, Literal, Var
 
-_PRODUCTS = frozenset({"mul", "square", "integer_pow", "pow"})
 _SQUARES = frozenset({"mul", "square", "integer_pow"})
+_PRODUCTS = _SQUARES | {"pow"}
 _LEADS_ON = ADDS | _PRODUCTS | {"div", "sqrt", "max", "abs", "reduce_sum"}
 
 _LOOKS = 32

@@ -75,10 +75,6 @@ def moments(
   return Moments(values, search.derivatives(values))
 
 
-_AXES = 4
-"""Along how many axes one after the other sums may be taken."""
-
-
 class _Search:
   """Looks for moments in a jaxpr; its arguments are those of `moments`.
 
@@ -178,9 +174,9 @@ class _Search:
     known = [eqn for eqn in made if eqn is not None and self._is_sum(eqn)]
     if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
       return set()
-    return self._of_sums(*known)
+    return self._of_sums(*known, most=_AXES)
 
-  def _of_sums(self, second: JaxprEqn, *firsts: JaxprEqn, most: int = _AXES) -> set[Var]:
+  def _of_sums(self, second: JaxprEqn, *firsts: JaxprEqn, most: int) -> set[Var]:
     """What sums make if they are one of products, ``a * b``, and the same of a and of b.
 
     With the same weights beside them; or a matmul of a and b, and their sums. Or sums of such sums,
@@ -244,6 +240,8 @@ _CHOOSE = frozenset(
 )
 """What bounds and their derivatives are made of beside."""
 _STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh", "one_minus_square"})
+_AXES = 4
+"""Along how many axes one after the other sums may be taken."""
 _CLIPS = 4
 """How many bounds and divisors a value may have, one after the other."""
 _NEAR = 0.01

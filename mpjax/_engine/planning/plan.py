@@ -116,12 +116,6 @@ class Float8(NamedTuple):
   reason: str = ""
 
 
-MOMENT = "distance or variance"
-"""How the reasons begin of matmuls that are `moments`."""
-TAKEN_BACK = "sum that is taken back"
-"""How those begin of sums of which the next one takes a part away again."""
-
-
 @dataclass(frozen=True, eq=False, slots=True)
 class Step:
   """One equation with what was decided for it."""
@@ -144,11 +138,8 @@ class Step:
   because: str = ""
   """Why its rule is not that of its primitive, if it is told; or would not be, if the policy map
   did not change it."""
-
-  @property
-  def is_of_difference(self) -> bool:
-    """Whether little is left of it beside other terms, which read the same values."""
-    return self.because.startswith((MOMENT, TAKEN_BACK))
+  is_of_difference: bool = False
+  """Whether little is left of it beside other terms, which read the same values."""
 
   @property
   def in_float8(self) -> bool:

@@ -31,7 +31,6 @@ from mpjax._engine.planning.plan import (
   ONE_FLOAT32,
   PLAIN,
   ROOT,
-  TAKEN_BACK,
   Float8,
   Place,
   Plan,
@@ -248,6 +247,7 @@ class _Walk:
       because=self.because(eqn, rule, found, decision)
       if found is not None or self.around.sums.updates
       else "",
+      is_of_difference=found is not None and found.is_of_difference,
     )
     if decision.outs == ONE_FLOAT32:
       self.streams.settle(step)
@@ -264,8 +264,7 @@ class _Walk:
 
   def because(self, eqn: JaxprEqn, rule: Rule, found: Sharpening | None, decision: Decision) -> str:
     """What of a step is to be told: see `Step.because`."""
-    is_told = eqn.primitive.name in MATMULS or rule is Rule.NAMED
-    if found is not None and (is_told or found.name == TAKEN_BACK):
+    if found is not None and (eqn.primitive.name in MATMULS or rule is Rule.NAMED):
       return found.because
     is_update = eqn.outvars and eqn.outvars[0] in self.around.sums.updates
     return _CHANGE if is_update and any(w and w.itemsize == 2 for w in decision.wanted) else ""

@@ -17,7 +17,6 @@ from mpjax._engine.analyses.running_sums import adds_neighbors
 from mpjax._engine.analyses.small_steps import is_small_step
 from mpjax._engine.planning import matmul_sight, recurring, sight
 from mpjax._engine.planning.own_unit import adds_much
-from mpjax._engine.planning.plan import MOMENT, TAKEN_BACK
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
@@ -36,6 +35,8 @@ class Sharpening(NamedTuple):
     reason: Why.
     lasts: Whether what such an equation makes is float32 behind the module that it stands in, too:
       it was computed for what others do with it.
+    is_of_difference: Whether little is left of what it makes beside other terms, which read the
+      same values: the rounding of these is kept.
   """
 
   name: str
@@ -44,6 +45,7 @@ class Sharpening(NamedTuple):
   rule: Rule
   reason: str
   lasts: bool = False
+  is_of_difference: bool = False
 
   @property
   def because(self) -> str:
@@ -317,27 +319,30 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "an associative scan of matrices is a linear recurrence, too, and so is squaring one again",
   ),
   Sharpening(
-    MOMENT,
+    "distance or variance",
     MATMULS,
     lambda s: (
       s.result in s.around.moments.values and (PARAM in s.forms or matmul_sight.is_of_data(s))
     ),
     Rule.FULL,
     "a small difference of this and of what is added to it: what rounds in either is large beside",
+    is_of_difference=True,
   ),
   Sharpening(
-    f"{MOMENT} of narrow values",
+    "distance or variance of narrow values",
     MATMULS,
     lambda s: s.result in s.around.moments.values,
     Rule.EXACT,
     "they round no more, but what comes back to them is a small difference, too",
+    is_of_difference=True,
   ),
   Sharpening(
-    TAKEN_BACK,
+    "sum that is taken back",
     ADDS,
     lambda s: s.has_narrow and s.result in s.around.uses.taken_back,
     Rule.FULL,
     "what is left, as the code of a straight-through estimator, may be small beside both",
+    is_of_difference=True,
   ),
   Sharpening(
     "amplified, of narrow values",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
@@ -97,3 +99,11 @@ def legend_below(ax: Axes, columns: int = 2) -> None:
     bbox_to_anchor=(0.5, 0),
     bbox_transform=ax.transAxes + below if below else None,
   )
+
+
+def name_rows(ax: Axes, names: Sequence[str]) -> None:
+  """Rows from the top down, each with its name, and lines between them."""
+  ax.set_yticks(np.arange(len(names)), names)
+  ax.set_ylim(len(names) - 0.4, -0.6)
+  ax.grid(axis="x", color="0.9")
+  ax.set_axisbelow(True)

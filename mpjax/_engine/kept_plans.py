@@ -72,8 +72,8 @@ class Planned:
   def __init__(self, program: Program, read_by_rules: Collection[Var] = ()) -> None:
     self._read_by_rules = read_by_rules
     self.planner = Planner(program.policies, program.scoping)
-    self.plan: Plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
-    self.plan.hand_out(read_by_rules)
+    plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
+    self.plan: Plan = dataclasses.replace(plan, read_outside=frozenset(read_by_rules))
     self._interpreters: dict[tuple[float, bool], Interpreter] = {}
 
   def interpreter(self, loss_scale: float, *, stepwise: bool) -> Interpreter:

@@ -137,7 +137,7 @@ class Uses:
             found[eqn.outvars[0]] = before
         made[eqn.outvars[0]] = eqn
       elif known:
-        for atom in _handed_on(eqn):
+        for atom in _as_it_is(eqn):
           made |= dict.fromkeys(eqn.outvars, made[atom]) if atom in made else {}
     return found
 
@@ -168,7 +168,7 @@ class Uses:
 
   def _before(self, atom: Any) -> Any:
     """What an operand was before it was moved, held from derivatives, or multiplied by one."""
-    while (made := self._frame.maker(atom)) and (before := _handed_on(made)):
+    while (made := self._frame.maker(atom)) and (before := _as_it_is(made)):
       (atom,) = before
     return atom
 
@@ -186,10 +186,10 @@ class Uses:
     return frozenset(found)
 
 
-def _handed_on(eqn: JaxprEqn) -> list[Atom]:
+def _as_it_is(eqn: JaxprEqn) -> list[Atom]:
   """What an equation hands on as it is; none if it does something else."""
   name = eqn.primitive.name
-  if name in _HANDED_ON:
+  if name in _AS_IT_IS:
     return eqn.invars[:1]
   ones = [isinstance(a, Literal) and not jaxprs.shape(a) and a.val == 1 for a in eqn.invars]
   return [eqn.invars[1 - ones.index(True)]] if name == "mul" and True in ones else []
@@ -200,8 +200,8 @@ def _sign(eqn: JaxprEqn, place: int) -> int:
   return -1 if place == 1 and eqn.primitive.name == "sub" else 1
 
 
-_HANDED_ON = MOVES | {"stop_gradient"}
-_LEADS_TO_SUMS = _HANDED_ON | ADDS | {"mul"}
+_AS_IT_IS = MOVES | {"stop_gradient"}
+_LEADS_TO_SUMS = _AS_IT_IS | ADDS | {"mul"}
 _TAKES_AWAY = frozenset({"sub", "div", "neg", "exp", "exp2", "rsqrt"})
 _ORDERS = frozenset({"exp", "exp2", "argmax", "argmin", "top_k", "sort", "reduce_max"})
 _LEADS_ON = (

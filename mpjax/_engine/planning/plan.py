@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -173,6 +173,9 @@ class Plan:
   lasting: tuple[int, ...] = ()
   """Which results are float32 behind the module that they leave, too."""
 
+  read_outside: frozenset[Var] = frozenset()
+  """The variables that are read outside, as its results are, so that each has a value."""
+
   @property
   def in_float8(self) -> bool:
     """Whether some matmul in it multiplies in float8."""
@@ -199,12 +202,9 @@ class Plan:
     for atom, read in zip(inner.outvars, self.out_reads, strict=True):
       if not isinstance(atom, Literal):
         readers[atom].append((-1, read))
+    for var in self.read_outside & readers.keys():
+      readers[var].append((-1, AS_HELD))
     return readers
-
-  def hand_out(self, variables: Collection[Var]) -> None:
-    """Let some of its variables be read outside, as its results are, so that each has a value."""
-    for var in self.readers.keys() & {*variables}:
-      self.readers[var].append((-1, AS_HELD))
 
   @cached_property
   def read_often(self) -> dict[Often, np.dtype]:

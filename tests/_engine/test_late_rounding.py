@@ -139,3 +139,35 @@ def test_a_norm_reads_a_multiple_in_16_bits(policy):
     if e.primitive.name == "mul"
   ]
   assert product.outvars[0].aval.dtype.itemsize == 2
+
+
+def cut_wherever_read(h):
+  """Kernels between two halves, which are compared."""
+
+  def mean(a, b):
+    distances = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
+    return jnp.exp(-distances / 16).mean()
+
+  return mean(h[:4], h[:4]) + mean(h[4:], h[4:]) - 2 * mean(h[:4], h[4:])
+
+
+@both
+def test_what_comes_back_to_a_part_that_is_cut_twice_meets_in_float32(policy):
+  loss = mpjax.autocast(lambda w, x: cut_wherever_read(x @ w), policy)
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(EYE, X)
+  sums = [eqn for eqn in equations(jaxpr) if eqn.primitive.name in ("add", "add_any")]
+  assert len(sums) > 8
+  assert {var.aval.dtype for eqn in sums for var in eqn.invars} == {jnp.dtype("float32")}
+
+
+@both
+def test_what_is_cut_for_a_layer_is_cut_in_16_bits(policy):
+  """However often, and beside what is cut for float32."""
+
+  def fn(ws, x):
+    h = x @ ws[0]
+    return h[:4] @ ws[1], h[:4] @ ws[1].T, jnp.exp(h[:4])
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))([EYE, EYE], X)
+  cuts = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "slice"]
+  assert [eqn.outvars[0].aval.dtype for eqn in cuts[:2]] == [jnp.dtype(DTYPES[policy])] * 2

@@ -10,13 +10,15 @@ on the way, too: of scores over 0.07 the diagonal is masked before their cross-e
 So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 * e`` and ``e.T`` of
 a distance: what comes back to e from there and from its squares is a small difference, which adds
 up in float32. And so is what is made of a value for float32 alone if that is read in float32
-besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1.
+besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1. And so
+is what is cut twice in the same way for float32 alone, as halves of which kernels are compared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +37,7 @@ _CHOOSES = frozenset({"select_n", "scatter", "concatenate", "pad", "slice", "dyn
 _LEADS_ON = ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
 _MAY_LEAD_ON = _LEADS_ON | SCALES | FUNCTIONS
 _ADDS_UP = ADDS | {"reduce_sum"}
+_AS_WIDE = Read(to=FLOAT32)
 _STEEP = frozenset({"exp", "exp2", "pow", "log"})
 _ENDS = _ADDS_UP | FUNCTIONS | _STEEP | {"reduce_max", "reduce_min", "gather"}
 _RESULT = -1
@@ -57,7 +60,8 @@ def rounding_late(
       hand, and no loss does.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  late = _late(plan, numbers, multiplied, is_whole=is_whole)
+  is_cut_again = _cuts(plan)
+  late = _late(plan, numbers, multiplied, is_cut_again, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -65,6 +69,7 @@ def rounding_late(
       _is_inexact_multiple(step, numbers)
       or _leads_to_matmul(plan, step)
       or _is_read_besides(plan, n, late)
+      or is_cut_again(step)
       or made & variables_of(step.eqn.invars)
     ):
       wide.add(n)
@@ -137,6 +142,7 @@ def _late(
   plan: Plan,
   numbers: Callable[[Atom], NumberSet],
   multiplied: Collection[Var],
+  is_cut_again: Callable[[Step], bool],
   *,
   is_whole: bool,
 ) -> set[int]:
@@ -159,6 +165,8 @@ def _late(
     reads = plan.readers[result] if leads_on else []
     ends = _ADDS_UP if result in multiplied else _ENDS
     is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
+    if is_cut_again(step):
+      is_late = all(reader in late or read == _AS_WIDE for reader, read in reads)
     if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
       rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
       if rounds_inside and _rounds(step, numbers):
@@ -166,6 +174,17 @@ def _late(
       late.add(n)
       exact |= {n} if rounds_inside else set()
   return late
+
+
+def _cuts(plan: Plan) -> Callable[[Step], bool]:
+  """Tells whether a step cuts a part from a value that another one cuts from it, too."""
+  cuts = Counter(_cut(step) for step in plan.steps if step.eqn.primitive.name == "slice")
+  return lambda step: step.eqn.primitive.name == "slice" and cuts[_cut(step)] > 1
+
+
+def _cut(step: Step) -> Hashable:
+  (value,), params = step.eqn.invars, step.eqn.params
+  return id(value), params["start_indices"], params["limit_indices"], params["strides"]
 
 
 def _rounds(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:

@@ -63,6 +63,56 @@ def test_gradients_are_those_of_storing(activation, operands, monkeypatch):
   np.testing.assert_allclose(grads, storing, rtol=2e-3, atol=2e-3)
 
 
+READERS = {
+  "layer": lambda h: h @ jnp.ones((32, 4), h.dtype),
+  "pad": lambda h: jnp.pad(h, ((0, 0), (1, 1))) @ jnp.ones((34, 4), h.dtype),
+  "concatenate": lambda h: jnp.concatenate([h, h], 1) @ jnp.ones((64, 4), h.dtype),
+  "pool": lambda h: lax.reduce_window(h, -jnp.inf, lax.max, (1, 2), (1, 1), "SAME")[:, :4],
+  "mean": lambda h: h.mean(1),
+  "norm": lambda h: (h - h.mean(1, keepdims=True)) * lax.rsqrt(h.var(1, keepdims=True) + 1e-6),
+}
+ARITHMETIC = {
+  "snake": lambda x: x + jnp.sin(1.5 * x) ** 2 / 1.5,
+  "softsign": lambda x: x / (1 + jnp.abs(x)),
+  "squared_relu": lambda x: x + nn.relu(x) ** 2,
+}
+READ = {
+  (name, reader): (activation, READERS[reader])
+  for names, activations in ((READERS, ACTIVATIONS), (["layer"], ARITHMETIC))
+  for reader in names
+  for name, activation in activations.items()
+  if name in ("softplus", "mish", "elu", *ARITHMETIC)
+}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("read", READ.values(), ids=map("-".join, READ))
+def test_whatever_reads_an_activation_it_stores_no_more_than_by_hand(read, policy, operands):
+  """Where its result leaves in float32, too: to a norm or a pool, or to be moved."""
+  activation, reader = read
+  dtype = {"mixed_float16": jnp.float16, "mixed_bfloat16": jnp.bfloat16}[policy]
+
+  def by_hand(w, x):
+    return reader(activation(x.astype(dtype) @ w[0].astype(dtype))).astype(jnp.float32).sum()
+
+  own = mpjax.autocast(lambda w, x: reader(activation(x @ w[0])).sum(), policy)
+  sizes = [sum(np.dtype(d).itemsize for d in stored(fn, operands)) for fn in (own, by_hand)]
+  assert 0 < sizes[0] <= sizes[1]
+
+
+@in_turns(
+  ("gate", "policy"), {"silu": nn.silu, "gelu": nn.gelu}, ["mixed_float16", "mixed_bfloat16"]
+)
+def test_halves_of_an_activation_are_multiplied_in_16_bits(gate, policy, operands):
+  def fn(w, x):
+    one, other = jnp.split(gate(x @ w[0]), 2, 1)
+    return ((one * other) @ w[1][:16]).sum()
+
+  _, pullback = jax.vjp(lambda w: mpjax.autocast(fn, policy)(w, operands[1]), operands[0])
+  halves = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == (16, 16)]
+  assert halves and {leaf.dtype.itemsize for leaf in halves} == {2}
+
+
 def cells(gate):
   """A recurrence whose state is float32, as it starts from a number."""
   turn = lambda w, c, u: (gate(u @ w) * c + 0.1 * jnp.tanh(u @ w), None)

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.primitives import ADDS, Rule, Trait, having
-from mpjax._engine.analyses.ranges import ONE
+from mpjax._engine.analyses.ranges import ANYWHERE, ONE
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.analyses.roles import (
   GATES,
@@ -273,11 +273,16 @@ class NearOne:
           again, decays = role.products & other.products, role.is_own != other.is_own
           is_number = recurs and role.products and isinstance(atom, Literal)
           forgetting.update(eqn.outvars if is_number or (again and decays) else ())
-          near = recurs or (again and not decays)
+          near = recurs or (again and not decays and (_is_factor(role) or _is_factor(other)))
         found |= variables_of([atom]) if near else set()
       if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
+
+
+def _is_factor(role: Role) -> bool:
+  """Whether something is known of a value itself: of a swish or gelu nothing is."""
+  return bool(role.gates) or role.range != ANYWHERE
 
 
 def _divides_up(role: Role) -> bool:

@@ -95,20 +95,22 @@ class Uses:
   @functools.cached_property
   def only_multiplied(self) -> Collection[Var]:
     """What nothing but matmuls read."""
-    return self._read_only_by(lambda matmul: True)
+    return self._read_only_by(lambda matmul: True, _STAYS_WEIGHTED)
 
   @functools.cached_property
   def weighted(self) -> Collection[Var]:
-    """What nothing but layers read."""
-    return self._read_only_by(self._is_layer)
+    """What nothing but layers read, or is added to what nothing else reads."""
+    return self._read_only_by(self._is_layer, _STAYS_WEIGHTED | {"add"})
 
-  def _read_only_by(self, is_one: Callable[[JaxprEqn], bool]) -> Collection[Var]:
+  def _read_only_by(
+    self, is_one: Callable[[JaxprEqn], bool], leading: frozenset[str]
+  ) -> Collection[Var]:
     """What nothing but some of the matmuls read, multiplied or chosen among before."""
     others, made = variables_of(self._inner.outvars), set[Var]()
     for eqn in reversed(self._inner.eqns):
       name = eqn.primitive.name
-      leads_on = name in _STAYS_WEIGHTED or (
-        name in JITTED and self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= _STAYS_WEIGHTED
+      leads_on = name in leading or (
+        name in JITTED and self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= leading
       )
       is_end = name in MATMULS and is_one(eqn)
       if not is_end and not (leads_on and others.isdisjoint(eqn.outvars)):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ from mpjax._engine.running.softmax import Softmax
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
+_FACTORS = frozenset({"mul", "div"})
+_NONLINEAR = _TRANSCENDENTAL | {"integer_pow", "square"}
 _MIXES = frozenset({"mul", "add", "sub"})
 _MOST = 32
 """So many steps a mixture has at most: Python may have written out a long loop of them."""
@@ -57,69 +59,129 @@ class Island(NamedTuple):
 def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   """The islands of a plan that need not store float32, by the index of their last step."""
   steps = plan.steps
-  wide = [_keeps_size(step) for step in steps]
-  if not any(wide):
+  search = _Search(plan)
+  if not any(search.wide):
     return {}
-  readers = plan.readers
-  makers = {var: index for index, step in enumerate(steps) for var in step.eqn.outvars}
   found: dict[int, Island | Softmax] = {}
   taken: set[int] = set()
   for last in reversed(range(len(steps))):
     may_be_softmax = steps[last].eqn.primitive.name == "div"
-    weights = softmax.match(steps, readers, makers, last) if may_be_softmax else None
+    weights = softmax.match(steps, search.readers, search.makers, last) if may_be_softmax else None
     if weights is not None:
       weights = weights.alone() if weights.due in found else weights
       found[weights.due] = weights
       taken |= set(weights.steps)
-    elif last not in taken and (rounded := _rounded(steps, wide, readers, makers, last)):
-      taken |= {*rounded.steps}
-      found[last] = rounded
-    elif last not in taken and (mixed := _mixed(steps, wide, readers, makers, last)):
-      taken |= mixed
-      found[last] = _island(steps, sorted(mixed), None)._replace(merges=True)
-    elif last not in taken and _stores_casts(steps[last], readers):
-      found[last] = _island(steps, [last], None)._replace(merges=True)
+    elif last not in taken and (island := search.island(last)):
+      taken |= {*island.steps}
+      found[last] = island
   return found
 
 
-def _rounded(
-  steps: Sequence[Step],
-  wide: Sequence[bool],
-  readers: Readers,
-  makers: Mapping[Var, int],
-  last: int,
-) -> Island | None:
-  """The island whose result is a value that all its readers round, if it pays."""
-  if not (wide[last] and _is_read_narrow(readers, steps[last])):
-    return None
-  members = sorted(_reach_back(steps, wide, readers, makers, last))
-  island = _island(steps, members, shared_format(readers, steps[last]))
-  return island if _pays(steps, island) else None
+class _Search:
+  """Looks for islands in a plan.
 
-
-def _mixed(
-  steps: Sequence[Step],
-  wide: Sequence[bool],
-  readers: Readers,
-  makers: Mapping[Var, int],
-  last: int,
-) -> set[int]:
-  """The steps of a mixture of float32 values by gates that nothing else reads, if there are.
-
-  The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
-  which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c, and so does
-  ``(1 - z) * n + z * h``.
+  Attributes:
+    wide: For each step, whether it makes one float32 value of the size of what it reads.
+    readers: Which steps read each variable.
+    makers: Which step makes each variable.
   """
-  if steps[last].eqn.primitive.name not in _MIXES or not wide[last]:
-    return set()
-  members = sorted(_reach_back(steps, wide, readers, makers, last, _MOST))
-  inside = [steps[n] for n in members]
-  if len(members) == 1 or not _mixes(inside):
-    return set()
-  cuts = range(_CUTS if len(members) == _MOST else 1)  # the rest of a chain is one of its own
-  found = (n for n in cuts if _mixes(inside[n:]) and _stores_factors(inside[n:]))
-  start = next(found, len(members))
-  return {*members[start:]}
+
+  def __init__(self, plan: Plan) -> None:
+    self._steps = plan.steps
+    self.wide = [_keeps_size(step) for step in plan.steps]
+    self.readers = plan.readers if any(self.wide) else {}
+    self.makers = {var: n for n, step in enumerate(plan.steps) for var in step.eqn.outvars}
+    # One function is a single step of its caller's, which takes it whole.
+    self._is_function = all(map(is_elementwise, plan.steps))
+
+  def island(self, last: int) -> Island | None:
+    """The island that ends with a step, if it pays."""
+    if not self.wide[last]:
+      return None
+    found = self._rounded(last) or self._mixed(last)
+    if found is None and not self._is_function:
+      found = self._unrounded(last)
+    if found is None and _stores_casts(self._steps[last], self.readers):
+      found = self._of([last], merges=True)
+    return found
+
+  def _rounded(self, last: int) -> Island | None:
+    """The island whose result is a value that all its readers round."""
+    if not self._is_read_narrow(last):
+      return None
+    island = self._of(
+      sorted(self._reach_back(last)), shared_format(self.readers, self._steps[last])
+    )
+    return island if self._narrow_read(island, _NONLINEAR | {"div"}) else None
+
+  def _unrounded(self, last: int) -> Island | None:
+    """The island whose result leaves in float32, if its steps store more than it reads.
+
+    Of a swish that a norm or a pool reads: the sigmoid and what it multiplies.
+    """
+    island = self._of(sorted(self._reach_back(last, _MOST)))
+    stored = _stored([self._steps[n] for n in island.steps]) - _stores_result(self._steps[last])
+    return island if 0 < self._narrow_read(island, _TRANSCENDENTAL) < 2 * stored else None
+
+  def _mixed(self, last: int) -> Island | None:
+    """A mixture of float32 values by gates that nothing else reads.
+
+    The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
+    which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c, and so does
+    ``(1 - z) * n + z * h``.
+    """
+    if self._steps[last].eqn.primitive.name not in _MIXES:
+      return None
+    members = sorted(self._reach_back(last, _MOST))
+    inside = [self._steps[n] for n in members]
+    if len(members) == 1 or not _mixes(inside):
+      return None
+    cuts = range(_CUTS if len(members) == _MOST else 1)  # the rest of a chain is one of its own
+    found = (n for n in cuts if _mixes(inside[n:]) and _stores_factors(inside[n:]))
+    start = next(found, None)
+    return None if start is None else self._of(members[start:], merges=True)
+
+  def _is_read_narrow(self, index: int) -> bool:
+    """Whether everything that reads a step's result first casts it to 16 bits."""
+    reads = self.readers[self._steps[index].eqn.outvars[0]]
+    formats = {read.via or read.to or FLOAT32 for _, read in reads}
+    return bool(formats) and FLOAT32 not in formats
+
+  def _reach_back(self, last: int, most: float = math.inf) -> set[int]:
+    """The steps whose values only the island reads, in float32; no more than so many."""
+    members: set[int] = set()
+    queue = [-last]  # the latest first: whoever reads a value comes before who makes it
+    queued = {last}
+    while queue and len(members) < most:
+      index = -heapq.heappop(queue)
+      step = self._steps[index]
+      users = self.readers[step.eqn.outvars[0]]
+      others = [n for n, read in users if n not in members or read.via is not None]
+      if index != last and (others or not self.wide[index]):
+        continue
+      members.add(index)
+      made = {self.makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
+      for maker in made - queued:
+        heapq.heappush(queue, -maker)
+      queued |= made
+    return members
+
+  def _of(
+    self, members: Sequence[int], dtype: np.dtype | None = None, *, merges: bool = False
+  ) -> Island:
+    """The island of some steps, in order."""
+    made = {self._steps[n].eqn.outvars[0] for n in members}
+    read = (atom for n in members for atom in self._steps[n].eqn.invars)
+    inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
+    return Island(tuple(members), tuple(inputs), dtype, merges)
+
+  def _narrow_read(self, island: Island, costly: Collection[str]) -> int:
+    """How many narrow values of its size an island reads, to store instead; 0 if it has no need.
+
+    None where one of its operands is float32, for that would be stored.
+    """
+    large = [*_large([self._steps[n] for n in island.steps], costly).values()]
+    return 0 if Kind.DATA in large else large.count(Kind.NARROW)
 
 
 def _mixes(inside: Sequence[Step]) -> bool:
@@ -137,6 +199,26 @@ def _stores_factors(inside: Sequence[Step]) -> bool:
   made = {s.eqn.outvars[0] for s in inside} & stored
   is_step = {*read} <= variables_of(inside[-1].eqn.invars)  # from what it was to what comes
   return not read or (is_step and len(read) < len([v for v in made if jaxprs.size(v) >= size]))
+
+
+def _stored(inside: Iterable[Step]) -> int:
+  """How many values, of the size that they make, the derivatives of steps store at least."""
+  return sum(_stored(step.bodies[0].steps) if step.bodies else _stores(step) for step in inside)
+
+
+def _stores(step: Step) -> bool:
+  """Whether the derivative of a step stores what it reads or makes."""
+  name, made = step.eqn.primitive.name, step.eqn.outvars[0]
+  if name not in _FACTORS:
+    return name in _NONLINEAR
+  return all(jaxprs.size(atom) == jaxprs.size(made) for atom in step.eqn.invars)
+
+
+def _stores_result(step: Step) -> bool:
+  """Whether the derivative of a step stores its result, as all may do that read it."""
+  if step.bodies:
+    return any(map(_stores_result, step.bodies[0].steps[-1:]))
+  return step.eqn.primitive.name in _TRANSCENDENTAL
 
 
 def _stores_casts(step: Step, readers: Readers) -> bool:
@@ -161,69 +243,23 @@ def _keeps_size(step: Step) -> bool:
   return is_elementwise(step) or step.eqn.primitive.name in _MOVES
 
 
-def _is_read_narrow(readers: Readers, step: Step) -> bool:
-  """Whether everything that reads a value first casts it to 16 bits."""
-  formats = {read.via or read.to or FLOAT32 for _, read in readers[step.eqn.outvars[0]]}
-  return bool(formats) and FLOAT32 not in formats
+def _large(steps: Sequence[Step], costly: Collection[str] = _TRANSCENDENTAL) -> dict[Any, Kind]:
+  """What steps read that is as large as their last result; nothing if none of them is costly.
 
-
-def _reach_back(
-  steps: Sequence[Step],
-  wide: Sequence[bool],
-  readers: Readers,
-  makers: Mapping[Var, int],
-  last: int,
-  most: float = math.inf,
-) -> set[int]:
-  """The steps whose values only the island reads, in float32; no more than so many."""
-  members: set[int] = set()
-  queue = [-last]  # the latest first: whoever reads a value comes before who makes it
-  queued = {last}
-  while queue and len(members) < most:
-    index = -heapq.heappop(queue)
-    step = steps[index]
-    users = readers[step.eqn.outvars[0]]
-    others = [n for n, read in users if n not in members or read.via is not None]
-    if index != last and (others or not wide[index]):
-      continue
-    members.add(index)
-    made = {makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
-    for maker in made - queued:
-      heapq.heappush(queue, -maker)
-    queued |= made
-  return members
-
-
-def _island(steps: Any, members: list[int], dtype: np.dtype | None) -> Island:
-  made = {steps[n].eqn.outvars[0] for n in members}
-  read = (atom for n in members for atom in steps[n].eqn.invars)
-  inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
-  return Island(tuple(members), tuple(inputs), dtype)
-
-
-def _pays(steps: Any, island: Island) -> bool:
-  """Whether an island stores less than its steps: a compiler keeps what is costly to compute again.
-
-  No operand of its size may be float32, for it would be stored instead.
+  What is not, compilers compute again by themselves.
   """
-  large = _large([steps[n] for n in island.steps]).values()
-  return Kind.NARROW in large and Kind.DATA not in large
-
-
-def _large(steps: Sequence[Step]) -> dict[Any, Kind]:
-  """What steps read that is as large as their last result; nothing if none of them is costly."""
   size = jaxprs.size(steps[-1].eqn.outvars[0])
-  if not [s for s in steps if jaxprs.size(s.eqn.outvars[0]) == size and _is_costly(s)]:
+  if not [s for s in steps if jaxprs.size(s.eqn.outvars[0]) == size and _is_costly(s, costly)]:
     return {}
   made = {step.eqn.outvars[0] for step in steps}
   kinds = {a: f.kind for a, f in _operands(steps) if f is not None and jaxprs.size(a) >= size}
   return {a: kind for a, kind in kinds.items() if a not in made}
 
 
-def _is_costly(step: Step) -> bool:
-  if step.eqn.primitive.name in _TRANSCENDENTAL:
+def _is_costly(step: Step, costly: Collection[str]) -> bool:
+  if step.eqn.primitive.name in costly and _stores(step):
     return True
-  return any(_is_costly(inner) for body in step.bodies for inner in body.steps)
+  return any(_is_costly(inner, costly) for body in step.bodies for inner in body.steps)
 
 
 def _operands(members: Iterable[Step]) -> Iterable[tuple[Any, Any]]:

@@ -42,6 +42,7 @@ T = TypeVar("T")
 _LINEAR = UNCHANGED | {
   *("add", "sub", "add_any", "neg", "reduce_sum"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
+  *("select_n", "stop_gradient"),  # a logsumexp is the largest and what is above that
 }
 
 

@@ -91,16 +91,20 @@ class _Search:
     self.wide = [_keeps_size(step) for step in plan.steps]
     self.readers = plan.readers if any(self.wide) else {}
     self.makers = {var: n for n, step in enumerate(plan.steps) for var in step.eqn.outvars}
-    # One function is a single step of its caller's, which takes it whole.
-    self._is_function = all(map(is_elementwise, plan.steps))
+    self._is_costly = any(
+      wide and _is_costly(step, _TRANSCENDENTAL)
+      for wide, step in zip(self.wide, plan.steps, strict=True)
+    )
+    self._is_function = self._is_costly and all(map(is_elementwise, plan.steps))
 
   def island(self, last: int) -> Island | None:
     """The island that ends with a step, if it pays."""
     if not self.wide[last]:
       return None
-    found = self._rounded(last) or self._mixed(last)
-    if found is None and not self._is_function:
-      found = self._unrounded(last)
+    found = self._rounded(last)
+    if found is None and self._is_costly:
+      members = sorted(self._reach_back(last, _MOST))
+      found = self._mixed(members) or self._unrounded(members)
     if found is None and _stores_casts(self._steps[last], self.readers):
       found = self._of([last], merges=True)
     return found
@@ -109,32 +113,33 @@ class _Search:
     """The island whose result is a value that all its readers round."""
     if not self._is_read_narrow(last):
       return None
-    island = self._of(
-      sorted(self._reach_back(last)), shared_format(self.readers, self._steps[last])
-    )
-    return island if self._narrow_read(island, _NONLINEAR | {"div"}) else None
+    members = sorted(self._reach_back(last))
+    if not self._narrow_read(members, _NONLINEAR | {"div"}):
+      return None
+    return self._of(members, shared_format(self.readers, self._steps[last]))
 
-  def _unrounded(self, last: int) -> Island | None:
+  def _unrounded(self, members: Sequence[int]) -> Island | None:
     """The island whose result leaves in float32, if its steps store more than it reads.
 
     Of a swish that a norm or a pool reads: the sigmoid and what it multiplies.
     """
-    island = self._of(sorted(self._reach_back(last, _MOST)))
-    stored = _stored([self._steps[n] for n in island.steps]) - _stores_result(self._steps[last])
-    return island if 0 < self._narrow_read(island, _TRANSCENDENTAL) < 2 * stored else None
+    if self._is_function:  # its caller takes it whole, as a single step
+      return None
+    read = self._narrow_read(members, _TRANSCENDENTAL)
+    if not read:  # as nearly always
+      return None
+    stored = _stored(self._steps[n] for n in members) - _stores_result(self._steps[members[-1]])
+    return self._of(members) if read < 2 * stored else None
 
-  def _mixed(self, last: int) -> Island | None:
+  def _mixed(self, members: Sequence[int]) -> Island | None:
     """A mixture of float32 values by gates that nothing else reads.
 
     The derivative of a product stores both factors. A gate in float32 is made of a narrow value,
     which is half as large: ``sigmoid(f) * c`` of a recurrent cell stores f and c, and so does
     ``(1 - z) * n + z * h``.
     """
-    if self._steps[last].eqn.primitive.name not in _MIXES:
-      return None
-    members = sorted(self._reach_back(last, _MOST))
     inside = [self._steps[n] for n in members]
-    if len(members) == 1 or not _mixes(inside):
+    if len(members) == 1 or inside[-1].eqn.primitive.name not in _MIXES or not _mixes(inside):
       return None
     cuts = range(_CUTS if len(members) == _MOST else 1)  # the rest of a chain is one of its own
     found = (n for n in cuts if _mixes(inside[n:]) and _stores_factors(inside[n:]))
@@ -175,12 +180,12 @@ class _Search:
     inputs = dict.fromkeys(a for a in read if not isinstance(a, Literal) and a not in made)
     return Island(tuple(members), tuple(inputs), dtype, merges)
 
-  def _narrow_read(self, island: Island, costly: Collection[str]) -> int:
+  def _narrow_read(self, members: Sequence[int], costly: Collection[str]) -> int:
     """How many narrow values of its size an island reads, to store instead; 0 if it has no need.
 
     None where one of its operands is float32, for that would be stored.
     """
-    large = [*_large([self._steps[n] for n in island.steps], costly).values()]
+    large = [*_large([self._steps[n] for n in members], costly).values()]
     return 0 if Kind.DATA in large else large.count(Kind.NARROW)
 
 

@@ -105,7 +105,7 @@ class _Walker:
     if spot.record:
       return self.walk_anew(plan, operands, spot)
     # Each of several nested loops walks its body until nothing changes; once for equal operands.
-    known = id(plan), spot.key, tuple(operands)
+    known = plan, spot.key, tuple(operands)
     if known not in self._walked:
       self._walked[known] = self.walk_anew(plan, operands, spot)
     return self._walked[known]

@@ -18,6 +18,8 @@ import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from mpjax._core.primitives import (
   KEEPS_NUMBERS,
   MATMULS,
@@ -281,6 +283,8 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
   if name in SCALES:
     return len(places) == 1
+  if name in ("max", "min"):  # as a logsumexp keeps the largest from being less than all numbers
+    return any(isinstance(a, Literal) and np.isinf(a.val) for a in eqn.invars)
   return name in _LINEAR or name in MATMULS
 
 

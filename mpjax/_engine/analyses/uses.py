@@ -176,15 +176,23 @@ class Uses:
 
   @functools.cached_property
   def quadratic(self) -> Collection[Any]:
-    """The matmuls that an inner product multiplies by what they multiply."""
-    found, of = set[Any](), jaxprs.sources(self._inner, MOVES)
-    for eqn in filter(matmuls.is_inner, self._inner.eqns):
-      for product, vector in (eqn.invars, eqn.invars[::-1]):
+    """The matmuls that are multiplied again by what they multiply, and this product.
+
+    Those of ``x.T @ a @ x``, and of its diagonal, ``((x.T @ a) * x.T).sum(1)``.
+    """
+    found, of = set[Any](), functools.cache(lambda: jaxprs.sources(self._inner, MOVES))
+    for eqn in self._inner.eqns:
+      name = eqn.primitive.name
+      if name != "dot_general" and not (name == "mul" and eqn.outvars[0] in self.summed):
+        continue
+      for product, factor in (eqn.invars, eqn.invars[::-1]):
         made = self._frame.maker(product)
         while made is not None and (before := handed_on(made)):
           made = self._frame.maker(before[0])
-        if made is not None and made.primitive.name == "dot_general":
-          found |= {*made.outvars} if of(vector) in map(of, made.invars) else set()
+        if made is None or made.primitive.name != "dot_general":
+          continue
+        if of()(factor) in map(of(), made.invars):
+          found |= {*made.outvars, *(eqn.outvars if name == "dot_general" else ())}
     return frozenset(found)
 
 

@@ -153,12 +153,14 @@ def has_integer(sight: Sight) -> bool:
 
 
 def is_of_quadratic_form(sight: Sight) -> bool:
-  """Whether a vector is multiplied by a matrix of data, and an inner product by that vector again.
+  """Whether a matmul multiplies a matrix of data, and is multiplied by its other operand again.
 
-  ``w @ S @ w`` is one sum of products. A bilinear layer has a parameter in its middle.
+  ``w @ S @ w`` is one sum of products, and so is each of many, or of the trace of ``w.T @ S @ w``.
+  A bilinear layer has a parameter in its middle.
   """
-  is_vector = len(jaxprs.shape(sight.result)) == 1  # few are
-  return is_vector and PARAM not in sight.forms and sight.result in sight.around.uses.quadratic
+  if PARAM in sight.forms or all(map(is_narrow, sight.forms)):
+    return False
+  return sight.result in sight.around.uses.quadratic and is_of_data(sight)
 
 
 def is_weighted_sum(sight: Sight) -> bool:
@@ -237,12 +239,13 @@ def is_head(sight: Sight) -> bool:
 def weighs_data(sight: Sight) -> bool:
   """Whether a matmul multiplies data, by no weights of a layer: by those that one gave, say.
 
-  Data that are compared with a query give scores.
+  Data that are compared with a query, which a layer gave, give scores.
   """
   sums, frame, read = sight.around.sums, sight.around.frame, sight.eqn.invars
   pairs = zip(read, sight.forms, strict=True)
   data = [atom for atom, form in pairs if form is not None and form.kind is Kind.DATA]
-  if len(sums.of_parameters(data)) == len(data) or sight.result in sight.around.uses.scores:
+  is_score = sight.has_layer and sight.result in sight.around.uses.scores
+  if is_score or len(sums.of_parameters(data)) == len(data):
     return False
   scaled = [eqn for eqn in map(frame.maker, read) if eqn and eqn.primitive.name in SCALES]
   weights = jaxprs.variables_of([*read, *(a for eqn in scaled for a in eqn.invars)])

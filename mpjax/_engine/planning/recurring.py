@@ -64,10 +64,11 @@ def hands_on(sight: Sight) -> bool:
     return False
   if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
     return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
-  has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(sight.eqn.invars)
+  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
+  others = [atom for atom in sight.eqn.invars if len(read) != 1 or atom is not read[0]]
+  has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(others)
   if not found.is_long(has_layer=has_layer):
     return False
-  read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   trained = [a for a in read if a in sight.around.sums.pure]
   if len(read) > 1:
     return all(map(is_data, sight.forms)) and not trained

@@ -55,8 +55,8 @@ class Interpreter:
     self._stepwise, self._read_by_rules = stepwise, read_by_rules
     self._around: Environment | None = None  # of the outermost plan that runs now
     self._rebuilt: dict[Hashable, Any] = {}
-    self._units: dict[int, list[Unit | Repeat]] = {}
-    self._kept: dict[int, frozenset[Var]] = {}
+    self._units: dict[Plan, list[Unit | Repeat]] = {}
+    self._kept: dict[Plan, frozenset[Var]] = {}
     self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
     self._of_steps: dict[int, tuple[Step, Any]] = {}
 
@@ -115,7 +115,7 @@ class Interpreter:
     """What a plan executes one after the other."""
     if self._stepwise:
       return list(plan.steps)
-    if id(plan) not in self._units:
+    if plan not in self._units:
       found = islands.find(plan)
       taken = {index for island in found.values() for index in island.steps}
       turned = operand_order.turned(plan)
@@ -125,8 +125,8 @@ class Interpreter:
         if n not in taken
       }
       units, kept = dict(sorted({**rest, **found}.items())), kept_rounding(plan, self._kept)
-      self._units[id(plan)] = repeats.joined(plan, units, kept)
-    return self._units[id(plan)]
+      self._units[plan] = repeats.joined(plan, units, kept)
+    return self._units[plan]
 
   def _run_unit(
     self, plan: Plan, unit: Unit | Repeat, values: Environment, scopes: int = 0
@@ -220,7 +220,7 @@ class Interpreter:
       plan: The plan.
       rounding: Which operands come in float32, and are rounded first to how they are held.
     """
-    key = id(plan), rounding
+    key = plan, rounding
     if key not in self._rebuilt:
       invars = versions.open_jaxpr(plan.jaxpr).invars
       held = [form and form.dtype for form in plan.in_forms]

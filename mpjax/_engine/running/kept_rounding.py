@@ -35,22 +35,22 @@ _PICKS = frozenset({"reduce_max", "reduce_min"})
 """One of the values themselves, as a softmax subtracts: all are off alike, and normalized."""
 
 
-def kept_rounding(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
+def kept_rounding(plan: Plan, known: dict[Plan, frozenset[Var]]) -> frozenset[Var]:
   """The narrow values of a plan whose rounding is kept.
 
   Args:
     plan: The plan.
-    known: Those of plans that were asked for before, by their identity; others are added.
+    known: Those of plans that were asked for before; others are added.
   """
-  if id(plan) not in known:
+  if plan not in known:
     multiplied = _multiplied(plan, known)
     differences = [step for step in plan.steps if _is_difference(step)]
     found = _exponents(plan, differences) if differences else frozenset[Var]()
-    known[id(plan)] = found | (_narrow(plan) & multiplied if multiplied else multiplied)
-  return known[id(plan)]
+    known[plan] = found | (_narrow(plan) & multiplied if multiplied else multiplied)
+  return known[plan]
 
 
-def _multiplied(plan: Plan, known: dict[int, frozenset[Var]]) -> frozenset[Var]:
+def _multiplied(plan: Plan, known: dict[Plan, frozenset[Var]]) -> frozenset[Var]:
   """What is read by moments, by what is amplified or taken back, in the bodies of a plan too."""
   found: list[Atom] = []
   for step in plan.steps:

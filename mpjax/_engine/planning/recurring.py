@@ -55,6 +55,8 @@ def iterates(sight: Sight) -> bool:
 def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
+  The values of states may be those that a layer gave, if the matrix is none of its.
+
   Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
   nothing that the loop carries, what each turn adds, where no layer is. Or reads a few numbers that
   the loop carries where that solves a linear system of them, as filters and regulators do.
@@ -65,7 +67,8 @@ def hands_on(sight: Sight) -> bool:
   if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
     return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
-  others = [atom for atom in sight.eqn.invars if len(read) != 1 or atom is not read[0]]
+  values = [atom for atom, _ in matmuls.vectors(sight.eqn) if len(read) == 1 and atom is read[0]]
+  others = [a for a in sight.eqn.invars if not any(a is value for value in values)]
   has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(others)
   if not found.is_long(has_layer=has_layer):
     return False

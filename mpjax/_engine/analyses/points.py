@@ -5,8 +5,10 @@ three products each, which are coordinates. They are written as matmuls, and no 
 pixel lies at 500, bfloat16 tells it in steps of 2, and no hardware multiplies so few numbers
 faster. So they are float32, as if they were written out. The weights of a layer may be as small;
 those are parameters as they came, which such a matrix is not: it is made of fewer, as of angles, or
-by a layer, or is given. One of four rows and columns is put together from a rotation and a shift.
-What a layer gave for points has rounded before, and is multiplied in 16 bits.
+by a layer, or is given. One of four rows and columns is put together from a rotation and a shift,
+or what it multiplies has a one beside its coordinates. What a layer gave for points has rounded
+before, and is multiplied in 16 bits, but where that one stands beside it. Points may be parameters
+themselves, of a cloud that is sought: rows that a square matrix turns, as no layer's data are.
 """
 
 from __future__ import annotations
@@ -47,11 +49,11 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, frame: Frame, pure: Collectio
     return False
   for n, (matrix, points) in enumerate((eqn.invars, eqn.invars[::-1])):
     of_matrix, of_points = forms[n], forms[1 - n]
-    if (
-      not _has_few_rows(matmuls.free(eqn, n), terms)
-      or is_narrow(of_points)
-      or _are_weights(matrix, of_matrix, makers)
-    ):
+    if not _has_few_rows(matmuls.free(eqn, n), terms) or _are_weights(matrix, of_matrix, makers):
+      continue
+    if terms > matmuls.DIMENSIONS and _have_ones(points, frame):
+      return True
+    if is_narrow(of_points):
       continue
     if terms > matmuls.DIMENSIONS:
       found = _is_put_together(matrix, frame, by_rows_and_columns=True)
@@ -60,9 +62,28 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, frame: Frame, pure: Collectio
     is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
     are_many = max(matmuls.free(eqn, 1 - n), default=1) > matmuls.DIMENSIONS >= terms
     are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
-    if found or (is_given and are_many and not are_weights):
+    if found or (is_given and are_many and (not are_weights or _turns_rows(eqn, n))):
       return True
   return False
+
+
+def _have_ones(points: Atom, frame: Frame) -> bool:
+  """Whether points are homogeneous: coordinates, and a one behind them."""
+  while (made := frame.maker(points)) and made.primitive.name in UNCHANGED:
+    points = made.invars[0]
+  return (
+    made is not None
+    and made.primitive.name == "concatenate"
+    and len(made.invars) == 2
+    and frame.number(made.invars[1]) == 1
+  )
+
+
+def _turns_rows(eqn: JaxprEqn, operand: int) -> bool:
+  """Whether an operand of a matmul is a square matrix that multiplies the rows of the other."""
+  (contracted, _), other = eqn.params["dimension_numbers"], eqn.invars[1 - operand]
+  rows, columns = jaxprs.shape(eqn.invars[operand])[-2:]
+  return rows == columns and contracted[1 - operand] == (len(jaxprs.shape(other)) - 1,)
 
 
 def _has_few_rows(free: list[int], terms: int) -> bool:

@@ -16,7 +16,7 @@ from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.lookahead import LOGARITHMS, MOVES
 from mpjax._engine.analyses.origins import handed_on
 from mpjax._engine.analyses.recomputed import same_values
-from mpjax._engine.program import jaxprs, matmuls
+from mpjax._engine.program import jaxprs
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
@@ -191,7 +191,7 @@ class Uses:
           made = self._frame.maker(before[0])
         if made is None or made.primitive.name != "dot_general":
           continue
-        if of()(factor) in map(of(), made.invars):
+        if any(self._is_same(of()(factor), of()(atom)) for atom in made.invars):
           found |= {*made.outvars, *(eqn.outvars if name == "dot_general" else ())}
     return frozenset(found)
 

@@ -1,0 +1,123 @@
+"""Matrices that are data, in algorithms that are no networks: as exact as with float32 by hand.
+
+What a layer gave goes into them: rewards, weights of a portfolio, keypoints.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import mpjax
+from _jaxprs import equations
+from _turns import in_turns
+
+COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
+both = pytest.mark.parametrize("policy", COMPUTE)
+KEYS = jax.random.split(jax.random.key(0), 8)
+STATES, ACTIONS = 20, 4
+X = jax.random.normal(KEYS[0], (STATES, 8))
+MOVES = jax.nn.softmax(3 * jax.random.normal(KEYS[1], (STATES, ACTIONS, STATES)))
+SPREAD = 0.3 * jax.random.normal(KEYS[2], (STATES, STATES))
+COVARIANCE = SPREAD @ SPREAD.T / STATES + 0.8  # of what has much in common
+LINKS = jnp.eye(STATES, k=1) + jnp.eye(STATES, k=-1)
+DEGREES = jnp.diag(LINKS.sum(1))
+TAKEN = jax.random.randint(KEYS[3], (STATES,), 0, ACTIONS)
+
+
+def said(logits):
+  return jax.nn.log_softmax(logits)[jnp.arange(STATES), TAKEN].sum()
+
+
+def iterated(turn, values=lambda v: jnp.einsum("sat,t->sa", MOVES, v)):
+  """Value iteration of rewards that a layer gave."""
+
+  def of(h):
+    quality = lambda v: h[:, :1] + 0.95 * values(v)
+    return said(quality(turn(lambda v: quality(v), jnp.zeros(STATES))))
+
+  return of
+
+
+def scanned(best):
+  return lambda quality, v: lax.scan(lambda v, _: (best(quality(v)), None), v, None, length=60)[0]
+
+
+soft = lambda q: jax.nn.logsumexp(q, -1)
+VALUES = {
+  "soft": iterated(scanned(soft)),
+  "matmul": iterated(scanned(soft), lambda v: MOVES @ v),
+  "batched": iterated(scanned(soft), lambda v: jax.vmap(lambda moves: moves @ v)(MOVES)),
+  "counted": iterated(lambda q, v: lax.fori_loop(0, 60, lambda _, v: soft(q(v)), v)),
+  "masked": iterated(scanned(lambda q: jnp.where(jnp.arange(STATES) < 2, 0.0, soft(q)))),
+}
+weights = jax.nn.softmax
+traces = lambda s, a: jnp.trace(s.T @ a @ s)
+FORMS = {
+  "einsum": lambda h: jnp.einsum("bi,ij,bj->b", weights(h), COVARIANCE, weights(h)),
+  "sum": lambda h: ((weights(h) @ COVARIANCE) * weights(h)).sum(-1),
+  "each": lambda h: jax.vmap(lambda w: w @ COVARIANCE @ w)(weights(h)),
+  "cut": lambda h: traces(weights(h[:, :4]), LINKS) / traces(weights(h[:, :4]), DEGREES),
+  "columns": lambda h: ((LINKS @ weights(h[:, :4])) * weights(h[:, :4])).sum(0),
+}
+CAMERA = jnp.array([[500.0, 0, 128], [0, 500, 128], [0, 0, 1]])
+TURN = jnp.linalg.qr(jax.random.normal(KEYS[4], (3, 3)))[0]
+POSE = jnp.concatenate([TURN, jnp.array([[0.1], [0.0], [6.0]])], 1)
+
+
+def keypoints(h):
+  """Pixels of points that a layer gave, in a camera's picture."""
+  points = h[:, :18].reshape(-1, 6, 3)
+  seen = jnp.concatenate([points, jnp.ones_like(points[..., :1])], -1) @ (CAMERA @ POSE).T
+  return jnp.sin(seen[..., :2] / seen[..., 2:])
+
+
+PROGRAMS = {**VALUES, **FORMS, "keypoints": keypoints}
+
+
+def distance(found, want):
+  return jnp.linalg.norm(found - want) / jnp.linalg.norm(want)
+
+
+@in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
+def test_values_and_gradients_are_as_exact_as_by_hand(name, policy):
+  w = jax.random.normal(KEYS[5], (8, STATES)) / 3
+
+  def value(w, dtype=jnp.float32):
+    return PROGRAMS[name]((X.astype(dtype) @ w.astype(dtype)).astype(jnp.float32))
+
+  gradient = lambda fn: jax.grad(lambda w: jnp.sum(fn(w)))
+  by_hand = lambda w: value(w, COMPUTE[policy])
+  own = mpjax.autocast(value, policy)
+  for fns in ((own, by_hand, value), map(gradient, (own, by_hand, value))):
+    found, hand, want = (jax.jit(fn)(w) for fn in fns)
+    assert distance(found, want) <= 2 * distance(hand, want)
+
+
+CLOUDS = {
+  "rows": lambda p: p @ TURN.T,
+  "einsum": lambda p: jnp.einsum("cij,nj->cni", jnp.stack([TURN, TURN.T]), p),
+  "each": jax.vmap(lambda point: TURN @ point),
+  "homogeneous": lambda p: jnp.concatenate([p, jnp.ones((12, 1))], 1) @ POSE.T,
+}
+
+
+@both
+@pytest.mark.parametrize("moved", CLOUDS.values(), ids=CLOUDS)
+def test_points_may_be_parameters_that_data_turn(moved, policy):
+  """Of bundle adjustment, splats, vertices: near the optimum a gradient is a small difference."""
+  cloud = jax.random.normal(KEYS[6], (12, 3))
+  loss = lambda p: jnp.mean((moved(p) - moved(cloud)) ** 2)
+  near = cloud + 0.001
+  found, want = (jax.grad(fn)(near) for fn in (mpjax.autocast(loss, policy), loss))
+  assert distance(found, want) < 1e-4
+
+
+@both
+def test_layers_of_three_features_stay_narrow(policy):
+  """Also where there are three examples of them, if these do not turn the rows of weights."""
+  layers = lambda w, x: jnp.tanh(jnp.tanh(x @ w[0]) @ w[1])
+  w = [jnp.ones((3, 16)), jnp.ones((16, 8))]
+  jaxpr = jax.make_jaxpr(mpjax.autocast(layers, policy))(w, jnp.ones((3, 3)))
+  dots = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+  assert {a.aval.dtype for eqn in dots for a in eqn.invars} == {jnp.dtype(COMPUTE[policy])}

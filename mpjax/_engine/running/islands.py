@@ -3,9 +3,9 @@
 The derivative of an elementwise float32 operation needs its operands or its result, and would
 store them in float32 from the forward to the backward pass. Where these, and moves, lead from
 narrow values to a value that is only ever read in 16 bits, storing the narrow operands is enough,
-and so it is for gates that mix float32 states: the rest is computed again, in a few operations
-that compilers fuse (Chen et al. 2016, "Training deep nets with sublinear memory cost", with a
-segment an island).
+and so it is for gates that mix float32 states, and where the value leaves in float32, to a norm or
+a pool, if more would be stored: the rest is computed again, in a few operations that compilers fuse
+(Chen et al. 2016, "Training deep nets with sublinear memory cost", with a segment an island).
 """
 
 from __future__ import annotations

@@ -176,9 +176,9 @@ class Uses:
 
   @functools.cached_property
   def quadratic(self) -> Collection[Any]:
-    """The matmuls that are multiplied again by what they multiply, and this product.
+    """The matmuls of ``x.T @ a @ x``, and of its diagonal, ``((x.T @ a) * x.T).sum(1)``.
 
-    Those of ``x.T @ a @ x``, and of its diagonal, ``((x.T @ a) * x.T).sum(1)``.
+    None of a layer, whose a is its weights, nor of powers of one x.
     """
     found, of = set[Any](), functools.cache(lambda: jaxprs.sources(self._inner, MOVES))
     for eqn in self._inner.eqns:
@@ -189,9 +189,9 @@ class Uses:
         made = self._frame.maker(product)
         while made is not None and (before := handed_on(made)):
           made = self._frame.maker(before[0])
-        if made is None or made.primitive.name != "dot_general":
+        if made is None or made.primitive.name != "dot_general" or self._is_layer(made):
           continue
-        if any(self._is_same(of()(factor), of()(atom)) for atom in made.invars):
+        if [self._is_same(of()(factor), of()(atom)) for atom in made.invars].count(True) == 1:
           found |= {*made.outvars, *(eqn.outvars if name == "dot_general" else ())}
     return frozenset(found)
 

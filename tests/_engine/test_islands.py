@@ -100,6 +100,14 @@ def test_whatever_reads_an_activation_it_stores_no_more_than_by_hand(read, polic
   assert 0 < sizes[0] <= sizes[1]
 
 
+@pytest.mark.parametrize("reader", ["pad", "concatenate"])
+@pytest.mark.parametrize("activation", [ARITHMETIC["snake"], ARITHMETIC["squared_relu"]])
+def test_squares_that_are_padded_for_a_layer_stay_narrow(activation, reader, operands):
+  """In bfloat16: float16 has no room for them."""
+  fn = lambda w, x: READERS[reader](activation(x @ w[0])).sum()
+  assert stored(mpjax.autocast(fn, "mixed_bfloat16"), operands).count("float32") <= 1
+
+
 @in_turns(
   ("gate", "policy"), {"silu": nn.silu, "gelu": nn.gelu}, ["mixed_float16", "mixed_bfloat16"]
 )

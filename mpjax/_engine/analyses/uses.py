@@ -99,8 +99,8 @@ class Uses:
 
   @functools.cached_property
   def weighted(self) -> Collection[Var]:
-    """What nothing but layers read, or is added to what nothing else reads."""
-    return self._read_only_by(self._is_layer, _STAYS_WEIGHTED | {"add"})
+    """What nothing but layers read, or put together or added with what nothing else reads."""
+    return self._read_only_by(self._is_layer, _STAYS_WEIGHTED | _PUTS_BESIDE)
 
   def _read_only_by(
     self, is_one: Callable[[JaxprEqn], bool], leading: frozenset[str]
@@ -221,6 +221,7 @@ _LEADS_ON = (
   | ADDS
 )
 _STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
+_PUTS_BESIDE = frozenset({"add", "concatenate", "pad", "slice"})
 _STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

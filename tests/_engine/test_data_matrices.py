@@ -49,7 +49,6 @@ VALUES = {
   "matmul": iterated(scanned(soft), lambda v: MOVES @ v),
   "batched": iterated(scanned(soft), lambda v: jax.vmap(lambda moves: moves @ v)(MOVES)),
   "counted": iterated(lambda q, v: lax.fori_loop(0, 60, lambda _, v: soft(q(v)), v)),
-  "masked": iterated(scanned(lambda q: jnp.where(jnp.arange(STATES) < 2, 0.0, soft(q)))),
 }
 weights = jax.nn.softmax
 traces = lambda s, a: jnp.trace(s.T @ a @ s)

@@ -6,7 +6,8 @@ forgets it, as in a recurrent network, and no weights of its own, as in a layer 
 a matmul is float32 in more than 128 turns, or in more than 16 where it multiplies nothing that a
 layer made, a Kalman filter; turns of the loops around that hand on the same count. So is one of two
 values that the loop carries, neither of which a layer made, as ``h @ s`` of a quasi-Newton method.
-A gradient leads to what is trained, which does not depend on it so. Nor does what goes round by way
+A gradient leads to what is trained, which does not depend on it so. A logsumexp hands on what it is
+taken of, as the largest of some values does. Nor does what goes round by way
 of an activation: ``v = 0.9 * v + r @ w`` with ``r = tanh(v)``, however much of it the loop carries.
 """
 
@@ -44,7 +45,7 @@ T = TypeVar("T")
 _LINEAR = UNCHANGED | {
   *("add", "sub", "add_any", "neg", "reduce_sum"),
   *("reduce_max", "reduce_min"),  # of the values of actions: no nearer to each other than these
-  *("select_n", "stop_gradient"),  # a logsumexp is the largest and what is above that
+  "stop_gradient",  # a logsumexp is the largest and what is above that
 }
 
 
@@ -175,7 +176,8 @@ class Recurrences:
       leads = variables_of(inner.outvars[n] for n in known.leads)
       for eqn in reversed(inner.eqns):
         if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
-          leads |= variables_of(self._leading_operands(eqn, Recurrence(reads, linear, leads)))
+          around = Recurrence(reads, linear, leads)
+          leads |= variables_of(self._leading_operands(eqn, around, inner))
       self._found[key] = Recurrence(reads, linear, leads, known.turns, known.solves)
     return self._found[key]
 
@@ -213,7 +215,7 @@ class Recurrences:
         if _is_entered(eqn):
           made = self._linear_results(eqn, reads, found)
         else:
-          own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads) else {}
+          own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads, inner) else {}
           made = {0: functools.reduce(operator.or_, own.values())} if own else {}
         found |= {eqn.outvars[n]: bits for n, bits in made.items()}
         reads.update(eqn.outvars)
@@ -236,14 +238,16 @@ class Recurrences:
         return made
       bits |= again
 
-  def _leading_operands(self, eqn: JaxprEqn, around: Recurrence[Any]) -> Sequence[Any]:
+  def _leading_operands(
+    self, eqn: JaxprEqn, around: Recurrence[Any], inner: Jaxpr
+  ) -> Sequence[Any]:
     """The operands from which linear operations lead to results that are handed on."""
     if _is_entered(eqn):
       body = bodies_of(eqn)[-1]
       inside = self.variables(body.jaxpr, self.entering(eqn, body, around))
       invars = versions.open_jaxpr(body.jaxpr).invars
       return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
-    return eqn.invars if _is_linear(eqn, around.reads) else ()
+    return eqn.invars if _is_linear(eqn, around.reads, inner) else ()
 
 
 def _solves_or_computes(held: set[str]) -> bool:
@@ -274,17 +278,26 @@ def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
   return {n: found[v] for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found}
 
 
-def _is_linear(eqn: JaxprEqn, reads: Collection[Any]) -> bool:
+def _is_linear(eqn: JaxprEqn, reads: Collection[Any], inner: Jaxpr) -> bool:
   """Whether an equation is linear in those of its operands that depend on what a loop carries.
 
   A matmul is in each of two, as in a state that a gain of the same turn multiplies. A quotient
-  hands on what rounds below its line as what rounds above: Sinkhorn's ``u = a / (k @ v)``.
+  hands on what rounds below its line as what rounds above: Sinkhorn's ``u = a / (k @ v)``. So does
+  the choice of what is finite, as a logsumexp makes it. Any other is an activation, or a mask.
+
+  Args:
+    eqn: The equation.
+    reads: What depends on what the loop carries.
+    inner: The jaxpr that it stands in.
   """
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
   if name in SCALES:
     return len(places) == 1
   if name in ("max", "min"):  # as a logsumexp keeps the largest from being less than all numbers
     return any(isinstance(a, Literal) and np.isinf(a.val) for a in eqn.invars)
+  if name == "select_n":
+    is_tested = (test for test in inner.eqns if test.primitive.name == "is_finite")
+    return any(eqn.invars[0] in test.outvars for test in is_tested)
   return name in _LINEAR or name in MATMULS
 
 

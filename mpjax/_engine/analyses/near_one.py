@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import ADDS, Rule, Trait, having
+from mpjax._core.primitives import ADDS, UNCHANGED, Rule, Trait, having
 from mpjax._engine.analyses.ranges import ANYWHERE, ONE
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.analyses.roles import (
@@ -68,6 +68,7 @@ _COMPARES = frozenset({"gt", "lt", "ge", "le"})
 _MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | _COMPARES
 """In what a gate may meet another value near which it lies, which recurs, or which it divides."""
 
+_CUTS = frozenset({"slice", "split", "dynamic_slice"})
 _BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
@@ -256,6 +257,7 @@ class NearOne:
     readers = functools.cache(functools.partial(_readers, inner))
     products = functools.cache(functools.partial(_products, inner))
     same = functools.cache(functools.partial(same_values, inner))
+    parts = functools.cache(functools.partial(_parts, inner))
     for eqn in inner.eqns if forward.roles else ():
       name = operation(eqn) if eqn.primitive.name in _MEET else ""
       name = "sub" if (compares := name in _COMPARES) else name
@@ -273,7 +275,10 @@ class NearOne:
           again, decays = role.products & other.products, role.is_own != other.is_own
           is_number = recurs and role.products and isinstance(atom, Literal)
           forgetting.update(eqn.outvars if is_number or (again and decays) else ())
-          near = recurs or (again and not decays and (_is_factor(role) or _is_factor(other)))
+          is_power = again and not decays
+          if is_power and not (_is_factor(role) or _is_factor(other)):
+            is_power = parts().isdisjoint(variables_of(eqn.invars))
+          near = recurs or is_power
         found |= variables_of([atom]) if near else set()
       if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)
@@ -283,6 +288,16 @@ class NearOne:
 def _is_factor(role: Role) -> bool:
   """Whether something is known of a value itself: of a swish or gelu nothing is."""
   return bool(role.gates) or role.range != ANYWHERE
+
+
+def _parts(inner: Jaxpr) -> set[Var]:
+  """What was cut from other values: halves of one swish are no powers of it."""
+  found = set[Var]()
+  for eqn in inner.eqns:
+    name = eqn.primitive.name
+    if name in _CUTS or (name in UNCHANGED and not found.isdisjoint(variables_of(eqn.invars))):
+      found |= {*eqn.outvars}
+  return found
 
 
 def _divides_up(role: Role) -> bool:

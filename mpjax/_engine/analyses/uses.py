@@ -99,7 +99,7 @@ class Uses:
 
   @functools.cached_property
   def weighted(self) -> Collection[Var]:
-    """What nothing but layers read, or put together or added with what nothing else reads."""
+    """What nothing but layers read, after it was added to or put beside other values, too."""
     return self._read_only_by(self._is_layer, _STAYS_WEIGHTED | _PUTS_BESIDE)
 
   def _read_only_by(
@@ -175,12 +175,13 @@ class Uses:
     return atom
 
   @functools.cached_property
-  def quadratic(self) -> Collection[Any]:
+  def quadratic(self) -> Mapping[Any, Var]:
     """The matmuls of ``x.T @ a @ x``, and of its diagonal, ``((x.T @ a) * x.T).sum(1)``.
 
-    None of a layer, whose a is its weights, nor of powers of one x.
+    With what they are for. None of a layer, whose a is its weights, nor of powers of one x. A
+    vector may be the parameter itself.
     """
-    found, of = set[Any](), functools.cache(lambda: jaxprs.sources(self._inner, MOVES))
+    found, of = dict[Any, Var](), functools.cache(lambda: jaxprs.sources(self._inner, MOVES))
     for eqn in self._inner.eqns:
       name = eqn.primitive.name
       if name != "dot_general" and not (name == "mul" and eqn.outvars[0] in self.summed):
@@ -189,11 +190,14 @@ class Uses:
         made = self._frame.maker(product)
         while made is not None and (before := handed_on(made)):
           made = self._frame.maker(before[0])
-        if made is None or made.primitive.name != "dot_general" or self._is_layer(made):
+        if made is None or made.primitive.name != "dot_general":
+          continue
+        if len(jaxprs.shape(made.outvars[0])) > 1 and self._is_layer(made):
           continue
         if [self._is_same(of()(factor), of()(atom)) for atom in made.invars].count(True) == 1:
-          found |= {*made.outvars, *(eqn.outvars if name == "dot_general" else ())}
-    return frozenset(found)
+          found[made.outvars[0]] = eqn.outvars[0]
+          found |= {var: var for var in eqn.outvars if name == "dot_general"}
+    return found
 
 
 def _as_it_is(eqn: JaxprEqn) -> list[Atom]:

@@ -156,11 +156,13 @@ def is_of_quadratic_form(sight: Sight) -> bool:
   """Whether a matmul multiplies a matrix of data, and is multiplied by its other operand again.
 
   ``w @ S @ w`` is one sum of products, and so is each of many, or of the trace of ``w.T @ S @ w``.
-  A bilinear layer has a parameter in its middle.
+  A bilinear layer has a parameter in its middle. What a network goes on from, as from the graph
+  that it has pooled, is one of its layers.
   """
   if PARAM in sight.forms or all(map(is_narrow, sight.forms)):
     return False
-  return sight.result in sight.around.uses.quadratic and is_of_data(sight)
+  form = sight.around.uses.quadratic.get(sight.result)
+  return form is not None and form not in sight.around.leading.multiplied and is_of_data(sight)
 
 
 def is_weighted_sum(sight: Sight) -> bool:

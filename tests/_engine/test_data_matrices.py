@@ -26,7 +26,7 @@ TAKEN = jax.random.randint(KEYS[3], (STATES,), 0, ACTIONS)
 
 
 def said(logits):
-  return jax.nn.log_softmax(logits)[jnp.arange(STATES), TAKEN].sum()
+  return jax.nn.log_softmax(logits)[jnp.arange(STATES), TAKEN]
 
 
 def iterated(turn, values=lambda v: jnp.einsum("sat,t->sa", MOVES, v)):
@@ -120,3 +120,60 @@ def test_layers_of_three_features_stay_narrow(policy):
   jaxpr = jax.make_jaxpr(mpjax.autocast(layers, policy))(w, jnp.ones((3, 3)))
   dots = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
   assert {a.aval.dtype for eqn in dots for a in eqn.invars} == {jnp.dtype(COMPUTE[policy])}
+
+
+def turns(cell, count=140):
+  """A recurrence of so many turns."""
+  return lambda p, x: lax.scan(
+    lambda h, u: (cell(p, h, u), None), jnp.zeros((4, 8)), jnp.tile(x[:4], (count, 1, 1))
+  )[0]
+
+
+def masked_head(p, h, u):
+  h = jnp.where(u > 0, jnp.tanh(u @ p[0] + h @ p[1]), h)
+  return jnp.where(u > 0, h, h + 0.1 * jnp.tanh(h @ p[2]))
+
+
+def pooled(p, x):
+  """A graph that is pooled, and goes on into a layer."""
+  chosen = jax.nn.softmax(LINKS @ (x @ p[0]))
+  graph = chosen.T @ LINKS @ chosen
+  return graph @ (chosen.T @ jnp.tanh(x @ p[1])) @ p[2]
+
+
+NETWORKS = {
+  "leaky": turns(lambda p, h, u: jax.nn.leaky_relu(h @ p[0] + u)),
+  "elu": turns(lambda p, h, u: jax.nn.elu(h @ p[0] + u)),
+  "chosen": turns(lambda p, h, u: jnp.where(h @ p[0] > 0, h @ p[0], 0.25 * (h @ p[0])) + u),
+  "masked": turns(masked_head),
+  "bilinear_attention": lambda p, x: jax.nn.softmax(x @ p[0] @ x.T) @ x @ p[1],
+  "linear_attention": lambda p, x: x @ (x.T @ x) @ p[0],
+  "pooled": pooled,
+  "gated_by_neighbors": lambda p, x: (LINKS @ jnp.tanh(x @ p[0])) * jnp.tanh(x @ p[0]) @ p[1],
+}
+
+
+@in_turns(("name", "policy"), [*NETWORKS], [*COMPUTE])
+def test_networks_beside_them_stay_narrow(name, policy):
+  p = [0.1 * jax.random.normal(key, (8, 8)) for key in KEYS[:3]]
+  jaxpr = jax.make_jaxpr(mpjax.autocast(NETWORKS[name], policy))(p, X)
+  dots = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+  assert {a.aval.dtype for eqn in dots for a in eqn.invars} == {jnp.dtype(COMPUTE[policy])}
+
+
+@in_turns(("gate", "policy"), {"silu": jax.nn.silu, "gelu": jax.nn.gelu}, [*COMPUTE])
+def test_powers_of_an_activation_round_once(gate, policy):
+  """Not in each of twenty products, as a power of a decay would."""
+
+  def fn(w, x):
+    gated = power = gate(x @ w)
+    for _ in range(20):
+      power = power * gated
+    return power
+
+  x = 0.25 * jax.random.normal(KEYS[7], (16, 8)) + 1
+  w = jnp.eye(8) + 0.01
+  rounded = lambda a: a.astype(COMPUTE[policy]).astype(jnp.float32)
+  found = mpjax.autocast(fn, policy)(w, x)
+  gates = gate(rounded(rounded(x) @ rounded(w)))
+  assert distance(found, gates**21) < 4 * float(jnp.finfo(COMPUTE[policy]).eps)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 import chex
 import jax
@@ -18,6 +19,12 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 if jax.__version_info__ < (0, 11):
   QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later versions have no other way
 os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# Tests write many programs that others wrote before: these are compiled once in a process.
+_COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
+jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 if not os.environ.get("JAX_PLATFORMS"):
   jax.config.update("jax_platforms", "cpu")

@@ -6,9 +6,9 @@ forgets it, as in a recurrent network, and no weights of its own, as in a layer 
 a matmul is float32 in more than 128 turns, or in more than 16 where it multiplies nothing that a
 layer made, a Kalman filter; turns of the loops around that hand on the same count. So is one of two
 values that the loop carries, neither of which a layer made, as ``h @ s`` of a quasi-Newton method.
-A gradient leads to what is trained, which does not depend on it so. A logsumexp hands on what it is
-taken of, as the largest of some values does. Nor does what goes round by way
+A gradient leads to what is trained, which does not depend on it so. Nor does what goes round by way
 of an activation: ``v = 0.9 * v + r @ w`` with ``r = tanh(v)``, however much of it the loop carries.
+A logsumexp is none: it hands on the largest of what it is taken of.
 """
 
 from __future__ import annotations

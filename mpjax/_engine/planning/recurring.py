@@ -55,7 +55,7 @@ def iterates(sight: Sight) -> bool:
 def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
-  The values of states may be those that a layer gave, if the matrix is none of its.
+  What it carries may come of rewards that a layer gave, where the matrix does not.
 
   Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
   nothing that the loop carries, what each turn adds, where no layer is. Or reads a few numbers that

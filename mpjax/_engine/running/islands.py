@@ -31,6 +31,8 @@ _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _FACTORS = frozenset({"mul", "div"})
 _NONLINEAR = _TRANSCENDENTAL | {"integer_pow", "square"}
+_COSTLY = _NONLINEAR | {"div"}
+"""What stores float32 between narrow values; the factors of a product are narrow there."""
 _MIXES = frozenset({"mul", "add", "sub"})
 _MOST = 32
 """So many steps a mixture has at most: Python may have written out a long loop of them."""
@@ -114,7 +116,7 @@ class _Search:
     if not self._is_read_narrow(last):
       return None
     members = sorted(self._reach_back(last))
-    if not self._narrow_read(members, _NONLINEAR | {"div"}):
+    if not self._narrow_read(members, _COSTLY):
       return None
     return self._of(members, shared_format(self.readers, self._steps[last]))
 
@@ -249,10 +251,7 @@ def _keeps_size(step: Step) -> bool:
 
 
 def _large(steps: Sequence[Step], costly: Collection[str] = _TRANSCENDENTAL) -> dict[Any, Kind]:
-  """What steps read that is as large as their last result; nothing if none of them is costly.
-
-  What is not, compilers compute again by themselves.
-  """
+  """What steps read that is as large as their last result; nothing if none of them is costly."""
   size = jaxprs.size(steps[-1].eqn.outvars[0])
   if not [s for s in steps if jaxprs.size(s.eqn.outvars[0]) == size and _is_costly(s, costly)]:
     return {}

@@ -73,7 +73,9 @@ class Planned:
     self._read_by_rules = read_by_rules
     self.planner = Planner(program.policies, program.scoping)
     plan = self.planner.plan(program.jaxpr, program.forms, known=program.known)
-    self.plan: Plan = dataclasses.replace(plan, read_outside=frozenset(read_by_rules))
+    if read_by_rules:  # as hardly ever
+      plan = dataclasses.replace(plan, read_outside=frozenset(read_by_rules))
+    self.plan: Plan = plan
     self._interpreters: dict[tuple[float, bool], Interpreter] = {}
 
   def interpreter(self, loss_scale: float, *, stepwise: bool) -> Interpreter:

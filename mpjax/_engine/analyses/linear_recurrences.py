@@ -173,11 +173,11 @@ class Recurrences:
           reads.update(eqn.outvars)
       linear: Collection[Var] = self._algebraic(inner, known.linear) if known.solves else ()
       linear = linear or self._linear(jaxpr, known.reads, dict.fromkeys(known.linear, 1)).keys()
-      leads = variables_of(inner.outvars[n] for n in known.leads)
+      leads, finite = variables_of(inner.outvars[n] for n in known.leads), _tests_of_finite(inner)
       for eqn in reversed(inner.eqns):
         if not leads.isdisjoint(eqn.outvars) and not is_backward(eqn.source_info.name_stack):
           around = Recurrence(reads, linear, leads)
-          leads |= variables_of(self._leading_operands(eqn, around, inner))
+          leads |= variables_of(self._leading_operands(eqn, around, finite))
       self._found[key] = Recurrence(reads, linear, leads, known.turns, known.solves)
     return self._found[key]
 
@@ -209,13 +209,14 @@ class Recurrences:
       inner = versions.open_jaxpr(jaxpr)
       reads = {inner.invars[n] for n in carried}
       found = {inner.invars[n]: bits for n, bits in masks.items()}
+      finite = _tests_of_finite(inner)
       for eqn in inner.eqns:
         if reads.isdisjoint(variables_of(eqn.invars)):
           continue
         if _is_entered(eqn):
           made = self._linear_results(eqn, reads, found)
         else:
-          own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads, inner) else {}
+          own = _bits_of(eqn.invars, found) if _is_linear(eqn, reads, finite) else {}
           made = {0: functools.reduce(operator.or_, own.values())} if own else {}
         found |= {eqn.outvars[n]: bits for n, bits in made.items()}
         reads.update(eqn.outvars)
@@ -239,7 +240,7 @@ class Recurrences:
       bits |= again
 
   def _leading_operands(
-    self, eqn: JaxprEqn, around: Recurrence[Any], inner: Jaxpr
+    self, eqn: JaxprEqn, around: Recurrence[Any], finite: Sequence[Var]
   ) -> Sequence[Any]:
     """The operands from which linear operations lead to results that are handed on."""
     if _is_entered(eqn):
@@ -247,7 +248,7 @@ class Recurrences:
       inside = self.variables(body.jaxpr, self.entering(eqn, body, around))
       invars = versions.open_jaxpr(body.jaxpr).invars
       return [eqn.invars[body.operands[n]] for n in places_of(invars, inside.leads)]
-    return eqn.invars if _is_linear(eqn, around.reads, inner) else ()
+    return eqn.invars if _is_linear(eqn, around.reads, finite) else ()
 
 
 def _solves_or_computes(held: set[str]) -> bool:
@@ -278,7 +279,7 @@ def _bits_of(atoms: Sequence[Atom], found: Mapping[Var, int]) -> dict[int, int]:
   return {n: found[v] for n, v in enumerate(atoms) if not isinstance(v, Literal) and v in found}
 
 
-def _is_linear(eqn: JaxprEqn, reads: Collection[Any], inner: Jaxpr) -> bool:
+def _is_linear(eqn: JaxprEqn, reads: Collection[Any], finite: Sequence[Var]) -> bool:
   """Whether an equation is linear in those of its operands that depend on what a loop carries.
 
   A matmul is in each of two, as in a state that a gain of the same turn multiplies. A quotient
@@ -288,7 +289,7 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any], inner: Jaxpr) -> bool:
   Args:
     eqn: The equation.
     reads: What depends on what the loop carries.
-    inner: The jaxpr that it stands in.
+    finite: What tells which values are finite.
   """
   name, places = eqn.primitive.name, places_of(eqn.invars, reads)
   if name in SCALES:
@@ -296,9 +297,13 @@ def _is_linear(eqn: JaxprEqn, reads: Collection[Any], inner: Jaxpr) -> bool:
   if name in ("max", "min"):  # as a logsumexp keeps the largest from being less than all numbers
     return any(isinstance(a, Literal) and np.isinf(a.val) for a in eqn.invars)
   if name == "select_n":
-    is_tested = (test for test in inner.eqns if test.primitive.name == "is_finite")
-    return any(eqn.invars[0] in test.outvars for test in is_tested)
+    return eqn.invars[0] in finite
   return name in _LINEAR or name in MATMULS
+
+
+def _tests_of_finite(inner: Jaxpr) -> list[Var]:
+  """What tells which values are finite."""
+  return [var for eqn in inner.eqns if eqn.primitive.name == "is_finite" for var in eqn.outvars]
 
 
 def _is_entered(eqn: JaxprEqn) -> bool:

@@ -100,7 +100,7 @@ class Uses:
   @functools.cached_property
   def weighted(self) -> Collection[Var]:
     """What nothing but layers read, after it was added to or put beside other values, too."""
-    return self._read_only_by(self._is_layer, _STAYS_WEIGHTED | _PUTS_BESIDE)
+    return self._read_only_by(self._is_layer, _LEADS_TO_LAYERS)
 
   def _read_only_by(
     self, is_one: Callable[[JaxprEqn], bool], leading: frozenset[str]
@@ -196,7 +196,8 @@ class Uses:
           continue
         if [self._is_same(of()(factor), of()(atom)) for atom in made.invars].count(True) == 1:
           found[made.outvars[0]] = eqn.outvars[0]
-          found |= {var: var for var in eqn.outvars if name == "dot_general"}
+          if name == "dot_general":
+            found[eqn.outvars[0]] = eqn.outvars[0]
     return found
 
 
@@ -225,7 +226,7 @@ _LEADS_ON = (
   | ADDS
 )
 _STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
-_PUTS_BESIDE = frozenset({"add", "concatenate", "pad", "slice"})
+_LEADS_TO_LAYERS = _STAYS_WEIGHTED | {"add", "concatenate", "pad", "slice"}
 _STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

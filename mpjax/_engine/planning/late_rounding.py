@@ -164,10 +164,15 @@ def _late(
     (result,) = step.eqn.outvars
     reads = plan.readers[result] if leads_on else []
     ends = _ADDS_UP if result in multiplied else _ENDS
-    is_late = reads and all(_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
     if is_cut_again(step):
-      is_late = all(reader in late or read == _AS_WIDE for reader, read in reads)
-    if is_late and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads)):
+      are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
+    else:
+      are_late = (_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
+    if (
+      reads
+      and all(are_late)
+      and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads))
+    ):
       rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
       if rounds_inside and _rounds(step, numbers):
         continue  # others would read what it makes as it was before

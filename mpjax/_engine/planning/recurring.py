@@ -67,8 +67,8 @@ def hands_on(sight: Sight) -> bool:
   if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
     return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
-  values = [atom for atom, _ in matmuls.vectors(sight.eqn) if len(read) == 1 and atom is read[0]]
-  others = [a for a in sight.eqn.invars if not any(a is value for value in values)]
+  by = ([matrix] for vector, matrix in matmuls.vectors(sight.eqn) if [vector] == read)
+  others = next(by, sight.eqn.invars)
   has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(others)
   if not found.is_long(has_layer=has_layer):
     return False

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import Trait, having
+from mpjax._core.primitives import SCALES, Trait, having
 from mpjax._engine.planning.plan import Plan, Readers, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
@@ -29,7 +29,6 @@ from mpjax._engine.running.softmax import Softmax
 
 _TRANSCENDENTAL = having(Trait.TRANSCENDENTAL)
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
-_FACTORS = frozenset({"mul", "div"})
 _NONLINEAR = _TRANSCENDENTAL | {"integer_pow", "square"}
 _COSTLY = _NONLINEAR | {"div"}
 """What stores float32 between narrow values; the factors of a product are narrow there."""
@@ -61,9 +60,10 @@ class Island(NamedTuple):
 def find(plan: Plan) -> Mapping[int, Island | Softmax]:
   """The islands of a plan that need not store float32, by the index of their last step."""
   steps = plan.steps
-  search = _Search(plan)
-  if not any(search.wide):
+  wide = [_keeps_size(step) for step in steps]
+  if not any(wide):
     return {}
+  search = _Search(plan, wide)
   found: dict[int, Island | Softmax] = {}
   taken: set[int] = set()
   for last in reversed(range(len(steps))):
@@ -82,29 +82,29 @@ def find(plan: Plan) -> Mapping[int, Island | Softmax]:
 class _Search:
   """Looks for islands in a plan.
 
-  Attributes:
+  Args:
+    plan: The plan.
     wide: For each step, whether it makes one float32 value of the size of what it reads.
+
+  Attributes:
     readers: Which steps read each variable.
     makers: Which step makes each variable.
   """
 
-  def __init__(self, plan: Plan) -> None:
-    self._steps = plan.steps
-    self.wide = [_keeps_size(step) for step in plan.steps]
-    self.readers = plan.readers if any(self.wide) else {}
+  def __init__(self, plan: Plan, wide: Sequence[bool]) -> None:
+    self._steps, self._wide = plan.steps, wide
+    self.readers = plan.readers
     self.makers = {var: n for n, step in enumerate(plan.steps) for var in step.eqn.outvars}
-    self._is_costly = any(
-      wide and _is_costly(step, _TRANSCENDENTAL)
-      for wide, step in zip(self.wide, plan.steps, strict=True)
-    )
-    self._is_function = self._is_costly and all(map(is_elementwise, plan.steps))
+    pairs = zip(wide, plan.steps, strict=True)
+    self._has_costly = any(own and _is_costly(step, _TRANSCENDENTAL) for own, step in pairs)
+    self._is_function = self._has_costly and all(map(is_elementwise, plan.steps))
 
   def island(self, last: int) -> Island | None:
     """The island that ends with a step, if it pays."""
-    if not self.wide[last]:
+    if not self._wide[last]:
       return None
     found = self._rounded(last)
-    if found is None and self._is_costly:
+    if found is None and self._has_costly:
       members = sorted(self._reach_back(last, _MOST))
       found = self._mixed(members) or self._unrounded(members)
     if found is None and _stores_casts(self._steps[last], self.readers):
@@ -164,7 +164,7 @@ class _Search:
       step = self._steps[index]
       users = self.readers[step.eqn.outvars[0]]
       others = [n for n, read in users if n not in members or read.via is not None]
-      if index != last and (others or not self.wide[index]):
+      if index != last and (others or not self._wide[index]):
         continue
       members.add(index)
       made = {self.makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
@@ -216,7 +216,7 @@ def _stored(inside: Iterable[Step]) -> int:
 def _stores(step: Step) -> bool:
   """Whether the derivative of a step stores what it reads or makes."""
   name, made = step.eqn.primitive.name, step.eqn.outvars[0]
-  if name not in _FACTORS:
+  if name not in SCALES:
     return name in _NONLINEAR
   return all(jaxprs.size(atom) == jaxprs.size(made) for atom in step.eqn.invars)
 

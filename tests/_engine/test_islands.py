@@ -212,6 +212,41 @@ def test_gelu_is_computed_again_in_float16_only(operands):
     assert primitives(jaxpr)["remat2"] == again
 
 
+def mixed(w, h):
+  shares = nn.softmax(h @ w[0, :, :4])
+  return h + jnp.tanh(sum(shares[:, k : k + 1] * (h @ w[k % 2]) for k in range(4)))
+
+
+def demodulated(w, h):
+  norms = lax.rsqrt(1 + jnp.square(h.mean(0) @ w[0]).sum(-1, keepdims=True))
+  return h + (h @ w[1]) * norms[None]
+
+
+WEIGHTED = {
+  "mixed": (mixed, 2),  # of the tanh
+  "demodulated": (demodulated, 0),
+  "scaled_by_a_layer": (lambda w, h: h + (h @ w[0]) * nn.softmax(h @ w[1])[:, :1], 1),
+  "masked": (lambda w, h: h + (h @ w[0]) * jnp.cos(h.mean(0))[None] * jnp.arange(16.0)[:, None], 0),
+}
+
+
+@in_turns(("weighted", "policy"), WEIGHTED, ["mixed_bfloat16", "mixed_float16"])
+def test_what_small_float32_weights_multiply_is_stored_in_16_bits(weighted, policy, operands):
+  """In a scan, whose stored values no compiler can compute again."""
+  layer, most = weighted
+
+  def loss(w, x):
+    scanned = jax.lax.scan(lambda h, w: (layer(w, h), None), x @ w[0], jnp.stack([w, w, w]))[0]
+    return scanned.sum()
+
+  w, x = operands
+  _, pullback = jax.vjp(lambda w: mpjax.autocast(loss, policy)(w, x), w)
+  kept = [leaf.dtype for leaf in jax.tree.leaves(pullback) if leaf.shape == (3, *SIZE)]
+  assert [dtype.itemsize for dtype in kept].count(4) <= most
+  found, wanted = jax.grad(mpjax.autocast(loss, policy))(w, x), jax.grad(loss)(w, x)
+  assert jnp.linalg.norm(found - wanted) < 0.02 * jnp.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("activation", [nn.gelu, nn.silu], ids=["gelu", "silu"])
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_an_island_reaches_through_a_reshape(policy, activation, operands):

@@ -19,7 +19,7 @@ import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import SCALES, Trait, having
-from mpjax._engine.planning.plan import Plan, Readers, Step, is_elementwise, shared_format
+from mpjax._engine.planning.plan import Plan, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import Kind, is_data, is_narrow
@@ -107,9 +107,7 @@ class _Search:
     if found is None and self._has_costly:
       members = sorted(self._reach_back(last, _MOST))
       found = self._mixed(members) or self._unrounded(members)
-    if found is None and _stores_casts(self._steps[last], self.readers):
-      found = self._of([last], merges=True)
-    return found
+    return found or self._product(last)
 
   def _rounded(self, last: int) -> Island | None:
     """The island whose result is a value that all its readers round."""
@@ -148,14 +146,35 @@ class _Search:
     start = next(found, None)
     return None if start is None else self._of(members[start:], merges=True)
 
+  def _product(self, last: int) -> Island | None:
+    """A float32 product of narrow values: its derivative stores the factors, as it reads them.
+
+    Where others read one of them in float32, all their cotangents add up so. One factor may be
+    float32 that is made larger for it, as is the weight of a row.
+    """
+    step = self._steps[last]
+    first, second = step.eqn.invars if step.eqn.primitive.name == "mul" else (None, None)
+    if first is second:
+      return None
+    pairs = zip(step.eqn.invars, step.operands, strict=True)
+    factors = variables_of(atom for atom, form in pairs if is_narrow(form))
+    widened = [read for var in factors for _, read in self.readers[var] if read.to == FLOAT32]
+    if not factors or len(widened) > len(factors):
+      return None
+    island = self._of(sorted(self._reach_back(last, through=_MOVES)), merges=True)
+    size = jaxprs.size(step.eqn.outvars[0])
+    return island if factors >= {var for var in island.inputs if jaxprs.size(var) == size} else None
+
   def _is_read_narrow(self, index: int) -> bool:
     """Whether everything that reads a step's result first casts it to 16 bits."""
     reads = self.readers[self._steps[index].eqn.outvars[0]]
     formats = {read.via or read.to or FLOAT32 for _, read in reads}
     return bool(formats) and FLOAT32 not in formats
 
-  def _reach_back(self, last: int, most: float = math.inf) -> set[int]:
-    """The steps whose values only the island reads, in float32; no more than so many."""
+  def _reach_back(
+    self, last: int, most: float = math.inf, through: Collection[str] | None = None
+  ) -> set[int]:
+    """The steps whose values only the island reads, in float32; so many and of these at most."""
     members: set[int] = set()
     queue = [-last]  # the latest first: whoever reads a value comes before who makes it
     queued = {last}
@@ -165,6 +184,8 @@ class _Search:
       users = self.readers[step.eqn.outvars[0]]
       others = [n for n, read in users if n not in members or read.via is not None]
       if index != last and (others or not self._wide[index]):
+        continue
+      if index != last and through is not None and step.eqn.primitive.name not in through:
         continue
       members.add(index)
       made = {self.makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}
@@ -226,19 +247,6 @@ def _stores_result(step: Step) -> bool:
   if step.bodies:
     return any(map(_stores_result, step.bodies[0].steps[-1:]))
   return step.eqn.primitive.name in _TRANSCENDENTAL
-
-
-def _stores_casts(step: Step, readers: Readers) -> bool:
-  """Whether a product of two narrow values is float32: its derivative stores its factors so.
-
-  Where others read one of them in float32, all their cotangents add up so.
-  """
-  first, second = step.eqn.invars if step.eqn.primitive.name == "mul" else (None, None)
-  if first is second or not is_data(step.outs[0]) or not all(map(is_narrow, step.operands)):
-    return False
-  factors = variables_of(step.eqn.invars)
-  read = [read for factor in factors for _, read in readers[factor]]
-  return sum(r.to == FLOAT32 for r in read) == len(factors)
 
 
 def _keeps_size(step: Step) -> bool:

@@ -125,6 +125,25 @@ def test_what_goes_on_to_a_matmul_or_is_stored_rounds_with_its_number(fn, policy
   assert {e.outvars[0].aval.dtype.itemsize for e in products} == {2}
 
 
+NEAREST = jnp.abs(OWN[:, None] - OWN[None]) % 4
+PICKS = {
+  "along": lambda s: jnp.take_along_axis(s, NEAREST, 1),
+  "index": lambda s: s[OWN[:, None], NEAREST],
+  "vmap": lambda s: jax.vmap(lambda s, n: s[n])(s, NEAREST),
+}
+
+
+@in_turns(("pick", "policy"), PICKS, POLICIES)
+def test_scores_of_an_attention_that_are_picked_by_position_stay_narrow(pick, policy):
+  def attend(w, x):
+    h = x @ w
+    return jnp.sum(jax.nn.softmax(h @ h.T + pick(h @ w)) @ h)
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(attend, policy))(EYE, X))
+  picked = [e.outvars[0].aval for e in found if e.primitive.name == "gather"]
+  assert {aval.dtype.itemsize for aval in picked if aval.shape == (8, 8)} == {2}
+
+
 @both
 def test_a_norm_reads_a_multiple_in_16_bits(policy):
   """A norm reads it several times and stores it for its derivative."""

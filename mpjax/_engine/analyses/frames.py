@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mpjax._core.primitives import UNCHANGED
@@ -52,6 +52,24 @@ class Frame:
     """The equation that makes a value, or None."""
     return None if isinstance(atom, Literal) else self.makers.get(atom)
 
+  def before(self, atom: Atom, names: Collection[str] = UNCHANGED) -> Atom:
+    """What an operand was before primitives of these names handed on what they read first."""
+    while (made := self.maker(atom)) and made.primitive.name in names:
+      atom = made.invars[0]
+    return atom
+
+  def back(self, atom: Atom, hands_on: Callable[[JaxprEqn], Sequence[Atom]]) -> list[Atom]:
+    """An operand, and one after the other what it was.
+
+    Args:
+      atom: The operand.
+      hands_on: The operand that an equation hands on; none if it does something else.
+    """
+    found = [atom]
+    while (made := self.maker(found[-1])) and (before := hands_on(made)):
+      found += before
+    return found
+
   def behind(self, atom: Atom) -> list[Seen]:
     """The operand behind an argument, with its frame; nothing behind what is made in the jaxpr."""
     found = None if isinstance(atom, Literal) else self.outside.get(atom)
@@ -59,17 +77,14 @@ class Frame:
 
   def number(self, atom: Atom) -> float | None:
     """The number that a value is all of, or None."""
-    while (made := self.maker(atom)) and made.primitive.name in _KEEPS_NUMBER:
-      (atom,) = made.invars
+    atom = self.before(atom, _KEEPS_NUMBER)
     for before, frame in self.behind(atom):
       return frame.number(before)
     return self.known(atom)
 
   def number_moved(self, atom: Atom) -> float | None:
     """The same, whatever moved it or changed its sign."""
-    while (made := self.maker(atom)) and made.primitive.name in _KEEPS_SIZE:
-      (atom,) = made.invars
-    return self.number(atom)
+    return self.number(self.before(atom, _KEEPS_SIZE))
 
   def inside(self, eqn: JaxprEqn, result: Any) -> list[Seen]:
     """What the bodies of a call or branch return as one of its results; nothing for a loop.

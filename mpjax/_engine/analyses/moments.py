@@ -71,7 +71,7 @@ def moments(
   found |= of_bordered(inner, search.origins)
   if not found:
     return Moments()
-  values = frozenset(var for start in found for var in _chain(start, frame))
+  values = frozenset(variables_of(v for var in found for v in frame.back(var, handed_on)))
   return Moments(values, search.derivatives(values))
 
 
@@ -267,14 +267,3 @@ def _factors(made: JaxprEqn | None) -> list[Any]:
   if name == "square" or (name == "integer_pow" and made.params["y"] == 2):
     return [made.invars[0]] * 2
   return list(made.invars) if name == "mul" else []
-
-
-def _chain(atom: Atom, frame: Frame) -> list[Any]:
-  """An operand, and one after the other what it was moved from or is a multiple of."""
-  found = [atom]
-  while (made := frame.maker(atom)) is not None:
-    if not (before := handed_on(made)):
-      break
-    (atom,) = before
-    found.append(atom)
-  return found

@@ -69,8 +69,7 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, frame: Frame, pure: Collectio
 
 def _have_ones(points: Atom, frame: Frame) -> bool:
   """Whether points are homogeneous: coordinates, and a one behind them."""
-  while (made := frame.maker(points)) and made.primitive.name in UNCHANGED:
-    points = made.invars[0]
+  made = frame.maker(frame.before(points))
   return (
     made is not None
     and made.primitive.name == "concatenate"

@@ -145,8 +145,7 @@ class Uses:
 
   def _cancels(self, eqn: JaxprEqn, place: int, made: JaxprEqn) -> bool:
     """Whether nothing is left of a sum's other operand in it, since the one at a place has it."""
-    other = self._before(eqn.invars[1 - place])
-    inside = map(self._before, made.invars)
+    other, *inside = map(self._before, [eqn.invars[1 - place], *made.invars])
     signs = (_sign(made, n) for n, atom in enumerate(inside) if self._is_same(atom, other))
     return _sign(eqn, 1 - place) + _sign(eqn, place) * sum(signs) == 0
 
@@ -170,9 +169,7 @@ class Uses:
 
   def _before(self, atom: Any) -> Any:
     """What an operand was before it was moved, held from derivatives, or multiplied by one."""
-    while (made := self._frame.maker(atom)) and (before := _as_it_is(made)):
-      (atom,) = before
-    return atom
+    return self._frame.back(atom, _as_it_is)[-1]
 
   @functools.cached_property
   def quadratic(self) -> Mapping[Any, Var]:
@@ -187,9 +184,7 @@ class Uses:
       if name != "dot_general" and not (name == "mul" and eqn.outvars[0] in self.summed):
         continue
       for product, factor in (eqn.invars, eqn.invars[::-1]):
-        made = self._frame.maker(product)
-        while made is not None and (before := handed_on(made)):
-          made = self._frame.maker(before[0])
+        made = self._frame.maker(self._frame.back(product, handed_on)[-1])
         if made is None or made.primitive.name != "dot_general":
           continue
         if len(jaxprs.shape(made.outvars[0])) > 1 and self._is_layer(made):

@@ -41,8 +41,7 @@ def _is_of_unit(sight: Sight, number: Atom, value: Atom) -> bool:
 
 def _fraction(atom: Atom, frame: Frame) -> float:
   """The number by which a value was multiplied last, before it was moved; 1 if by none."""
-  while (made := frame.maker(atom)) and made.primitive.name in UNCHANGED:
-    atom = made.invars[0]
+  made = frame.maker(frame.before(atom))
   if made is None or made.primitive.name not in SCALES:
     return 1.0
   is_product = made.primitive.name == "mul"

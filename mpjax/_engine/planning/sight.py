@@ -119,10 +119,11 @@ MUCH = 2**12
 def picks_numbers(sight: Sight) -> bool:
   """Whether a gather takes single narrow numbers: the logits of the labels, in most losses.
 
-  Read in float32, their cotangents meet those of the logsumexp before they round.
+  Read in float32, their cotangents meet those of the logsumexp before they round. Scores of an
+  attention by relative positions are picked, too, in its size; they lead into a matmul.
   """
-  picks, form = set(sight.eqn.params["slice_sizes"]) <= {1}, sight.forms[0]
-  return picks and is_narrow(form)
+  picks = set(sight.eqn.params["slice_sizes"]) <= {1} and is_narrow(sight.forms[0])
+  return picks and sight.result not in sight.around.leading.multiplied
 
 
 def fills_with_another(sight: Sight) -> bool:

@@ -96,4 +96,4 @@ def _in_words(error: BaseException) -> str:
   """An error with the line that raised it, where it is the user's."""
   line = raised_at(error)
   where = f" ({line})" if line.line else ""
-  return f"{type(error).__name__}: {error}{where}."
+  return f"{type(error).__name__}: {str(error).rstrip('.')}{where}."

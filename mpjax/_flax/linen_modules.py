@@ -24,7 +24,7 @@ from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
 from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.running.scaled_cotangents import UNSCALED, read_loss_scale
-from mpjax._flax.policed import facts, in_words, plain_class, refuse_module
+from mpjax._flax.policed import bases, facts, in_words, plain_class, refuse_module
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +100,9 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: f
   how = {"policies": policies, "loss_scale": loss_scale}
   methods = {name: {**how, "method": name} for name in _method_names(plain)}
   is_region = policies.is_float32()
-  base: Any = plain if is_region else lift_transform(_under_policy, plain, methods=methods)
+  base: Any = _quiet(plain)
+  if not is_region:
+    base = lift_transform(_under_policy, base, methods=methods)
   entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
   namespace = {
     **facts(plain, policies, _policy_class, loss_scale),
@@ -116,6 +118,12 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: f
     for name in methods
   }
   return type(plain.__name__, (base,), namespace | entries | outer)
+
+
+def _quiet(plain: type[nn.Module]) -> Any:
+  """A module class, or a subclass of it of which a user's base class takes no notice."""
+  found = bases(plain, nn.Module)
+  return plain if found == (plain,) else type(plain.__name__, found, {})
 
 
 def _shown(plain: type[nn.Module], words: str) -> dict[str, Callable[..., Any]]:

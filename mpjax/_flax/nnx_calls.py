@@ -22,7 +22,7 @@ from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
 from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.running.scaled_cotangents import UNSCALED
-from mpjax._flax.policed import plain_class
+from mpjax._flax.policed import bases, plain_class
 
 _PATH = "_pytree__mpjax_path"  # Flax takes what begins so for its own, and no variable
 F = TypeVar("F", bound=Callable[..., Any])
@@ -116,7 +116,7 @@ def pure_call(
   blanks = jax.tree.unflatten(tree, [None if is_node(leaf) else leaf for leaf in leaves])
 
   def pure(params: PyTree, rest: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    merged = nnx.merge(graphdef, params, rest)
+    merged = nnx.merge(graphdef, params, rest, copy=True)  # Variables of the trace that it runs in
     before = {tuple(path): _leaves(var) for path, var in nnx.to_flat_state(nnx.state(merged))}
     _name_modules(merged)
     if plain is not None:
@@ -310,4 +310,4 @@ def subclass(cls: type[nnx.Module], namespace: dict[str, Any], metaclass: Any = 
   """A subclass that passes for the class itself, with other attributes, and perhaps metaclass."""
   described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
   make: Any = metaclass or type(cls)
-  return make(cls.__name__, (cls,), namespace | described)
+  return make(cls.__name__, bases(cls, nnx.Module), namespace | described)

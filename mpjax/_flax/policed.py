@@ -85,6 +85,33 @@ def plain_class(cls: type[Any]) -> type[Any]:
   return getattr(cls, PLAIN, cls)
 
 
+def bases(cls: type[Any], root: type[Any]) -> tuple[type[Any], ...]:
+  """The bases of a class of ours that passes for a module class.
+
+  Where a user's base class looks at its subclasses, to register them by name or to ask for
+  keywords, this one is none of those: Flax's own ``__init_subclass__`` runs alone.
+
+  Args:
+    cls: The module class.
+    root: What it is a subclass of: ``nn.Module`` or ``nnx.Module``.
+  """
+  hooks: list[Any] = [each.__init_subclass__ for each in (cls, root)]
+  same = getattr(hooks[0], "__func__", None) is getattr(hooks[1], "__func__", None)
+  return (cls,) if same else (_without_hooks(root), cls)
+
+
+@functools.cache
+def _without_hooks(root: Any) -> type[Any]:
+  def run(cls: type[Any], **keywords: Any) -> None:
+    root.__init_subclass__.__func__(cls, **keywords)
+
+  # A subclass of Flax's, so that an object may change from the user's class to ours.
+  made = type(root)("_WithoutHooks", (root,), {"__init_subclass__": classmethod(run)})
+  for name in {*vars(made)} - {"__init_subclass__", *vars(type("Nothing", (), {}))}:
+    delattr(made, name)  # what Flax writes into each subclass would hide the user's
+  return made
+
+
 def in_words(policies: PolicyMap, loss_scale: float = UNSCALED) -> str:
   """A policy map in a few words, for a table or a repr.
 

@@ -25,6 +25,8 @@ from mpjax._scaling.states import LossScalingState
 SCALES = (2.0**4, 2.0**8, 2.0**12)
 _TINY = (2.0**-20, 2.0**-16)
 """Gradients of a loss that is not scaled are divided by these, factors that no rounding hides."""
+_HUGE = 2.0**120
+"""Gradients overflow here, or are still the same."""
 
 
 def assert_scale_invariant(
@@ -35,7 +37,8 @@ def assert_scale_invariant(
   For a loop of your own: it runs ``step`` on copies of its arguments, with another scale in the
   state of their loss scaler each time, and compares what the step changes, leaf by leaf,
   parameters and the optimizer's state, the scaler's counters excepted. A scale at which the step
-  is skipped, for its float16 gradients overflow there, does not count.
+  is skipped, for its float16 gradients overflow there, does not count. At one where they overflow
+  for sure it must be skipped.
 
   Args:
     step: ``step(*args)``: returns the new state, or a tuple with it (parameters and optimizer
@@ -50,7 +53,8 @@ def assert_scale_invariant(
   Raises:
     AssertionError: If a change depends on the scale; the message says what of the step does, by
       how much, and what is wrong: gradients of a loss that is not scaled or that are unscaled
-      twice, a clip in front of the scaler, a scaler that some parameters do not have.
+      twice, a clip in front of the scaler, a scaler that some parameters do not have, gradients
+    whose inf and NaN are replaced before the scaler sees them.
     ValueError: If ``args`` hold no loss scaler, the step is skipped at all scales but one, changes
       nothing or gives other results for the same arguments, or a scale is no power of two.
     TypeError: If the step neither returns a tree like one of its arguments, nor has an NNX object
@@ -92,6 +96,7 @@ def assert_scale_invariant(
     )
   differing = _differing(tiny, applied, rtol)
   if not differing:
+    _check_overflow(applied[0], _run(step, args, _HUGE), rtol)
     return
   again = _run(step, args, applied[0].scale)
   if _differing(None, [applied[0], again], rtol):
@@ -119,6 +124,18 @@ class _Run(NamedTuple):
   scale: float
   applied: bool
   changes: dict[str, _Change]
+
+
+def _check_overflow(right: _Run, huge: _Run, rtol: float) -> None:
+  """Refuses a step that is applied where its gradients overflow, and changes something else."""
+  hidden = _differing(None, [right, huge], rtol) if huge.applied else []
+  if hidden:
+    raise AssertionError(
+      "A step whose gradients are inf or NaN must be skipped, and the scale must fall. Got one "
+      f"that is applied at a scale of 2**120, where leaf {hidden[0]} changes by "
+      f"{huge.changes[hidden[0]].size:.3g} for {right.changes[hidden[0]].size:.3g}. Pass the "
+      "scaler the gradients of mpjax.value_and_grad as they are, without nan_to_num in front."
+    )
 
 
 # Running a step at a scale ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What training with a Linen model or a pure function changes, as one pytree."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from mpjax._train.shardings import place_beside
 from mpjax._train.step_parts import check_is_own_state, is_key
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """All that training changes, as one pytree.
+
+  A subclass with more fields is one, too, as of Flax's; a step hands these on as they are.
 
   Attributes:
     step: i32[], the number of applied steps; a skipped one does not count.
@@ -40,12 +41,6 @@ class TrainState:
   opt_state: PyTree
   model_state: PyTree = None
   rng: Any = None
-
-  if TYPE_CHECKING:  # Flax adds it, and its annotations do not say so
-
-    def replace(self, **changes: Any) -> "TrainState":
-      """A state with other values in some fields."""
-      ...
 
   @classmethod
   def create(

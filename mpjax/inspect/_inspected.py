@@ -199,6 +199,11 @@ def subject_of(
     method: Any = plain.__call__
     labels = _parameter_names(method, 1 + len(args))
     return _nnx_subject(plain.__name__, method, policies, [fn, *args], kwargs, labels, (), plain)
+  if isinstance(fn, type) and issubclass(fn, nn.Module | nnx.Module):
+    raise TypeError(
+      f"A report is about a function, a Linen module or an NNX model. Got the class {fn.__name__}. "
+      "Make an instance first."
+    )
   if not callable(fn):
     raise TypeError(
       f"A report is about a function, a Linen module or an NNX model; got {type(fn).__name__}. "

@@ -388,7 +388,10 @@ def update_report(collected: Statistics) -> UpdateReport:
       "mpjax.inspect.statistics(opt_state), of an optimizer made with collect_statistics."
     )
   if not int(collected.steps):
-    raise ValueError("At least one step must have been counted. Got none. Train a step first.")
+    raise ValueError(
+      "At least one step must have been counted. Got none. Train a step first; one that the scaler "
+      "skips does not count."
+    )
   bins, stalls = collected.ratios.bins(), stall_counts(collected)
   entries = zip(collected.ratios.names, bins, stalls, strict=True)
   rows = [_update_row(name, ratios, counts) for name, ratios, counts in entries]

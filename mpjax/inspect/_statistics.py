@@ -75,8 +75,9 @@ def collect_statistics(
   Put it inside the loss scaler, where gradients are unscaled and a skipped step is not counted:
   ``mpjax.dynamic_loss_scaling(mpjax.inspect.collect_statistics(optax.adam(1e-3)))``. Gradients
   that float16 has already rounded to zero are counted as zeros; to choose a loss scale, collect in
-  float32 or bfloat16. Counting takes a CPU core 45 ns a parameter, fifteen times
-  Adam's update and little beside a large batch; ``every`` divides it.
+  float32 or bfloat16. The state names the parameters, which ``optax.tree_map_params`` cannot read:
+  ``jax.eval_shape(tx.init, params)`` tells its arrays. Counting takes a CPU core 45 ns a parameter,
+  fifteen times Adam's update and little beside a large batch; ``every`` divides it.
 
   Args:
     inner: The optimizer.

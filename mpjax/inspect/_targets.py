@@ -134,7 +134,9 @@ def check_installed(target: Target, python: str | None) -> None:
   if not needed:
     return
   elsewhere = (
-    "" if python else ", or pass python=, the interpreter of an environment that has jax with it"
+    ""
+    if python
+    else ", or name the interpreter of an environment that has jax with it: python=, or --python"
   )
   raise ModuleNotFoundError(
     f"Compiling for {target.name} needs {' and '.join(needed)}; not installed here. Run: "

@@ -77,7 +77,7 @@ def tune(
     ``mpjax.autocast(loss_fn, ...)`` and ``make_train_step(loss_fn, ..., policy=...)``.
 
   Raises:
-    TypeError: If ``candidates`` is a string, or ``loss_fn`` returns no scalar.
+    TypeError: If ``candidates`` is a string, ``args`` no tuple, or ``loss_fn`` returns no scalar.
     ValueError: If there is no candidate below float32, the tolerance is not positive, or the loss
       or gradients are not finite in float32, or ``loss_fn`` has a 16-bit policy inside.
 
@@ -97,6 +97,11 @@ def tune(
     raise TypeError(
       f"candidates must be a list of policies. Got {shown(candidates)}. Write "
       f"candidates=[{shown(candidates)}]."
+    )
+  if not isinstance(args, tuple | list):
+    raise TypeError(
+      f"args must be a tuple of the arguments of the loss. Got {describe(args)}. Write "
+      "tune(loss_fn, (params,))."
     )
   low = [policy for policy in candidates if not PolicyMap({}, policy).is_float32()]
   if not low:

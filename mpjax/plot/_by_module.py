@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -165,6 +166,9 @@ def plot_nonfinite(report: NonFiniteReport, *, ax: Axes | None = None) -> Axes:
   for value in (-limit, limit):
     ax.axvline(value, color=RED, linestyle="--")
   ax.set_xscale("symlog", linthresh=1.0)
+  decades = int(math.log10(limit))
+  marks = [10.0 ** (decades // 2), 10.0**decades]
+  ax.set_xticks([*(-mark for mark in reversed(marks)), 0.0, *marks])
   ax.set_xlim(-limit * 10, limit * 10)
   name_rows(ax, [name for name, _ in entries])
   ax.set(xlabel="from the smallest to the largest finite number; dashed: the format's largest")

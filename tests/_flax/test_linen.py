@@ -617,6 +617,36 @@ def test_a_module_of_a_local_class_cloudpickles_with_its_policy(x):
   assert dot_dtypes(again.apply, variables, x) == NARROW
 
 
+REGISTRY = {}
+
+
+class Registered(nn.Module):
+  """A base class that looks at whatever is a subclass of it."""
+
+  def __init_subclass__(cls, kind, **keywords):
+    super().__init_subclass__(**keywords)
+    REGISTRY[kind, cls.__name__] = cls
+
+
+class Head(Registered, kind="head"):
+  size: int = 3
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(self.size)(x)
+
+
+@pytest.mark.parametrize("policy", [BF16, "float32"])
+def test_a_base_class_takes_no_notice_of_the_class_under_a_policy(policy, x):
+  mixed, same = mpjax.apply_policy(Head(4), policy), mpjax.apply_policy(Head(4), policy)
+  assert {("head", "Head"): Head} == REGISTRY
+  assert isinstance(mixed, Head) and mixed.size == 4 and mixed == same
+  variables = Head(4).init(jax.random.key(0), x)
+  again = pickle.loads(pickle.dumps(mixed))
+  assert again == mixed
+  assert dot_dtypes(again.apply, variables, x) == (NARROW if policy == BF16 else WIDE)
+
+
 def test_copies_keep_the_policy(mixed, variables, x):
   for again in (copy.copy(mixed), copy.deepcopy(mixed)):
     assert again == mixed and dot_dtypes(again.apply, variables, x) == NARROW

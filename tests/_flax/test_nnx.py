@@ -748,3 +748,43 @@ def test_a_linen_layer_in_a_model_runs_and_obeys_rules(x):
     traced = jax.make_jaxpr(lambda state, x, graph=graph: nnx.merge(graph, state)(x))(state, x)
     assert {found.factors for found in contractions(traced)} == held
     np.testing.assert_allclose(policed(x), model(x), atol=0.02)
+
+
+REGISTRY = {}
+
+
+class Registered(nnx.Module):
+  """A base class that looks at whatever is a subclass of it."""
+
+  def __init_subclass__(cls, kind, **keywords):
+    super().__init_subclass__(**keywords)
+    REGISTRY[kind, cls.__name__] = cls
+
+
+class Layer(Registered, kind="layer"):
+  def __init__(self, rngs):
+    self.linear = nnx.Linear(6, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.linear(x)
+
+
+class Whole(Registered, kind="model"):
+  def __init__(self, rngs):
+    self.layer = Layer(rngs)
+
+  def __call__(self, x):
+    return self.layer(x)
+
+
+def test_a_base_class_takes_no_notice_of_the_class_under_a_policy(x):
+  plain, known = Whole(nnx.Rngs(0)), dict(REGISTRY)
+  model = mpjax.apply_policy(plain, BF16)
+  assert isinstance(model, Whole)
+  np.testing.assert_allclose(model(x), plain(x), atol=0.02)
+  again = pickle.loads(pickle.dumps(model))
+  for call in (model, again, mpjax.nnx.autocast(lambda x: plain(x), BF16)):
+    assert call(x).dtype == jnp.float32
+  traced = jax.make_jaxpr(lambda x: again(x))(x)
+  assert {found.factors for found in contractions(traced)} == NARROW
+  assert known == REGISTRY == {("layer", "Layer"): Layer, ("model", "Whole"): Whole}

@@ -161,6 +161,18 @@ def test_a_scale_that_overflows_does_not_count():
 # Wrong loops --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  "change",
+  [jnp.nan_to_num, lambda g: jnp.where(jnp.isfinite(g), g, 0)],
+)
+def test_gradients_whose_overflow_is_hidden_are_found(change):
+  tx = scaler(optax.sgd(1e-3))
+  cleaned = functools.partial(jax.tree.map, change)
+  step = jax.jit(make_step(tx, functools.partial(scaled, loss=float16_loss), cleaned))
+  with pytest.raises(AssertionError, match="whose gradients are inf or NaN must be skipped"):
+    assert_scale_invariant(step, PARAMS, tx.init(PARAMS), X)
+
+
 @pytest.mark.quick
 @by_loss
 @by_optimizer

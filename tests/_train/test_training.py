@@ -3,6 +3,7 @@
 import pickle
 import re
 from collections import Counter
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -538,6 +539,21 @@ def test_every_field_of_the_state_survives():
   assert not any(getattr(x, "weak_type", False) for x in leaves)
   plain = TrainState.create(init_params(), tx)
   assert bits(pickle.loads(pickle.dumps(plain))) == bits(plain)
+
+
+class StateWithAverage(TrainState):
+  average: Any = None
+
+
+def test_a_subclass_of_the_state_is_a_pytree_whose_fields_a_step_hands_on():
+  tx = mpjax.dynamic_loss_scaling(optax.sgd(0.1))
+  state = StateWithAverage.create({"w": jnp.ones(3)}, tx)
+  state = state.replace(average={"w": jnp.zeros(3)})
+  step = mpjax.make_train_step(lambda p, x: jnp.sum(p["w"] * x), tx)
+  state, _ = step(state, jnp.ones(3))
+  assert isinstance(state, StateWithAverage)
+  np.testing.assert_allclose(state.params["w"], jnp.full(3, 0.9))
+  np.testing.assert_array_equal(state.average["w"], jnp.zeros(3))
 
 
 def test_weakly_typed_parameters_become_strong():

@@ -295,6 +295,9 @@ def test_what_cannot_be_explained_is_refused_with_what_to_do():
     explain(planted.LinenStray(), "mixed_bfloat16", X)
   with pytest.raises(ValueError, match=r"matched no module\. Closest: head"):
     explained(STRAY["linen"], mpjax.PolicyMap({"heda": "float32"}, default="mixed_bfloat16"))
+  for tool in (explain, check):
+    with pytest.raises(TypeError, match=r"Got the class Dense\. Make an instance first"):
+      tool(nn.Dense, "mixed_bfloat16", {"params": {}}, jnp.ones((2, 3)))
 
 
 @pytest.mark.parametrize("tool", [explain, check])

@@ -197,6 +197,27 @@ def test_a_loss_that_is_not_finite_in_float32_is_refused():
     inspect.tune(lambda w: jnp.sum(jnp.log(w)), (jnp.zeros(3),))
 
 
+@pytest.mark.parametrize(
+  "layer", [lambda: nnx.BatchNorm(4, rngs=nnx.Rngs(1)), lambda: nnx.Dropout(0.1, rngs=nnx.Rngs(1))]
+)
+def test_a_model_whose_variables_change_is_tuned(layer):
+  linear = lambda n: nnx.Linear(4, 4, use_bias=False, rngs=nnx.Rngs(n))
+  model = nnx.Sequential(linear(0), layer(), linear(1))
+  before = jax.tree.map(jnp.copy, nnx.state(model))
+  x = jax.random.normal(jax.random.key(0), (8, 4))
+  loss = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+  report = inspect.tune(loss, (model, x), candidates=[LOW], tolerance=0.5)
+  assert report.policy_map == mpjax.PolicyMap({}, default=LOW)
+  same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), before, nnx.state(model))
+  assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize("alone", [{"w": jnp.ones(2)}, jnp.ones(2)], ids=["dict", "array"])
+def test_arguments_that_are_no_tuple_are_told_to_be_one(alone):
+  with pytest.raises(TypeError, match=r"must be a tuple.* Write tune\(loss_fn, \(params,\)\)"):
+    inspect.tune(lambda w: jnp.sum(w), alone)
+
+
 def test_a_pair_and_a_string_of_candidates_are_told_what_to_write():
   with pytest.raises(TypeError, match=r"Got tuple. .* or pass has_aux=True if it is a pair"):
     mpjax.inspect.tune(lambda w: (jnp.sum(w), {"aux": w}), (jnp.ones(2),))

@@ -1,6 +1,7 @@
 """Every plot: its legend covers nothing, and its colors are those of one palette."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,14 @@ def test_a_plot_has_the_palettes_colors_and_a_legend_that_covers_nothing(name):
   box, page = legend.get_window_extent(), ax.get_figure().bbox
   assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
   assert not list(covered(ax))
+
+
+@pytest.mark.parametrize("name", list(PLOTS))
+def test_no_label_of_a_scale_lies_on_another(name):
+  for labels in (drawn(name).get_xticklabels(), drawn(name).get_yticklabels()):
+    shown = [label for label in labels if label.get_text() and label.get_visible()]
+    boxes = [label.get_window_extent() for label in shown]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_a_check_of_many_modules_has_the_one_that_overflows_and_not_those_behind_it():

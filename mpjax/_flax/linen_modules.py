@@ -24,7 +24,14 @@ from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
 from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.running.scaled_cotangents import UNSCALED, read_loss_scale
-from mpjax._flax.policed import bases, facts, in_words, plain_class, refuse_module
+from mpjax._flax.policed import (
+  asks_for_keywords,
+  facts,
+  in_words,
+  plain_class,
+  refuse_module,
+  subclass,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +107,7 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: f
   how = {"policies": policies, "loss_scale": loss_scale}
   methods = {name: {**how, "method": name} for name in _method_names(plain)}
   is_region = policies.is_float32()
-  base: Any = _quiet(plain)
+  base: Any = subclass(plain, nn.Module, {}) if asks_for_keywords(plain) else plain
   if not is_region:
     base = lift_transform(_under_policy, base, methods=methods)
   entries = {name: _entry(name, plain, methods) for name in ("apply", "init", "init_with_output")}
@@ -108,22 +115,13 @@ def _new_policy_class(plain: type[nn.Module], policies: PolicyMap, loss_scale: f
     **facts(plain, policies, _policy_class, loss_scale),
     **_shown(plain, in_words(policies, loss_scale)),
     _LOSS_SCALE: loss_scale,
-    "__module__": plain.__module__,
-    "__qualname__": plain.__qualname__,
-    "__doc__": plain.__doc__,
     "__init__": plain.__init__,  # it may set more than the fields (diffusers' configs)
   }
   outer = {
     name: _region(plain, name) if is_region else _outside_setup(plain, base, name)
     for name in methods
   }
-  return type(plain.__name__, (base,), namespace | entries | outer)
-
-
-def _quiet(plain: type[nn.Module]) -> Any:
-  """A module class, or a subclass of it of which a user's base class takes no notice."""
-  found = bases(plain, nn.Module)
-  return plain if found == (plain,) else type(plain.__name__, found, {})
+  return subclass(plain, nn.Module, namespace | entries | outer, base)
 
 
 def _shown(plain: type[nn.Module], words: str) -> dict[str, Callable[..., Any]]:
@@ -180,7 +178,8 @@ def _entry(name: str, plain: type[nn.Module], lifted: Mapping[str, Any]) -> Call
     if method is None or isinstance(method, str):
       return run(self, *args, method=method, **kwargs)
     function = getattr(method, "__func__", method)
-    extended = type(plain.__name__, (plain,), {_APPLIED: function, "__init__": plain.__init__})
+    own = {_APPLIED: function, "__init__": plain.__init__}
+    extended = subclass(plain, nn.Module, own)
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
     scale = getattr(self, _LOSS_SCALE)
     policed = _new_policy_class(extended, self.mpjax_policies, scale)(**fields)

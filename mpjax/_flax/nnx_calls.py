@@ -22,7 +22,7 @@ from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide
 from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.running.scaled_cotangents import UNSCALED
-from mpjax._flax.policed import bases, plain_class
+from mpjax._flax.policed import plain_class, subclass
 
 _PATH = "_pytree__mpjax_path"  # Flax takes what begins so for its own, and no variable
 F = TypeVar("F", bound=Callable[..., Any])
@@ -270,7 +270,7 @@ def _name_modules(nodes: Sequence[Any]) -> None:
 def _named_class(cls: type[nnx.Module]) -> Any:
   """The subclass of a module class whose methods run in the scope of the module's path."""
   methods = {name: _named(cls, name) for name in methods_of(cls)}
-  return subclass(cls, methods)
+  return subclass(cls, nnx.Module, methods)
 
 
 def _named(cls: type[nnx.Module], method: str) -> Callable[..., Any]:
@@ -304,10 +304,3 @@ def _is_method(value: Any) -> bool:
   """A function, or what a transform such as ``nnx.jit`` made of one."""
   other = isinstance(value, staticmethod | classmethod | property | type)
   return callable(value) and hasattr(value, "__get__") and not other
-
-
-def subclass(cls: type[nnx.Module], namespace: dict[str, Any], metaclass: Any = None) -> Any:
-  """A subclass that passes for the class itself, with other attributes, and perhaps metaclass."""
-  described = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
-  make: Any = metaclass or type(cls)
-  return make(cls.__name__, bases(cls, nnx.Module), namespace | described)

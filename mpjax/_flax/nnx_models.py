@@ -15,8 +15,8 @@ from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.execute import runs_as_written
 from mpjax._engine.running.scaled_cotangents import UNSCALED, read_loss_scale
-from mpjax._flax.nnx_calls import methods_of, module_paths, run, subclass
-from mpjax._flax.policed import facts, in_words, pickling, plain_class, refuse_module
+from mpjax._flax.nnx_calls import methods_of, module_paths, run
+from mpjax._flax.policed import facts, in_words, pickling, plain_class, refuse_module, subclass
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -103,7 +103,8 @@ def _policy_class(
     for name in methods
   }
   own = facts(plain, policies, _policy_class, methods, loss_scale)
-  cls = subclass(plain, {**own, _METHODS: methods, **wrapped}, pickling(type(plain)))
+  namespace = {**own, _METHODS: methods, **wrapped}
+  cls = subclass(plain, nnx.Module, namespace, metaclass=pickling(type(plain)))
   # Flax prints and tabulates a model by the name of its class, and needs it for nothing else.
   words = in_words(policies, loss_scale)
   cls.__name__ = f"{plain.__name__}<{words}>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -85,27 +86,52 @@ def plain_class(cls: type[Any]) -> type[Any]:
   return getattr(cls, PLAIN, cls)
 
 
-def bases(cls: type[Any], root: type[Any]) -> tuple[type[Any], ...]:
-  """The bases of a class of ours that passes for a module class.
+def subclass(
+  plain: type[Any], root: Any, namespace: dict[str, Any], base: Any = None, metaclass: Any = None
+) -> Any:
+  """A subclass that passes for a module class, with other attributes.
 
-  Where a user's base class looks at its subclasses, to register them by name or to ask for
-  keywords, this one is none of those: Flax's own ``__init_subclass__`` runs alone.
+  A user's base class may look at its subclasses. It is shown this one under another name, so that
+  those that it registers by name stay what they were; if it asks for keywords, which a class
+  statement alone gives, it is shown none, and Flax's own ``__init_subclass__`` runs.
 
   Args:
-    cls: The module class.
-    root: What it is a subclass of: ``nn.Module`` or ``nnx.Module``.
+    plain: The module class.
+    root: What that is a subclass of: ``nn.Module`` or ``nnx.Module``.
+    namespace: The attributes.
+    base: What else is to be its base: a subclass of ``plain``.
+    metaclass: Its metaclass, if not that of ``plain``.
   """
-  hooks: list[Any] = [each.__init_subclass__ for each in (cls, root)]
-  same = getattr(hooks[0], "__func__", None) is getattr(hooks[1], "__func__", None)
-  return (cls,) if same else (_without_hooks(root), cls)
+  base = plain if base is None else base
+  bases = (_without_hooks(root), base) if asks_for_keywords(base) else (base,)
+  flax = {each.__init_subclass__.__func__ for each in (root, _without_hooks(root))}
+  is_told = bases[0].__init_subclass__.__func__ in flax
+  is_pytree = getattr(plain, "_pytree__is_pytree", True)
+  keywords = {"pytree": False} if is_told and not is_pytree else {}
+  described = {key: getattr(plain, key) for key in ("__module__", "__doc__")}
+  make: Any = metaclass or type(plain)
+  made = make(f"{plain.__name__} under a policy", bases, namespace | described, **keywords)
+  made.__name__, made.__qualname__ = plain.__name__, plain.__qualname__
+  return made
+
+
+def asks_for_keywords(cls: type[Any]) -> bool:
+  """Whether a subclass of a class must be given keywords."""
+  asked = inspect.signature(cls.__init_subclass__).parameters.values()
+  named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+  return any(each.kind in named and each.default is inspect.Parameter.empty for each in asked)
 
 
 @functools.cache
 def _without_hooks(root: Any) -> type[Any]:
+  """A subclass of Flax's that shows no subclass to a base class behind it.
+
+  One of Flax's, so that an object may change from the user's class to ours.
+  """
+
   def run(cls: type[Any], **keywords: Any) -> None:
     root.__init_subclass__.__func__(cls, **keywords)
 
-  # A subclass of Flax's, so that an object may change from the user's class to ours.
   made = type(root)("_WithoutHooks", (root,), {"__init_subclass__": classmethod(run)})
   for name in {*vars(made)} - {"__init_subclass__", *vars(type("Nothing", (), {}))}:
     delattr(made, name)  # what Flax writes into each subclass would hide the user's

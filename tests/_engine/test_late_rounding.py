@@ -144,6 +144,18 @@ def test_scores_of_an_attention_that_are_picked_by_position_stay_narrow(pick, po
   assert {aval.dtype.itemsize for aval in picked if aval.shape == (8, 8)} == {2}
 
 
+@in_turns(("pick", "policy"), {"along": picked, "index": lambda s: s[OWN, OWN]}, POLICIES)
+def test_logits_of_labels_are_float32_where_the_losses_are_weighed_by_a_matmul(pick, policy):
+  def loss(w, x):
+    scores = (x @ w) @ (x @ w).T
+    return jnp.sum((jax.nn.logsumexp(scores, 1) - pick(scores)).reshape(2, 4) @ w)
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(loss, policy))(EYE, X))
+  assert {e.outvars[0].aval.dtype.name for e in found if e.primitive.name == "gather"} == {
+    "float32"
+  }
+
+
 @both
 def test_a_norm_reads_a_multiple_in_16_bits(policy):
   """A norm reads it several times and stores it for its derivative."""

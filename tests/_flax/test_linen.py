@@ -645,6 +645,32 @@ def test_a_base_class_takes_no_notice_of_the_class_under_a_policy(policy, x):
   again = pickle.loads(pickle.dumps(mixed))
   assert again == mixed
   assert dot_dtypes(again.apply, variables, x) == (NARROW if policy == BF16 else WIDE)
+  by_function = functools.partial(mixed.apply, method=lambda head, x: head(x))
+  assert dot_dtypes(by_function, variables, x) == (NARROW if policy == BF16 else WIDE)
+
+
+WIDTHS = {}
+
+
+class Known(nn.Module):
+  """A base class that keeps a table of its subclasses, by their names and by themselves."""
+
+  def __init_subclass__(cls):
+    super().__init_subclass__()
+    WIDTHS[cls] = WIDTHS[cls.__name__] = 3
+
+
+class Wide(Known):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(WIDTHS[type(self)])(x)
+
+
+def test_a_base_class_that_keeps_a_table_knows_the_class_under_a_policy(x):
+  WIDTHS["Wide"] = plain = "as it was"
+  mixed = mpjax.apply_policy(Wide(), BF16)
+  assert mixed.init_with_output(jax.random.key(0), x)[0].shape == (len(x), 3)
+  assert WIDTHS["Wide"] is plain
 
 
 def test_copies_keep_the_policy(mixed, variables, x):

@@ -788,3 +788,40 @@ def test_a_base_class_takes_no_notice_of_the_class_under_a_policy(x):
   traced = jax.make_jaxpr(lambda x: again(x))(x)
   assert {found.factors for found in contractions(traced)} == NARROW
   assert known == REGISTRY == {("layer", "Layer"): Layer, ("model", "Whole"): Whole}
+
+
+WIDTHS = {}
+
+
+class Known(nnx.Module, pytree=False):
+  """A base class that keeps a table of its subclasses, by their names and by themselves."""
+
+  def __init_subclass__(cls):
+    super().__init_subclass__(pytree=False)
+    WIDTHS[cls] = WIDTHS[cls.__name__] = 3
+
+
+class Wide(Known):
+  def __init__(self, rngs):
+    self.layers = [nnx.Linear(6, 3, rngs=rngs)]
+
+  def __call__(self, x):
+    return self.layers[0](x) * WIDTHS[type(self)]
+
+
+class Nested(nnx.Module):
+  def __init__(self, rngs):
+    self.wide, self.own = Wide(rngs), mpjax.apply_policy(Wide(rngs), "float32")
+    self.layer = mpjax.apply_policy(Layer(rngs), "float32")
+
+  def __call__(self, x):
+    return self.wide(x) + self.own(x) + self.layer(x)
+
+
+def test_a_base_class_that_keeps_a_table_knows_the_class_under_a_policy(x):
+  WIDTHS["Wide"] = plain = "as it was"
+  model, nested = mpjax.apply_policy(Wide(nnx.Rngs(0)), BF16), Nested(nnx.Rngs(0))
+  np.testing.assert_allclose(model(x), Wide(nnx.Rngs(0))(x), atol=0.06)
+  np.testing.assert_allclose(mpjax.apply_policy(nested, BF16)(x), nested(x), atol=0.06)
+  assert jax.jit(lambda x: model(x))(x).shape == (len(x), 3)
+  assert WIDTHS["Wide"] is plain and not type(model)._pytree__is_pytree

@@ -158,6 +158,19 @@ def test_a_scale_that_overflows_does_not_count():
     assert_scale_invariant(step, PARAMS, tx.init(PARAMS), X, scales=(64, 2**16))
 
 
+def test_a_step_may_raise_rather_than_skip():
+  tx = scaler(optax.sgd(1e-3))
+  right = make_step(tx, functools.partial(scaled, loss=float16_loss))
+
+  def step(params, opt_state, x):
+    params, opt_state = right(params, opt_state, x)
+    if not mpjax.step_is_finite(opt_state):
+      raise RuntimeError("diverged")
+    return params, opt_state
+
+  assert_scale_invariant(step, PARAMS, tx.init(PARAMS), X)
+
+
 # Wrong loops --------------------------------------------------------------------------------------
 
 

@@ -120,10 +120,13 @@ def picks_numbers(sight: Sight) -> bool:
   """Whether a gather takes single narrow numbers: the logits of the labels, in most losses.
 
   Read in float32, their cotangents meet those of the logsumexp before they round. Scores of an
-  attention by relative positions are picked, too, in its size; they lead into a matmul.
+  attention by relative positions are picked, too, about as many as there are; they lead into a
+  matmul.
   """
-  picks = set(sight.eqn.params["slice_sizes"]) <= {1} and is_narrow(sight.forms[0])
-  return picks and sight.result not in sight.around.leading.multiplied
+  if not (set(sight.eqn.params["slice_sizes"]) <= {1} and is_narrow(sight.forms[0])):
+    return False
+  are_few = 2 * jaxprs.size(sight.result) < jaxprs.size(sight.eqn.invars[0])
+  return are_few or sight.result not in sight.around.leading.multiplied
 
 
 def fills_with_another(sight: Sight) -> bool:

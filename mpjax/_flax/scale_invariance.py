@@ -54,7 +54,7 @@ def assert_scale_invariant(
     AssertionError: If a change depends on the scale; the message says what of the step does, by
       how much, and what is wrong: gradients of a loss that is not scaled or that are unscaled
       twice, a clip in front of the scaler, a scaler that some parameters do not have, gradients
-    whose inf and NaN are replaced before the scaler sees them.
+      whose inf and NaN are replaced before the scaler sees them.
     ValueError: If ``args`` hold no loss scaler, the step is skipped at all scales but one, changes
       nothing or gives other results for the same arguments, or a scale is no power of two.
     TypeError: If the step neither returns a tree like one of its arguments, nor has an NNX object

@@ -1,7 +1,7 @@
 """What training with a Linen model or a pure function changes, as one pytree."""
 
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class TrainState(struct.PyTreeNode):
     *,
     model_state: PyTree = None,
     rng: Any = None,
-  ) -> "TrainState":
+  ) -> Self:
     """The state before the first step.
 
     The arrays are copied, so that a step may donate the state's buffers without deleting yours.

@@ -125,6 +125,9 @@ def plain(program, transform):
     return lowered(transformed(program, "float32", transform), *program.split(is_param))
   except (TypeError, ValueError, NotImplementedError):
     assume(False)
+  except Exception as error:  # of a class that JAX does not export
+    assume(type(error).__name__ != "CustomVJPException")
+    raise
 
 
 def types(traced):

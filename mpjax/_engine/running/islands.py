@@ -183,9 +183,8 @@ class _Search:
       step = self._steps[index]
       users = self.readers[step.eqn.outvars[0]]
       others = [n for n, read in users if n not in members or read.via is not None]
-      if index != last and (others or not self._wide[index]):
-        continue
-      if index != last and through is not None and step.eqn.primitive.name not in through:
+      is_led_through = through is None or step.eqn.primitive.name in through
+      if index != last and (others or not self._wide[index] or not is_led_through):
         continue
       members.add(index)
       made = {self.makers.get(a, last) for a in step.eqn.invars if not isinstance(a, Literal)}

@@ -56,6 +56,13 @@ def standard_promotion():
 
 
 @pytest.fixture
+def promotion_of_users():
+  """For functions that are written as users write them, under JAX's default settings."""
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield
+
+
+@pytest.fixture
 def standard_promotion_in_every_thread():
   """The same, where the code under test works in threads of its own."""
   jax.config.update("jax_numpy_dtype_promotion", "standard")

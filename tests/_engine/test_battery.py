@@ -19,11 +19,7 @@ EPS = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 ROUGH = {"numpy.sinc": 64, "lax.reduce_precision": 64}  # the latter's own grid is coarse
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  """The functions are written as users write them, under JAX's default settings."""
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 def gradient(fn):

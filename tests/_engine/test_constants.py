@@ -20,10 +20,7 @@ UNIT = {"mixed_bfloat16": 2.0**-8, "mixed_float16": 2.0**-11}
 every_policy = pytest.mark.parametrize("policy", UNIT)
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 # Rows of scores: half masked, wholly masked, not masked, all but one masked.

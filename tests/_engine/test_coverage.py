@@ -216,11 +216,7 @@ def make(op, construct):
   return fn
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  """The functions here are written as users write them, under JAX's default settings."""
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 @functools.cache

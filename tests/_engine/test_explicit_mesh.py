@@ -17,12 +17,7 @@ import mpjax
 from _jaxprs import contractions, wide_contractions
 from _turns import in_turns
 
-
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  """The functions here are written as users write them, under JAX's default settings."""
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 @pytest.fixture(autouse=True)

@@ -34,10 +34,7 @@ every_transform = st.sampled_from(
 )
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 def search(quick, thorough):

@@ -14,10 +14,7 @@ POLICIES = ("mixed_bfloat16", "mixed_float16")
 WIDTH = 8
 
 
-@pytest.fixture(autouse=True)
-def _promotion_of_users():
-  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-    yield
+pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
 def gru(w, x):

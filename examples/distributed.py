@@ -29,9 +29,10 @@ import mpjax
 FEATURES, HIDDEN, ROWS = 32, 64, 16  # rows of each process
 
 
-def loss_fn(params: Any, batch: Any) -> jax.Array:
-  """How far a perceptron with one hidden layer is from the sum of its inputs."""
+def loss_fn(params: Any, batch: Any, rng: jax.Array) -> jax.Array:
+  """How far a perceptron with one hidden layer, some of it dropped, is from its inputs' sum."""
   hidden = jnp.tanh(batch["x"] @ params["in"] + params["bias"])
+  hidden = hidden * jax.random.bernoulli(rng, 0.95, hidden.shape)
   return jnp.mean((hidden @ params["out"] - batch["y"]) ** 2)
 
 
@@ -88,7 +89,7 @@ def main() -> None:
 
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   tx = mpjax.dynamic_loss_scaling(optax.adam(1e-2))
-  state = jax.jit(lambda params: mpjax.TrainState.create(params, tx))(initial_params(mesh))
+  state = mpjax.TrainState.create(initial_params(mesh), tx, rng=jax.random.key(0))
   step = mpjax.make_train_step(loss_fn, tx, policy=arguments.policy)
   faulty = arguments.fault == jax.process_index()
   rows = NamedSharding(mesh, P("data"))

@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mpjax._core.arguments import shown
-from mpjax._core.dtypes import describe, is_of
+from mpjax._core.dtypes import describe, is_key
 from mpjax._core.tree_paths import leaf_paths
 
 __all__ = ["restore"]
@@ -104,7 +104,7 @@ def _check(written: dict[str, str], like: Any, where: str) -> None:
 
 def _as_saved(leaf: Any) -> Any:
   """Orbax saves a key as its integers."""
-  if is_of(leaf, jax.dtypes.prng_key):
+  if is_key(leaf):
     return jax.eval_shape(jax.random.key_data, leaf)
   return leaf
 

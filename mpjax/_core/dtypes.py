@@ -35,6 +35,11 @@ def is_of(x: Any, kind: Any) -> bool:
   return dtype is not None and bool(jnp.issubdtype(dtype, kind))
 
 
+def is_key(x: Any) -> bool:
+  """Whether a value is an array of typed random keys."""
+  return is_of(x, jax.dtypes.prng_key)
+
+
 def parse_dtype(value: Any) -> np.dtype:
   """Reads a float format given by name, as a NumPy dtype, or as a scalar type.
 

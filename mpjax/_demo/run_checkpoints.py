@@ -52,12 +52,23 @@ class Checkpoints:
     self._manager.close()
 
   def save(self, step: int, tree: Any) -> None:
-    """Writes the tree of a step, unless that step is there already."""
-    if self._manager.latest_step() != step:
-      items = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(_by_name(tree)), settings=ocp.args.JsonSave(self._settings)
-      )
+    """Writes the tree of a step, unless that step is there already.
+
+    Raises:
+      UsageError: If it cannot be written.
+    """
+    if self._manager.latest_step() == step:
+      return
+    items = ocp.args.Composite(
+      arrays=ocp.args.StandardSave(_by_name(tree)), settings=ocp.args.JsonSave(self._settings)
+    )
+    try:
       self._manager.save(step, args=items)
+    except (OSError, ValueError) as error:  # of a full disk TensorStore raises the latter
+      raise UsageError(
+        f"--checkpoint needs a directory with room. Step {step} of {self._directory}: "
+        f"{_first_line(error)}. Make room and go on with --resume, or name another directory."
+      ) from error
 
   def restore(self, like: Any) -> Any:
     """The tree of the last step that was written.
@@ -101,10 +112,10 @@ class Checkpoints:
     """Reports what Orbax raises of files that are damaged, cut off or no checkpoint."""
     try:
       yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of an array that is cut off it raises no narrower one
       raise UsageError(
-        f"--resume needs checkpoints that can be read. Step {step} of {self._directory}: {error}. "
-        "Delete that step, or name another directory."
+        f"--resume needs checkpoints that can be read. Step {step} of {self._directory}: "
+        f"{_first_line(error)}. Delete that step, or name another directory."
       ) from error
 
   def _check_arrays(self, written: dict[str, str], like: Any) -> None:
@@ -117,6 +128,10 @@ class Checkpoints:
           f"{written.get(name, 'nothing')}, this run as {wanted.get(name, 'nothing')}. "
           "Name another directory."
         )
+
+
+def _first_line(error: Exception) -> str:
+  return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def structure(nodes: Sequence[Any]) -> dict[str, Any]:
 
   Submodules by their class, and the plain attributes of all: numbers, flags, functions. Of arrays
   that are attributes, and of Variables, only that they are there: their values are brought back.
+  What a cached property keeps is no change: it is computed again.
   """
   found: dict[str, Any] = {}
   for node in nodes:
@@ -193,7 +194,7 @@ def structure(nodes: Sequence[Any]) -> dict[str, Any]:
       for name, value in vars(module).items():
         if isinstance(value, nnx.Variable):
           found["/".join(map(str, (*path, name)))] = nnx.Variable
-        elif not (is_node(value) or _of_flax(name)):
+        elif not (is_node(value) or _of_flax(name) or _is_cache(type(module), name)):
           held = jax.Array if isinstance(value, jax.Array) else value
           found["/".join(map(str, (*path, name)))] = held
   return found
@@ -202,6 +203,10 @@ def structure(nodes: Sequence[Any]) -> dict[str, Any]:
 def _of_flax(name: Any) -> bool:
   """Whether an attribute is bookkeeping: of Flax, of ours, or of a table of Flax."""
   return str(name).startswith(("_pytree__", "_nnx_"))
+
+
+def _is_cache(cls: type[Any], name: Any) -> bool:
+  return isinstance(getattr(cls, str(name), None), functools.cached_property)
 
 
 def check_structure(before: dict[str, Any], after: dict[str, Any]) -> None:

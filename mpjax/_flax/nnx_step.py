@@ -133,8 +133,9 @@ class TrainStep:
 
 _DELETED = (
   "A step that donates takes the buffers of model and optimizer. Got {}, of which a step has taken "
-  "the buffer, from another object that held the same array, such as a clone. Copy the arrays of "
-  "one of the two (jax.tree.map(jnp.copy, nnx.state(model))), or make the step with donate=False."
+  "the buffer: another object held the same array, such as a clone, or a step was interrupted. "
+  "Copy the arrays of one of the two (jax.tree.map(jnp.copy, nnx.state(model))), go back to a "
+  "checkpoint, or make the step with donate=False."
 )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax._core.dtypes import FLOAT16, describe
+from mpjax._core.dtypes import FLOAT16, describe, is_key
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaling_state import find_scaling_state
@@ -15,7 +15,7 @@ from mpjax._train.accumulation import check_flow
 from mpjax._train.buffers import own_buffer, shared_buffers
 from mpjax._train.shardings import Placement, keep_placement
 from mpjax._train.step_core import StepCore
-from mpjax._train.step_parts import is_key, keep_if_skipped
+from mpjax._train.step_parts import keep_if_skipped
 
 
 def arrays_of(nodes: Any) -> dict[Any, Any]:

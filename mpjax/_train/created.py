@@ -11,9 +11,8 @@ from flax import linen as nn
 from flax import nnx
 
 from mpjax._core.arguments import shown
-from mpjax._core.dtypes import describe, is_of
+from mpjax._core.dtypes import describe, is_key, is_of
 from mpjax._core.tree_paths import PyTree, path_str
-from mpjax._train.step_parts import is_key
 
 
 def check_params(params: PyTree) -> None:

@@ -10,6 +10,7 @@ import jax.core
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from mpjax._core.dtypes import is_key
 from mpjax._core.tree_paths import PyTree
 
 
@@ -68,7 +69,10 @@ def place_beside(tree: PyTree, params: PyTree) -> PyTree:
     known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     if not known or leaf.sharding.device_set == everywhere.device_set:
       return leaf
-    return jax.device_put(leaf, everywhere)
+    if not is_key(leaf):
+      return jax.device_put(leaf, everywhere)
+    numbers = jax.device_put(jax.random.key_data(leaf), everywhere)  # other processes take no keys
+    return jax.random.wrap_key_data(numbers, impl=jax.random.key_impl(leaf))
 
   return jax.tree.map(place, tree)
 

@@ -322,11 +322,6 @@ def keep_if_skipped(applied: jax.Array, new_opt_state: PyTree, old_opt_state: Py
   return jax.tree.map(choose, new_opt_state, old_opt_state, is_leaf=moves)
 
 
-def is_key(leaf: Any) -> bool:
-  """Whether a leaf is an array of typed random keys."""
-  return is_of(leaf, jax.dtypes.prng_key)
-
-
 def require_scaling(scaling: LossScalingState | None, limit: int | None) -> None:
   """Refuses a limit on skips where nothing is ever skipped.
 

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
+from mpjax._core.dtypes import is_key
 from mpjax._core.tree_paths import PyTree
 from mpjax._scaling.optimizers import as_transformation, initial_state
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import find_states
 from mpjax._train.created import check_key, check_params, refuse_shapes
 from mpjax._train.shardings import place_beside
-from mpjax._train.step_parts import check_is_own_state, is_key
+from mpjax._train.step_parts import check_is_own_state
 
 
 class TrainState(struct.PyTreeNode):

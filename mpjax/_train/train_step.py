@@ -9,7 +9,7 @@ import jax
 import optax
 
 from mpjax._core.casting import cast_floating
-from mpjax._core.dtypes import FLOAT32, describe
+from mpjax._core.dtypes import FLOAT32, describe, is_key
 from mpjax._core.policy_map import PolicyLike
 from mpjax._core.tree_paths import PyTree, leaf_paths
 from mpjax._engine.autocast import autocast
@@ -29,7 +29,6 @@ from mpjax._train.step_parts import (
   check_aux,
   explain_if_no_array,
   in_words,
-  is_key,
   keep_if_skipped,
   raise_if_stuck,
 )
@@ -158,7 +157,8 @@ _MORE = (
 )
 _DELETED = (
   "A step that donates takes a state once. Got one whose buffers a step has taken, first {}. Go on "
-  "with the state that the step returned, or make the step with donate=False."
+  "with the state that the step returned, or with a checkpoint if it was interrupted; or make the "
+  "step with donate=False."
 )
 
 

@@ -217,7 +217,8 @@ class _Comparison:
       return *loss(params)[1], []
     grads, stats = jax.grad(loss, has_aux=True)(params)
     unscaled = [g.astype(jnp.float32) / self.scale for g in grads.narrow]
-    return *stats, [compare(*p) for p in zip(grads.reference, unscaled, strict=True)]
+    exact = [jnp.where(jnp.isfinite(g), g, jnp.nan) for g in grads.reference]
+    return *stats, [compare(*p) for p in zip(exact, unscaled, strict=True)]
 
   def _returned(self, x: Any) -> Any:
     """A result in the output dtype."""
@@ -361,7 +362,9 @@ def _difference(stats: Sequence[Stats], sizes: Sequence[int]) -> Difference:
   columns = (np.concatenate([np.ravel(x) for x in column]) for column in zip(*stats, strict=True))
   if not stats:
     return Difference(0.0, 1.0, 0, 0, 0, 0.0)
-  error, norm, cosine, overflow, underflow, largest, *_ = (np.asarray(c, float) for c in columns)
+  error, norm, cosine, overflow, underflow, largest, undefined, *_ = (
+    np.asarray(c, float) for c in columns
+  )
   total = np.square(norm).sum()
   return Difference(
     float(np.sqrt(_ratio(np.square(error).sum(), total))),
@@ -370,6 +373,7 @@ def _difference(stats: Sequence[Stats], sizes: Sequence[int]) -> Difference:
     int(underflow.sum()),
     sum(sizes),
     float(largest.max()),
+    int(undefined.sum()),
   )
 
 

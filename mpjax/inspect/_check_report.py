@@ -30,6 +30,8 @@ class Difference:
     underflow: How many are zero although the reference is not.
     size: How many numbers there are.
     largest: The largest magnitude in the reference.
+    undefined: How many are NaN in the reference, or infinite there and something else here. Of
+      gradients, all that are not finite there.
   """
 
   error: float
@@ -38,6 +40,12 @@ class Difference:
   underflow: int
   size: int
   largest: float
+  undefined: int = 0
+
+  @property
+  def is_lost(self) -> bool:
+    """Whether numbers are not finite, here or in the reference, so that norms leave them out."""
+    return self.overflow > 0 or self.undefined > 0
 
 
 @dataclass(frozen=True)
@@ -81,8 +89,8 @@ class Change:
 
   @property
   def counts(self) -> bool:
-    """Whether it is more than rounding; what overflows is, whatever the rest of it."""
-    return self.share > _ROUNDING or self.change.overflow > 0
+    """Whether it is more than rounding; what is not finite is, whatever the rest of it."""
+    return self.share > _ROUNDING or self.change.is_lost
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,8 @@ class GradientCheck:
 
   @property
   def counts(self) -> bool:
-    """Whether it is more than rounding; what overflows is, whatever the rest of it."""
-    return self.share > _ROUNDING or self.gradient.overflow > 0
+    """Whether it is more than rounding; what is not finite is, whatever the rest of it."""
+    return self.share > _ROUNDING or self.gradient.is_lost
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ class CheckReport(Report):
 
   @property
   def agrees(self) -> bool:
-    """Whether nothing overflows, and all that was compared stays within the tolerance.
+    """Whether nothing overflows, here or there, and all that was compared is within the tolerance.
 
     That is results, what modules hand out, what changes in updated arguments, and gradients.
     """
@@ -161,7 +169,7 @@ class CheckReport(Report):
 
   @property
   def faults(self) -> tuple[str, ...]:
-    """What does not agree, in words: overflows first, then underflows, then errors."""
+    """What does not agree, in words: what the reference has not, overflows, underflows, errors."""
     outputs = [(row.module, row.output, row.added) for row in self._deepest()]
     grads = [
       (f"gradient of {g.parameter}", g.gradient, g.gradient.error)
@@ -173,6 +181,11 @@ class CheckReport(Report):
       (f"the change of {c.argument}", c.change, c.change.error) for c in self.changes if c.counts
     ]
     named = [*outputs, *result, *changes, *grads]
+    undefined = [
+      f"{n} is not finite in {self.reference} ({_share(d.undefined, d)})"
+      for n, d, _ in [*result, *changes, *grads]
+      if d.undefined
+    ]
     overflows = [f"{n} overflows ({_share(d.overflow, d)})" for n, d, _ in named if d.overflow]
     underflows = [
       f"{n} underflows ({_share(d.underflow, d)} are zero)"
@@ -180,7 +193,7 @@ class CheckReport(Report):
       if d.underflow > d.size * _tolerated_underflow(n)
     ]
     errors = [f"{n} is off by {e:.2g}" for n, d, e in named if e > self.tolerance]
-    return (*overflows, *underflows, *errors)
+    return (*undefined, *overflows, *underflows, *errors)
 
   @property
   def worst(self) -> tuple[ModuleCheck, ...]:
@@ -208,7 +221,14 @@ class CheckReport(Report):
 
   @property
   def _advice(self) -> str:
-    """What to pass where float16 gradients are off that no loss scale has saved."""
+    """Where to look for what is not finite in float32, or which loss scale to pass in float16."""
+    compared = [
+      self.result,
+      *(c.change for c in self.changes),
+      *(g.gradient for g in self.gradients),
+    ]
+    if any(difference.undefined for difference in compared):
+      return " mpjax.inspect.locate_nonfinite finds the operation."
     counted = [g.gradient for g in self.gradients if g.counts]
     off = any(g.error > self.tolerance for g in counted) and not any(g.overflow for g in counted)
     if self.loss_scale != 1 or not off or FLOAT16 not in self.policy.narrow_dtypes():

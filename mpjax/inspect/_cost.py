@@ -249,7 +249,7 @@ def _floats(tree: Any) -> list[Any]:
 
 
 def _memory_here() -> int | None:
-  stats = jax.devices()[0].memory_stats()
+  stats = jax.local_devices()[0].memory_stats()  # those of other processes tell none
   return stats.get("bytes_limit") if stats else None
 
 

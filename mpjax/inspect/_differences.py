@@ -22,6 +22,7 @@ class Stats(NamedTuple):
     overflow: How many numbers are not finite although the reference is.
     underflow: How many are zero although the reference is not.
     largest: The largest magnitude in the reference.
+    undefined: How many are NaN in the reference, or infinite there and something else here.
     times: How often the value was computed: once, or not at all in a branch that was not taken.
     iteration: The iteration of a while loop that this is of, the worst one; -1 outside of loops.
   """
@@ -32,6 +33,7 @@ class Stats(NamedTuple):
   overflow: Any
   underflow: Any
   largest: Any
+  undefined: Any
   times: Any
   iteration: Any
 
@@ -62,6 +64,7 @@ def _stats(reference: Any, narrow: Any) -> Stats:
     jnp.sum(known & ~finite),
     jnp.sum(known & (exact != 0) & (value == 0)),
     largest,
+    jnp.sum(~known & (exact != value)),
     jnp.int32(1),
     jnp.int32(-1),
   )

@@ -2,15 +2,19 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from _linear_job import LinearJob
 from mpjax import cli
+from mpjax._demo.jobs import UsageError
+from mpjax._demo.run_checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,6 +158,31 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_and_status_2(linear, capsy
   assert err.count("\n") == 1 and "--resume needs checkpoints that can be read" in err
 
 
+def test_whatever_orbax_raises_of_an_array_that_is_cut_off_is_one_line(monkeypatch, tmp_path):
+  def restore(*args, **kwargs):
+    raise Exception("error while reading an array\nand much more")  # as it does, no narrower one
+
+  tree = {"w": np.ones(4)}
+  with Checkpoints(tmp_path, {}) as checkpoints:
+    checkpoints.save(1, tree)
+    monkeypatch.setattr(checkpoints._manager, "restore", restore)
+    with pytest.raises(
+      UsageError, match=r"^--resume needs .*: error while reading an array\. [^\n]*$"
+    ):
+      checkpoints.restore(tree)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_usage(tmp_path):
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(tmp_path, {}) as checkpoints:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+      with pytest.raises(UsageError, match=r"^--checkpoint needs .* Step 1 of .*Make room[^\n]*$"):
+        checkpoints.save(1, {"w": np.random.default_rng(0).normal(size=10_000)})
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_the_table_goes_to_stdout_and_progress_to_stderr(linear, capsys):
   assert compare() == 0
   out, err = capsys.readouterr()
@@ -209,6 +238,8 @@ import signal, sys, time, types
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from mpjax import cli
+from mpjax._demo.jobs import UsageError
+from mpjax._demo.run_checkpoints import Checkpoints
 
 def work(*_):
   print("at work", file=sys.stderr, flush=True)

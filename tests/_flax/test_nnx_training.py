@@ -482,6 +482,30 @@ def test_what_a_loss_changes_beside_variables_would_be_lost_and_is_refused(chang
     make_train_step(loss, policy=policy)(model, optimizer, BATCH)
 
 
+@pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
+def test_a_cached_property_is_no_change(policy):
+  class Scaled(nnx.Module):
+    def __init__(self):
+      self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+
+    @functools.cached_property
+    def scale(self):
+      return self.linear.in_features**-0.5
+
+    def __call__(self, x):
+      return self.linear(x) * self.scale
+
+  model = Scaled()
+  optimizer = nnx.Optimizer(model, scaled_adam(), wrt=nnx.Param)
+  step = make_train_step(lambda model, batch: jnp.mean(model(batch["x"])), policy=policy)
+  assert step(model, optimizer, BATCH).applied
+  under = mpjax.apply_policy(model, "mixed_bfloat16")
+  want = model.linear(BATCH["x"]) / 2
+  np.testing.assert_allclose(under(BATCH["x"]), want, atol=0.02)
+  np.testing.assert_allclose(model(BATCH["x"]), want)  # caches
+  np.testing.assert_allclose(under(BATCH["x"]), want, atol=0.02)
+
+
 def test_an_array_that_is_an_attribute_arrives_and_is_restored():
   class Counting(nnx.Module):
     def __init__(self):

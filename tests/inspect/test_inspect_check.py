@@ -1,5 +1,7 @@
 """check: values and gradients against a reference, and the modules that lose most."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -413,6 +415,29 @@ def test_what_has_ended_in_a_batch_of_loops_keeps_what_it_has(test):
   assert "nothing that is not finite" in str(locate_nonfinite(program, *args))
   out, _ = jax.jit(record(program, "mixed_float16"))(*args)
   np.testing.assert_allclose(out, program(*args))
+
+
+UNDEFINED = {
+  "a result": (lambda w, x: jnp.log(x @ w - 100).mean(), "the result is not finite in float32"),
+  "a gradient": (lambda w, x: jnp.sqrt(x @ w - 8).sum(), r"gradient of w .* \(64 of 64 numbers\)"),
+  "in float32 alone": (
+    lambda w, x: jnp.log(x @ (w * 0.1) - x[:, :1] * 0.8005).mean(),
+    "the result is not finite in float32",
+  ),
+}
+
+
+@pytest.mark.parametrize(("loss", "said"), UNDEFINED.values(), ids=UNDEFINED)
+def test_what_is_not_finite_in_float32_does_not_agree(loss, said):
+  report = check(loss, "mixed_bfloat16", jnp.ones((8, 8)), jnp.ones((4, 8)))
+  assert not report.agrees and re.search(said, report.faults[0])
+  assert "locate_nonfinite" in report.summary
+
+
+def test_infinities_that_mask_on_both_sides_agree():
+  scores = lambda w, x: jnp.where(jnp.tri(4, dtype=bool), x @ w @ x.T, -jnp.inf)
+  report = check(scores, "mixed_bfloat16", jnp.eye(8), jnp.ones((4, 8)), gradients=False)
+  assert report.agrees, report.summary
 
 
 def test_a_gradient_that_overflows_as_a_whole_does_not_agree():

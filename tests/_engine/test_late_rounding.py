@@ -202,3 +202,25 @@ def test_what_is_cut_for_a_layer_is_cut_in_16_bits(policy):
   jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))([EYE, EYE], X)
   cuts = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "slice"]
   assert [eqn.outvars[0].aval.dtype for eqn in cuts[:2]] == [jnp.dtype(DTYPES[policy])] * 2
+
+
+TURNED = {
+  "cond": lambda h, p: lax.cond(p > 0, lambda h: -h, lambda h: h, h),
+  "switch": lambda h, p: lax.switch(2, [lambda h: h, jnp.negative, lambda h: 2 * h], h),
+  "while": lambda h, p: lax.stop_gradient(
+    lax.while_loop(lambda h: jnp.sum(h) > 1e9, lambda h: h * 0.3, lax.stop_gradient(h))
+  ),
+  "scan": lambda h, p: lax.scan(lambda h, _: (h * 0.3, None), h, None, length=3)[0],
+  "two": lambda h, p: jax.jit(lambda h: (0.3 * h, h + h))(h)[0],
+  "beside": lambda h, p: h * lax.cond(p > 0, lambda: 0.3, lambda: 0.5),
+}
+
+
+@both
+@pytest.mark.parametrize("turn", TURNED.values(), ids=TURNED)
+def test_a_function_that_is_called_may_hold_any_construct(turn, policy):
+  loss = lambda w, x: jnp.sum(jax.jit(turn)(x @ w, x[0, 0]) + x)
+  run = lambda fn: jax.value_and_grad(fn)(EYE, X)
+  found, want = run(mpjax.autocast(loss, policy)), run(loss)
+  for got, exact in zip(found, want, strict=True):
+    np.testing.assert_allclose(got, exact, rtol=0.01, atol=0.01)

@@ -61,7 +61,8 @@ def transforms_points(eqn: JaxprEqn, forms: Forms, frame: Frame, pure: Collectio
       found = of_matrix in (DATA, PARAM) and _is_put_together(matrix, frame)
     is_given = of_matrix != PARAM and _is_given(matrix, of_matrix, makers)
     are_many = max(matmuls.free(eqn, 1 - n), default=1) > matmuls.DIMENSIONS >= terms
-    are_weights = _are_weights(points, PARAM if points in pure else of_points, makers)
+    is_pure = not isinstance(points, Literal) and points in pure
+    are_weights = _are_weights(points, PARAM if is_pure else of_points, makers)
     if found or (is_given and are_many and (not are_weights or _turns_rows(eqn, n))):
       return True
   return False

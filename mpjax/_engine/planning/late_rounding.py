@@ -87,7 +87,7 @@ def rounding_late(
 
 def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
   """Whether a step multiplies a narrow value by a number that its format does not hold."""
-  if step.bodies:
+  if step.rule is Rule.CALL:
     (body,) = step.bodies
     outside = dict(zip(versions.open_jaxpr(body.jaxpr).invars, step.eqn.invars, strict=True))
 
@@ -195,7 +195,8 @@ def _cut(step: Step) -> Hashable:
 def _rounds(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
   """Whether what a step makes of narrow values needs more digits than these."""
   if step.bodies:
-    return any(_rounds(inner, lambda atom: None) for inner in step.bodies[0].steps)
+    steps = (inner for body in step.bodies for inner in body.steps)
+    return any(_rounds(inner, lambda atom: None) for inner in steps)
   if step.eqn.primitive.name in ADDS:
     return True
   if not _is_multiple(step):
@@ -207,6 +208,8 @@ def _rounds(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
 def _leads_on(step: Step) -> bool:
   """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values."""
   if step.bodies:
+    if step.rule is not Rule.CALL or len(step.outs) != 1:  # a loop, a choice
+      return False
     (body,) = step.bodies
     narrow = [s for s in body.steps if any(map(is_narrow, (*s.operands, *s.outs)))]
     return body.out_reads[0].via is None and all(map(_leads_on, narrow))

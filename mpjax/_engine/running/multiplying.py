@@ -96,6 +96,7 @@ def _multiply(step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   shaped = []
   free = matmuls.free_dims(step.eqn)
   for n, (x, ones, along) in enumerate(zip(operands, contracted, batch, strict=True)):
+    x = jnp.asarray(x)  # a number that is differentiated is no array
     x = lax.squeeze(lax.transpose(x, (*along, *free[n], *ones)), range(x.ndim - len(ones), x.ndim))
     start = len(along) + (len(free[0]) if n == 0 else 0)
     shaped.append(lax.expand_dims(x, range(start, start + len(free[1 - n]))))

@@ -102,3 +102,18 @@ def test_scores_of_data_are_those_of_a_layer(fn, policy):
   bank = jax.random.normal(jax.random.key(5), (64, 64))
   found = matmuls(mpjax.autocast(fn, policy), jnp.eye(64), bank[:4], bank)
   assert operand_bytes(found) == {2}
+
+
+@both
+@cases(
+  slope=lambda w: jax.grad(lambda s: jnp.einsum("ij,->ij", w, s).sum())(0.5),
+  push=lambda w: jax.jvp(lambda s: jnp.tensordot(s, w, axes=0), (0.5,), (1.0,)),
+  quadratic=lambda w: jax.grad(lambda y: jnp.einsum("ij,i,j", w, y, y))(jnp.ones(2)),
+  one=lambda w: jnp.tensordot(1.0, w @ w, axes=0),
+)
+def test_a_number_may_be_an_operand(fn, policy):
+  w = jnp.array([[2.0, -1.0], [-1.0, 3.0]])
+  for found, want in zip(
+    *map(jax.tree.leaves, (mpjax.autocast(fn, policy)(w), fn(w))), strict=True
+  ):
+    np.testing.assert_allclose(found, want, rtol=0.01)

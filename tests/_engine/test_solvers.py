@@ -289,3 +289,31 @@ def test_weights_that_are_scaled_in_a_function_stay_narrow_in_a_loop_to_a_tolera
   matmuls = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
   assert len(matmuls) == 2
   assert {a.aval.dtype for eqn in matmuls for a in eqn.invars} == {jnp.dtype(POLICIES[policy])}
+
+
+DENSE = jnp.array([[0.6, 0.2, 0.3], [0.9, -0.3, 0.2], [1.0, 0.1, -0.2], [0.5, 0.6, 0.1]])
+
+
+@both
+@pytest.mark.parametrize("argnums", [(), 0], ids=["data", "parameter"])
+def test_newton_finds_an_event_on_a_dense_output(argnums, policy):
+  """Four stages that no layer had part in, weighed at a time that a loop to a tolerance seeks."""
+
+  def event(rate, y):
+    stages = jnp.stack([jnp.sin(rate * y * s) + 1 for s in (1.0, 1.1, 1.2, 1.3)])
+    at = lambda t: y + (t * DENSE[:, 0] + t**2 * DENSE[:, 1] + t**3 * DENSE[:, 2]) @ stages
+
+    def turn(carry):
+      t, _, n = carry
+      off, slope = jax.jvp(lambda t: at(t)[0] - y[0] - 1.4, (t,), (1.0,))
+      return t - off / slope, jnp.abs(off), n + 1
+
+    going_on = lambda carry: (carry[1] > 1e-5) & (carry[2] < 60)
+    t, _, n = jax.lax.while_loop(going_on, turn, (jnp.float32(0.5), jnp.inf, 0))
+    return jnp.append(at(t), t), n
+
+  for y in (jnp.array([0.3, 1.0]), jnp.array([20.3, 1.0])):
+    found, turns = jax.jit(mpjax.autocast(event, policy, argnums=argnums))(1.0, y)
+    want, wanted = jax.jit(event)(1.0, y)
+    assert abs(int(turns) - int(wanted)) <= 1
+    np.testing.assert_allclose(found, want, rtol=1e-5)

@@ -15,7 +15,7 @@ from typing import Any
 from mpjax._core.primitives import CALLS, UNCHANGED
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
-from mpjax._engine.program import jaxprs, matmuls
+from mpjax._engine.program import jaxprs, matmuls, versions
 from mpjax._engine.program.bodies import Body, bodies_of
 from mpjax._engine.program.kinds import DATA, Forms
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
@@ -77,13 +77,21 @@ class Iterations:
     return False
 
   def multiplies_vectors(self, matrix: Atom) -> bool:
-    """Whether several equations multiply a matrix by a vector."""
+    """Whether several equations multiply a matrix by a vector, or one in a loop does."""
     return self._by_vectors[id(self._source(matrix))] > 1
 
   @functools.cached_property
   def _by_vectors(self) -> Counter[int]:
-    pairs = (pair for eqn in self._frame.inner.eqns for pair in matmuls.vectors(eqn))
-    return Counter(id(self._source(matrix)) for _, matrix in pairs)
+    found = Counter[int]()
+    for eqn in self._frame.inner.eqns:
+      found.update(id(self._source(matrix)) for _, matrix in matmuls.vectors(eqn))
+      for body in bodies_of(eqn):
+        if body.carry and self._contents.matmuls(body.jaxpr):
+          inner = versions.open_jaxpr(body.jaxpr)
+          pairs = (pair for own in inner.eqns for pair in matmuls.vectors(own))
+          places = jaxprs.places_of(inner.invars, jaxprs.variables_of(m for _, m in pairs))
+          found.update(2 * [id(self._source(eqn.invars[body.operands[n]])) for n in places])
+    return found
 
   def depends_on_carry(self, atom: Atom) -> bool:
     """Whether a value is made of what a loop hands on, a few equations before."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import CALLS, Rule
 from mpjax._engine.analyses.constants import (
   Adapting,
   Extremes,
@@ -26,6 +26,7 @@ from mpjax._engine.analyses.constants import (
   numbers_of,
 )
 from mpjax._engine.analyses.contents import Contents
+from mpjax._engine.analyses.data_transforms import DataTransforms
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
@@ -63,6 +64,9 @@ class Known(NamedTuple):
     logarithms: Which results lead into a logarithm.
     heads: Which operands are multiplied into one, in it or outside.
     carry: Which operands a loop hands on from turn to turn.
+    began: Which of these began as no layer's.
+    subtracted: Which results end in a difference outside, as products of data, see
+      `data_transforms`.
     steady: Which operands are scalars that are the same in every turn of a loop; vectors of a long
       one, too.
     recurrence: What a long loop hands on with linear operations.
@@ -86,6 +90,8 @@ class Known(NamedTuple):
   logarithms: tuple[int, ...] = ()
   heads: tuple[int, ...] = ()
   carry: range = range(0)
+  began: frozenset[int] = frozenset()
+  subtracted: frozenset[int] = frozenset()
   steady: tuple[int, ...] = ()
   recurrence: Recurrence[int] = Recurrence()
   is_test: bool = False
@@ -195,6 +201,7 @@ class Knowledge:
     self.uses = Uses(self.frame, contents, self._is_layer)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
+    self._in_forms, self._known = in_forms, known
     self.tested = frozenset(inner.invars[n] for n in known.tested)
     self.iterations = Iterations(
       self.frame,
@@ -247,6 +254,21 @@ class Knowledge:
     """Products of powers of a matrix, see `linear_recurrences`."""
     return powers(self._inner, self.carried)
 
+  @functools.cached_property
+  def data_transforms(self) -> DataTransforms:
+    """What is done with products of data."""
+    inner, carry, began = self._inner, self._known.carry, self._known.began
+    pairs = enumerate(zip(inner.invars, self._in_forms, strict=True))
+    of_layers = {*carry} - began
+    given = {var for n, (var, form) in pairs if form == DATA and n not in of_layers}
+    pairs_of = zip(inner.outvars, carry, strict=False)
+    handed_on = {
+      var: inner.invars[n] for var, n in pairs_of if n in began and not isinstance(var, Literal)
+    }
+    given.update(inner.constvars)
+    subtracted = variables_of(inner.outvars[n] for n in self._known.subtracted)
+    return DataTransforms(self.frame, self._analyses.contents, given, handed_on, subtracted)
+
   def _is_layer(self, matmul: JaxprEqn) -> bool:
     """Whether weights are multiplied, and for no moment."""
     is_moment = not self.moments.values.isdisjoint(matmul.outvars)
@@ -293,10 +315,13 @@ class Knowledge:
     given = range(body.carry.start if is_solver else 0)
     consts = enumerate(zip(body.take(eqn.invars)[: body.carry.start], forms, strict=False))
     is_long = (repetitions(eqn) or math.inf) > _LAYERS  # with a step for each channel
+    first = body.take(eqn.invars)
+    began = (n for n in body.carry if not self.sums.may_be_of_layers([first[n]]))
     return known._replace(
       sums=known.sums.every_turn(body, others.keys() - weights),
       numbers=tuple(None if n in body.carry else x for n, x in enumerate(known.numbers)),
       carry=body.carry,
+      began=frozenset(began),
       is_to_tolerance=known.is_to_tolerance or _ends_by(_OF_FLOATS, eqn),
       features=known.features.union(n for n in given if is_narrow(forms[n])),
       tested=known.tested | self._tested(eqn, body),
@@ -353,7 +378,16 @@ class Knowledge:
       has_rule=self.has_rule,
       tested=jaxprs.places_of(atoms, self.tested),
       systems=jaxprs.places_of(atoms, self.solutions.values),
+      subtracted=self._subtracted_from(eqn, body, forms),
     )
+
+  def _subtracted_from(self, eqn: JaxprEqn, body: Body, forms: Forms) -> frozenset[int]:
+    """Which results of a call end in a difference, if it may multiply data by a matrix of data."""
+    if eqn.primitive.name not in CALLS or DATA not in forms:
+      return frozenset()
+    if not self._analyses.contents.matmuls(body.jaxpr):
+      return frozenset()
+    return self.data_transforms.subtracted_from(eqn)
 
   def _of_numbers_in(
     self, body: Body, atoms: Sequence[Atom], forms: Forms, of_parameters: frozenset[int]

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule
+from mpjax._engine.analyses.data_transforms import End
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
@@ -200,6 +201,23 @@ def is_fixed_transform(sight: Sight) -> bool:
     and is_computed(matrix, makers, sight.around.of_numbers)
     for (matrix, _), (other, form) in (pairs, pairs[::-1])
   )
+
+
+def transforms_data(sight: Sight) -> bool:
+  """Whether data are multiplied by a matrix that is data, for what no frozen network does.
+
+  Nothing in the matrix is of parameters; what it multiplies may be: a state that a network moves.
+  """
+  around, read = sight.around, sight.eqn.invars
+  pure, made = around.sums.pure, around.sums.of_parameters(read)
+  if not is_of_float32(sight) or sight.place.has_cotangents or len(made) == len(read):
+    return False
+  if any(not isinstance(a, Literal) and a in pure for a in read):
+    return False
+  end = around.data_transforms.end_of(sight.eqn)
+  if end in (End.NORM, End.JOINED):  # of labels and returns, in a loss
+    return sight.result not in around.leading.multiplied
+  return end is End.DIFFERENCE
 
 
 def is_centering(sight: Sight) -> bool:

@@ -38,16 +38,20 @@ def iterates(sight: Sight) -> bool:
   Or a matrix that a loop carries by a vector, if no layer made that: the keys of a fast weight
   programmer. What was given may be the frozen layer of a network, and its one example. Those of a
   batch are kept for the backward pass, in 16 bits, as what the experts of a router say. The state
-  of a filter, of a few numbers, is one that recurs, whatever vector it is multiplied by.
+  of a filter, of a few numbers, is one that recurs, whatever vector it is multiplied by. Few
+  numbers that no layer had part in, as the stages of a solver, need not recur.
   """
   around, carried, known = sight.around, sight.around.carried, sight.around.iterations
   for vector, matrix in matmuls.vectors(sight.eqn):
     if not isinstance(matrix, Literal) and matrix in carried:
       return not around.sums.may_be_of_layers([vector])
-    if known.was_made(matrix) and known.was_made(vector):
-      recurs = known.depends_on_carry(vector) or (
-        is_of_few(sight.eqn) and known.depends_on_carry(matrix)
-      )
+    if not known.was_made(matrix):
+      continue
+    are_few = is_of_few(sight.eqn)
+    if are_few and not around.sums.may_be_of_layers([vector, matrix]):
+      return True
+    if known.was_made(vector):
+      recurs = known.depends_on_carry(vector) or (are_few and known.depends_on_carry(matrix))
       return recurs or known.multiplies_vectors(matrix)
   return False
 

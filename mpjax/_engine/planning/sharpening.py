@@ -337,6 +337,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     is_of_difference=True,
   ),
   Sharpening(
+    "transform of data",
+    MATMULS,
+    matmul_sight.transforms_data,
+    Rule.FULL,
+    "a matrix that is data is no layer's: what is left of 293 kelvin less what it makes of them "
+    "would be rounding",
+  ),
+  Sharpening(
     "sum that is taken back",
     ADDS,
     lambda s: s.has_narrow and s.result in s.around.uses.taken_back,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class End(enum.Enum):
   """What is done with a product of data."""
 
   DIFFERENCE = "what is left of it may be small beside it"
-  LAYER = "an activation made what it is of, or it goes on into an activation or a matmul"
+  LAYER = "an activation made what it is of, or it goes on into an activation or a next layer"
   NORM = "it is divided by its norm or deviation"
   JOINED = "it is compared with what is trained, in a loss"
   RETURNED = "none of these"
@@ -120,10 +121,10 @@ class DataTransforms:
     elif name in ADDS:
       if any(self._is_subtracted(other, eqn, made) for other in others):
         return End.DIFFERENCE
-      made.is_joined |= not all(self._is_spread(a, eqn) or self._is_given(a) for a in others)
+      made.is_joined |= any(map(self._is_multiplied, others))
     elif name in SCALES:
       if not all(self._is_spread(other, eqn) or self._is_given(other) for other in others):
-        made.is_joined = True
+        made.is_joined |= any(map(self._is_multiplied, others))
         return None
     elif name not in _LEADS_ON and name not in HAVE_BODIES:
       return None
@@ -176,18 +177,16 @@ class DataTransforms:
 
   def _is_given(self, atom: Atom) -> bool:
     """Whether an operand is data, or what no matmul made of data."""
-    waiting = [atom]
-    for _ in range(_STEPS):
-      if not waiting:
-        return True
-      made = self._frame.maker(value := waiting.pop())
-      if made is not None:
-        if not self._held(made).isdisjoint(MATMULS):
-          return False
-        waiting += made.invars
-      elif not isinstance(value, Literal) and value not in self._given:
-        return False
-    return False
+    found = list(itertools.islice(jaxprs.behind(atom, self._frame.makers), _STEPS))
+    return len(found) < _STEPS and all(
+      var in self._given if made is None else self._held(made).isdisjoint(MATMULS)
+      for var, made in found
+    )
+
+  def _is_multiplied(self, atom: Atom) -> bool:
+    """Whether a matmul had part in an operand, which is no bias then."""
+    found = itertools.islice(jaxprs.behind(atom, self._frame.makers), _STEPS)
+    return any(made is not None and not self._held(made).isdisjoint(MATMULS) for _, made in found)
 
   def _is_hidden(self, atom: Atom) -> bool:
     """Whether an activation or a norm made an operand of what a matmul gave.
@@ -202,17 +201,13 @@ class DataTransforms:
       made = self._frame.maker(value)
       if made is None:
         continue
-      held = self._held(made)
-      if made.primitive.name in MATMULS:
-        if is_activated:
-          return True
-        continue
-      is_sum = is_sum or made.primitive.name in ADDS
+      held, is_sum = self._held(made), is_sum or made.primitive.name in ADDS
       names = _MAKES_HIDDEN if is_sum else _MAKES_HIDDEN | _SQUARES
       is_activated = is_activated or not held.isdisjoint(names)
-      if not held.isdisjoint(MATMULS):
-        return is_activated
-      waiting += [(a, is_activated, is_sum) for a in made.invars]
+      if held.isdisjoint(MATMULS):
+        waiting += [(a, is_activated, is_sum) for a in made.invars]
+      elif is_activated:
+        return True
     return False
 
   def _is_average(self, atom: Atom, matmul: JaxprEqn) -> bool:
@@ -244,7 +239,7 @@ class _Made:
     clipped: Those that were bounded.
     squares: Those that were multiplied by themselves.
     has_rows: Whether there are several rows of it, to each of which a bias would be added.
-    is_joined: Whether what a matmul or a parameter made was added to it, or multiplied it.
+    is_joined: Whether what another matmul made was added to it, or multiplied it.
   """
 
   def __init__(self, product: Any, operands: set[Any]) -> None:
@@ -278,7 +273,7 @@ def _has_rows(matmul: JaxprEqn) -> bool:
 
 
 UNIT = 2
-"""From where on a number is one of a unit, beside which a product is data in it."""
+"""From where on a number that is added is one of a unit, as 293 kelvin."""
 
 _LOOKS, _STEPS = 256, 128
 """How many equations behind a product are looked at, and before what is added to it."""

@@ -141,6 +141,7 @@ class Knowledge:
     leading: What leads somewhere.
     solutions: What belongs to a linear system behind it.
     iterated: The results of the matmuls of power iterations.
+    weights: What is made of parameters alone, and what gradient steps make of that.
     moments: Moments of which one is subtracted from another, and their derivatives.
     running: The results of additions that are written out term by term.
     recurrence: What stands between what a long loop is given and what it hands on.
@@ -189,9 +190,9 @@ class Knowledge:
     self.solutions = solutions(inner, self.made.solved, systems, pure, contents, needs)
     self._own = own_variables(inner, known.own)
     self.iterated: Collection[Var] = power_iteration(inner, self._own.state)
-    weights = self.sums.weights(inner)
+    self.weights = self.sums.weights(inner)
     is_sum = analyses.contents.is_sum
-    self.moments = moments(self.frame, known.moments, is_sum, weights)
+    self.moments = moments(self.frame, known.moments, is_sum, self.weights)
     self.running: Collection[Var] = additions(inner.eqns, inner.outvars)
     self.recurrence: Recurrence[Var] = analyses.recurrences.variables(jaxpr, known.recurrence)
     self.is_test, self.is_to_tolerance = known.is_test, known.is_to_tolerance

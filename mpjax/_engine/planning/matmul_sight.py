@@ -209,10 +209,10 @@ def transforms_data(sight: Sight) -> bool:
   Nothing in the matrix is of parameters; what it multiplies may be: a state that a network moves.
   """
   around, read = sight.around, sight.eqn.invars
-  pure, made = around.sums.pure, around.sums.of_parameters(read)
+  made = around.sums.of_parameters(read)
   if not is_of_float32(sight) or sight.place.has_cotangents or len(made) == len(read):
     return False
-  if any(not isinstance(a, Literal) and a in pure for a in read):
+  if any(not isinstance(a, Literal) and a in around.weights for a in read):
     return False
   end = around.data_transforms.end_of(sight.eqn)
   if end in (End.NORM, End.JOINED):  # of labels and returns, in a loss

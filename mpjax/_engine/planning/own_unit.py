@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mpjax._core.primitives import ADDS, CALLS, MATMULS, SCALES, UNCHANGED
+from mpjax._engine.analyses.data_transforms import UNIT
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.planning.matmul_sight import is_hidden
 from mpjax._engine.planning.sight import Sight
@@ -88,5 +89,5 @@ def _pure_in(frame: Frame, pure: Collection[Any]) -> Collection[Any]:
 _AFFINE = ADDS | SCALES
 _LEADS_ON = UNCHANGED | _AFFINE | {"neg", "slice", "dynamic_slice"}
 
-UNIT, MASKS = 2, 2**24
-"""From where on numbers are those of a unit, and from where on those of a mask."""
+MASKS = 2**24
+"""From where on numbers are those of a mask."""

@@ -324,6 +324,10 @@ KEEPS_NUMBERS = having(Trait.KEEPS_NUMBERS)
 """What moves, chooses or compares numbers, and makes no new ones."""
 ADDS = frozenset({"add", "sub"})
 """What adds two values."""
+BOUNDS = frozenset({"max", "min", "clamp"})
+"""What bounds a value by others."""
+COMPARES = frozenset({"gt", "ge", "lt", "le"})
+"""What tells which of two is larger."""
 SCALES = frozenset({"mul", "div"})
 """What multiplies or divides two."""
 JITTED = having(Trait.JIT)

@@ -20,6 +20,8 @@ from typing import Any
 
 from mpjax._core.primitives import (
   ADDS,
+  BOUNDS,
+  COMPARES,
   KEEPS_NUMBERS,
   MATMULS,
   SCALES,
@@ -82,13 +84,14 @@ class DataTransforms:
     return frozenset(n for n, end in ends if end is End.DIFFERENCE)
 
   def _end(self, eqn: JaxprEqn, made: _Made) -> End:
+    """The same of a result of an equation, and of what is made of it."""
     eqns, start = self._frame.inner.eqns, self._places[eqn.outvars[0]] + 1
     for reader in eqns[start : start + _LOOKS]:
       is_read = made.reads(reader, made.values) and not self._frame.is_backward(reader)
       if is_read and (end := self._end_at(reader, made)):
         return end
     results = made.values.intersection(variables_of(self._frame.inner.outvars))
-    is_next = any(self._depends(eqn, self._handed_on.get(var)) for var in results)
+    is_next = any(self._handed_on.get(var) in made.operands for var in results)
     if is_next or made.offset or not results.isdisjoint(self._subtracted):
       return End.DIFFERENCE
     if made.clipped:
@@ -142,7 +145,7 @@ class DataTransforms:
     """Whether something is chosen by what a product is compared with, as a leaky relu does."""
     tests = [a for a in variables_of(eqn.invars) if jaxprs.kind(a) == "b"]
     is_tested = any(a in made.values for a in tests)
-    return "select_n" in held and (is_tested or not held.isdisjoint(_COMPARES))
+    return "select_n" in held and (is_tested or not held.isdisjoint(COMPARES))
 
   def _is_subtracted(self, other: Atom, eqn: JaxprEqn, made: _Made) -> bool:
     """Whether what was multiplied is added, or other data are subtracted, a number from each.
@@ -220,17 +223,13 @@ class DataTransforms:
     held = self._held(made) | (set() if above is None else self._held(above))
     return held >= {"div", "exp"}
 
-  def _depends(self, eqn: JaxprEqn, carried: Var | None) -> bool:
-    """Whether a product is made of what the last turn handed on, with sums and multiples of it."""
-    return carried is not None and carried in self._sources(eqn.invars)
-
 
 class _Made:
   """What is made of a product, with nothing that says what that is done for.
 
   Args:
     product: The product.
-    operands: What was multiplied.
+    operands: What was multiplied, and what that is a multiple or a sum of.
 
   Attributes:
     values: The variables.
@@ -258,7 +257,7 @@ class _Made:
     for found, names in (
       (self.totals, _TOTALS),
       (self.offset, ()),
-      (self.clipped, _BOUNDS),
+      (self.clipped, BOUNDS),
       (self.squares, _SQUARES),
     ):
       if not held.isdisjoint(names) or self.reads(eqn, found):
@@ -279,16 +278,14 @@ _LOOKS, _STEPS = 256, 128
 """How many equations behind a product are looked at, and before what is added to it."""
 
 _LOGARITHMS, _ROOTS = having(Trait.LOGARITHM), frozenset({"sqrt", "rsqrt", "pow"})
-_BOUNDS = frozenset({"max", "min", "clamp"})
 _ACTIVATES = having(Trait.TRANSCENDENTAL) - _LOGARITHMS - _ROOTS
 _SQUARES = frozenset({"square", "integer_pow"})
-_COMPARES = frozenset({"gt", "ge", "lt", "le"})
-_MAKES_HIDDEN = _ACTIVATES | _BOUNDS | _COMPARES | {"rsqrt"}
+_MAKES_HIDDEN = _ACTIVATES | BOUNDS | COMPARES | {"rsqrt"}
 _LINEAR = ADDS | SCALES | {"neg", "concatenate", "slice"}
 _TOTALS = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _LEADS_ON = (
   (KEEPS_NUMBERS - having(Trait.ORDERS))
   | _TOTALS
-  | _BOUNDS
+  | BOUNDS
   | {"neg", "abs", "square", "integer_pow", "cumsum", "add_any"}
 )

@@ -15,7 +15,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import JITTED
+from mpjax._core.primitives import BOUNDS, JITTED
 from mpjax._engine.analyses.distances import (
   beside_their_squares,
   holds_lengths,
@@ -229,12 +229,11 @@ def _clips(made: JaxprEqn) -> bool:
   if made.primitive.name in JITTED:
     inner = versions.open_jaxpr(bodies_of(made)[0].jaxpr)
     names = {eqn.primitive.name for eqn in inner.eqns}
-    return names <= _BOUNDS | _CHOOSE and not _BOUNDS.isdisjoint(names)
-  return made.primitive.name in _BOUNDS
+    return names <= BOUNDS | _CHOOSE and not BOUNDS.isdisjoint(names)
+  return made.primitive.name in BOUNDS
 
 
 _PICKS = JITTED | {"gather"}
-_BOUNDS = frozenset({"max", "min", "clamp"})
 _CHOOSE = frozenset(
   {"gt", "eq", "lt", "select_n", "broadcast_in_dim", "convert_element_type", "div"}
 )

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import ADDS, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import ADDS, BOUNDS, COMPARES, UNCHANGED, Rule, Trait, having
 from mpjax._engine.analyses.ranges import ANYWHERE, ONE
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.analyses.roles import (
@@ -62,14 +62,12 @@ In bfloat16 a gate near one is off by up to 1/512, in each turn in the same dire
 by a sixty-fourth, as much as other values in 16 bits are.
 """
 
-_COMPARES = frozenset({"gt", "lt", "ge", "le"})
 """A comparison subtracts."""
 
-_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | _COMPARES
+_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
 """In what a gate may meet another value near which it lies, which recurs, or which it divides."""
 
 _CUTS = frozenset({"slice", "split", "dynamic_slice"})
-_BOUNDS = frozenset({"max", "min", "clamp"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
 _STEEP = having(Trait.STEEP)
@@ -260,7 +258,7 @@ class NearOne:
     parts = functools.cache(functools.partial(_parts, inner))
     for eqn in inner.eqns if forward.roles else ():
       name = operation(eqn) if eqn.primitive.name in _MEET else ""
-      name = "sub" if (compares := name in _COMPARES) else name
+      name = "sub" if (compares := name in COMPARES) else name
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
         found |= variables_of(eqn.invars[1:])
         forgetting.update(eqn.outvars)
@@ -342,7 +340,7 @@ def _is_bound(eqn: JaxprEqn, forward: Forward) -> bool:
   """Whether an equation cuts off, as ``x / (1 + |x|)`` and clips do, what is needed exactly."""
   name = eqn.primitive.name
   if name != "div":
-    return name in _BOUNDS
+    return name in BOUNDS
   return forward.of(eqn.outvars[0]).range.high < forward.of(eqn.invars[0]).range.high == math.inf
 
 

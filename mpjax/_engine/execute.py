@@ -13,7 +13,7 @@ from jax.extend import source_info_util
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import POLICY_REGION, Path, is_as_written
 from mpjax._engine import escapes
-from mpjax._engine.analyses.knowledge import Known
+from mpjax._engine.analyses.known import Known
 from mpjax._engine.analyses.sums import Summing
 from mpjax._engine.calls import Call, Flags, Result
 from mpjax._engine.kept_plans import Planned, Program, planned

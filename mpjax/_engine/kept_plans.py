@@ -22,7 +22,7 @@ from jax.extend import source_info_util
 
 from mpjax._core.policy_map import PolicyMap
 from mpjax._engine import escapes
-from mpjax._engine.analyses.knowledge import Known
+from mpjax._engine.analyses.known import Known
 from mpjax._engine.planning.plan import Plan, Scoping
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import versions

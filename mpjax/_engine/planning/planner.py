@@ -18,7 +18,9 @@ from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import ADDS, JITTED, MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine.analyses.knowledge import NOTHING, Analyses, Knowledge, Known
+from mpjax._engine.analyses.entering import Entering
+from mpjax._engine.analyses.knowledge import Analyses, Knowledge
+from mpjax._engine.analyses.known import NOTHING, Known
 from mpjax._engine.analyses.loop_carries import accumulators, carried
 from mpjax._engine.planning import decisions
 from mpjax._engine.planning.decisions import NAMEABLE, Decision
@@ -167,6 +169,7 @@ class _Walk:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
     self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
+    self.entering = Entering(self.around)
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.is_whole = known.exact is None
     self.borders = Borders(self.governs)
@@ -317,7 +320,7 @@ class _Walk:
   def call(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     (held,) = bodies_of(eqn)
     is_plain = self.planner.table[eqn.primitive.name] is Rule.CALL
-    known = self.around.of_call(eqn, held, forms, is_plain)
+    known = self.entering.of_call(eqn, held, forms, is_plain)
     cast = self.cast.among(eqn.invars)
     body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
     if eqn.primitive.name in JITTED:
@@ -332,7 +335,7 @@ class _Walk:
     *tests, body = bodies_of(eqn)
     count = len(body.carry)
     taken = body.split(forms)
-    known = self.around.of_loop(eqn, tuple(body.take(forms)))
+    known = self.entering.of_loop(eqn, tuple(body.take(forms)))
     given = self.cast.among(body.take(eqn.invars))
     cast = tuple(n for n in given if n not in body.carry)
     slices = tuple(taken.slices)
@@ -356,7 +359,7 @@ class _Walk:
     for n, form in enumerate((*held, *slices), body.carry.start):
       operands[body.operands[n]] = form
     for test in tests:
-      own, of_test = tuple(test.take(operands)), self.around.of_test(eqn, test)
+      own, of_test = tuple(test.take(operands)), self.entering.of_test(eqn, test)
       bodies.insert(0, self.planner.plan(test.jaxpr, own, place, known=of_test))
     wanted = [form and form.dtype for form in operands]
     return Decision(wanted, bodies[-1].out_forms, eqn.params, tuple(bodies))
@@ -364,7 +367,7 @@ class _Walk:
   def cond(self, eqn: JaxprEqn, forms: Forms, place: Place) -> Decision:
     rest = forms[1:]
     cast = self.cast.among(eqn.invars[1:])
-    known = self.around.of_branches(eqn, rest)
+    known = self.entering.of_branches(eqn, rest)
     pairs = [(b.jaxpr, k) for b, k in zip(bodies_of(eqn), known, strict=True)]
     if eqn.params.get("branches_platforms"):  # the one that all devices have but a few stays
       rest = widened(self.planner.plan(pairs[-1][0], rest, place, None, pairs[-1][1], cast))

@@ -142,7 +142,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.uses = Uses(self.frame, contents, self._is_layer)
+    self.uses = Uses(self.frame, contents, self._is_layer, is_whole=known.exact is None)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self._in_forms, self._known = in_forms, known

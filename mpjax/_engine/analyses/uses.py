@@ -29,12 +29,18 @@ class Uses:
     frame: The jaxpr.
     contents: Tells what functions do that are called.
     is_layer: Whether a matmul has weights.
+    is_whole: Whether it is the whole function, and no body.
   """
 
   def __init__(
-    self, frame: Frame, contents: Contents, is_layer: Callable[[JaxprEqn], bool]
+    self,
+    frame: Frame,
+    contents: Contents,
+    is_layer: Callable[[JaxprEqn], bool],
+    *,
+    is_whole: bool,
   ) -> None:
-    self._frame, self._inner = frame, frame.inner
+    self._frame, self._inner, self._is_whole = frame, frame.inner, is_whole
     self._contents, self._is_layer = contents, is_layer
 
   @functools.cached_property
@@ -101,6 +107,20 @@ class Uses:
   def weighted(self) -> Collection[Var]:
     """What nothing but layers read, after it was added to or put beside other values, too."""
     return self._read_only_by(self._is_layer, _LEADS_TO_LAYERS)
+
+  @functools.cached_property
+  def before_layers(self) -> Collection[Var]:
+    """What leads into a layer, whatever is made of it before; what a body returns may do so."""
+    found = set() if self._is_whole else variables_of(self._inner.outvars)
+    for eqn in reversed(self._inner.eqns):
+      name = eqn.primitive.name
+      if self._frame.is_backward(eqn):
+        continue
+      bodies = bodies_of(eqn) if name in HAVE_BODIES else ()
+      multiplies = name in MATMULS or any(self._contents.matmuls(b.jaxpr) for b in bodies)
+      if not found.isdisjoint(eqn.outvars) or (multiplies and self._is_layer(eqn)):
+        found |= variables_of(eqn.invars)
+    return found
 
   def _read_only_by(
     self, is_one: Callable[[JaxprEqn], bool], leading: frozenset[str]

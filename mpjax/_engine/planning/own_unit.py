@@ -22,7 +22,8 @@ def adds_much(sight: Sight) -> bool:
   Or a parameter, to what has had its bias or scale: corners of a mesh, anchors, the level of a
   series. What has had an activation is a stream, to which positions are added.
   """
-  if is_hidden(sight) or sight.place.has_cotangents:
+  is_of_layers = is_hidden(sight) and sight.result in sight.around.uses.before_layers
+  if is_of_layers or sight.place.has_cotangents:
     return False
   first, second = sight.eqn.invars
   if _is_of_unit(sight, first, second) or _is_of_unit(sight, second, first):

@@ -147,6 +147,41 @@ def test_an_output_is_centered_in_float32(fn, policy):
   np.testing.assert_allclose(got, fn(x), rtol=1e-4)
 
 
+TARGETS = 50 + jax.random.normal(jax.random.key(5), (9, 4))
+DISCOUNTS = jnp.asarray(0.9 ** abs(np.subtract.outer(range(8), range(8))), jnp.float32)
+
+
+def squared_distances(x, y):
+  return jnp.sum(x * x, 1)[:, None] + jnp.sum(y * y, 1) - 2 * x @ y.T
+
+
+@both
+@cases(
+  distances=lambda h: jnp.exp(-squared_distances(h + 50, TARGETS) / 8),
+  jitted=lambda h: jax.jit(squared_distances)(h + 50, TARGETS),
+  covariance=lambda h: jnp.cov(h.T + 50.0),
+  advantages=lambda h: DISCOUNTS @ (0.9 * (h + 500)[1:] - (h + 500)[:-1] + 50),
+  in_a_gradient=lambda h: jax.grad(lambda h: jnp.sum(squared_distances(h + 50, TARGETS)))(h),
+)
+def test_an_output_that_no_layer_reads_is_in_its_unit_before_other_matmuls(fn, policy):
+  """As by hand, whose network ends before them."""
+  x = (128 + jnp.arange(36.0)[::-1].reshape(9, 4) ** 2 % 128) / 256  # that both formats hold
+  got = mpjax.autocast(lambda w, x: fn(x @ w), policy)(jnp.eye(4), x)
+  np.testing.assert_allclose(got, fn(x), rtol=5e-3, atol=1e-4)
+
+
+@both
+@cases(
+  stream=lambda p, h: jnp.tanh((h + 50) @ p) @ p,
+  attention=lambda p, h: jax.nn.softmax((h + 50) @ (h + 50).T) @ h @ p,
+  of_a_checkpoint=lambda p, h: jax.checkpoint(lambda h: (h + 50) @ p)(h),
+)
+def test_what_layers_read_behind_other_matmuls_is_in_no_unit_of_its_own(fn, policy):
+  found = equations(jax.make_jaxpr(mpjax.autocast(lambda p, x: fn(p, x @ p), policy))(W, DATA))
+  adds = [e for e in found if e.primitive.name == "add" and e.outvars[0].aval.shape]
+  assert {e.outvars[0].aval.dtype.itemsize for e in adds} == {2}
+
+
 @both
 def test_what_a_matmul_reads_in_no_unit_of_its_own_stays_narrow(policy):
   masked = jnp.where(jnp.tril(jnp.ones((4, 4), bool)), 0.0, -300.0)

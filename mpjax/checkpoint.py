@@ -10,14 +10,15 @@ It needs Orbax: ``pip install orbax-checkpoint``.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mpjax._core.arguments import shown
 from mpjax._core.dtypes import describe, is_key
-from mpjax._core.tree_paths import leaf_paths
 
 __all__ = ["restore"]
 
@@ -42,7 +43,7 @@ def restore(manager: ocp.CheckpointManager, like: T, *, step: int | None = None)
     TypeError: If ``manager`` is no manager but, say, its directory.
     FileNotFoundError: If there is no such checkpoint.
     ValueError: If an array of the checkpoint has another dtype or shape than in ``like``, or is
-      in one of the two only; the message names it. Or the manager has no handler.
+      in one of the two only; the message names it. Or the manager has no handler, or several items.
 
   Example:
     >>> import tempfile, jax.numpy as jnp
@@ -88,26 +89,40 @@ def _written(manager: ocp.CheckpointManager, step: int) -> dict[str, str]:
       "restore needs a manager that can read what its checkpoint holds. Got one without a handler. "
       "Make it with item_handlers=ocp.StandardCheckpointHandler()."
     )
-  return {path: describe(leaf) for path, leaf in leaf_paths(metadata)}
+  if isinstance(metadata, Mapping):
+    raise ValueError(
+      f"restore needs a manager of one item. Got one of {', '.join(sorted(metadata))}. Restore it "
+      "with Orbax, manager.restore(step, args=ocp.args.Composite(...)), or keep the state in a "
+      "manager of its own, made with item_handlers=ocp.StandardCheckpointHandler()."
+    )
+  return _described(metadata)
+
+
+def _described(tree: Any) -> dict[str, str]:
+  """What each leaf is, by the path that Orbax saves it under."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+  return {path: describe(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)}
 
 
 def _check(written: dict[str, str], like: Any, where: str) -> None:
-  wanted = {path: describe(_as_saved(leaf)) for path, leaf in leaf_paths(like)}
+  wanted, given = _described(jax.tree.map(_as_saved, like)), _described(like)
   for path in sorted(written.keys() | wanted.keys()):
     if written.get(path) != wanted.get(path):
       raise ValueError(
         f"A checkpoint must hold the arrays that it is restored into. {where} has "
-        f"{path}: {written.get(path, 'nothing')} for {wanted.get(path, 'nothing')}. Restore into "
+        f"{path}: {written.get(path, 'nothing')} for {given.get(path, 'nothing')}. Restore into "
         "arrays like those that were saved, and cast afterwards (mpjax.cast_floating)."
       )
 
 
 def _as_saved(leaf: Any) -> Any:
-  """Orbax saves a key as its integers."""
+  """Orbax saves a key as its integers, and a number as an array of 64 bits."""
   if is_key(leaf):
     return jax.eval_shape(jax.random.key_data, leaf)
-  return leaf
+  return np.asarray(leaf) if isinstance(leaf, float | int) else leaf
 
 
 def _target(leaf: Any) -> Any:
-  return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else ocp.utils.to_shape_dtype_struct(leaf)
+  is_done = isinstance(leaf, jax.ShapeDtypeStruct | float | int)
+  return leaf if is_done else ocp.utils.to_shape_dtype_struct(leaf)

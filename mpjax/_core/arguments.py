@@ -7,6 +7,7 @@ import reprlib
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from mpjax._core.tree_paths import PyTree, leaf_paths
 
@@ -57,7 +58,7 @@ def power_of_two(name: str, value: Any) -> float:
 
   Raises:
     ValueError: If the number is no such power, or a bool.
-    TypeError: If it is no number.
+    TypeError: If it is no number, or one that a transformation traces.
 
   Example:
     >>> power_of_two("scale", 2**15)
@@ -65,6 +66,12 @@ def power_of_two(name: str, value: Any) -> float:
   """
   if isinstance(value, bool) or not isinstance(value, numbers.Real | jax.Array):
     _reject_type(name, value, "a power of two")
+  if isinstance(value, Tracer):
+    raise TypeError(
+      f"{name} must be a number that is known when the function is made. Got one that is traced "
+      f"({value.aval}). Pass a Python number: a scale that moves is mpjax.dynamic_loss_scaling's, "
+      "whose own numbers optax.inject_hyperparams takes in static_args."
+    )
   number = float(value)
   if not (math.isfinite(number) and number > 0 and math.frexp(number)[0] == 0.5):
     raise ValueError(

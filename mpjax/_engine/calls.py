@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax._core.dtypes import FLOAT32
+from mpjax._core.dtypes import FLOAT32, is_of
 from mpjax._engine import escapes
 from mpjax._engine.analyses.power_iteration import Own
 from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms
@@ -76,6 +76,7 @@ class Call:
     operands: The arrays.
     forms: How each is held.
     own: Which of them a model holds, and which floats among them are its state, by index.
+    parameters: Which of them are parameters that have a gradient, by index.
   """
 
   def __init__(
@@ -93,6 +94,8 @@ class Call:
     held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
     self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
     self.operands = [x for x, _ in pairs]
+    marked = (n for n, (_, flag) in enumerate(entries) if flag is True)
+    self.parameters = tuple(n for n in marked if is_of(self.operands[n], np.inexact))
     self.forms: Forms = tuple(form for _, form in pairs)
     self.out_tree: Any = None
     self.out_leaves: list[Any] = []

@@ -55,13 +55,31 @@ def hidden(leaves: Iterable[Any], tree: Any) -> list[Escaped]:
   Args:
     leaves: The static leaves among the results, None in the places of arrays.
     tree: The structure of the results, whose nodes may hold such objects too.
+
+  Raises:
+    TypeError: If a coroutine or generator holds one: it has computed nothing yet.
   """
   found: dict[int, Escaped] = {}
   for name, value in (*_named(leaves), *_nodes(tree)):
     for inside, _ in _within(value):
       if isinstance(inside, Tracer):
+        _refuse_suspended(value)
         found.setdefault(id(inside), Escaped(name, inside))
   return [*found.values()]
+
+
+def _refuse_suspended(value: Any) -> None:
+  if isinstance(value, _SUSPENDED):
+    if not isinstance(value, types.AsyncGeneratorType):
+      value.close()  # or Python warns that nobody awaited it
+    raise TypeError(
+      "What runs under a policy must compute when it is called. This call returned a "
+      f"{type(value).__name__}, which has computed nothing yet. Write the function with return "
+      "alone, without async and yield, and await or iterate around it."
+    )
+
+
+_SUSPENDED = types.CoroutineType | types.GeneratorType | types.AsyncGeneratorType
 
 
 def read_by_rules(jaxpr: AnyJaxpr) -> frozenset[Var]:

@@ -109,7 +109,9 @@ class TrainStep:
     return f"<{type(self).__name__} of {self._words}>"
 
   def lower(self, model: Any, optimizer: Any = None, *batch: Any, **keywords: Any) -> Any:
-    """Lowers the step for these arguments, as ``nnx.jit(...).lower`` does.
+    """Lowers the step for these arguments, to read what it costs.
+
+    What is compiled of it takes and returns them in another form than the step does.
 
     Args:
       model: The model.

@@ -21,7 +21,8 @@ def loss_scale(opt_state: PyTree) -> jax.Array:
     opt_state: The state of an optimizer with the loss scaler as its outermost transformation,
       such as the ``opt_state`` of Flax's ``TrainState`` or ``nnx.Optimizer``. Around the scaler
       there may be `mpjax.master_weights`, ``optax.inject_hyperparams`` and
-      `mpjax.testing.inject_faults`.
+      `mpjax.testing.inject_faults`. What stands around it moves on skipped steps, too, but in the
+      train steps.
 
   Returns:
     f32[].

@@ -127,7 +127,10 @@ class TrainStep:
     *more: Never,
     lowering_platforms: tuple[str, ...] | None = None,
   ) -> Any:
-    """Lowers the step for these arguments, as ``jax.jit(...).lower`` does.
+    """Lowers the step for these arguments, to read what it costs.
+
+    What is compiled of it returns more than the step does. To call a step that is compiled ahead,
+    lower ``jax.jit(step)``.
 
     Args:
       state: A state, or its ``jax.eval_shape``; shapes may carry a ``sharding``.

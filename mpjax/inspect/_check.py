@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, get_abstract_mesh
 
+from mpjax._core.dtypes import is_of
 from mpjax._core.policy_map import PolicyLike, as_policy_map
 from mpjax._engine.escapes import read_by_rules
 from mpjax._engine.execute import Decided
@@ -70,7 +73,8 @@ def check(
   compared, inside ``jit``, ``checkpoint``, ``scan``, ``while``, ``cond`` and ``shard_map`` too, and
   the gradients of the parameters. Of a ``while`` loop the worst iteration counts; where the two
   take different branches of a ``cond``, what the branches return is compared and no more.
-  A result that is no scalar is differentiated along fixed random signs.
+  A result that is no scalar is differentiated along fixed random signs. Integers and bools count
+  among the results where they differ.
 
   Of a result that updates an argument, as the parameters that a train step returns do, the change
   is compared too: a step that does nothing differs little from the true one in what it returns.
@@ -96,7 +100,7 @@ def check(
     The report. ``report.agrees`` is the verdict, ``report.worst`` the modules that lose most.
 
   Raises:
-    TypeError: An argument is a shape and no array.
+    TypeError: An argument is a shape and no array, or the tolerance no number.
     ValueError: A rule of the policy map matches nothing, ``reference`` is unknown, or the function
       has a policy inside that cannot be left out: in a ``jax.jit``, a loop or a checkpoint; or its
       author made all of its matmuls 16-bit, so that there is no reference.
@@ -115,8 +119,11 @@ def check(
     raise ValueError(
       f"reference must be 'float32' or 'float64'; got {reference!r}. Choose one of them."
     )
+  if tolerance is not None and not isinstance(tolerance, numbers.Real):
+    raise TypeError(f"tolerance must be a number or None. Got {tolerance!r}. Try 0.05.")
   subject = subject_of(fn, policy, args, kwargs, argnums)
   concrete(subject)
+  subject = subject.differentiable() if gradients else subject
   decided = subject.decide()
   comparison = _Comparison(subject, decided, reference == "float64", gradients, loss_scale)
   return _report(subject, comparison, reference, tolerance)
@@ -141,11 +148,9 @@ class _Comparison:
     self._reference = reference
     self._results = _count_results(subject, decided)
     self.updates = _updates(subject, decided)
-    self.params = [
-      n for n, f in enumerate(decided.call.forms) if gradients and f and f.kind is Kind.PARAM
-    ]
+    self.params = decided.call.parameters if gradients else ()
     self.sizes = [int(np.size(x)) for x in decided.call.operands]
-    self.result_sizes: list[int] = []
+    self._floats, self._compared_sizes = 0, list[int]()
     self.borders: list[Border] = []
     run = self._all
     if AxisType.Explicit in get_abstract_mesh().axis_types:
@@ -155,7 +160,10 @@ class _Comparison:
       # Else not compiled as a whole: so every value exists in its dtype, and operations that many
       # layers share are compiled once.
       found: Any = jax.device_get(run(decided.call.operands))
-    self.results, stats, self.changes, self.gradients = found
+    results, stats, self.changes, self.gradients = found
+    counting = [n for n, x in enumerate(results) if n < self._floats or x.error]
+    self.results = [results[n] for n in counting]
+    self.result_sizes = [self._compared_sizes[n] for n in counting]
     self.crossings = [Crossing(*entry) for entry in zip(self.borders, stats, strict=True)]
 
   @property
@@ -202,28 +210,51 @@ class _Comparison:
       outs, crossings = self._run(given)
       outs = [Pair(x, self._returned(y)) if is_real(x) else Pair(x, y) for x, y in outs]
       changes = [_change(outs[n], given[source]) for n, source in self.updates.items()]
-      outs = [pair for pair in outs[: self._results] if is_real(pair.reference)]
-      self.result_sizes = [int(np.size(pair.reference)) for pair in outs]
+      outs, others = _floats_and_others(outs[: self._results])
+      self._floats, compared = len(outs), [*outs, *others]
+      self._compared_sizes = [int(np.size(pair.reference)) for pair in compared]
       self.borders = [crossing.border for crossing in crossings]
       own = [crossing.stats for crossing in crossings]
       moved = [
         (compare(*pair), jnp.linalg.norm(given[source].reference.ravel()))
         for pair, source in zip(changes, self.updates.values(), strict=True)
       ]
-      stats = [compare(*pair) for pair in outs], own, moved
+      stats = [compare(*pair) for pair in compared], own, moved
       return _loss_of(outs, self.scale), stats
 
     if not self.params:
       return *loss(params)[1], []
-    grads, stats = jax.grad(loss, has_aux=True)(params)
-    unscaled = [g.astype(jnp.float32) / self.scale for g in grads.narrow]
-    exact = [jnp.where(jnp.isfinite(g), g, jnp.nan) for g in grads.reference]
+    try:
+      grads, stats = jax.grad(loss, has_aux=True)(params)
+    except Exception as error:
+      error.add_note("check differentiates. Pass gradients=False to compare values alone.")
+      raise
+    unscaled = [_parts(g).astype(jnp.float32) / self.scale for g in grads.narrow]
+    exact = [jnp.where(jnp.isfinite(g), g, jnp.nan) for g in map(_parts, grads.reference)]
     return *stats, [compare(*p) for p in zip(exact, unscaled, strict=True)]
 
   def _returned(self, x: Any) -> Any:
     """A result in the output dtype."""
     castable = x.dtype.itemsize in (2, 4)
     return x.astype(self._output) if castable else x
+
+
+def _floats_and_others(outs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+  """Results that are floats or complex, all as floats; and integers and bools, as floats."""
+  floats, others = list[Pair](), list[Pair]()
+  for pair in outs:
+    if is_real(pair.reference):
+      floats.append(pair)
+    elif is_of(pair.reference, np.complexfloating):
+      floats.append(Pair(*map(_parts, pair)))
+    elif is_of(pair.reference, np.integer) or is_of(pair.reference, np.bool_):
+      others.append(Pair(*(x.astype(np.float32) for x in pair)))
+  return floats, others
+
+
+def _parts(x: Any) -> Any:
+  """The real parts of complex numbers, and the imaginary ones; other numbers as they are."""
+  return jnp.stack([lax.real(x), lax.imag(x)]) if is_of(x, np.complexfloating) else x
 
 
 def _loss_of(outs: Sequence[Pair], scale: float) -> Any:

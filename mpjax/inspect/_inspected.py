@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -52,17 +53,37 @@ class Subject(NamedTuple):
   scoping: Scoping = LOCATED
   known: tuple[Path, ...] = ()
 
+  def differentiable(self) -> Subject:
+    """With the numbers among its parameters as arrays, as ``jax.grad`` takes them."""
+    leaves, tree, places = self._parameters()
+    arrays = {n: jnp.asarray(leaves[n]) for n in places if isinstance(leaves[n], float | complex)}
+    args, kwargs = jax.tree.unflatten(tree, [arrays.get(n, x) for n, x in enumerate(leaves)])
+    return self._replace(args=args, kwargs=kwargs) if arrays else self
+
+  def _parameters(self) -> tuple[list[Any], Any, list[int]]:
+    """The leaves of the arguments, how these are made of them, and which are of parameters."""
+    leaves, tree = jax.tree.flatten((self.args, self.kwargs))
+    names = sorted(self.kwargs)
+    flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
+    spread = spread_flags(flags, [*self.args, *(self.kwargs[name] for name in names)])
+    return leaves, tree, [n for n, flag in enumerate(spread) if flag is True]
+
+  def of_arrays(self, fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """A function of the positional arguments as one of the arrays among them, and these."""
+    leaves, tree = jax.tree.flatten(self.args)
+
+    def run(*arrays: Any) -> Any:
+      rest = iter(arrays)
+      return fn(*jax.tree.unflatten(tree, [next(rest) if is_traced(x) else x for x in leaves]))
+
+    return run, [x for x in leaves if is_traced(x)]
+
   def backward(self) -> Subject:
     """The gradients of its parameters; results that are no scalars are summed."""
 
     def gradients(*args: Any, **kwargs: Any) -> Any:
-      leaves, tree = jax.tree.flatten((args, kwargs))
-      names = sorted(kwargs)
-      flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
-      spread = spread_flags(flags, [*args, *(kwargs[name] for name in names)])
-      places = [
-        n for n, x in enumerate(leaves) if spread[n] is True and has_shape(x) and is_real(x)
-      ]
+      leaves, tree, places = self._replace(args=args, kwargs=kwargs)._parameters()
+      places = [n for n in places if has_shape(leaves[n]) and is_of(leaves[n], np.inexact)]
       if not places:
         raise ValueError(
           "grad=True differentiates with respect to the parameters, and no float is one. Set "

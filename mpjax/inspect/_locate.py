@@ -18,7 +18,6 @@ from mpjax._engine.execute import Decided
 from mpjax._engine.planning.plan import Scoping
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import Kind
 from mpjax._engine.running.scaled_cotangents import UNSCALED
 from mpjax._flax.policed import POLICIES
 from mpjax.inspect._flow_report import TOP, module_name
@@ -86,8 +85,8 @@ class NonFiniteReport(Report):
     first = self.first
     if first is None:
       return (
-        f"{self.name}: the result is not finite, and no operation made it so: it holds an inf that "
-        f"the program states ({', '.join(self.arrived)})."
+        f"{self.name}: the result is not finite, and no operation made it so: it holds an inf or "
+        f"a NaN that the program states ({', '.join(self.arrived)})."
       )
     where = f" of {first.module}" if first.module != TOP else ""
     passes = ", in the backward pass" if first.backward else ""
@@ -165,6 +164,7 @@ def locate_nonfinite(
   own = getattr(type(fn), POLICIES, _FLOAT32)
   subject = subject_of(fn, own if policy is None else policy, args, kwargs, argnums)
   concrete(subject)
+  subject = subject.differentiable() if backward else subject
   decided = subject.decide()
   closed, names, operands = _program(subject, decided, backward, loss_scale)
   planner = Planner(as_policy_map(_FLOAT32), Scoping(absolute=True, located=True))
@@ -199,10 +199,9 @@ def _program(
     operands = [jnp.asarray(x) for x in call.leaves if is_traced(x)]
   else:
     forward = lambda *xs: run(decided.plan, xs)  # noqa: E731
-  names = _result_names(subject, decided)
   if not backward:
-    return jaxprs.trace(forward, operands), names, operands
-  places = [n for n, f in enumerate(call.forms) if f is not None and f.kind is Kind.PARAM]
+    return jaxprs.trace(forward, operands), _result_names(subject, decided), operands
+  places = call.parameters
   if not places:
     raise ValueError(
       "backward=True differentiates with respect to the parameters, and no float is one. Set "
@@ -218,9 +217,9 @@ def _program(
     floats, pull, outs = jax.vjp(of_params, *(operands[n] for n in places), has_aux=True)
     return [*outs, *pull([jnp.full_like(x, loss_scale) for x in floats])]
 
-  titles = subject.operand_names()
-  names += [f"gradient of {titles[n]}" for n in places]
-  return jaxprs.trace(both, operands), names, operands
+  traced, titles = jaxprs.trace(both, operands), subject.operand_names()
+  names = _result_names(subject, decided)  # as this trace returned them: keys may be unused in it
+  return traced, [*names, *(f"gradient of {titles[n]}" for n in places)], operands
 
 
 def _result_names(subject: Subject, decided: Decided) -> list[str]:

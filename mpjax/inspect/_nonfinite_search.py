@@ -349,11 +349,16 @@ def _can_be_bad(x: Any) -> bool:
   return isinstance(x, float) or is_of(x, jnp.inexact)
 
 
+def _numbers(x: Any) -> np.ndarray:
+  """What an array, a number or a mutable reference holds."""
+  return np.asarray(x[...] if isinstance(x, jax.Ref) else x)
+
+
 def state_of(x: Any) -> State:
   """The worst number in an array."""
   if not _can_be_bad(x):
     return State.FINITE
-  values = np.asarray(x)
+  values = _numbers(x)
   if np.isfinite(values).all():
     return State.FINITE
   return State.NAN if np.isnan(values).any() else State.INF
@@ -368,7 +373,7 @@ def range_of(x: Any) -> Range:
   """What an array holds; keys and flags have no range."""
   if not jnp.issubdtype(getattr(x, "dtype", np.asarray(x).dtype), np.number):
     return Range(describe(x), np.nan, np.nan, 0, 0)
-  values = np.asarray(x)
+  values = _numbers(x)
   wide = values if values.dtype.kind == "c" else values.astype(np.float64)
   magnitudes = np.abs(wide) if values.dtype.kind == "c" else wide
   finite = magnitudes[np.isfinite(magnitudes)]
@@ -379,7 +384,7 @@ def range_of(x: Any) -> Range:
 
 def _where(x: Any) -> str:
   """The index of what is not finite: one number where all of it has the same, else a colon."""
-  bad = np.argwhere(~np.isfinite(np.asarray(x)))
+  bad = np.argwhere(~np.isfinite(_numbers(x)))
   if not bad.shape[1]:
     return "[]"
   same = [len(set(column)) == 1 for column in bad.T]

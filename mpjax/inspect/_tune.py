@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,9 +78,11 @@ def tune(
     ``mpjax.autocast(loss_fn, ...)`` and ``make_train_step(loss_fn, ..., policy=...)``.
 
   Raises:
-    TypeError: If ``candidates`` is a string, ``args`` no tuple, or ``loss_fn`` returns no scalar.
-    ValueError: If there is no candidate below float32, the tolerance is not positive, or the loss
-      or gradients are not finite in float32, or ``loss_fn`` has a 16-bit policy inside.
+    TypeError: If ``candidates`` is a string, ``args`` no tuple, the tolerance no number, or
+      ``loss_fn`` returns no scalar.
+    ValueError: If there is no candidate below float32, the tolerance is not positive, the loss
+      or gradients are not finite in float32, or ``loss_fn`` computes with no floats, or has a
+      16-bit policy inside.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -108,6 +111,8 @@ def tune(
     raise ValueError(
       f"candidates must hold a policy below float32. Got {list(candidates)}. Name 'mixed_bfloat16'."
     )
+  if not isinstance(tolerance, numbers.Real):
+    raise TypeError(f"tolerance must be a number. Got {tolerance!r}. Try 0.05.")
   if not tolerance > 0:
     raise ValueError(f"tolerance must be above 0. Got {tolerance!r}. Try 0.05.")
   loss = _without_aux(loss_fn) if has_aux else loss_fn
@@ -135,13 +140,18 @@ class _Lab:
     loss_scale: float,
   ) -> None:
     self.loss, self.args, self.argnums = loss, args, argnums
-    self.subject = subject_of(loss, WIDE, args, {}, argnums)
+    self.subject = subject_of(loss, WIDE, args, {}, argnums).differentiable()
     self.tolerance, self.scale = tolerance, loss_scale
     self.compilations = 0
     _check_is_scalar(self.subject)
     flow = explain(loss, WIDE, *args, argnums=argnums)
     self.flops = float(flow.flops)
     self.units: list[Path] = sorted({module_path(op.module) for op in flow.ops if not op.backward})
+    if not self.units:
+      raise ValueError(
+        "tune chooses policies for the modules that compute with floats, and the loss computes "
+        "with none. Pass the loss that is trained."
+      )
     self.leaves = [path for path, _ in leaf_paths(self.subject.params)]
     wide = PolicyMap({}, WIDE)
     plan = self.subject.decide(wide).plan
@@ -158,8 +168,9 @@ class _Lab:
   def _run(self, fn: Callable[..., Any]) -> tuple[Any, float | None]:
     """Loss and gradients, and the bytes that XLA says it takes to compute them."""
     self.compilations += 1
-    lowered = jax.jit(fn).lower(*self.subject.args)
-    return lowered.compile()(*self.subject.args), costs_of(lowered).get("bytes accessed")
+    run, arrays = self.subject.of_arrays(fn)
+    lowered = jax.jit(run).lower(*arrays)
+    return lowered.compile()(*arrays), costs_of(lowered).get("bytes accessed")
 
   def measure(self, policies: PolicyMap, tried: str) -> Trial:
     """The errors and the cost of a policy map."""
@@ -184,7 +195,8 @@ class _Lab:
 
 def _check_is_scalar(subject: Subject) -> None:
   """Refuses what returns something else than one number."""
-  out = subject.results(jax.eval_shape(lambda *args: subject.fn(*args), *subject.args))
+  run, arrays = subject.of_arrays(subject.fn)
+  out = subject.results(jax.eval_shape(run, *arrays))
   if getattr(out, "shape", None) != ():
     raise TypeError(
       "tune takes a loss that returns a scalar. Got "
@@ -204,9 +216,13 @@ def _relative(x: jax.Array, reference: jax.Array) -> jax.Array:
   return jnp.abs(x - reference) / jnp.maximum(jnp.abs(reference), jnp.finfo(FLOAT32).tiny)
 
 
+def _at_least_32(x: jax.Array) -> jax.Array:
+  return x if x.dtype.itemsize >= 4 else x.astype(FLOAT32)
+
+
 def _relative_each(tree: Any, reference: Any) -> jax.Array:
   """The error of each leaf relative to its norm, or to a thousandth of the largest norm."""
-  leaves, wanted = jax.tree.leaves(tree), jax.tree.leaves(reference)
+  leaves, wanted = ([*map(_at_least_32, jax.tree.leaves(t))] for t in (tree, reference))
   if not leaves:
     return jnp.zeros((0,))
   norms = jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in wanted])

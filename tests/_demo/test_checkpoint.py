@@ -197,6 +197,33 @@ def test_a_restore_without_checkpoint_or_handler_says_what_to_do(tmp_path):
     checkpoint.restore(manager, {"n": jnp.int32(0)})
 
 
+@pytest.mark.parametrize(
+  "tree",
+  [
+    {"w": jnp.ones(2), "epoch": 3, "rate": 0.5},
+    nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+    {"value": {"value": jnp.ones(2)}},
+  ],
+  ids=["numbers", "variables", "names"],
+)
+def test_what_orbax_saves_comes_back_as_it_was(tree, tmp_path):
+  saved(tmp_path, tree)
+  found = restored(tmp_path, tree)
+  chex.assert_trees_all_equal(found, tree)
+  assert jax.tree.structure(found) == jax.tree.structure(tree)
+
+
+def test_a_manager_of_several_items_is_refused(tmp_path):
+  items = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+  tree = {"w": jnp.ones(2)}
+  args = ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave({"epoch": 3}))
+  with ocp.CheckpointManager(tmp_path, item_handlers=items) as manager:
+    manager.save(0, args=args)
+    manager.wait_until_finished()
+    with pytest.raises(ValueError, match=r"one item. Got one of meta, state\."):
+      checkpoint.restore(manager, tree)
+
+
 # Killed -------------------------------------------------------------------------------------------
 
 STEPS = 26

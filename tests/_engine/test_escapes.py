@@ -186,6 +186,25 @@ def test_an_object_that_cannot_be_copied_is_refused(make, name):
     mpjax.autocast(lambda w, x: {"y": (x @ w, make(x @ w))}, "mixed_bfloat16")(jnp.eye(4), x)
 
 
+async def later(w, x):
+  return x @ w
+
+
+@pytest.mark.parametrize(
+  "run",
+  [
+    lambda *args: mpjax.autocast(later, "mixed_bfloat16")(*args),
+    functools.partial(mpjax.inspect.explain, later, "mixed_bfloat16"),
+    functools.partial(mpjax.inspect.check, later, "mixed_bfloat16"),
+  ],
+  ids=["autocast", "explain", "check"],
+)
+def test_what_has_computed_nothing_yet_is_refused(run):
+  """Nothing is known of it, and nothing could be promised."""
+  with pytest.raises(TypeError, match="returned a coroutine, which has computed nothing yet"):
+    run(jnp.eye(4), jnp.ones((2, 4)))
+
+
 @pytest.mark.parametrize("make", [Normal, Registered])
 def test_models_return_one(make):
   class Linen(nn.Module):

@@ -224,6 +224,13 @@ def test_a_setting_of_the_wrong_type_is_refused_by_name(settings, message):
     mpjax.dynamic_loss_scaling(optax.sgd(1.0), **settings)
 
 
+def test_a_number_that_is_traced_is_refused():
+  make = optax.inject_hyperparams(mpjax.dynamic_loss_scaling, static_args="inner")
+  init = jax.jit(make(inner=optax.sgd(0.1)).init)
+  with pytest.raises(TypeError, match=r"known when the function is made.* in static_args"):
+    init({"w": jnp.ones(2)})
+
+
 def test_what_is_no_optimizer_is_refused():
   with pytest.raises(TypeError, match=r"must be an optax.GradientTransformation. Got .*float"):
     mpjax.dynamic_loss_scaling(1e-3)

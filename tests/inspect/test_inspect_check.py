@@ -495,3 +495,46 @@ def test_a_derivative_rule_reads_what_the_function_around_it_computed():
   assert 0 < report.gradients[0].gradient.error < 0.02
   for policy in ("mixed_bfloat16", "float32"):
     assert locate_nonfinite(loss, w, x, policy=policy, backward=True).finite
+
+
+@pytest.mark.parametrize(
+  "fn",
+  [
+    lambda w, x: jnp.fft.fft(x @ w),
+    lambda w, x: (x @ w).astype(jnp.int32),
+    lambda w, x: jnp.isfinite(x @ w),
+  ],
+  ids=["complex", "integers", "bools"],
+)
+def test_results_that_are_no_floats_are_compared(fn):
+  """In float16 the product overflows: these have nothing of the float32 ones left."""
+  assert not check(fn, "mixed_float16", 1e5 * SQUARE, X).agrees
+  assert check(fn, "mixed_float16", SQUARE, X, tolerance=0.5).agrees
+
+
+def test_counts_that_are_the_same_do_not_hide_what_differs():
+  fn = lambda w, x: (x @ w, jnp.int32(10**6), jnp.arange(1000))
+  report = check(fn, "mixed_bfloat16", SQUARE, X)
+  assert report.result == check(lambda w, x: x @ w, "mixed_bfloat16", SQUARE, X).result
+
+
+def test_gradients_of_numbers_and_of_complex_and_8_bit_parameters_are_compared():
+  def fn(p, x):
+    spun = jnp.abs(p["spin"]) * jnp.sum(x @ p["w"])
+    return p["rate"] * spun + jnp.sum(p["scale"].astype(jnp.float32))
+
+  scale = jnp.ones(2, jnp.float8_e5m2)
+  params = {"w": SQUARE, "rate": 2.0, "spin": jnp.complex64(1 + 2j), "scale": scale}
+  report = check(fn, "mixed_bfloat16", params, X)
+  assert [row.parameter for row in report.gradients] == ["p/rate", "p/scale", "p/spin", "p/w"]
+  assert all(row.gradient.error < 0.05 for row in report.gradients)
+  assert [row.gradient.size for row in report.gradients] == [1, 2, 1, W * W]
+
+
+def test_the_error_of_what_has_no_gradient_says_how_to_do_without():
+  fn = lambda w, x: jax.lax.while_loop(lambda h: jnp.max(h) > 0.1, lambda h: jnp.tanh(h @ w), x)
+  with pytest.raises(ValueError, match="Reverse-mode") as caught:
+    check(fn, "mixed_bfloat16", 0.3 * jnp.eye(W), X)
+  assert any("gradients=False" in note for note in caught.value.__notes__)
+  with pytest.raises(TypeError, match=r"tolerance must be a number or None\. Got '5%'"):
+    check(fn, "mixed_bfloat16", jnp.eye(W), X, tolerance="5%")

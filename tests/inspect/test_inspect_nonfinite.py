@@ -165,3 +165,45 @@ def test_loss_scaling_too_large_for_the_backward_pass_is_found():
 def test_shapes_are_refused():
   with pytest.raises(TypeError, match="The arguments must be arrays"):
     locate_nonfinite(lambda x: x, jax.ShapeDtypeStruct((2,), jnp.float32))
+
+
+@pytest.mark.parametrize(
+  "zero",
+  [0.0, jnp.zeros((), jnp.complex64), jnp.zeros((), jnp.float8_e5m2), jnp.zeros((), jnp.bfloat16)],
+  ids=["number", "complex", "float8", "bfloat16"],
+)
+def test_gradients_of_parameters_of_every_kind_are_looked_at(zero):
+  fn = lambda p: jnp.sum(p["w"]) + jnp.sqrt(jnp.abs(jnp.asarray(p["c"]).astype(jnp.complex64)))
+  report = locate_nonfinite(fn, {"c": zero, **EYE}, backward=True)
+  assert report.first.op == "div" and report.arrived == ("gradient of p/c",)
+
+
+def test_a_nan_that_the_program_states_is_no_inf():
+  report = locate_nonfinite(lambda x: jnp.where(x > 0, x, jnp.nan), -jnp.ones(3))
+  assert "an inf or a NaN that the program states" in report.summary
+
+
+def test_a_function_may_hold_a_mutable_reference():
+  last = jax.new_ref(jnp.zeros(()))
+
+  def loss(w, x):
+    value = jnp.log(jnp.sum(x @ w["w"]))
+    last[...] = jax.lax.stop_gradient(value)
+    return value
+
+  report = locate_nonfinite(loss, EYE, ZEROS)
+  assert (report.first.op, report.first.made) == ("log", "inf")
+
+
+def test_a_jitted_loss_of_a_model_that_draws_is_searched_backwards():
+  """Differentiated, it returns another part of the model's state."""
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.linear, self.dropout = nnx.Linear(W, 3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+      return self.dropout(self.linear(x))
+
+  loss = nnx.jit(lambda model, x: jnp.mean(model(x) ** 2))
+  assert locate_nonfinite(loss, Net(nnx.Rngs(0)), ZEROS, backward=True).finite

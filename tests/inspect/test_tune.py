@@ -192,6 +192,30 @@ def test_bad_settings_are_refused(settings, words):
     inspect.tune(jnp.sum, (jnp.ones(3),), **settings)
 
 
+def test_a_tolerance_that_is_no_number_is_refused():
+  with pytest.raises(TypeError, match=r"tolerance must be a number\. Got '5%'"):
+    inspect.tune(jnp.sum, (jnp.ones(3),), candidates=[LOW], tolerance="5%")
+
+
+def test_a_loss_that_computes_with_no_floats_is_refused():
+  with pytest.raises(ValueError, match="computes with none"):
+    inspect.tune(lambda w: 1.0, (jnp.ones(3),), candidates=[LOW])
+
+
+@pytest.mark.parametrize("flag", [True, "mean"])
+def test_arguments_that_are_no_arrays_are_static(flag):
+  loss = lambda w, x, flag: jnp.mean((x @ w) ** 2) if flag in (True, "mean") else jnp.sum(x)
+  report = inspect.tune(loss, (jnp.eye(4), jnp.ones((2, 4)), flag), candidates=[LOW])
+  assert report.policy_map == mpjax.PolicyMap({}, default=LOW)
+
+
+def test_8_bit_weights_are_tuned():
+  params = {"w": jnp.ones((8, 3), jnp.float8_e4m3fn), "scale": jnp.ones(3)}
+  loss = lambda p, x: jnp.sum(x @ (p["w"].astype(jnp.float32) * p["scale"]))
+  with jax.numpy_rank_promotion("allow"):
+    assert inspect.tune(loss, (params, jnp.ones((4, 8))), candidates=[LOW]).chosen.within
+
+
 def test_a_loss_that_is_not_finite_in_float32_is_refused():
   with pytest.raises(ValueError, match=r"must be finite in float32.*locate_nonfinite"):
     inspect.tune(lambda w: jnp.sum(jnp.log(w)), (jnp.zeros(3),))

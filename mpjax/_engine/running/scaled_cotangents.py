@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from mpjax._core.arguments import power_of_two
 from mpjax._core.dtypes import FLOAT32
@@ -36,11 +35,6 @@ def read_loss_scale(value: Any) -> float:
     ValueError: If it is no positive power of two, or a bool.
     TypeError: If it is no number, or one that a transformation traces.
   """
-  if isinstance(value, Tracer):
-    raise TypeError(
-      "loss_scale must be a number that is known when the function is made. Got one that is traced "
-      f"({value.aval}). Pass a Python number; a scale that moves is mpjax.dynamic_loss_scaling's."
-    )
   return UNSCALED if value is None else power_of_two("loss_scale", value)
 
 

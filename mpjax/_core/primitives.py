@@ -332,8 +332,10 @@ SCALES = frozenset({"mul", "div"})
 """What multiplies or divides two."""
 JITTED = having(Trait.JIT)
 """Calls of jitted functions."""
+FUNCTIONS = having(Trait.JIT | Trait.INLINE)
+"""These, and calls of functions with a derivative rule of their user's."""
 CALLS = having(Trait.JIT | Trait.REMAT)
-"""These, and calls of functions that the backward pass computes again."""
+"""Calls of jitted functions, and of functions that the backward pass computes again."""
 
 _CLASSES = {rule.name.lower(): rule for rule in (Rule.LOWER, Rule.RANGE, Rule.FULL, Rule.FOLLOW)}
 

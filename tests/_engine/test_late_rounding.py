@@ -42,6 +42,8 @@ MULTIPLES = {
   "spread": lambda k: REWARDS[:, None, None] - (-0.99 * k)[None].transpose(1, 0, 2),
   "filled": lambda k: X + jnp.full((1, 4), 0.99) * k,
   "added_up": lambda k: jnp.sum(0.99 * k, 1),
+  "times_data": lambda k: (0.3 * k) * REWARDS[:, None],
+  "times_what_is_made_of_data": lambda k: (0.3 * k).reshape(4, 8) * jnp.tanh(X).reshape(4, 8),
   "returned": lambda k: 0.18215 * k,
   "returned_moved": lambda k: (0.7 * k).T,
 }

@@ -77,6 +77,15 @@ class DataTransforms:
     made.has_rows = _has_rows(matmul)
     return self._end(matmul, made)
 
+  def end_of_sum(self, matmul: JaxprEqn, states: Collection[Var]) -> End:
+    """The same of one that adds up what something else weighs, which an activation may have made.
+
+    Args:
+      matmul: The matmul.
+      states: What it may move.
+    """
+    return self._end(matmul, _Made(matmul.outvars[0], {*states}))
+
   def subtracted_from(self, call: JaxprEqn) -> frozenset[int]:
     """Which results of a call, if they are products of its operands, end in a difference."""
     read = self._sources(call.invars)
@@ -115,7 +124,7 @@ class DataTransforms:
       return End.LAYER
     if name in MATMULS:
       is_power = made.reads(eqn, made.squares) and not made.is_joined  # alone: an activation
-      if is_power or not others or not all(map(self._is_given, others)):
+      if is_power or not others or not all(map(self.is_given, others)):
         return End.DIFFERENCE if made.reads(eqn, made.offset) else End.LAYER
     elif not held.isdisjoint(_ROOTS):
       return End.NORM if made.reads(eqn, made.totals) or "rsqrt" in held else End.DIFFERENCE
@@ -126,7 +135,7 @@ class DataTransforms:
         return End.DIFFERENCE
       made.is_joined |= any(map(self._is_multiplied, others))
     elif name in SCALES:
-      if not all(self._is_spread(other, eqn) or self._is_given(other) for other in others):
+      if not all(self._is_spread(other, eqn) or self.is_given(other) for other in others):
         made.is_joined |= any(map(self._is_multiplied, others))
         return None
     elif name not in _LEADS_ON and name not in HAVE_BODIES:
@@ -155,7 +164,7 @@ class DataTransforms:
     if self._frame.number_moved(other) is not None or self._is_spread(other, eqn):
       return False
     is_own = not made.operands.isdisjoint(self._sources([other]))
-    return is_own or (eqn.primitive.name == "sub" and made.has_rows and self._is_given(other))
+    return is_own or (eqn.primitive.name == "sub" and made.has_rows and self.is_given(other))
 
   def _is_far(self, other: Atom) -> bool:
     """Whether an operand is a number like 293."""
@@ -178,11 +187,13 @@ class DataTransforms:
       waiting += made.invars if made and made.primitive.name in _LINEAR else []
     return found
 
-  def _is_given(self, atom: Atom) -> bool:
+  def is_given(self, atom: Atom) -> bool:
     """Whether an operand is data, or what no matmul made of data."""
     found = list(itertools.islice(jaxprs.behind(atom, self._frame.makers), _STEPS))
     return len(found) < _STEPS and all(
-      var in self._given if made is None else self._held(made).isdisjoint(MATMULS)
+      var in self._given or jaxprs.kind(var) in "biu"
+      if made is None
+      else self._held(made).isdisjoint(MATMULS)
       for var, made in found
     )
 
@@ -217,7 +228,7 @@ class DataTransforms:
     """Whether an operand is a softmax by which data are weighed, which have their unit still."""
     others = [other for other in matmul.invars if other is not atom]
     made = self._frame.maker(self._frame.before(atom))
-    if made is None or not others or not all(map(self._is_given, others)):
+    if made is None or not others or not all(map(self.is_given, others)):
       return False
     above = self._frame.maker(self._frame.before(made.invars[0]))
     held = self._held(made) | (set() if above is None else self._held(above))

@@ -8,7 +8,8 @@ do that are computed for all steps at once before the loop that they rule. A gat
 twice is needed as exactly at both places: the second may be what a derivative multiplies by.
 
 The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
-number. Where the highest number that a value may be (`ranges`) is about the number that it is
+number. So are those that a matrix is made of which multiplies a vector in each turn of a long loop.
+Where the highest number that a value may be (`ranges`) is about the number that it is
 subtracted from or compared with, it is needed exactly; so is the gate g of ``v - g * v``, and so
 are two sigmoids of which one is subtracted from the other: both lie near the end that they share.
 What is put in order is, too, for the best scores of a detector are all 1 in 16 bits, and what is
@@ -51,8 +52,8 @@ from mpjax._engine.analyses.roles import (
 )
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.program.jaxprs import places_of, variables_of
-from mpjax._engine.program.matmuls import operation
+from mpjax._engine.program.jaxprs import places_of, size_of, variables_of
+from mpjax._engine.program.matmuls import free, operation
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 TURNS = 8
@@ -262,6 +263,8 @@ class NearOne:
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
         found |= variables_of(eqn.invars[1:])
         forgetting.update(eqn.outvars)
+      if name == "dot_general":
+        found |= variables_of(_transitions(eqn, forward, leading))
       if name not in ("add", "sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
@@ -281,6 +284,18 @@ class NearOne:
       if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
+
+
+def _transitions(eqn: JaxprEqn, forward: Forward, leading: Collection[Var]) -> list[Atom]:
+  """The matrix by which a matmul multiplies a vector that recurs, or one of each of a batch."""
+  if eqn.outvars[0] not in leading:
+    return []
+  pairs = zip(eqn.invars, eqn.invars[::-1], (0, 1), strict=True)
+  return [
+    matrix
+    for vector, matrix, n in pairs
+    if forward.of(vector).turns > TURNS and size_of(free(eqn, n)) == 1 < size_of(free(eqn, 1 - n))
+  ]
 
 
 def _is_factor(role: Role) -> bool:

@@ -33,7 +33,7 @@ GATES = having(Trait.SATURATES | Trait.ONE_AT_ZERO)
 RECUR = KEEPS_NUMBERS | having(Trait.ARITHMETIC)
 """What a recurrence makes of its state, element by element."""
 
-HAND_ON = RECUR | MATMULS
+HAND_ON = RECUR | MATMULS | {"reduce_sum"}
 """What a recurrence makes of its state; of ``0.99 * (transitions @ values)`` both."""
 
 POWERS = frozenset({"integer_pow", "square", "pow", "sqrt", "cbrt"})

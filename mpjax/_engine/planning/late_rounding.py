@@ -11,25 +11,26 @@ So is what is multiplied, added or moved for a float32 matmul alone, as the ``2 
 a distance: what comes back to e from there and from its squares is a small difference, which adds
 up in float32. And so is what is made of a value for float32 alone if that is read in float32
 besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1. And so
-is what is cut twice in the same way for float32 alone, as halves of which kernels are compared.
+is a multiple that data multiply, for which nothing is stored, and what is cut twice in the same way
+for float32 alone, as halves of which kernels are compared.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import ADDS, SCALES, Rule, Trait, having
+from mpjax._core.primitives import ADDS, FUNCTIONS, SCALES, Rule, Trait, having
 from mpjax._engine.analyses.constants import NumberSet
-from mpjax._engine.planning.plan import AS_HELD, FUNCTIONS, ONE_FLOAT32, Plan, Read, Step
+from mpjax._engine.planning.plan import AS_HELD, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.program import versions
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Kind, is_narrow
+from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Form, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, Literal, Var
 
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
@@ -48,6 +49,7 @@ def rounding_late(
   plan: Plan,
   numbers: Callable[[Atom], NumberSet],
   multiplied: Collection[Var],
+  is_of_layers: Callable[[Sequence[Atom]], bool],
   *,
   is_whole: bool,
 ) -> Plan:
@@ -58,10 +60,13 @@ def rounding_late(
     numbers: The numbers that occur in a constant of it.
     multiplied: What leads into a matmul: weights of an attention round with their scale, as by
       hand, and no loss does.
+    is_of_layers: Whether one of some values may be of layers. Data that are none have no gradient,
+      for which a product with them would store the multiple.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
   is_cut_again = _cuts(plan)
-  late = _late(plan, numbers, multiplied, is_cut_again, is_whole=is_whole)
+  by_data = {n for n, step in enumerate(plan.steps) if _multiplies_data(step, is_of_layers)}
+  late = _late(plan, numbers, multiplied, by_data, is_cut_again, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -124,6 +129,15 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
   )
 
 
+def _multiplies_data(step: Step, is_of_layers: Callable[[Sequence[Atom]], bool]) -> bool:
+  """Whether a step multiplies a narrow value by data that no layer made, or divides these by it."""
+  if step.eqn.primitive.name not in SCALES or {*step.operands} & {None, CONSTANT, PARAM}:
+    return False
+  pairs = zip(step.eqn.invars, step.operands, strict=True)
+  data = [atom for atom, form in pairs if form == DATA]
+  return len(data) == 1 and not is_of_layers(data)
+
+
 def _is_multiple(step: Step) -> bool:
   """Whether a step with a narrow result multiplies by a number, or divides by one."""
   if step.eqn.primitive.name not in SCALES:
@@ -142,6 +156,7 @@ def _late(
   plan: Plan,
   numbers: Callable[[Atom], NumberSet],
   multiplied: Collection[Var],
+  by_data: set[int],
   is_cut_again: Callable[[Step], bool],
   *,
   is_whole: bool,
@@ -167,7 +182,8 @@ def _late(
     if is_cut_again(step):
       are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
     else:
-      are_late = (_is_late(plan, *read, late, ends, is_whole=is_whole) for read in reads)
+      others = set[int]() if result in multiplied else by_data
+      are_late = (_is_late(plan, *read, late, ends, others, is_whole=is_whole) for read in reads)
     if (
       reads
       and all(are_late)
@@ -230,6 +246,7 @@ def _is_late(
   read: Read,
   late: set[int],
   ends: Collection[str],
+  by_data: set[int],
   *,
   is_whole: bool,
 ) -> bool:
@@ -241,7 +258,7 @@ def _is_late(
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  is_end = step.eqn.primitive.name in ends or _is_wide_matmul(step)
+  is_end = step.eqn.primitive.name in ends or reader in by_data or _is_wide_matmul(step)
   is_end = is_end or (step.eqn.primitive.name == "concatenate" and _leads_to_matmul(plan, step))
   return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 

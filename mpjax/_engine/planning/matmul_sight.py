@@ -14,7 +14,7 @@ from mpjax._engine.analyses.data_transforms import End
 from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_computed
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
-from mpjax._engine.program.kinds import CONSTANT, PARAM, Kind, is_narrow
+from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Kind, is_narrow
 from mpjax._engine.program.versions import Literal
 
 
@@ -218,6 +218,30 @@ def transforms_data(sight: Sight) -> bool:
   if end in (End.NORM, End.JOINED):  # of labels and returns, in a loss
     return sight.result not in around.leading.multiplied
   return end is End.DIFFERENCE
+
+
+def weighs_given(sight: Sight) -> bool:
+  """Whether what a layer gave weighs data, or they it, each number of one once, for a difference.
+
+  ``f(z) @ dx`` is ``(f(z) * dx).sum(-1)``: the state of a loop moves by it, or 293 kelvin are taken
+  away from it. What a layer goes on from is narrow, as a mean over what a mask leaves; so are
+  scores that are returned.
+  """
+  if sight.name != "dot_general" or not sight.has_narrow or sight.place.has_cotangents:
+    return False
+  if DATA not in sight.forms:
+    return False
+  n, around = sight.forms.index(DATA), sight.around
+  _, (batch, _) = sight.eqn.params["dimension_numbers"]
+  own, others = (jaxprs.size_of(matmuls.free(sight.eqn, m)) for m in (n, 1 - n))
+  if own > 1 and (others > 1 or not batch):  # a matrix of no batch may be weights
+    return False
+  data = sight.eqn.invars[n]
+  states = {var for var in around.carried if jaxprs.is_float32(var)}
+  is_handed_on = any(var in states for var, _ in jaxprs.behind(data, around.frame.makers))
+  if is_handed_on or not around.data_transforms.is_given(data):
+    return False
+  return around.data_transforms.end_of_sum(sight.eqn, states) is End.DIFFERENCE
 
 
 def is_centering(sight: Sight) -> bool:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import MATMULS, Rule, Trait, having
+from mpjax._core.primitives import FUNCTIONS, MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
-from mpjax._engine.program import versions
+from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import bodies_of, repetitions
 from mpjax._engine.program.kinds import DATA, FEW, Forms, is_narrow, narrow
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn, Literal, Var
@@ -232,9 +232,12 @@ class Plan:
 
 
 def multiplies(eqn: JaxprEqn, bodies: Sequence[Plan]) -> bool:
-  """Whether an equation is a matmul or has one in a body, of which these are the plans."""
+  """Whether an equation is a matmul of floats or has one in a body, of which these are the plans.
+
+  One of complex numbers runs as it was traced, on the way of what came in as 16 bits.
+  """
   if not bodies:  # few have any
-    return eqn.primitive.name in MATMULS
+    return eqn.primitive.name in MATMULS and jaxprs.kind(eqn.outvars[0]) != "c"
   return any(body.multiplies for body in bodies)
 
 
@@ -296,7 +299,6 @@ def shared_by_turns(eqn: JaxprEqn, plan: Plan) -> tuple[int, ...]:
   )
 
 
-FUNCTIONS = having(Trait.JIT | Trait.INLINE)
 ELEMENTWISE = having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
 
 

@@ -198,6 +198,7 @@ class _Walk:
       rounding_early(plan),
       self.around.numbers.of,
       self.around.leading.multiplied,
+      self.around.sums.may_be_of_layers,
       is_whole=self.is_whole and out_forms is None,
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mpjax._engine.planning.matmul_sight import NOT_NARROW, is_of_float32
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
-from mpjax._engine.program.kinds import FEW, is_data, is_narrow
-from mpjax._engine.program.versions import JaxprEqn, Literal
+from mpjax._engine.program.kinds import DATA, FEW, is_data, is_narrow
+from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
 
 
 def decides_an_end(sight: Sight) -> bool:
@@ -59,7 +59,7 @@ def iterates(sight: Sight) -> bool:
 def hands_on(sight: Sight) -> bool:
   """Whether a long loop's next turn has what it carries from a matmul; no weights of a layer.
 
-  What it carries may come of rewards that a layer gave, where the matrix does not.
+  What it carries may come of rewards that a layer gave, where the matrix does not, or is float32.
 
   Or whether that multiplies two values that the loop carries, and no layer made; or makes, of
   nothing that the loop carries, what each turn adds, where no layer is. Or reads a few numbers that
@@ -74,6 +74,7 @@ def hands_on(sight: Sight) -> bool:
   by = ([matrix] for vector, matrix in matmuls.vectors(sight.eqn) if [vector] == read)
   others = next(by, sight.eqn.invars)
   has_layer = sight.has_narrow or sight.around.sums.may_be_of_layers(others)
+  has_layer = has_layer and not (len(read) == 1 and _is_moved_by_data(sight, read[0]))
   if not found.is_long(has_layer=has_layer):
     return False
   trained = [a for a in read if a in sight.around.sums.pure]
@@ -84,6 +85,16 @@ def hands_on(sight: Sight) -> bool:
     return not (has_layer or depends) and sight.result in found.leads
   is_state = jaxprs.size(read[0]) == jaxprs.size(sight.result) and not sight.has_narrow
   return is_state or not trained
+
+
+def _is_moved_by_data(sight: Sight, vector: Atom) -> bool:
+  """Whether a vector, or one of each of a batch, is multiplied by a matrix that float32 holds."""
+  eqn = sight.eqn
+  if eqn.primitive.name != "dot_general":
+    return False
+  n = eqn.invars.index(vector)
+  own, others = (jaxprs.size_of(matmuls.free(eqn, m)) for m in (n, 1 - n))
+  return own == 1 < others and sight.forms[1 - n] == DATA
 
 
 def is_of_few(eqn: JaxprEqn) -> bool:

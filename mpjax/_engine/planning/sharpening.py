@@ -345,6 +345,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "would be rounding",
   ),
   Sharpening(
+    "weighted data",
+    MATMULS,
+    matmul_sight.weighs_given,
+    Rule.FULL,
+    "a product and a sum, as (f(z) * dx).sum(): it moves a state by less than 16 bits hold",
+  ),
+  Sharpening(
     "sum that is taken back",
     ADDS,
     lambda s: s.has_narrow and s.result in s.around.uses.taken_back,

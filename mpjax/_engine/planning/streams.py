@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16
-from mpjax._engine.planning.plan import ELEMENTWISE, FUNCTIONS, Step, is_elementwise
+from mpjax._core.primitives import FUNCTIONS
+from mpjax._engine.planning.plan import ELEMENTWISE, Step, is_elementwise
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import Forms, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var

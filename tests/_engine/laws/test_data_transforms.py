@@ -74,6 +74,20 @@ def filtered(net):
   return lax.scan(turn, STATES, jnp.broadcast_to(STATES[:, :6] + 0.1, (12, BATCH, 6)))[1]
 
 
+CHANGES = 0.02 * jax.random.normal(KEYS[5], (100, BATCH, 3))
+
+
+def controlled(weigh, net, *, loop=lax.scan):
+  """A state that moves by what a network gives, times the changes of a signal."""
+  move = lambda z, dx: weigh(jnp.tanh(net(jnp.tile(z, (1, 3)))).reshape(BATCH, 4, 3), dx)
+  turn = lambda z, dx: (z + (move(z, dx) + move(z + move(z, dx), dx)) / 2, None)
+  return loop(turn, net(KELVINS - 293)[:, :4], CHANGES)[0]
+
+
+def by_index(turn, z, slices):
+  return [lax.fori_loop(0, len(slices), lambda n, z: turn(z, slices[n])[0], z)]
+
+
 def rewarded(net):
   returns = (10 + KELVINS / 293) @ DISCOUNTS
   return (returns - returns.mean(0)) * net(KELVINS - 293)
@@ -93,6 +107,8 @@ PROGRAMS = {
   "detrended": lambda net: net(KELVINS - KELVINS @ FITTED.T @ POWERS.T),
   "spectrum": lambda net: net(spectrum(SOUND)),
   "convolution": lambda net: net(spectrum_by_convolution(SOUND)),
+  "controlled": lambda net: controlled(lambda f, dx: jnp.einsum("bhc,bc->bh", f, dx), net),
+  "controlled_each": lambda net: controlled(jax.vmap(jnp.matmul), net, loop=by_index),
   "returns": rewarded,
   "masses": lambda net: net(jnp.log1p(jnp.abs((MOMENTA @ METRIC * MOMENTA).sum(-1)))),
   "products": lambda net: net(
@@ -309,3 +325,22 @@ def test_numbers_may_be_returned_beside_a_product(policy):
       *map(jax.tree.leaves, (run(mpjax.autocast(fn, policy)), run(fn))), strict=True
     ):
       np.testing.assert_allclose(got, want, rtol=0.05, atol=0.05)
+
+
+MASK = array(np.tri(BATCH, WIDTH))
+WEIGHED = {
+  "mean_over_a_mask": lambda p, h: network(p)(
+    jnp.einsum("bti,bt->bi", jnp.tanh(h)[:, None] * MASK[..., None], MASK)
+  ),
+  "hypernetwork": lambda p, h: network(p)(
+    jax.nn.relu(jnp.einsum("bi,bi...->b...", MASK, h[..., None] * h[:, None]))
+  ),
+}
+
+
+@in_turns(("name", "policy"), [*WEIGHED], [*COMPUTE])
+def test_what_a_layer_goes_on_from_stays_narrow_though_data_weigh_it(name, policy):
+  p, x = weights(KEYS[4], WIDTH, 32, WIDTH), jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  found = matmuls(mpjax.autocast(lambda p, x: WEIGHED[name](p, network(p)(x)), policy), p, x)
+  assert len(found) == 5
+  assert operand_bytes(found) == {2}

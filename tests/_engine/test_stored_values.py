@@ -56,7 +56,25 @@ def largest_of_four(p, cast):
   return h @ cast(p["in"])
 
 
+def activated(activation, total):
+  """Layers that end in an activation of a sum, which is float32 by hand, too, until it is added."""
+
+  def run(p, cast):
+    h = cast(X)
+    for w in p["w"]:
+      h = activation(cast(total((h @ cast(w)).astype(jnp.float32))) + cast(p["in"][:1]))
+    return h @ cast(p["in"])
+
+  return run
+
+
+of_neighbors = lambda h: jax.ops.segment_sum(h[SENDERS], GROUPS, 64)
+so_far = lambda h: jnp.cumsum(h, 0) / jnp.arange(1.0, 65)[:, None]
+
 PROGRAMS = {
+  "relu_of_a_sum": activated(nn.relu, of_neighbors),
+  "maximum_of_a_mean": activated(lambda h: jnp.maximum(h, 0), so_far),
+  "leaky_relu_of_what_is_centered": activated(nn.leaky_relu, lambda h: h - h.mean(0)[None]),
   "layer_scale": stack(lambda h, own, cast: cast(own["v"]) * nn.relu(h @ cast(own["w"]))),
   "rezero": stack(lambda h, own, cast: cast(own["v"][0, 0]) * nn.relu(h @ cast(own["w"]))),
   "learned_steepness": stack(
@@ -75,7 +93,9 @@ PROGRAMS = {
   "largest_neighbor": largest_neighbor,
   "largest_of_four": largest_of_four,
 }
-IN_BFLOAT16 = {  # float16 has no room for squares
+IN_BFLOAT16 = {  # float16 has no room for squares, nor for what a sum may be
+  "silu_of_a_sum": activated(nn.silu, of_neighbors),
+  "elu_of_a_mean": activated(nn.elu, so_far),
   "squared_relu": stack(lambda h, own, cast: nn.relu(h @ cast(own["w"])) ** 2 @ cast(own["w"])),
   "gated_square": stack(lambda h, own, cast: (jnp.square(h @ cast(own["w"])) * h) @ cast(own["w"])),
 }
@@ -117,3 +137,29 @@ def test_gradients_are_as_exact_as_by_hand(program, policy):
   for name, exact in want.items():
     error = lambda g, name=name, exact=exact: np.linalg.norm(g[name] - exact)
     assert error(found) <= 2 * error(by_hand) + 1e-6 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_float32_holds_before_an_activation_is_not_lost(policy):
+  """An offset that is taken away in the function, a sum that is divided behind it, no result."""
+
+  def watched(h):
+    jax.jit(lambda s: jax.debug.callback(lambda s: None, s))(jnp.sum(h))
+    return h
+
+  programs = {
+    "offset": lambda h: jax.jit(lambda s: jnp.maximum(s - 300, 0))(300 + jnp.cumsum(h, 0) / 64),
+    "divided": lambda h: nn.relu(jnp.sum(4096 * nn.relu(h), 0, keepdims=True)) / 65536,
+    "no_result": watched,
+  }
+  for fn in programs.values():
+    run = lambda w, fn=fn: jnp.mean((fn(X @ w) @ w) ** 2)
+    by_hand = lambda w, fn=fn: jnp.mean(
+      (lambda cast: cast(fn(cast(X @ w)).astype(jnp.float32) @ w) ** 2)(
+        lambda x: x.astype(POLICIES[policy]).astype(jnp.float32)
+      )
+    )
+    fns = (run, by_hand, mpjax.autocast(run, policy))
+    want, hand, found = jax.jit(lambda w, fns=fns: [jax.grad(f)(w) for f in fns])(W[0])
+    error = lambda g, want=want: np.linalg.norm(g - want)
+    assert error(found) <= 2 * error(hand) + 1e-2 * np.linalg.norm(want)

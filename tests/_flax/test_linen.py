@@ -533,6 +533,26 @@ def test_a_norm_hands_narrow_values_on():
   assert result_dtypes(jaxpr, "rsqrt") == {"float32"}
 
 
+def test_a_convolution_over_frequencies_hands_narrow_values_on():
+  """Complex numbers run as they were traced, and what came in as 16 bits leaves in 16."""
+
+  class Spectral(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      w = self.param("w", nn.initializers.normal(), (8, 8)).astype(jnp.complex64)
+      return jnp.fft.irfft(jnp.fft.rfft(x, axis=1) @ w, x.shape[1], axis=1)
+
+  class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(8)(nn.relu(Spectral()(nn.Dense(8)(x))))
+
+  x = jnp.ones((2, 6, 8))
+  variables = Block().init(jax.random.key(0), x)
+  jaxpr = jax.make_jaxpr(mpjax.apply_policy(Block(), BF16).apply)(variables, x)
+  assert result_dtypes(jaxpr, "max") == {"bfloat16"}
+
+
 # A policy that is replaced, taken away, seen, and pickled -----------------------------------------
 
 

@@ -72,6 +72,7 @@ class Knowledge:
     in_forms: How its operands are held.
     known: What is known of them and of its results outside.
     is_backward: Whether an equation stands in a backward pass.
+    is_rounding: Whether a policy below float32 governs one.
 
   Attributes:
     analyses: What finds it out.
@@ -112,6 +113,7 @@ class Knowledge:
     in_forms: Forms,
     known: Known,
     is_backward: Callable[[JaxprEqn], bool],
+    is_rounding: Callable[[JaxprEqn], bool],
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self.analyses, self._jaxpr, self._inner, needs = analyses, jaxpr, inner, analyses.needs
@@ -142,7 +144,8 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.uses = Uses(self.frame, contents, self._is_layer, is_whole=known.exact is None)
+    is_whole = known.exact is None
+    self.uses = Uses(self.frame, contents, self._is_layer, is_rounding, is_whole=is_whole)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self._in_forms, self._known = in_forms, known

@@ -7,10 +7,20 @@ is what is made of it by everything that reads it, or next; most jaxprs are neve
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mpjax._core.primitives import ADDS, JITTED, MATMULS, SCALES, UNCHANGED, Trait, having
+from mpjax._core.primitives import (
+  ADDS,
+  BOUNDS,
+  FUNCTIONS,
+  JITTED,
+  MATMULS,
+  SCALES,
+  UNCHANGED,
+  Trait,
+  having,
+)
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.lookahead import LOGARITHMS, MOVES
@@ -29,6 +39,7 @@ class Uses:
     frame: The jaxpr.
     contents: Tells what functions do that are called.
     is_layer: Whether a matmul has weights.
+    is_rounding: Whether a policy below float32 governs an equation.
     is_whole: Whether it is the whole function, and no body.
   """
 
@@ -37,11 +48,12 @@ class Uses:
     frame: Frame,
     contents: Contents,
     is_layer: Callable[[JaxprEqn], bool],
+    is_rounding: Callable[[JaxprEqn], bool],
     *,
     is_whole: bool,
   ) -> None:
     self._frame, self._inner, self._is_whole = frame, frame.inner, is_whole
-    self._contents, self._is_layer = contents, is_layer
+    self._contents, self._is_layer, self._is_rounding = contents, is_layer, is_rounding
 
   @functools.cached_property
   def totaled(self) -> Collection[Var]:
@@ -101,12 +113,12 @@ class Uses:
   @functools.cached_property
   def only_multiplied(self) -> Collection[Var]:
     """What nothing but matmuls read."""
-    return self._read_only_by(lambda matmul: True, _STAYS_WEIGHTED)
+    return self._read_by_matmuls(lambda matmul: True, _STAYS_WEIGHTED)
 
   @functools.cached_property
   def weighted(self) -> Collection[Var]:
     """What nothing but layers read, after it was added to or put beside other values, too."""
-    return self._read_only_by(self._is_layer, _LEADS_TO_LAYERS)
+    return self._read_by_matmuls(self._is_layer, _LEADS_TO_LAYERS)
 
   @functools.cached_property
   def before_layers(self) -> Collection[Var]:
@@ -122,18 +134,58 @@ class Uses:
         found |= variables_of(eqn.invars)
     return found
 
-  def _read_only_by(
+  @functools.cached_property
+  def activated(self) -> Collection[Var]:
+    """What nothing but layers read in the forward pass that round it, or an activation of it."""
+    return self._read_by_rounding(_LEADS_TO_LAYERS | _ACTIVATES)
+
+  @functools.cached_property
+  def activated_alone(self) -> Collection[Var]:
+    """The same of what nothing is added to or multiplied by on the way: no larger, no smaller."""
+    return self._read_by_rounding((_LEADS_TO_LAYERS | _ACTIVATES) - ADDS - SCALES)
+
+  def _read_by_rounding(self, leading: frozenset[str]) -> Collection[Var]:
+    """What is led on by some primitives, or by activations, to nothing but layers that round it."""
+
+    def leads_on(eqn: JaxprEqn) -> bool:
+      if eqn.primitive.name not in FUNCTIONS:
+        return eqn.primitive.name in leading
+      return self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= _ACTIVATIONS
+
+    is_one = lambda matmul: self._is_layer(matmul) and self._is_rounding(matmul)  # noqa: E731
+    forward = [eqn for eqn in self._inner.eqns if not self._frame.is_backward(eqn)]
+    divisors = variables_of(e.invars[1] for e in forward if e.primitive.name == "div")
+    return self._read_only_by(is_one, leads_on, forward, divisors)
+
+  def is_activation(self, call: JaxprEqn) -> bool:
+    """Whether a function that is called is an activation."""
+    held = self._contents.primitives(bodies_of(call)[0].jaxpr)
+    return held <= _ACTIVATIONS and not held.isdisjoint(_BENDS)
+
+  def _read_by_matmuls(
     self, is_one: Callable[[JaxprEqn], bool], leading: frozenset[str]
   ) -> Collection[Var]:
-    """What nothing but some of the matmuls read, multiplied or chosen among before."""
-    others, made = variables_of(self._inner.outvars), set[Var]()
-    for eqn in reversed(self._inner.eqns):
-      name = eqn.primitive.name
-      leads_on = name in leading or (
-        name in JITTED and self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= leading
-      )
-      is_end = name in MATMULS and is_one(eqn)
-      if not is_end and not (leads_on and others.isdisjoint(eqn.outvars)):
+    """What is led on by some primitives, or by functions of these, to nothing but some matmuls."""
+
+    def leads_on(eqn: JaxprEqn) -> bool:
+      if eqn.primitive.name not in JITTED:
+        return eqn.primitive.name in leading
+      return self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= leading
+
+    return self._read_only_by(is_one, leads_on, self._inner.eqns, set())
+
+  def _read_only_by(
+    self,
+    is_one: Callable[[JaxprEqn], bool],
+    leads_on: Callable[[JaxprEqn], bool],
+    eqns: Sequence[JaxprEqn],
+    others: set[Var],
+  ) -> Collection[Var]:
+    """What some equations lead on to nothing but some matmuls, and is not among others."""
+    others, made = others | variables_of(self._inner.outvars), set[Var]()
+    for eqn in reversed(eqns):
+      is_end = eqn.primitive.name in MATMULS and is_one(eqn)
+      if not is_end and not (leads_on(eqn) and others.isdisjoint(eqn.outvars)):
         others |= variables_of(eqn.invars)
       made |= {*eqn.outvars}
     return frozenset(made - others)
@@ -242,6 +294,17 @@ _LEADS_ON = (
 )
 _STAYS_WEIGHTED = UNCHANGED | SCALES | {"select_n", "neg", "convert_element_type"}
 _LEADS_TO_LAYERS = _STAYS_WEIGHTED | {"add", "concatenate", "pad", "slice"}
+_ACTIVATES = BOUNDS | {"tanh", "logistic", "erf"}
+_ACTIVATIONS = (
+  _LEADS_TO_LAYERS
+  | _ACTIVATES
+  | FUNCTIONS
+  | having(Trait.ARITHMETIC)
+  | {"erfc", "atan", "exp", "expm1", "integer_pow", "square"}
+) - ADDS
+"""What functions hold that are activations, or lead to one; they take no 300 away before."""
+_BENDS = _ACTIVATES | {"erfc", "atan", "expm1", "select_n"}
+"""By what they are known."""
 _STAYS_ALONE = MOVES | {"neg", "convert_element_type"}
 _TOTALS = LOGARITHMS.ends | {"reduce_sum", "sqrt", "rsqrt"}
 _STAYS_A_TERM = MOVES | {"neg", "add", "sub", "convert_element_type"}

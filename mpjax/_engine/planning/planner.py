@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend import source_info_util
 
 from mpjax._core import scopes
+from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.primitives import ADDS, JITTED, MATMULS, Rule, Trait, having
@@ -23,6 +24,7 @@ from mpjax._engine.analyses.knowledge import Analyses, Knowledge
 from mpjax._engine.analyses.known import NOTHING, Known
 from mpjax._engine.analyses.loop_carries import accumulators, carried
 from mpjax._engine.planning import decisions
+from mpjax._engine.planning.activations import rounded
 from mpjax._engine.planning.decisions import NAMEABLE, Decision
 from mpjax._engine.planning.early_rounding import rounding_early
 from mpjax._engine.planning.late_rounding import rounding_late
@@ -48,7 +50,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.planning.streams import Streams
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import RULES_WITH_BODIES, bodies_of, repetitions, settled
-from mpjax._engine.program.kinds import PARAM, Form, Forms, is_data, is_narrow, join
+from mpjax._engine.program.kinds import DATA, PARAM, Form, Forms, is_data, is_narrow, join
 from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal, Var
 
 
@@ -168,7 +170,8 @@ class _Walk:
   ) -> None:
     inner = versions.open_jaxpr(jaxpr)
     self.planner, self.jaxpr, self.place, self.in_forms = planner, jaxpr, place, in_forms
-    self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, self.is_backward)
+    told = self.is_backward, self.is_rounding
+    self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, *told)
     self.entering = Entering(self.around)
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.is_whole = known.exact is None
@@ -205,16 +208,18 @@ class _Walk:
   def is_backward(self, eqn: JaxprEqn) -> bool:
     return self.place.backward or self.planner.place_of(eqn, self.place.path).backward
 
+  def is_rounding(self, eqn: JaxprEqn) -> bool:
+    place = self.planner.place_of(eqn, self.place.path).within(self.place)
+    _, policy = self.planner.governs(place.path, eqn.primitive.name)
+    return not place.has_policy and policy.compute_dtype != FLOAT32
+
   def step(self, eqn: JaxprEqn) -> Step:
     inner = self.planner.place_of(eqn, self.place.path)
     path, place = inner.path, inner.within(self.place)
-    vias, forms = self.look_up(eqn.invars, path)
-    name = eqn.primitive.name
-    if name in ADDS:
-      vias, forms = self.streams.joined(eqn, vias, forms)
-    won, policy = None, FLOAT32_POLICY
+    name, won, policy = eqn.primitive.name, None, FLOAT32_POLICY
     if not place.has_policy:
       won, policy = self.planner.governs(place.path, name)
+    vias, forms = self.read(eqn, path, policy.compute_dtype)
     table_rule = self.planner.table.get(name, Rule.FOREIGN)
     sight = Sight(eqn, name, table_rule, forms, policy.compute_dtype, self.around, place)
     rule, found = self.rule(sight)
@@ -280,7 +285,7 @@ class _Walk:
     self.borders.settle(
       eqn,
       home,
-      multiplies=multiplies(eqn, bodies) if bodies else eqn.primitive.name in MATMULS,
+      multiplies=multiplies(eqn, bodies),
       lasts=(*eqn.outvars,) if lasts else lasting,
     )
 
@@ -311,6 +316,17 @@ class _Walk:
     pairs = zip(forms, held, strict=True)
     vias = [None if form is None or form == before else form.dtype for form, before in pairs]
     return vias, tuple(forms)
+
+  def read(
+    self, eqn: JaxprEqn, path: Path, compute: np.dtype
+  ) -> tuple[list[np.dtype | None], Forms]:
+    """The same of the operands of an equation, which may join a stream or be rounded before it."""
+    vias, forms = self.look_up(eqn.invars, path)
+    if eqn.primitive.name in ADDS:
+      return self.streams.joined(eqn, vias, forms)
+    if DATA not in forms:
+      return vias, forms
+    return rounded(eqn, vias, forms, compute, self.around, self.borders.lasting)
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""

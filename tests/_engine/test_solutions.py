@@ -26,6 +26,15 @@ def whitening(s):
 
 
 SYSTEMS = {
+  "factors": lambda s, q: (
+    q @ (s.T @ jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(damped(s @ s.T)), LABELS))
+  ),
+  "factors_of_the_transpose": lambda s, q: (
+    q
+    @ (
+      s.T @ jax.scipy.linalg.lu_solve(jax.scipy.linalg.lu_factor(damped(s @ s.T)), LABELS, trans=1)
+    )
+  ),
   "dual": lambda s, q: q @ (s.T @ jnp.linalg.solve(damped(s @ s.T), LABELS)),
   "kernel": lambda s, q: (q @ s.T) @ jnp.linalg.solve(damped(s @ s.T), LABELS),
   "einsum": lambda s, q: jnp.einsum(
@@ -88,7 +97,16 @@ def attending(w, x):
   return jax.nn.softmax((h[:, :25] @ w[:25, :25]) @ (u * s[None]).T) @ h
 
 
+def delta_rule(w, x):
+  """What the tokens of a chunk write, each less what those before it wrote, and read."""
+  k, v = jnp.tanh(x @ w) / 8, x @ w[:, ::-1]
+  before = jnp.eye(25) + jnp.tril(k @ k.T, -1)
+  turn = jax.scipy.linalg.solve_triangular(before, jnp.eye(25), lower=True, unit_diagonal=True)
+  return jnp.tril(v @ k.T) @ (turn @ v)
+
+
 LAYERS = {
+  "delta_rule": (delta_rule, 5),
   "whitened": (whitened, 3),
   "of_whitened_data": (lambda w, x: jnp.tanh((x @ whitening(x)) @ w) @ w.T, 2),
   "of_components": (lambda w, x: jnp.tanh((x @ jnp.linalg.svd(x.T)[0]) @ w) @ w.T, 2),

@@ -143,6 +143,14 @@ class Made(NamedTuple, Generic[T]):
   constant: Collection[T] = frozenset()
 
 
+def _may_be_large(eqn: JaxprEqn) -> bool:
+  """Whether what an equation solves may be divided by something small: by no diagonal of ones.
+
+  A triangular system that has one is a recurrence, as that of a delta rule over a chunk of tokens.
+  """
+  return not eqn.params.get("unit_diagonal", False)
+
+
 class Makings:
   """Finds all of that.
 
@@ -153,7 +161,14 @@ class Makings:
   def __init__(self, contents: Contents) -> None:
     self._contents = contents
     self._whole = MadeOf(_are_whole, "biu", _MAKES_WHOLE, _KEEPS_WHOLE)
-    self._solved = MadeOf(_none, "", SOLVES, STAYS_SOLVED, any, {"dot_general"})
+    self._solved = MadeOf(
+      _none,
+      makes=SOLVES,
+      keeps=STAYS_SOLVED | {"triangular_solve"},
+      of=any,
+      joins={"dot_general"},
+      when=_may_be_large,
+    )
     self._skipped = MadeOf(
       _none, "", {"slice"}, _STAYS_SKIPPED, any, {"dot_general", "add"}, skips_entries
     )

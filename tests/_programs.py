@@ -163,11 +163,15 @@ def _statement(gene: Gene, avals: dict[str, Any], names: Iterator[str]) -> State
   return statement._replace(params=params, body=tuple(_write(gene.body, known, names)))
 
 
+REFUSALS = (TypeError, ValueError, NotImplementedError, ZeroDivisionError)
+"""What plain JAX refuses a program with; the last is a transform's of a single number."""
+
+
 def _type_of(statement: Statement, avals: Mapping[str, Any]) -> Any:
   """The type of a statement's value, None where plain JAX refuses the statement."""
   try:
     aval = jax.eval_shape(lambda values: execute(statement, values, as_is), dict(avals))
-  except (TypeError, ValueError, NotImplementedError, RuntimeWarning):
+  except (*REFUSALS, RuntimeWarning):
     return None  # the warning is NumPy's, of a constant that float16 does not hold
   return aval if sum(aval.shape) <= 64 and len(aval.shape) <= 4 else None
 

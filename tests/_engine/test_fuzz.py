@@ -19,7 +19,18 @@ import mpjax
 import mpjax.inspect
 from _jaxprs import CONTRACTIONS, equations, primitives, sub_jaxprs
 from _program_ops import COMPLEX, CONTRACT, LINALG, OPS, TAME
-from _programs import EXTRAS, INPUTS, PARAMS, WIDER, Gene, as_is, genes, programs, write
+from _programs import (
+  EXTRAS,
+  INPUTS,
+  PARAMS,
+  REFUSALS,
+  WIDER,
+  Gene,
+  as_is,
+  genes,
+  programs,
+  write,
+)
 from mpjax._core.policy_map import as_policy_map
 from mpjax._core.primitives import RULES, Rule
 from mpjax._engine.execute import decide
@@ -120,7 +131,7 @@ def plain(program, transform):
   """The float32 program, traced; a program that plain JAX refuses is not drawn."""
   try:
     return lowered(transformed(program, "float32", transform), *program.split(is_param))
-  except (TypeError, ValueError, NotImplementedError):
+  except REFUSALS:
     assume(False)
   except Exception as error:  # of a class that JAX does not export
     assume(type(error).__name__ != "CustomVJPException")
@@ -380,12 +391,15 @@ def is_close(program, policy):
     return loss
 
   grad = lambda loss: jax.grad(loss, has_aux=True)  # the means of what is normalized cancel
-  fns = [grad(with_values())]
+  fns = [
+    grad(with_values()),
+    *(grad(with_values(rounding(UNIT[policy], n))) for n in range(SAMPLES)),
+  ]
   try:
-    jax.make_jaxpr(fns[0])(*example(program))
-  except TypeError:  # as of a custom_vjp in forward mode, which JAX takes where it is jitted
+    for fn in fns[:2]:
+      jax.make_jaxpr(fn)(*example(program))
+  except REFUSALS:  # a custom_vjp in forward mode, which JAX takes where it is jitted
     assume(False)
-  fns += [grad(with_values(rounding(UNIT[policy], n))) for n in range(SAMPLES)]
   fns += [
     grad(mpjax.autocast(with_values(), policy)),
     mpjax.autocast(jax.jit(grad(with_values())), policy),

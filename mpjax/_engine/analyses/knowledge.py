@@ -128,7 +128,7 @@ class Knowledge:
     self.exact, self.exact_inside = exact.values, dict(exact.inside)
     self.sums = sums_in(inner, known.sums, is_backward, needs)
     self.made = analyses.makings.variables(jaxpr, known.made)
-    outside = known.leading if known.exact is not None else _whole(inner)
+    outside = _whole(inner) if known.is_whole else known.leading
     self.leading = needs.leading(jaxpr, outside)
     systems = frozenset(inner.invars[n] for n in known.systems)
     pure, contents = self.sums.pure, analyses.contents
@@ -144,8 +144,7 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    is_whole = known.exact is None
-    self.uses = Uses(self.frame, contents, self._is_layer, is_rounding, is_whole=is_whole)
+    self.uses = Uses(self.frame, contents, self._is_layer, is_rounding, is_whole=known.is_whole)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self._in_forms, self._known = in_forms, known

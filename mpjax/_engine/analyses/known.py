@@ -68,5 +68,10 @@ class Known(NamedTuple):
   tested: frozenset[int] = frozenset()
   systems: frozenset[int] = frozenset()
 
+  @property
+  def is_whole(self) -> bool:
+    """Whether nothing is known: it is the whole function, and no body."""
+    return self.exact is None
+
 
 NOTHING = Known()

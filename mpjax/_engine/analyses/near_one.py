@@ -52,8 +52,8 @@ from mpjax._engine.analyses.roles import (
 )
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.program.jaxprs import places_of, size_of, variables_of
-from mpjax._engine.program.matmuls import free, operation
+from mpjax._engine.program.jaxprs import places_of, variables_of
+from mpjax._engine.program.matmuls import operation, vector_places
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 TURNS = 8
@@ -62,8 +62,6 @@ TURNS = 8
 In bfloat16 a gate near one is off by up to 1/512, in each turn in the same direction: eight turns
 by a sixty-fourth, as much as other values in 16 bits are.
 """
-
-"""A comparison subtracts."""
 
 _MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
 """In what a gate may meet another value near which it lies, which recurs, or which it divides."""
@@ -290,12 +288,8 @@ def _transitions(eqn: JaxprEqn, forward: Forward, leading: Collection[Var]) -> l
   """The matrix by which a matmul multiplies a vector that recurs, or one of each of a batch."""
   if eqn.outvars[0] not in leading:
     return []
-  pairs = zip(eqn.invars, eqn.invars[::-1], (0, 1), strict=True)
-  return [
-    matrix
-    for vector, matrix, n in pairs
-    if forward.of(vector).turns > TURNS and size_of(free(eqn, n)) == 1 < size_of(free(eqn, 1 - n))
-  ]
+  places = (n for n in vector_places(eqn) if forward.of(eqn.invars[n]).turns > TURNS)
+  return [eqn.invars[1 - n] for n in places]
 
 
 def _is_factor(role: Role) -> bool:

@@ -50,7 +50,9 @@ def rounded(
   place = forms.index(DATA)
   if {*forms} - {DATA, CONSTANT, None} or not _may_round(eqn, place, around, lasting):
     return vias, forms
-  if compute == FLOAT16 and not _keeps_finite(eqn, around):
+  uses, is_float16 = around.uses, compute == FLOAT16
+  read_by_layers = uses.activated_alone if is_float16 else uses.activated
+  if eqn.outvars[0] not in read_by_layers or (is_float16 and not _keeps_finite(eqn, around)):
     return vias, forms
   return (
     [compute if n == place else via for n, via in enumerate(vias)],
@@ -59,7 +61,7 @@ def rounded(
 
 
 def _may_round(eqn: JaxprEqn, place: int, around: Knowledge, lasting: Collection[Any]) -> bool:
-  """Whether layers made an operand, and alone read what an activation makes of it."""
+  """Whether layers made the operand of an activation, and it is float32 for nothing else."""
   value, result = eqn.invars[place], eqn.outvars[0] if len(eqn.outvars) == 1 else None
   if isinstance(value, Literal) or result is None or jaxprs.shape(value) != jaxprs.shape(result):
     return False
@@ -68,7 +70,6 @@ def _may_round(eqn: JaxprEqn, place: int, around: Knowledge, lasting: Collection
   return (
     not is_meant
     and (eqn.primitive.name in BOUNDS or around.uses.is_activation(eqn))
-    and result in around.uses.activated
     and around.exact.isdisjoint([value, result])
     and not around.frame.is_backward(eqn)
     and around.sums.may_be_of_layers([value])
@@ -76,9 +77,7 @@ def _may_round(eqn: JaxprEqn, place: int, around: Knowledge, lasting: Collection
 
 
 def _keeps_finite(eqn: JaxprEqn, around: Knowledge) -> bool:
-  """Whether no NaN is made of an infinity, as a product of it and of 0 is, and it stays one."""
-  if eqn.outvars[0] not in around.uses.activated_alone:
-    return False
+  """Whether no NaN is made of an infinity, as a product of it and of 0 is."""
   if eqn.primitive.name in BOUNDS:
     return True
   contents = around.analyses.contents

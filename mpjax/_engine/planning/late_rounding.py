@@ -65,8 +65,11 @@ def rounding_late(
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
   is_cut_again = _cuts(plan)
-  by_data = {n for n, step in enumerate(plan.steps) if _multiplies_data(step, is_of_layers)}
-  late = _late(plan, numbers, multiplied, by_data, is_cut_again, is_whole=is_whole)
+
+  def ends(step: Step) -> bool:
+    return step.eqn.primitive.name in _ENDS or _multiplies_data(step, is_of_layers)
+
+  late = _late(plan, numbers, multiplied, ends, is_cut_again, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -129,6 +132,10 @@ def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
   )
 
 
+def _adds_up(step: Step) -> bool:
+  return step.eqn.primitive.name in _ADDS_UP
+
+
 def _multiplies_data(step: Step, is_of_layers: Callable[[Sequence[Atom]], bool]) -> bool:
   """Whether a step multiplies a narrow value by data that no layer made, or divides these by it."""
   if step.eqn.primitive.name not in SCALES or {*step.operands} & {None, CONSTANT, PARAM}:
@@ -156,7 +163,7 @@ def _late(
   plan: Plan,
   numbers: Callable[[Atom], NumberSet],
   multiplied: Collection[Var],
-  by_data: set[int],
+  ends: Callable[[Step], bool],
   is_cut_again: Callable[[Step], bool],
   *,
   is_whole: bool,
@@ -178,12 +185,11 @@ def _late(
     leads_on = _leads_on(step)
     (result,) = step.eqn.outvars
     reads = plan.readers[result] if leads_on else []
-    ends = _ADDS_UP if result in multiplied else _ENDS
+    is_end = _adds_up if result in multiplied else ends
     if is_cut_again(step):
       are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
     else:
-      others = set[int]() if result in multiplied else by_data
-      are_late = (_is_late(plan, *read, late, ends, others, is_whole=is_whole) for read in reads)
+      are_late = (_is_late(plan, *read, late, is_end, is_whole=is_whole) for read in reads)
     if (
       reads
       and all(are_late)
@@ -245,8 +251,7 @@ def _is_late(
   reader: int,
   read: Read,
   late: set[int],
-  ends: Collection[str],
-  by_data: set[int],
+  ends: Callable[[Step], bool],
   *,
   is_whole: bool,
 ) -> bool:
@@ -258,7 +263,7 @@ def _is_late(
   if reader in late:
     return read.to is None
   step = plan.steps[reader]
-  is_end = step.eqn.primitive.name in ends or reader in by_data or _is_wide_matmul(step)
+  is_end = ends(step) or _is_wide_matmul(step)
   is_end = is_end or (step.eqn.primitive.name == "concatenate" and _leads_to_matmul(plan, step))
   return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 

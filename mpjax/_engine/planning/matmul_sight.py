@@ -233,8 +233,8 @@ def weighs_given(sight: Sight) -> bool:
     return False
   n, around = sight.forms.index(DATA), sight.around
   _, (batch, _) = sight.eqn.params["dimension_numbers"]
-  own, others = (jaxprs.size_of(matmuls.free(sight.eqn, m)) for m in (n, 1 - n))
-  if own > 1 and (others > 1 or not batch):  # a matrix of no batch may be weights
+  vectors = matmuls.vector_places(sight.eqn)
+  if n not in vectors and not (batch and vectors):  # a matrix of no batch may be weights
     return False
   data = sight.eqn.invars[n]
   states = {var for var in around.carried if jaxprs.is_float32(var)}

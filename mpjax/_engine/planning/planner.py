@@ -174,7 +174,7 @@ class _Walk:
     self.around = Knowledge(planner.analyses, jaxpr, in_forms, known, *told)
     self.entering = Entering(self.around)
     self.cast = CastParameters(inner.invars[n] for n in cast)
-    self.is_whole = known.exact is None
+    self.is_whole = known.is_whole
     self.borders = Borders(self.governs)
     multiplied, makers = self.around.leading.multiplied, self.around.frame.makers
     self.streams = Streams(multiplied, self.borders.lasting, makers)
@@ -210,15 +210,13 @@ class _Walk:
 
   def is_rounding(self, eqn: JaxprEqn) -> bool:
     place = self.planner.place_of(eqn, self.place.path).within(self.place)
-    _, policy = self.planner.governs(place.path, eqn.primitive.name)
-    return not place.has_policy and policy.compute_dtype != FLOAT32
+    return self.governing(place, eqn.primitive.name)[1].compute_dtype != FLOAT32
 
   def step(self, eqn: JaxprEqn) -> Step:
     inner = self.planner.place_of(eqn, self.place.path)
     path, place = inner.path, inner.within(self.place)
-    name, won, policy = eqn.primitive.name, None, FLOAT32_POLICY
-    if not place.has_policy:
-      won, policy = self.planner.governs(place.path, name)
+    name = eqn.primitive.name
+    won, policy = self.governing(place, name)
     vias, forms = self.read(eqn, path, policy.compute_dtype)
     table_rule = self.planner.table.get(name, Rule.FOREIGN)
     sight = Sight(eqn, name, table_rule, forms, policy.compute_dtype, self.around, place)
@@ -327,6 +325,10 @@ class _Walk:
     if DATA not in forms:
       return vias, forms
     return rounded(eqn, vias, forms, compute, self.around, self.borders.lasting)
+
+  def governing(self, place: Place, name: str) -> tuple[int | None, Policy]:
+    """The rule and the policy of a primitive at a place; float32 where its author gave it one."""
+    return (None, FLOAT32_POLICY) if place.has_policy else self.planner.governs(place.path, name)
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""

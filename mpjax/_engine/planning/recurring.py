@@ -89,12 +89,8 @@ def hands_on(sight: Sight) -> bool:
 
 def _is_moved_by_data(sight: Sight, vector: Atom) -> bool:
   """Whether a vector, or one of each of a batch, is multiplied by a matrix that float32 holds."""
-  eqn = sight.eqn
-  if eqn.primitive.name != "dot_general":
-    return False
-  n = eqn.invars.index(vector)
-  own, others = (jaxprs.size_of(matmuls.free(eqn, m)) for m in (n, 1 - n))
-  return own == 1 < others and sight.forms[1 - n] == DATA
+  places = matmuls.vector_places(sight.eqn)
+  return any(sight.eqn.invars[n] is vector and sight.forms[1 - n] == DATA for n in places)
 
 
 def is_of_few(eqn: JaxprEqn) -> bool:

@@ -74,6 +74,16 @@ def vectors(eqn: JaxprEqn) -> Iterator[tuple[Atom, Atom]]:
       yield pair[0], pair[1]
 
 
+def vector_places(eqn: JaxprEqn) -> list[int]:
+  """Which operands of a `dot_general` are vectors, or one of each of a batch, times a matrix."""
+  if eqn.primitive.name != "dot_general":
+    return []
+  first, second = (size_of(free(eqn, n)) for n in (0, 1))
+  return [
+    n for n, (own, other) in enumerate(((first, second), (second, first))) if own == 1 < other
+  ]
+
+
 def is_square_product(eqn: JaxprEqn) -> bool:
   """Whether a matmul is one of square matrices, ``a @ b``, none of them turned."""
   (contracted, batch), first = eqn.params["dimension_numbers"], shape(eqn.invars[0])

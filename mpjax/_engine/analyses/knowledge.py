@@ -77,6 +77,7 @@ class Knowledge:
   Attributes:
     analyses: What finds it out.
     exact: The variables that are needed exactly and may come near one.
+    shifts: Sums that are needed exactly and may come near a number.
     exact_inside: And those in bodies, by the identity of the equation that holds them.
     sums: What is added up.
     made: What is made of something alone.
@@ -125,7 +126,7 @@ class Knowledge:
     if exact is None:
       parameters = (n for n, form in enumerate(in_forms) if form == PARAM)
       exact = analyses.near_one.exact(jaxpr, parameters=parameters)
-    self.exact, self.exact_inside = exact.values, dict(exact.inside)
+    self.exact, self.shifts, self.exact_inside = exact.values, exact.shifts, dict(exact.inside)
     self.sums = sums_in(inner, known.sums, is_backward, needs)
     self.made = analyses.makings.variables(jaxpr, known.made)
     outside = _whole(inner) if known.is_whole else known.leading

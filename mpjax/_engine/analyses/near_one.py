@@ -80,10 +80,12 @@ class Exact(NamedTuple):
     values: The results of such equations.
     inside: The same of the bodies of equations, by the equation's identity; without those in
       which there are none.
+    shifts: Other sums that are needed exactly: near a number, if what a layer gave is added to one.
   """
 
   values: frozenset[Var] = frozenset()
   inside: frozenset[tuple[int, tuple[Exact, ...]]] = frozenset()
+  shifts: frozenset[Var] = frozenset()
 
 
 class Needed(NamedTuple):
@@ -174,7 +176,10 @@ class NearOne:
       while (inside or gates & found) and (again := _computed_again(inner, found)):
         found |= again
         inside, gates = self._swept(inner, forward, leading, found, bounded)
-      exact = Exact(frozenset(gates & found | forgetting), frozenset(inside.items()))
+      adding = (eqn for eqn in inner.eqns if eqn.primitive.name in ADDS) if found else ()
+      shifts = {eqn.outvars[0] for eqn in adding} & found
+      values, held = frozenset(gates & found | forgetting), frozenset(inside.items())
+      exact = Exact(values, held, frozenset(shifts))
       places = (places_of(inner.invars, variables) for variables in (found, bounded & found))
       self._backwards[key] = exact, Needed(*places)
     return self._backwards[key]
@@ -261,8 +266,9 @@ class NearOne:
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
         found |= variables_of(eqn.invars[1:])
         forgetting.update(eqn.outvars)
+      neighbors = all(forward.of(atom).skips for atom in eqn.invars)
       if name == "dot_general":
-        found |= variables_of(_transitions(eqn, forward, leading))
+        found |= variables_of(eqn.invars if neighbors else _transitions(eqn, forward, leading))
       if name not in ("add", "sub", "mul"):
         continue
       pair = [(atom, forward.of(atom)) for atom in eqn.invars]
@@ -277,7 +283,7 @@ class NearOne:
           is_power = again and not decays
           if is_power and not (_is_factor(role) or _is_factor(other)):
             is_power = parts().isdisjoint(variables_of(eqn.invars))
-          near = recurs or is_power
+          near = recurs or is_power or neighbors
         found |= variables_of([atom]) if near else set()
       if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, UNCHANGED, Trait, having
+from mpjax._engine.analyses.contents import skips_entries
 from mpjax._engine.analyses.loop_carries import accumulates
 from mpjax._engine.analyses.ranges import ANYWHERE, Range, hull, range_after, widened
 from mpjax._engine.program import versions
@@ -55,6 +56,7 @@ class Role(NamedTuple):
     products: The sigmoids that products and sums lead to it from, those among them.
     turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
     is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
+    skips: Whether it is every other entry of something, as an associative scan takes it.
     range: Within which numbers it lies, as far as saturating functions, bounds and numbers tell.
   """
 
@@ -62,6 +64,7 @@ class Role(NamedTuple):
   products: frozenset[Var] = frozenset()
   turns: float = 0
   is_own: bool = False
+  skips: bool = False
   range: Range = ANYWHERE
 
   @property
@@ -156,7 +159,7 @@ class RoleFinder:
         read = [found.of(a) if isinstance(a, Literal) else roles.get(a, NONE) for a in eqn.invars]
         if name in HAVE_BODIES:
           inside[id(eqn)], made = self._through(eqn, read)
-        elif eqn.outvars and (name in _FROM_ANYTHING or read.count(NONE) < len(read)):
+        elif eqn.outvars and (_begins(eqn, name) or read.count(NONE) < len(read)):
           role = _gate(eqn) if name in GATES else _derived(eqn, read)
           place = range_after(eqn, [r.range for r in read], makers, lambda a: found.of(a).range)
           made = [role._replace(range=place)] * len(eqn.outvars)
@@ -249,6 +252,11 @@ class RoleFinder:
     return operands
 
 
+def _begins(eqn: JaxprEqn, name: str) -> bool:
+  """Whether something is known of an equation's result, whatever is of its operands."""
+  return name in _FROM_ANYTHING or (name == "slice" and skips_entries(eqn))
+
+
 def _is_one(atom: Atom) -> bool:
   return isinstance(atom, Literal) and bool(atom.val == 1)
 
@@ -292,9 +300,11 @@ def _decay(var: Var, role: Role) -> Role:
 
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands; but for where they lie."""
-  if all(role[:-1] == NONE[:-1] for role in read):
-    return NONE
   name, role = operation(eqn), _joined(read)
+  if name == "slice" and skips_entries(eqn):
+    role = role._replace(skips=True)
+  elif all(known[:-1] == NONE[:-1] for known in read):
+    return NONE
   keeps = name in KEEPS_NUMBERS or name in POWERS
   recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(
@@ -302,17 +312,17 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
     products=role.products if keeps or recurs or role.is_own else frozenset(),
     turns=role.turns if name in HAND_ON else 0,
     is_own=role.is_own,
+    skips=role.skips and name in KEEPS_NUMBERS,
   )
 
 
 def _joined(roles: Iterable[Role]) -> Role:
   """The role of a value that is made of others, or is one of them."""
   roles = tuple(roles) or (NONE,)
-  gates, products, turns, own, ranges = zip(*roles, strict=True)
+  gates, products, turns, own, skips, ranges = zip(*roles, strict=True)
   is_own = any(own) and all(role.is_known for role in roles)
-  return Role(
-    frozenset().union(*gates), frozenset().union(*products), max(turns), is_own, hull(ranges)
-  )
+  found = frozenset().union(*gates), frozenset().union(*products)
+  return Role(*found, max(turns), is_own, any(skips), hull(ranges))
 
 
 def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:

@@ -102,8 +102,11 @@ def is_of_few(eqn: JaxprEqn) -> bool:
 
 
 def multiplies_neighbors(sight: Sight) -> bool:
-  """Whether a matmul multiplies every other entry of values, as an associative scan writes it."""
+  """Whether a matmul multiplies every other entry of values, as an associative scan writes it.
+
+  One of which float32 holds.
+  """
   skipped = sight.around.made.skipped
-  if not skipped or sight.name != "dot_general" or sight.has_narrow:
+  if not skipped or sight.name != "dot_general" or all(map(is_narrow, sight.forms)):
     return False
   return all(not isinstance(a, Literal) and a in skipped for a in sight.eqn.invars)

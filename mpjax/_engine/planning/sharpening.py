@@ -21,7 +21,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
 from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
-from mpjax._engine.program.kinds import PARAM, is_narrow
+from mpjax._engine.program.kinds import CONSTANT, PARAM, is_narrow
 
 
 class Sharpening(NamedTuple):
@@ -98,6 +98,14 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     ),
     Rule.FULL,
     "in bfloat16 a sigmoid is 1 from an argument of 6.3 on, in float16 of 8.4, and 0.999 is 1",
+    lasts=True,
+  ),
+  Sharpening(
+    "near a number",
+    ADDS,
+    lambda s: s.result in s.around.shifts and CONSTANT in s.forms and s.is_narrow,
+    Rule.FULL,
+    "what multiplies a state again and again is a number and little more: 0.9 + 0.01 * x",
     lasts=True,
   ),
   Sharpening(

@@ -20,9 +20,12 @@ if jax.__version_info__ < (0, 11):
   QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later versions have no other way
 os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')}".strip()
 
-# Tests write many programs that others wrote before: these are compiled once in a process.
-_COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
-jax.config.update("jax_compilation_cache_dir", _COMPILED.name)
+# Tests write many programs that others wrote before: these are compiled once. The process that
+# starts the others names the folder; what one reads while another writes it is compiled again.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _COMPILED = tempfile.TemporaryDirectory(prefix="mpjax-tests-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

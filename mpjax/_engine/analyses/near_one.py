@@ -53,7 +53,7 @@ from mpjax._engine.analyses.roles import (
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.program.jaxprs import places_of, variables_of
-from mpjax._engine.program.matmuls import operation, vector_places
+from mpjax._engine.program.matmuls import is_of_few, operation, vector_places
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 TURNS = 8
@@ -291,11 +291,14 @@ class NearOne:
 
 
 def _transitions(eqn: JaxprEqn, forward: Forward, leading: Collection[Var]) -> list[Atom]:
-  """The matrix by which a matmul multiplies a vector that recurs, or one of each of a batch."""
+  """The matrix by which a matmul multiplies a vector that recurs, or one of each of a batch.
+
+  Or a matrix of few numbers that does, as the covariance of a filter's state.
+  """
   if eqn.outvars[0] not in leading:
     return []
-  places = (n for n in vector_places(eqn) if forward.of(eqn.invars[n]).turns > TURNS)
-  return [eqn.invars[1 - n] for n in places]
+  places = (0, 1) if is_of_few(eqn) else vector_places(eqn)
+  return [eqn.invars[1 - n] for n in places if forward.of(eqn.invars[n]).turns > TURNS]
 
 
 def _is_factor(role: Role) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mpjax._engine.planning.matmul_sight import NOT_NARROW, is_of_float32
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
-from mpjax._engine.program.kinds import DATA, FEW, is_data, is_narrow
-from mpjax._engine.program.versions import Atom, JaxprEqn, Literal
+from mpjax._engine.program.kinds import DATA, is_data, is_narrow
+from mpjax._engine.program.versions import Atom, Literal
 
 
 def decides_an_end(sight: Sight) -> bool:
@@ -47,7 +47,7 @@ def iterates(sight: Sight) -> bool:
       return not around.sums.may_be_of_layers([vector])
     if not known.was_made(matrix):
       continue
-    are_few = is_of_few(sight.eqn)
+    are_few = matmuls.is_of_few(sight.eqn)
     if are_few and not around.sums.may_be_of_layers([vector, matrix]):
       return True
     if known.was_made(vector):
@@ -68,7 +68,7 @@ def hands_on(sight: Sight) -> bool:
   found = sight.around.recurrence
   if not found.linear or sight.place.has_cotangents:
     return False
-  if found.solves and not sight.has_narrow and is_of_few(sight.eqn):
+  if found.solves and not sight.has_narrow and matmuls.is_of_few(sight.eqn):
     return bool(jaxprs.places_of(sight.eqn.invars, found.linear))
   read = [a for a in sight.eqn.invars if not isinstance(a, Literal) and a in found.linear]
   by = ([matrix] for vector, matrix in matmuls.vectors(sight.eqn) if [vector] == read)
@@ -91,14 +91,6 @@ def _is_moved_by_data(sight: Sight, vector: Atom) -> bool:
   """Whether a vector, or one of each of a batch, is multiplied by a matrix that float32 holds."""
   places = matmuls.vector_places(sight.eqn)
   return any(sight.eqn.invars[n] is vector and sight.forms[1 - n] == DATA for n in places)
-
-
-def is_of_few(eqn: JaxprEqn) -> bool:
-  """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
-  if eqn.primitive.name != "dot_general":
-    return False
-  free = [jaxprs.size_of([dim]) for n in (0, 1) for dim in matmuls.free(eqn, n)]
-  return max([matmuls.terms(eqn), *free]) <= FEW
 
 
 def multiplies_neighbors(sight: Sight) -> bool:

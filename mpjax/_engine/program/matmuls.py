@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mpjax._engine.program.jaxprs import shape, size, size_of
+from mpjax._engine.program.kinds import FEW
 from mpjax._engine.program.versions import Atom, JaxprEqn
 
 DIMENSIONS = 3
@@ -82,6 +83,13 @@ def vector_places(eqn: JaxprEqn) -> list[int]:
   return [
     n for n, (own, other) in enumerate(((first, second), (second, first))) if own == 1 < other
   ]
+
+
+def is_of_few(eqn: JaxprEqn) -> bool:
+  """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
+  if eqn.primitive.name != "dot_general":
+    return False
+  return max([terms(eqn), *free(eqn, 0), *free(eqn, 1)]) <= FEW
 
 
 def is_square_product(eqn: JaxprEqn) -> bool:

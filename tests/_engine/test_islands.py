@@ -100,6 +100,17 @@ def test_whatever_reads_an_activation_it_stores_no_more_than_by_hand(read, polic
   assert 0 < sizes[0] <= sizes[1]
 
 
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("activation", [nn.silu, nn.gelu, nn.elu, jnp.tanh])
+def test_a_norm_before_an_activation_that_is_pooled_is_computed_again(activation, policy, operands):
+  """Its mean and variance read in float32 what the island reads."""
+
+  def fn(w, x):
+    return jnp.sum(activation(READERS["norm"](x @ w[0])).mean(1) ** 2)
+
+  assert stored(mpjax.autocast(fn, policy), operands).count("float32") <= 1  # the data
+
+
 @pytest.mark.parametrize("reader", ["pad", "concatenate"])
 @pytest.mark.parametrize("activation", [ARITHMETIC["snake"], ARITHMETIC["squared_relu"]])
 def test_squares_that_are_padded_for_a_layer_stay_narrow(activation, reader, operands):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from mpjax._core.primitives import JITTED, MATMULS, Trait, having
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, bodies_of
-from mpjax._engine.program.jaxprs import kind
+from mpjax._engine.program.jaxprs import kind, shape
 from mpjax._engine.program.matmuls import operation, weights_of
 from mpjax._engine.program.versions import AnyJaxpr, JaxprEqn
 
@@ -36,6 +36,10 @@ class Contents:
     """Whether it holds a matmul."""
     return self.any_of(MATMULS, jaxpr)
 
+  def sums(self, jaxpr: AnyJaxpr) -> bool:
+    """Whether it holds a sum or a matmul."""
+    return self.any_of(_SUMS, jaxpr)
+
   def solutions(self, jaxpr: AnyJaxpr) -> bool:
     """Whether it solves a linear system or decomposes a matrix."""
     return self.any_of(SOLVES, jaxpr)
@@ -53,7 +57,7 @@ class Contents:
     if eqn.primitive.name not in JITTED:
       return operation(eqn) in _SUMS
     (body,) = bodies_of(eqn)
-    return self.any_of(_SUMS, body.jaxpr)
+    return self.sums(body.jaxpr)
 
   def primitives(self, jaxpr: AnyJaxpr) -> set[str]:
     """The names of the primitives in a jaxpr, its bodies among it."""
@@ -76,6 +80,20 @@ class Contents:
 def makes_complex(eqn: JaxprEqn) -> bool:
   """Whether an equation makes a complex number of a float, as in ``exp(1j * x)``."""
   return eqn.primitive.name == "convert_element_type" and kind(eqn.outvars[0]) == "c"
+
+
+def taken_of_pairs(eqn: JaxprEqn) -> int | None:
+  """Whether a slice takes the first or the second of all pairs, 0 or 1, as associative scans do.
+
+  Every other entry but for the last, ``x[:-1:2]``, or from the second on; ``x[::2]`` is no such.
+  """
+  strides = eqn.params["strides"] or ()
+  if strides.count(2) != 1:
+    return None
+  along = strides.index(2)
+  start, limit = (eqn.params[key][along] for key in ("start_indices", "limit_indices"))
+  size = shape(eqn.invars[0])[along]
+  return {(0, size - 1): 0, (1, size): 1}.get((start, limit))
 
 
 def skips_entries(eqn: JaxprEqn) -> bool:

@@ -122,7 +122,14 @@ class Entering:
       tested=jaxprs.places_of(atoms, self._around.tested),
       systems=jaxprs.places_of(atoms, self._around.solutions.values),
       subtracted=self._subtracted_from(eqn, body, forms),
+      outputs=self._outputs_of(eqn, body),
     )
+
+  def _outputs_of(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
+    """Which results of a function no layer comes after and a loss is made of, if it adds up."""
+    if eqn.primitive.name not in CALLS or not self._analyses.contents.sums(body.jaxpr):
+      return frozenset()
+    return frozenset(n for n, var in enumerate(eqn.outvars) if self._around.is_output(var))
 
   def _subtracted_from(self, eqn: JaxprEqn, body: Body, forms: Forms) -> frozenset[int]:
     """Which results of a call end in a difference, if it may multiply data by a matrix of data."""

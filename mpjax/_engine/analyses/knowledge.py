@@ -30,7 +30,7 @@ from mpjax._engine.analyses.iterations import Iterations
 from mpjax._engine.analyses.known import Known
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs
-from mpjax._engine.analyses.made_of import Makings
+from mpjax._engine.analyses.made_of import Makings, is_computed
 from mpjax._engine.analyses.moments import moments
 from mpjax._engine.analyses.near_one import NearOne
 from mpjax._engine.analyses.power_iteration import own_variables, power_iteration
@@ -216,6 +216,38 @@ class Knowledge:
     subtracted = variables_of(inner.outvars[n] for n in self._known.subtracted)
     return DataTransforms(self.frame, self.analyses.contents, given, handed_on, subtracted)
 
+  def is_output(self, var: Var) -> bool:
+    """Whether a value goes into a loss, and no layer comes after, be its weights trained or not."""
+    return var in self._in_totals and var not in self._before_weights
+
+  @functools.cached_property
+  def _before_weights(self) -> Collection[Var]:
+    """What leads to weights, or is returned from a body to what may."""
+    results = self._inner.outvars
+    ends = () if self._known.is_whole else set(range(len(results))) - self._known.outputs
+    return self.uses.before(self._may_weigh, variables_of(results[n] for n in ends))
+
+  @functools.cached_property
+  def _in_totals(self) -> Collection[Var]:
+    """What a single number is made of, as a loss is, in the forward pass."""
+    found = variables_of(self._inner.outvars[n] for n in self._known.outputs)
+    for eqn in reversed(self._inner.eqns):
+      if not self.frame.is_backward(eqn) and (not found.isdisjoint(eqn.outvars) or _totals(eqn)):
+        found |= {*eqn.outvars, *variables_of(eqn.invars)}
+    return found
+
+  def _may_weigh(self, matmul: JaxprEqn) -> bool:
+    """Whether weights may be: a matrix of parameters, or of neither layers nor numbers."""
+    makers, known = self.frame.makers, self.of_numbers
+    return self._is_layer(matmul) or any(
+      jaxprs.kind(a) == "f"
+      and len(jaxprs.shape(a)) > 1
+      and not isinstance(a, Literal)
+      and not self.sums.may_be_of_layers([a])
+      and not is_computed(a, makers, known)
+      for a in matmul.invars
+    )
+
   def _is_layer(self, matmul: JaxprEqn) -> bool:
     """Whether weights are multiplied, and for no moment."""
     is_moment = not self.moments.values.isdisjoint(matmul.outvars)
@@ -252,3 +284,9 @@ def _numbers(adapting: Adapting, jaxpr: AnyJaxpr, known: Known) -> Numbers:
   for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
     found.define(var, numbers_of(value))
   return found
+
+
+def _totals(eqn: JaxprEqn) -> bool:
+  """Whether an equation makes a float of an array."""
+  made = any(not jaxprs.shape(v) and jaxprs.kind(v) == "f" for v in eqn.outvars)
+  return made and any(map(jaxprs.shape, eqn.invars))

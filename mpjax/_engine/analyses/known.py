@@ -43,6 +43,7 @@ class Known(NamedTuple):
     has_rule: Whether it is of a function with a derivative rule of its user's, or of that.
     tested: Which operands a loop around it hands to a test that multiplies for a residual.
     systems: Which operands belong to a linear system outside.
+    outputs: Which results go into a loss, and no layer comes after.
   """
 
   exact: Exact | None = None
@@ -67,6 +68,7 @@ class Known(NamedTuple):
   has_rule: bool = False
   tested: frozenset[int] = frozenset()
   systems: frozenset[int] = frozenset()
+  outputs: frozenset[int] = frozenset()
 
   @property
   def is_whole(self) -> bool:

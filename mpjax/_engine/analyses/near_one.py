@@ -172,12 +172,12 @@ class NearOne:
       near, forgetting = self._near_one(inner, forward, leading)
       found |= near
       bounded = variables_of(inner.outvars[n] for n in outs.bounded)
+      direct = {*found}
       inside, gates = self._swept(inner, forward, leading, found, bounded)
       while (inside or gates & found) and (again := _computed_again(inner, found)):
         found |= again
         inside, gates = self._swept(inner, forward, leading, found, bounded)
-      adding = (eqn for eqn in inner.eqns if eqn.primitive.name in ADDS) if found else ()
-      shifts = {eqn.outvars[0] for eqn in adding} & found
+      shifts = _shifts(inner, direct, found, self._holds_gate) if direct else set()
       values, held = frozenset(gates & found | forgetting), frozenset(inside.items())
       exact = Exact(values, held, frozenset(shifts))
       places = (places_of(inner.invars, variables) for variables in (found, bounded & found))
@@ -212,6 +212,16 @@ class NearOne:
       if needed := self._needed(eqn, forward, is_needed=is_needed):
         found |= variables_of(needed)
     return inside, gates
+
+  def _holds_gate(self, eqn: JaxprEqn) -> bool:
+    """Whether an equation, or a body of it, is a sigmoid."""
+    if eqn.primitive.name not in HAVE_BODIES:
+      return eqn.primitive.name in GATES
+    return any(
+      self._holds_gate(held)
+      for body in bodies_of(eqn)
+      for held in versions.open_jaxpr(body.jaxpr).eqns
+    )
 
   def _needed(self, eqn: JaxprEqn, forward: Forward, *, is_needed: bool) -> Sequence[Any]:
     """The operands of an equation that are needed exactly, given whether a result is."""
@@ -266,7 +276,8 @@ class NearOne:
       if name == "div" and _divides_up(forward.of(eqn.invars[1])):
         found |= variables_of(eqn.invars[1:])
         forgetting.update(eqn.outvars)
-      neighbors = all(forward.of(atom).skips for atom in eqn.invars)
+      multiplies = name in ("mul", "dot_general")
+      neighbors = multiplies and _are_neighbors(*(forward.of(atom).taken for atom in eqn.invars))
       if name == "dot_general":
         found |= variables_of(eqn.invars if neighbors else _transitions(eqn, forward, leading))
       if name not in ("add", "sub", "mul"):
@@ -288,6 +299,30 @@ class NearOne:
       if name == "sub" and not compares:
         found |= _part_left(eqn, forward, products, same)
     return found, forgetting
+
+
+def _are_neighbors(first: Indices, second: Indices) -> bool:
+  """Whether one value is the first and another the second of pairs."""
+  return bool(first and second) and first | second == {0, 1}
+
+
+def _shifts(
+  inner: Jaxpr, first: set[Var], exact: set[Var], is_gate: Callable[[JaxprEqn], bool]
+) -> set[Var]:
+  """The sums among what is needed exactly, but for those in the argument of a sigmoid.
+
+  Args:
+    inner: The jaxpr.
+    first: What is needed by itself.
+    exact: And all that leads to it.
+    is_gate: Whether an equation is a sigmoid, or holds one.
+  """
+  found, shifts = {*first}, set[Var]()
+  for eqn in reversed(inner.eqns):
+    if not found.isdisjoint(eqn.outvars) and not is_gate(eqn):
+      found |= variables_of(eqn.invars) & exact
+      shifts |= {*eqn.outvars} if eqn.primitive.name in ADDS else set()
+  return shifts
 
 
 def _transitions(eqn: JaxprEqn, forward: Forward, leading: Collection[Var]) -> list[Atom]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, UNCHANGED, Trait, having
-from mpjax._engine.analyses.contents import skips_entries
+from mpjax._engine.analyses.contents import taken_of_pairs
 from mpjax._engine.analyses.loop_carries import accumulates
 from mpjax._engine.analyses.ranges import ANYWHERE, Range, hull, range_after, widened
 from mpjax._engine.program import versions
@@ -56,7 +56,7 @@ class Role(NamedTuple):
     products: The sigmoids that products and sums lead to it from, those among them.
     turns: How often loops hand on what arithmetic leads to it from; 0 if none do.
     is_own: Whether it is a number near one, or made of nothing but parameters and numbers.
-    skips: Whether it is every other entry of something, as an associative scan takes it.
+    taken: Whether it is the first or the second of pairs, 0 or 1, as associative scans take them.
     range: Within which numbers it lies, as far as saturating functions, bounds and numbers tell.
   """
 
@@ -64,7 +64,7 @@ class Role(NamedTuple):
   products: frozenset[Var] = frozenset()
   turns: float = 0
   is_own: bool = False
-  skips: bool = False
+  taken: Indices = frozenset()
   range: Range = ANYWHERE
 
   @property
@@ -254,7 +254,7 @@ class RoleFinder:
 
 def _begins(eqn: JaxprEqn, name: str) -> bool:
   """Whether something is known of an equation's result, whatever is of its operands."""
-  return name in _FROM_ANYTHING or (name == "slice" and skips_entries(eqn))
+  return name in _FROM_ANYTHING or (name == "slice" and taken_of_pairs(eqn) is not None)
 
 
 def _is_one(atom: Atom) -> bool:
@@ -301,8 +301,8 @@ def _decay(var: Var, role: Role) -> Role:
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands; but for where they lie."""
   name, role = operation(eqn), _joined(read)
-  if name == "slice" and skips_entries(eqn):
-    role = role._replace(skips=True)
+  if name == "slice" and (place := taken_of_pairs(eqn)) is not None:
+    role = role._replace(taken=frozenset((place,)))
   elif all(known[:-1] == NONE[:-1] for known in read):
     return NONE
   keeps = name in KEEPS_NUMBERS or name in POWERS
@@ -312,17 +312,17 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
     products=role.products if keeps or recurs or role.is_own else frozenset(),
     turns=role.turns if name in HAND_ON else 0,
     is_own=role.is_own,
-    skips=role.skips and name in KEEPS_NUMBERS,
+    taken=role.taken if name in KEEPS_NUMBERS else frozenset(),
   )
 
 
 def _joined(roles: Iterable[Role]) -> Role:
   """The role of a value that is made of others, or is one of them."""
   roles = tuple(roles) or (NONE,)
-  gates, products, turns, own, skips, ranges = zip(*roles, strict=True)
+  gates, products, turns, own, taken, ranges = zip(*roles, strict=True)
   is_own = any(own) and all(role.is_known for role in roles)
   found = frozenset().union(*gates), frozenset().union(*products)
-  return Role(*found, max(turns), is_own, any(skips), hull(ranges))
+  return Role(*found, max(turns), is_own, frozenset().union(*taken), hull(ranges))
 
 
 def _renamed(role: Role, names: Callable[[Any], Iterable[Any]]) -> Role:

@@ -123,14 +123,25 @@ class Uses:
   @functools.cached_property
   def before_layers(self) -> Collection[Var]:
     """What leads into a layer, whatever is made of it before; what a body returns may do so."""
-    found = set() if self._is_whole else variables_of(self._inner.outvars)
+    return self.before(
+      self._is_layer, set() if self._is_whole else variables_of(self._inner.outvars)
+    )
+
+  def before(self, is_one: Callable[[JaxprEqn], bool], found: Collection[Var]) -> Collection[Var]:
+    """What leads into matmuls of a kind, or functions with such, or to some variables.
+
+    Args:
+      is_one: Whether a matmul, or what holds one, is of the kind.
+      found: Those variables.
+    """
+    found = {*found}
     for eqn in reversed(self._inner.eqns):
       name = eqn.primitive.name
       if self._frame.is_backward(eqn):
         continue
       bodies = bodies_of(eqn) if name in HAVE_BODIES else ()
       multiplies = name in MATMULS or any(self._contents.matmuls(b.jaxpr) for b in bodies)
-      if not found.isdisjoint(eqn.outvars) or (multiplies and self._is_layer(eqn)):
+      if not found.isdisjoint(eqn.outvars) or (multiplies and is_one(eqn)):
         found |= variables_of(eqn.invars)
     return found
 

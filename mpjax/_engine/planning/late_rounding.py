@@ -13,6 +13,10 @@ up in float32. And so is what is made of a value for float32 alone if that is re
 besides: of ``logsumexp(s) - (s * one_hot).sum()`` there come back to s a probability and -1. And so
 is a multiple that data multiply, for which nothing is stored, and what is cut twice in the same way
 for float32 alone, as halves of which kernels are compared.
+
+What no layer comes after is an output: of ``2 * sigmoid(o) - 1``, which a loss compares, o rounds,
+as by hand, and nothing else. Activations of outputs, numbers that are added to them and what is
+made of these is float32 where float32 alone reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import ADDS, FUNCTIONS, SCALES, Rule, Trait, having
+from mpjax._core.primitives import ADDS, BOUNDS, FUNCTIONS, SCALES, Rule, Trait, having
 from mpjax._engine.analyses.constants import NumberSet
 from mpjax._engine.planning.plan import AS_HELD, ONE_FLOAT32, Plan, Read, Step
 from mpjax._engine.program import versions
@@ -36,10 +40,12 @@ from mpjax._engine.program.versions import Atom, Literal, Var
 _MOVES = having(Trait.MOVES) - {"name"}  # by which a checkpoint would store it
 _CHOOSES = frozenset({"select_n", "scatter", "concatenate", "pad", "slice", "dynamic_slice"})
 _LEADS_ON = ADDS | _MOVES | _CHOOSES | {"neg", "broadcast_in_dim"}
-_MAY_LEAD_ON = _LEADS_ON | SCALES | FUNCTIONS
 _ADDS_UP = ADDS | {"reduce_sum"}
 _AS_WIDE = Read(to=FLOAT32)
 _STEEP = frozenset({"exp", "exp2", "pow", "log"})
+_BENDS = frozenset({"logistic", "tanh", "erf", "erfc", "atan", "sin", "cos", "sqrt", "cbrt"})
+_MAKES_OUTPUTS = _LEADS_ON | _BENDS | BOUNDS | SCALES | {"abs", "integer_pow"}
+_MAY_LEAD_ON = _MAKES_OUTPUTS | FUNCTIONS
 _ENDS = _ADDS_UP | FUNCTIONS | _STEEP | {"reduce_max", "reduce_min", "gather"}
 _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
@@ -50,6 +56,7 @@ def rounding_late(
   numbers: Callable[[Atom], NumberSet],
   multiplied: Collection[Var],
   is_of_layers: Callable[[Sequence[Atom]], bool],
+  comes_last: Callable[[Var], bool],
   *,
   is_whole: bool,
 ) -> Plan:
@@ -62,6 +69,7 @@ def rounding_late(
       hand, and no loss does.
     is_of_layers: Whether one of some values may be of layers. Data that are none have no gradient,
       for which a product with them would store the multiple.
+    comes_last: Whether no layer comes after a value.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
   is_cut_again = _cuts(plan)
@@ -69,7 +77,10 @@ def rounding_late(
   def ends(step: Step) -> bool:
     return step.eqn.primitive.name in _ENDS or _multiplies_data(step, is_of_layers)
 
-  late = _late(plan, numbers, multiplied, ends, is_cut_again, is_whole=is_whole)
+  def is_output(step: Step) -> bool:
+    return not step.place.has_cotangents and comes_last(step.eqn.outvars[0])
+
+  late = _late(plan, numbers, multiplied, ends, is_cut_again, is_output, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
   for n in sorted(late):
     step = plan.steps[n]
@@ -77,6 +88,7 @@ def rounding_late(
       _is_inexact_multiple(step, numbers)
       or _leads_to_matmul(plan, step)
       or _is_read_besides(plan, n, late)
+      or (_bends_or_shifts(step) and is_output(step))
       or is_cut_again(step)
       or made & variables_of(step.eqn.invars)
     ):
@@ -165,6 +177,7 @@ def _late(
   multiplied: Collection[Var],
   ends: Callable[[Step], bool],
   is_cut_again: Callable[[Step], bool],
+  is_output: Callable[[Step], bool],
   *,
   is_whole: bool,
 ) -> set[int]:
@@ -172,7 +185,7 @@ def _late(
 
   Once, or to add or multiply: what is added up and read again besides is most often normalized.
   """
-  late, exact = set[int](), set[int]()
+  late, exact, returned = set[int](), set[int](), {_RESULT}
   likely = [
     (n, step)
     for n, step in enumerate(plan.steps)
@@ -182,16 +195,18 @@ def _late(
     and is_narrow(step.outs[0])
   ]
   for n, step in reversed(likely):
-    leads_on = _leads_on(step)
+    is_last = _leads_on(step, _MAKES_OUTPUTS) and is_output(step)
     (result,) = step.eqn.outvars
-    reads = plan.readers[result] if leads_on else []
-    is_end = _adds_up if result in multiplied else ends
+    reads = plan.readers[result] if is_last or _leads_on(step) else []
+    is_end = (lambda _: True) if is_last else _adds_up if result in multiplied else ends
     if is_cut_again(step):
       are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
     else:
       are_late = (_is_late(plan, *read, late, is_end, is_whole=is_whole) for read in reads)
+    is_made = any(reader not in returned for reader, _ in reads)
     if (
       reads
+      and (is_made or _leads_on(step))
       and all(are_late)
       and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads))
     ):
@@ -200,6 +215,7 @@ def _late(
         continue  # others would read what it makes as it was before
       late.add(n)
       exact |= {n} if rounds_inside else set()
+      returned |= set() if is_made else {n}
   return late
 
 
@@ -227,15 +243,26 @@ def _rounds(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
   return found is None or any(math.frexp(number)[0] not in (0.0, 0.5, -0.5) for number in found)
 
 
-def _leads_on(step: Step) -> bool:
-  """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values."""
+def _bends_or_shifts(step: Step) -> bool:
+  """Whether a step makes what narrow values hold with more digits: by a function, by a number."""
+  if step.bodies:
+    return any(_bends_or_shifts(inner) for body in step.bodies for inner in body.steps)
+  name = step.eqn.primitive.name
+  return name in _BENDS or (name in ADDS and CONSTANT in step.operands)
+
+
+def _leads_on(step: Step, names: Collection[str] = _LEADS_ON) -> bool:
+  """Whether a step with a narrow result multiplies, adds, moves or chooses among narrow values.
+
+  Or does something else of that to them, by the names of primitives.
+  """
   if step.bodies:
     if step.rule is not Rule.CALL or len(step.outs) != 1:  # a loop, a choice
       return False
     (body,) = step.bodies
     narrow = [s for s in body.steps if any(map(is_narrow, (*s.operands, *s.outs)))]
-    return body.out_reads[0].via is None and all(map(_leads_on, narrow))
-  return step.eqn.primitive.name in _LEADS_ON or _is_multiple(step)
+    return body.out_reads[0].via is None and all(_leads_on(inner, names) for inner in narrow)
+  return step.eqn.primitive.name in names or _is_multiple(step)
 
 
 def _is_exact(plan: Plan, reader: int) -> bool:

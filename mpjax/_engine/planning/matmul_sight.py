@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule
@@ -15,7 +16,7 @@ from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_comp
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Kind, is_narrow
-from mpjax._engine.program.versions import Literal
+from mpjax._engine.program.versions import JaxprEqn, Literal
 
 
 def is_amplified(sight: Sight) -> bool:
@@ -188,19 +189,47 @@ def has_constant_weights(sight: Sight) -> bool:
 
 
 def is_fixed_transform(sight: Sight) -> bool:
-  """Whether a matrix that the program computes of numbers is multiplied with data, or a vector."""
-  if sight.name != "dot_general" or sight.has_narrow:
+  """Whether a matrix that the program computes of numbers is multiplied with data, or a vector.
+
+  Or with an output, where its author asks for all digits, as `jax.image.resize` does.
+  """
+  if sight.name != "dot_general":
     return False
   sums, makers = sight.around.sums, sight.around.frame.makers
   pairs = list(zip(sight.eqn.invars, sight.forms, strict=True))
-  return any(
-    len(jaxprs.shape(matrix)) > 1
-    and not isinstance(other, Literal)
-    and not sums.is_cotangent(matrix)
-    and (len(jaxprs.shape(other)) == 1 or (form != PARAM and not sums.of_parameters([other])))
-    and is_computed(matrix, makers, sight.around.of_numbers)
-    for (matrix, _), (other, form) in (pairs, pairs[::-1])
-  )
+  for (matrix, _), (other, form) in (pairs, pairs[::-1]):
+    if len(jaxprs.shape(matrix)) < 2 or isinstance(other, Literal) or sums.is_cotangent(matrix):
+      continue
+    if not is_computed(matrix, makers, sight.around.of_numbers):
+      continue
+    if not sight.has_narrow and len(jaxprs.shape(other)) == 1:
+      return True
+    is_given = not sight.has_narrow and not sums.of_parameters([other])
+    if form != PARAM and (is_given or (_is_precise(sight.eqn) and is_of_output(sight))):
+      return True
+  return False
+
+
+def _is_precise(eqn: JaxprEqn) -> bool:
+  asked = eqn.params["precision"]
+  return asked is not None and {*asked} == {lax.Precision.HIGHEST}
+
+
+def is_of_output(sight: Sight) -> bool:
+  """Whether no layer comes after a matmul, in the forward pass of a whole function."""
+  return not sight.place.has_cotangents and sight.around.is_output(sight.result)
+
+
+def is_of_few_outputs(sight: Sight) -> bool:
+  """Whether a matmul multiplies small matrices of layers, in float32, and none comes after.
+
+  As the gradient of a deformation does for a strain.
+  """
+  if not is_of_float32(sight) or not matmuls.is_of_few(sight.eqn):
+    return False
+  sums, read = sight.around.sums, sight.eqn.invars
+  are_of_layers = all(sums.may_be_of_layers([a]) and a not in sums.pure for a in read)
+  return are_of_layers and is_of_output(sight)
 
 
 def transforms_data(sight: Sight) -> bool:

@@ -202,6 +202,7 @@ class _Walk:
       self.around.numbers.of,
       self.around.leading.multiplied,
       self.around.sums.may_be_of_layers,
+      self.around.is_output,
       is_whole=self.is_whole and out_forms is None,
     )
 

@@ -21,7 +21,7 @@ from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import matmuls
 from mpjax._engine.program.bodies import RULES_WITH_BODIES
 from mpjax._engine.program.keep_float32 import KEEP_FLOAT32
-from mpjax._engine.program.kinds import CONSTANT, PARAM, is_narrow
+from mpjax._engine.program.kinds import PARAM, is_narrow
 
 
 class Sharpening(NamedTuple):
@@ -103,7 +103,7 @@ SHARPENINGS: tuple[Sharpening, ...] = (
   Sharpening(
     "near a number",
     ADDS,
-    lambda s: s.result in s.around.shifts and CONSTANT in s.forms and s.is_narrow,
+    lambda s: s.is_narrow and s.result in s.around.shifts and sight.is_near_a_number(s),
     Rule.FULL,
     "what multiplies a state again and again is a number and little more: 0.9 + 0.01 * x",
     lasts=True,
@@ -351,6 +351,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     Rule.FULL,
     "a matrix that is data is no layer's: what is left of 293 kelvin less what it makes of them "
     "would be rounding",
+  ),
+  Sharpening(
+    "small matrices of outputs",
+    MATMULS,
+    matmul_sight.is_of_few_outputs,
+    Rule.FULL,
+    "float32 that no layer reads, as the strain of a deformation: an energy is little beside it",
   ),
   Sharpening(
     "weighted data",

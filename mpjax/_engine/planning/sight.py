@@ -15,7 +15,7 @@ from mpjax._core.primitives import SCALES, Rule
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.planning.plan import Place
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import PARAM, Forms, Kind, is_narrow, join
+from mpjax._engine.program.kinds import CONSTANT, PARAM, Forms, Kind, is_narrow, join
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
@@ -76,6 +76,18 @@ def held_together(sight: Sight) -> np.dtype | None:
   """The dtype that an equation's operands have together where they follow each other."""
   form = join(sight.forms)
   return sight.compute if form and form.kind < Kind.NARROW else form and form.dtype
+
+
+def is_near_a_number(sight: Sight) -> bool:
+  """Whether a number is added that 16 bits hold with errors as large as what a value varies by."""
+  for atom, form in zip(sight.eqn.invars, sight.forms, strict=True):
+    if form == CONSTANT:
+      known = sight.around.numbers.of(atom)
+      return known is None or max(map(abs, known), default=0.0) >= _NEAR
+  return False
+
+
+_NEAR = 0.25
 
 
 def is_square(sight: Sight) -> bool:

@@ -89,7 +89,7 @@ def is_of_few(eqn: JaxprEqn) -> bool:
   """Whether no dimension of a matmul is longer than a state's, as those of layers are."""
   if eqn.primitive.name != "dot_general":
     return False
-  return max([terms(eqn), *free(eqn, 0), *free(eqn, 1)]) <= FEW
+  return max(size_of([dim]) for dim in (terms(eqn), *free(eqn, 0), *free(eqn, 1))) <= FEW
 
 
 def is_square_product(eqn: JaxprEqn) -> bool:

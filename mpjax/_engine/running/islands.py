@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import SCALES, Trait, having
+from mpjax._core.primitives import ADDS, SCALES, Trait, having
 from mpjax._engine.planning.plan import Plan, Step, is_elementwise, shared_format
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
@@ -121,7 +121,8 @@ class _Search:
   def _unrounded(self, members: Sequence[int]) -> Island | None:
     """The island whose result leaves in float32, if its steps store more than it reads.
 
-    Of a swish that a norm or a pool reads: the sigmoid and what it multiplies.
+    Of a swish that a norm or a pool reads: the sigmoid and what it multiplies. None where what it
+    reads is added to something later, or taken away: little may be left of their cotangents.
     """
     if self._is_function:  # its caller takes it whole, as a single step
       return None
@@ -129,7 +130,12 @@ class _Search:
     if not read:  # as nearly always
       return None
     stored = _stored(self._steps[n] for n in members) - _stores_result(self._steps[members[-1]])
-    return self._of(members) if read < 2 * stored else None
+    if read >= 2 * stored:
+      return None
+    island = self._of(members)
+    later = (n for var in island.inputs for n, _ in self.readers[var] if n > members[-1])
+    is_added = any(self._steps[n].eqn.primitive.name in ADDS for n in later)
+    return None if is_added and len(members) > 1 else island
 
   def _mixed(self, members: Sequence[int]) -> Island | None:
     """A mixture of float32 values by gates that nothing else reads.

@@ -382,6 +382,31 @@ def test_a_gate_in_a_loop_of_a_hundred_turns_forgets_as_in_float32(fn, policy):
 
 
 @both
+def test_what_is_cut_with_a_stride_is_no_recurrence(policy):
+  """Every other entry of a value and of its gate, halves that interleave, magnitudes of pairs."""
+
+  def fn(p, x):
+    h = x[:64] @ p["w"]
+    cut = h[::2] * sigmoid(h)[::2] + h[1::2] * sigmoid(h)[1::2] + h[1::2] * h[1::2]
+    return jnp.concatenate([cut[:, ::2] * cut[:, 1::2], cut[:, 1::2]], 1) @ p["w"]
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS))
+  gates = [e for e in found if e.primitive.name in ("logistic", "tanh")]
+  assert {e.outvars[0].aval.dtype.itemsize for e in gates} == {2}
+
+
+@both
+def test_a_small_number_and_the_bias_of_a_gate_are_no_numbers_near_one(policy):
+  def fn(p, x):
+    given = x[:64] @ p["w"] + 0.01, sigmoid(x[:64] @ p["z"] + 0.5)
+    return lax.scan(lambda c, u: (u[0] * c * u[1], None), x[0], given)[0]
+
+  found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS))
+  shifts = [e for e in found if e.primitive.name == "add" and e.invars[1].aval.shape == ()]
+  assert {e.outvars[0].aval.dtype.itemsize for e in shifts} == {2}
+
+
+@both
 def test_what_does_not_come_near_what_it_is_taken_from_stays_in_16_bits(policy):
   """A gelu by tanh, the square of an output, a centered gate, a layer's norm, a few turns."""
 

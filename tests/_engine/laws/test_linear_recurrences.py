@@ -487,7 +487,7 @@ DIAGONAL = {
     lambda first, then: (first[0] * then[0], first[1] * then[0] + then[1]), (a[:, :, 0], u)
   )[1][-1],
 }
-STATES = {name: (jnp.eye(NUMBERS), state) for name, state in TRANSITIONS.items()} | {
+MOVED = {name: (jnp.eye(NUMBERS), state) for name, state in TRANSITIONS.items()} | {
   name: (1.0, state) for name, state in DIAGONAL.items()
 }
 NEAR_ONE = {
@@ -497,7 +497,7 @@ NEAR_ONE = {
 }
 
 
-@in_turns(("moved", "near_one", "policy"), STATES, NEAR_ONE, POLICIES)
+@in_turns(("moved", "near_one", "policy"), MOVED, NEAR_ONE, POLICIES)
 def test_a_state_that_layers_move_is_as_exact_as_by_hand(moved, near_one, policy):
   """What they say of each turn is near one, and multiplied before the loop by nothing."""
   one, state = moved

@@ -149,7 +149,7 @@ def _nodes(tree: Any) -> Iterator[tuple[str, Any]]:
   """What the nodes of a structure hold beside their children, with the names of their types."""
   node = tree.node_data()
   if node is not None:
-    yield node[0].__qualname__, node[1]
+    yield node[0].__qualname__, node if _is_of_a_call(node[0]) else node[1]
   for child in tree.children():
     yield from _nodes(child)
 
@@ -164,7 +164,7 @@ def _within(value: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[An
   queue: list[tuple[Any, Any]] = [(value, None)]
   seen = {} if seen is None else seen
   for found, holder in queue:
-    if isinstance(found, _PLAIN):
+    if isinstance(found, _PLAIN) and not _is_of_a_call(found):
       continue
     yield found, holder
     if id(found) in seen or isinstance(found, Tracer | jax.Array):
@@ -172,6 +172,11 @@ def _within(value: Any, seen: dict[int, Any] | None = None) -> Iterator[tuple[An
     seen[id(found)] = found  # held, so that no other object has its identity
     if len(queue) < _MOST:
       queue.extend((part, found) for part in _parts(found))
+
+
+def _is_of_a_call(value: Any) -> bool:
+  """Whether it is a class that a function made, whose methods may close over what that computed."""
+  return isinstance(value, type) and "<locals>" in value.__qualname__
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -221,6 +226,7 @@ class _Copies:
 
   def mutable(self, value: Any) -> Any:
     """An object with attributes, in a dict or in slots, or a collection that can be changed."""
+    self.of(type(value))  # a class that leads to a value is refused
     made = self._made[id(value)] = _empty(value)
     if isinstance(value, dict):
       made.update({key: self.of(entry) for key, entry in value.items()})
@@ -257,7 +263,7 @@ class _Copies:
     if node is None:
       return tree
     children = map(self.structure, tree.children())
-    data = node[0], self.of(node[1])
+    data = self.of(node[0]), self.of(node[1])
     return PyTreeDef.from_node_data_and_children(default_registry, data, children)
 
 
@@ -277,6 +283,8 @@ _MAKERS: dict[type, Callable[[_Copies, Any], Any]] = {
 
 def _empty(value: Any) -> Any:
   """An object of a type, without what it holds."""
+  if isinstance(value, type):
+    raise _NotCopiedError("class that was made in the call")
   if isinstance(value, dict | list | set | collections.deque):
     made = copy.copy(value)
     made.clear()

@@ -172,7 +172,28 @@ def test_only_what_leads_to_a_value_is_copied():
   assert isinstance(made.loc[1][0], jax.Array)
 
 
+def of_a_class_of_its_own(h, registered=False):
+  class Converted:
+    def mean(self):
+      return h
+
+    def tree_flatten(self):
+      return (), None
+
+    @classmethod
+    def tree_unflatten(cls, data, children):
+      return cls()
+
+  kind = jax.tree_util.register_pytree_node_class(Converted) if registered else Converted
+  return kind()
+
+
 UNKNOWN = {
+  "class": (of_a_class_of_its_own, "of_a_class_of_its_own.<locals>.Converted"),
+  "node": (
+    functools.partial(of_a_class_of_its_own, registered=True),
+    "of_a_class_of_its_own.<locals>.Converted",
+  ),
   "generator": (lambda h: Normal(h + n for n in range(2)), "Normal"),
   "compiled": (lambda h: Normal(jax.jit(lambda y: y + h)), "Normal"),
 }

@@ -74,6 +74,7 @@ class Call:
 
   Attributes:
     operands: The arrays.
+    stored: Those of them that are parameters in 16 bits, as they are stored, by index.
     forms: How each is held.
     own: Which of them a model holds, and which floats among them are its state, by index.
     parameters: Which of them are parameters that have a gradient, by index.
@@ -94,6 +95,11 @@ class Call:
     held = tuple(n for n, (_, flag) in enumerate(entries) if flag)
     self.own = Own(held, tuple(n for n in held if _is_state(*entries[n])))
     self.operands = [x for x, _ in pairs]
+    self.stored = {
+      n: x
+      for n, ((x, _), own) in enumerate(zip(entries, pairs, strict=True))
+      if x.dtype != own[0].dtype
+    }
     marked = (n for n, (_, flag) in enumerate(entries) if flag is True)
     self.parameters = tuple(n for n in marked if is_of(self.operands[n], np.inexact))
     self.forms: Forms = tuple(form for _, form in pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,15 +15,24 @@ from jax.core import Tracer
 
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import SCALES, Rule, Trait, having
-from mpjax._engine.planning.plan import Plan, Step, shared_by_turns
+from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import mapped
 from mpjax._engine.program.versions import ClosedJaxpr, JaxprEqn, Var
-from mpjax._engine.running import custom_rules, islands, lookups, operand_order, repeats, softmax
+from mpjax._engine.running import (
+  custom_rules,
+  islands,
+  lookups,
+  loops,
+  operand_order,
+  repeats,
+  softmax,
+)
 from mpjax._engine.running.environment import Environment, Key, to_dtype
 from mpjax._engine.running.islands import Island
 from mpjax._engine.running.kept_rounding import kept_rounding
+from mpjax._engine.running.loops import NONE_ALIKE, Copies, widened
 from mpjax._engine.running.multiplying import MATMUL_RULES
 from mpjax._engine.running.repeats import Repeat, Unit
 from mpjax._engine.running.scaled_cotangents import UNSCALED, within
@@ -59,6 +68,7 @@ class Interpreter:
     self._kept: dict[Plan, frozenset[Var]] = {}
     self._functions: dict[Hashable, Callable[..., list[jax.Array]]] = {}
     self._of_steps: dict[int, tuple[Step, Any]] = {}
+    self.copies = Copies()
 
   def run(
     self, plan: Plan, operands: Sequence[jax.Array], captured: Sequence[jax.Array] | None = None
@@ -213,14 +223,17 @@ class Interpreter:
 
     return compute
 
-  def rebuild(self, plan: Plan, rounding: tuple[int, ...] = ()) -> ClosedJaxpr:
+  def rebuild(
+    self, plan: Plan, rounding: tuple[int, ...] = (), alike: Mapping[int, np.dtype] = NONE_ALIKE
+  ) -> ClosedJaxpr:
     """The closed jaxpr of a plan: what its jaxpr becomes under the policy.
 
     Args:
       plan: The plan.
       rounding: Which operands come in float32, and are rounded first to how they are held.
+      alike: Of which operands there are copies, which come first, and in which formats.
     """
-    key = plan, rounding
+    key = plan, rounding, tuple(alike.items())
     if key not in self._rebuilt:
       invars = versions.open_jaxpr(plan.jaxpr).invars
       held = [form and form.dtype for form in plan.in_forms]
@@ -231,11 +244,21 @@ class Interpreter:
       ]
 
       def run(*xs: jax.Array) -> list[jax.Array]:
-        pairs = enumerate(zip(xs, held, strict=True))
+        copies = dict(zip(alike, xs, strict=False))
+        pairs = enumerate(zip(xs[len(alike) :], held, strict=True))
         rounded = [to_dtype(x, d) if n in rounding and d else x for n, (x, d) in pairs]
-        return self.run(plan, rounded)
+        operands = [widened(copies[n], x) if n in copies else x for n, x in enumerate(rounded)]
+        with self.copies.kept(operands, copies):
+          return self.run(plan, operands)
 
-      self._rebuilt[key] = jaxprs.trace(run, avals)
+      of_copies = [jaxprs.with_dtype(avals[n], dtype) for n, dtype in alike.items()]
+      self._rebuilt[key] = jaxprs.trace(run, [*of_copies, *avals])
+    return self._rebuilt[key]
+
+  def kept(self, key: Hashable, make: Callable[[], ClosedJaxpr]) -> ClosedJaxpr:
+    """What is rebuilt once for a key."""
+    if key not in self._rebuilt:
+      self._rebuilt[key] = make()
     return self._rebuilt[key]
 
   def of_step(self, step: Step, make: Callable[[Step], T]) -> T:
@@ -338,21 +361,6 @@ def _shard_map(interpreter: Interpreter, step: Step, operands: list[jax.Array]) 
   )  # a rule runs only where it is traced
 
 
-def _scan(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
-  """A loop; what its turns read often rounds inside: its cotangents are added up."""
-  (plan,) = step.bodies
-  shared = shared_by_turns(step.eqn, plan)
-  given = [to_dtype(x, FLOAT32) if n in shared else x for n, x in enumerate(operands)]
-  jaxpr, _ = versions.like(step.params["jaxpr"], interpreter.rebuild(plan, shared))
-  return jaxprs.run_with(step.eqn, given, step.params | {"jaxpr": jaxpr})
-
-
-def _while(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
-  cond, body = map(interpreter.rebuild, step.bodies)
-  params = step.params | {"cond_jaxpr": cond, "body_jaxpr": body}
-  return jaxprs.run_with(step.eqn, operands, params)
-
-
 def _cond(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:
   branches = tuple(map(interpreter.rebuild, step.bodies))
   return jaxprs.run_with(step.eqn, operands, step.params | {"branches": branches})
@@ -362,8 +370,8 @@ _RUN: dict[Rule, Callable[[Interpreter, Step, list[Any]], list[Any]]] = {
   Rule.FOLLOW: _follow,
   Rule.TRACED: _traced,
   Rule.CALL: _call,
-  Rule.SCAN: _scan,
-  Rule.WHILE: _while,
+  Rule.SCAN: loops.scan,
+  Rule.WHILE: loops.while_loop,
   Rule.COND: _cond,
   Rule.CUSTOM_JVP: custom_rules.custom_jvp,
   Rule.CUSTOM_VJP: custom_rules.custom_vjp,

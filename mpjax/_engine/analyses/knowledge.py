@@ -59,7 +59,8 @@ class Analyses:
     self.adapting = Adapting(formats)
     self.contents = Contents()
     self.needs, self.makings = Needs(table, self.contents), Makings(self.contents)
-    self.near_one, self.recurrences = NearOne(table, formats), Recurrences(self.contents)
+    self.near_one = NearOne(table, formats, self.contents)
+    self.recurrences = Recurrences(self.contents)
     self.in_float8 = in_float8
 
 

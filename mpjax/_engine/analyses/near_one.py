@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.primitives import ADDS, BOUNDS, COMPARES, UNCHANGED, Rule, Trait, having
+from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.ranges import ANYWHERE, ONE
 from mpjax._engine.analyses.recomputed import same_values
 from mpjax._engine.analyses.roles import (
@@ -107,10 +108,13 @@ class NearOne:
   Args:
     table: The rule of each primitive.
     dtypes: The 16-bit formats.
+    contents: Tells what jaxprs hold.
   """
 
-  def __init__(self, table: Mapping[str, Rule], dtypes: frozenset[np.dtype]) -> None:
-    self._table, self._roles = table, RoleFinder(dtypes)
+  def __init__(
+    self, table: Mapping[str, Rule], dtypes: frozenset[np.dtype], contents: Contents
+  ) -> None:
+    self._table, self._roles, self._contents = table, RoleFinder(dtypes), contents
     self._leads: dict[Any, tuple[set[Var], Indices]] = {}
     self._backwards: dict[Any, tuple[Exact, Needed]] = {}
 
@@ -214,14 +218,10 @@ class NearOne:
     return inside, gates
 
   def _holds_gate(self, eqn: JaxprEqn) -> bool:
-    """Whether an equation, or a body of it, is a sigmoid."""
+    """Whether an equation is a sigmoid, or holds one."""
     if eqn.primitive.name not in HAVE_BODIES:
       return eqn.primitive.name in GATES
-    return any(
-      self._holds_gate(held)
-      for body in bodies_of(eqn)
-      for held in versions.open_jaxpr(body.jaxpr).eqns
-    )
+    return any(self._contents.any_of(GATES, body.jaxpr) for body in bodies_of(eqn))
 
   def _needed(self, eqn: JaxprEqn, forward: Forward, *, is_needed: bool) -> Sequence[Any]:
     """The operands of an equation that are needed exactly, given whether a result is."""

@@ -254,7 +254,13 @@ class RoleFinder:
 
 def _begins(eqn: JaxprEqn, name: str) -> bool:
   """Whether something is known of an equation's result, whatever is of its operands."""
-  return name in _FROM_ANYTHING or (name == "slice" and taken_of_pairs(eqn) is not None)
+  return name in _FROM_ANYTHING or bool(_taken(eqn, name))
+
+
+def _taken(eqn: JaxprEqn, name: str) -> Indices:
+  """Of which place in pairs an equation's result is, if it is a slice of such."""
+  place = taken_of_pairs(eqn) if name == "slice" else None
+  return frozenset(() if place is None else (place,))
 
 
 def _is_one(atom: Atom) -> bool:
@@ -300,11 +306,11 @@ def _decay(var: Var, role: Role) -> Role:
 
 def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   """The role of an equation's results, from those of its operands; but for where they lie."""
-  name, role = operation(eqn), _joined(read)
-  if name == "slice" and (place := taken_of_pairs(eqn)) is not None:
-    role = role._replace(taken=frozenset((place,)))
-  elif all(known[:-1] == NONE[:-1] for known in read):
+  name = operation(eqn)
+  taken = _taken(eqn, name)
+  if not taken and all(role[:-1] == NONE[:-1] for role in read):
     return NONE
+  role = _joined(read)
   keeps = name in KEEPS_NUMBERS or name in POWERS
   recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(
@@ -312,7 +318,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
     products=role.products if keeps or recurs or role.is_own else frozenset(),
     turns=role.turns if name in HAND_ON else 0,
     is_own=role.is_own,
-    taken=role.taken if name in KEEPS_NUMBERS else frozenset(),
+    taken=taken or (role.taken if name in KEEPS_NUMBERS else taken),
   )
 
 

@@ -195,9 +195,10 @@ def _late(
     and is_narrow(step.outs[0])
   ]
   for n, step in reversed(likely):
+    leads_on = _leads_on(step)
     is_last = _leads_on(step, _MAKES_OUTPUTS) and is_output(step)
     (result,) = step.eqn.outvars
-    reads = plan.readers[result] if is_last or _leads_on(step) else []
+    reads = plan.readers[result] if leads_on or is_last else []
     is_end = (lambda _: True) if is_last else _adds_up if result in multiplied else ends
     if is_cut_again(step):
       are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
@@ -206,7 +207,7 @@ def _late(
     is_made = any(reader not in returned for reader, _ in reads)
     if (
       reads
-      and (is_made or _leads_on(step))
+      and (is_made or leads_on)
       and all(are_late)
       and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads))
     ):

@@ -234,7 +234,8 @@ class Interpreter:
       alike: Of which operands there are copies, which come first, and in which formats.
     """
     key = plan, rounding, tuple(alike.items())
-    if key not in self._rebuilt:
+
+    def make() -> ClosedJaxpr:
       invars = versions.open_jaxpr(plan.jaxpr).invars
       held = [form and form.dtype for form in plan.in_forms]
       given = [FLOAT32 if n in rounding else dtype for n, dtype in enumerate(held)]
@@ -252,8 +253,9 @@ class Interpreter:
           return self.run(plan, operands)
 
       of_copies = [jaxprs.with_dtype(avals[n], dtype) for n, dtype in alike.items()]
-      self._rebuilt[key] = jaxprs.trace(run, [*of_copies, *avals])
-    return self._rebuilt[key]
+      return jaxprs.trace(run, [*of_copies, *avals])
+
+    return self.kept(key, make)
 
   def kept(self, key: Hashable, make: Callable[[], ClosedJaxpr]) -> ClosedJaxpr:
     """What is rebuilt once for a key."""

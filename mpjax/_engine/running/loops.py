@@ -141,11 +141,9 @@ def _of_copies(
 
   def make() -> ClosedJaxpr:
     whole: list[Any] = [v.aval for v in step.eqn.invars]
-    (body,) = bodies_of(step.eqn)[-1:]
-    of_copies = [whole[body.operands[n]] for n in alike]
-    pairs = zip([*of_copies, *whole], dtypes, strict=True)
-    avals = [a if a.dtype == d else jaxprs.with_dtype(a, d) for a, d in pairs]
-    return jaxprs.trace(lambda *xs: run(alike, [*xs[: len(alike)]], [*xs[len(alike) :]]), avals)
+    of_copies = [whole[bodies_of(step.eqn)[-1].operands[n]] for n in alike]
+    avals = map(jaxprs.with_dtype, [*of_copies, *whole], dtypes)
+    return jaxprs.trace(lambda *xs: run(alike, [*xs[: len(alike)]], [*xs[len(alike) :]]), [*avals])
 
   key = id(step), step.bodies, tuple(alike), dtypes
   return jaxprs.evaluate(interpreter.kept(key, make), given)

@@ -89,6 +89,8 @@ class Trait(enum.Flag):
   """Calls a function that a compiler knows by name, or runs elsewhere."""
   INLINE = enum.auto()
   """Calls a function that may as well stand in its place."""
+  TRAVELS = enum.auto()
+  """Its one operand goes from device to device, on its way forward or its cotangent's back."""
 
 
 class Facts(NamedTuple):
@@ -207,13 +209,15 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("approx_top_k", Facts(Rule.FOLLOW, _MOVED, _T.ORDERS)),
   ("eq_to lt_to le_to dimension_as_value", Facts(Rule.FOLLOW, _MOVED)),
   (
-    "sharding_constraint mesh_cast reshard layout_constraint device_put pbroadcast pvary pcast",
+    "sharding_constraint mesh_cast reshard layout_constraint device_put pbroadcast",
     Facts(Rule.FOLLOW, _DEVICES, _T.SPREADS | _T.KEEPS_NUMBERS),
   ),
+  ("pvary pcast", Facts(Rule.FOLLOW, _DEVICES, _T.SPREADS | _T.KEEPS_NUMBERS | _T.TRAVELS)),
   (
-    "all_gather all_gather_invariant all_to_all ppermute pmax pmin",
-    Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS),
+    "all_gather all_gather_invariant all_to_all ppermute",
+    Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS | _T.TRAVELS),
   ),
+  ("pmax pmin", Facts(Rule.FOLLOW, _DEVICES, _T.KEEPS_NUMBERS)),
   ("ragged_all_to_all copy_to_host_async", Facts(Rule.FOLLOW, _DEVICES)),
   ("sort", Facts(Rule.EACH, _HANDS_ON, _T.ORDERS)),
   ("optimization_barrier mpjax_fixed", Facts(Rule.EACH, _HANDS_ON)),

@@ -63,7 +63,7 @@ class Decided(NamedTuple):
       captured = [into(x, loss_scale) if isinstance(x, Tracer) else x for x in self.captured]
       is_expanded = any(map(_is_series, (*operands, *captured)))
       interpreter = self.planned.interpreter(loss_scale, stepwise=is_expanded)
-      with interpreter.copies.kept(operands, self.call.stored):
+      with interpreter.copies.noted(operands, self.call.stored):
         leaves = interpreter.run(self.plan, operands, captured)
       arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]  # constants
       outside = [

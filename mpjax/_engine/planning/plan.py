@@ -140,6 +140,8 @@ class Step:
   did not change it."""
   is_of_difference: bool = False
   """Whether little is left of it beside other terms, which read the same values."""
+  travels: np.dtype | None = None
+  """The format in which its float32 operand goes from device to device, if not in float32."""
 
   @property
   def in_float8(self) -> bool:

@@ -45,6 +45,7 @@ from mpjax._engine.planning.plan import (
   narrowed,
   widened,
 )
+from mpjax._engine.planning.rounded_alike import travelling
 from mpjax._engine.planning.sharpening import Sharpening, sharpening_of
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.planning.streams import Streams
@@ -197,7 +198,7 @@ class _Walk:
       self.cast.among(inner.outvars),
       jaxprs.ordered_places(inner.outvars, self.borders.lasting),
     )
-    return rounding_late(
+    late = rounding_late(
       rounding_early(plan),
       self.around.numbers.of,
       self.around.leading.multiplied,
@@ -205,6 +206,7 @@ class _Walk:
       self.around.is_output,
       is_whole=self.is_whole and out_forms is None,
     )
+    return travelling(late)
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
     return self.place.backward or self.planner.place_of(eqn, self.place.path).backward

@@ -141,6 +141,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "an inner product written out: a covariance is a small difference of such sums",
   ),
   Sharpening(
+    "sum over a few devices",
+    {"psum", "psum_invariant", "reduce_scatter"},
+    sight.ends_layer,
+    Rule.FOLLOW,
+    "each has a part of one matmul, whose result goes on into a layer",
+  ),
+  Sharpening(
     "pool",
     {"reduce_max", "reduce_min", "scatter-max", "scatter-min"},
     lambda s: s.is_narrow and sight.is_pooled(s),

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import SCALES, Rule
+from mpjax._core.primitives import MATMULS, SCALES, Rule
+from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.planning.plan import Place
 from mpjax._engine.program import jaxprs
-from mpjax._engine.program.kinds import CONSTANT, PARAM, Forms, Kind, is_narrow, join
+from mpjax._engine.program.kinds import CONSTANT, FEW, PARAM, Forms, Kind, is_narrow, join
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 
@@ -114,6 +115,31 @@ def is_pooled(sight: Sight) -> bool:
   around, result = sight.around, sight.result
   is_multiplied = result in around.leading.multiplied or result in around.uses.only_multiplied
   return is_multiplied and result not in around.uses.subtracted
+
+
+def ends_layer(sight: Sight) -> bool:
+  """Whether a sum over a few devices adds up the parts of one matmul before another layer."""
+  eqn, around = sight.eqn, sight.around
+  return (
+    len(eqn.invars) == 1
+    and sight.is_narrow
+    and (jaxprs.devices(eqn) or FEW + 1) <= FEW
+    and sight.result in around.leading.multiplied
+    and not around.is_output(sight.result)
+    and _made_by_matmul(eqn.invars[0], around.frame)
+  )
+
+
+def _made_by_matmul(atom: Atom, frame: Frame) -> bool:
+  """Whether a matmul made a value, seen through what moved it and the calls that it stands in."""
+  source = frame.before(atom)
+  made = frame.maker(source)
+  if made is None:
+    return False
+  inside = frame.inside(made, source)
+  return made.primitive.name in MATMULS or (
+    bool(inside) and all(_made_by_matmul(*seen) for seen in inside)
+  )
 
 
 def multiplies_by_much(sight: Sight) -> bool:

@@ -322,3 +322,14 @@ def run_with(
   bind = _jitted(eqn.primitive) if _loses_sharding(eqn) else eqn.primitive.bind
   out = bind(*operands, **params)
   return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def devices(eqn: JaxprEqn) -> int | None:
+  """How many devices a collective moves numbers between, None if its operands do not say it."""
+  params, sizes = eqn.params, dict[Any, int]()
+  for atom in eqn.invars:
+    aval: Any = atom.aval
+    sizes.update(aval.sharding.mesh.shape)
+  axes = params.get("axes", params.get("axis_name"))
+  names = axes if isinstance(axes, tuple) else (axes,)
+  return math.prod(sizes[n] for n in names) if sizes.keys() >= {*names} else None

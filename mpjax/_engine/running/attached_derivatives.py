@@ -61,18 +61,35 @@ def constant(x: jax.Array) -> jax.Array:
   return _constant_p.bind(x)
 
 
-def bilinear(
-  along_first: Bilinear,
-  along_second: Bilinear,
-  primals: Sequence[Any],
-  tangents: Sequence[Any],
+def with_linear_derivative(
+  result: jax.Array, x: jax.Array, along: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+  """What was made of an array as a constant, with a derivative by that.
+
+  Args:
+    result: What was made of it.
+    x: The array.
+    along: The derivative, from a tangent of the array.
+  """
+  return attached_p.bind(result, x, along=(along,))
+
+
+def tangent_of(
+  along: Sequence[Callable[..., jax.Array]], primals: Sequence[Any], tangents: Sequence[Any]
 ) -> Any:
-  """The tangent of a bilinear function by its two terms; None if neither operand has one."""
-  terms, (first, second, *rest) = [], primals
-  if not isinstance(tangents[0], ad.Zero):
-    terms.append(along_first(tangents[0], second, *rest))
-  if not isinstance(tangents[1], ad.Zero):
-    terms.append(along_second(first, tangents[1], *rest))
+  """The tangent of a function by its terms; None if none of its operands has one.
+
+  Args:
+    along: The term of each operand that has one: linear in that, of which it gets the tangent.
+    primals: The operands.
+    tangents: Their tangents.
+  """
+  pairs = enumerate(zip(along, tangents, strict=False))
+  terms = [
+    fn(*primals[:n], tangent, *primals[n + 1 :])
+    for n, (fn, tangent) in pairs
+    if not isinstance(tangent, ad.Zero)
+  ]
   return functools.reduce(operator.add, terms) if terms else None
 
 
@@ -80,9 +97,9 @@ def _zero(x: jax.Array) -> ad.Zero:
   return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
-def _jvp(primals: Any, tangents: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
+def _jvp(primals: Any, tangents: Any, *, along: tuple[Any, ...]) -> Any:
   out = attached_p.bind(*primals, along=along)
-  moved = bilinear(*along, primals[1:], tangents[1:3])
+  moved = tangent_of(along, primals[1:], tangents[1:])
   return out, _zero(out) if moved is None else moved
 
 
@@ -92,7 +109,7 @@ def _transpose(cotangent: jax.Array, _: Any, *operands: Any, along: Any) -> list
   return [cotangent, *(None for _ in operands)]
 
 
-def _batch(args: Any, dims: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
+def _batch(args: Any, dims: Any, *, along: tuple[Any, ...]) -> Any:
   """What has no examples is not copied for each."""
   moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
   axes = tuple(None if d is None else 0 for d in dims[1:])
@@ -108,11 +125,14 @@ attached_p = new_primitive(
   transpose=_transpose,
   batch=_batch,
 )
-"""The first operand, with a derivative by the next two, which may read what follows."""
+"""The first operand, with a derivative by the next one or two, which may read what follows."""
 
 
-def _series(primals: Any, series: Any, *, along: tuple[Bilinear, Bilinear]) -> Any:
-  """The terms of a bilinear function's Taylor series, each with the derivatives chosen for it."""
+def _series(primals: Any, series: Any, *, along: tuple[Any, ...]) -> Any:
+  """The terms of a function's Taylor series, each with the derivatives chosen for it."""
+  out = attached_p.bind(*primals, along=along)
+  if len(along) == 1:
+    return out, [*map(along[0], series[1])]
   (first, second, *rest), (along_first, along_second) = primals[1:], along
   firsts, seconds = [first, *series[1]], [second, *series[2]]
   has_second = jnp.issubdtype(second.dtype, jnp.inexact)  # and is no index
@@ -122,7 +142,7 @@ def _series(primals: Any, series: Any, *, along: tuple[Bilinear, Bilinear]) -> A
     found = [along_first(*pair, *rest) for pair in pairs]
     found += [along_second(first, seconds[k], *rest)] if has_second else []
     terms.append(functools.reduce(operator.add, found))
-  return attached_p.bind(*primals, along=along), terms
+  return out, terms
 
 
 jet.jet_rules[attached_p] = _series

@@ -28,6 +28,7 @@ from mpjax._engine.running import (
   operand_order,
   repeats,
   softmax,
+  travelling,
 )
 from mpjax._engine.running.environment import Environment, Key, to_dtype
 from mpjax._engine.running.islands import Island
@@ -85,7 +86,7 @@ class Interpreter:
     values.write(inner.invars, operands)
     constants = versions.constants(plan.jaxpr) if captured is None else captured
     values.write(inner.constvars, constants)
-    with self.running(values):
+    with self.running(values), self.copies.noted():
       for unit in self._units_of(plan):
         self._run_unit(plan, unit, values)
     return [values.read(a, r) for a, r in zip(inner.outvars, plan.out_reads, strict=True)]
@@ -217,8 +218,9 @@ class Interpreter:
     def compute(*operands: jax.Array) -> list[jax.Array]:
       inside = self._environment(plan)
       inside.fill(inputs, operands)
-      for unit in units:
-        self._run_unit(plan, unit, inside, scopes)
+      with self.copies.noted():
+        for unit in units:
+          self._run_unit(plan, unit, inside, scopes)
       return [inside.get(key) for key in outputs]
 
     return compute
@@ -249,7 +251,7 @@ class Interpreter:
         pairs = enumerate(zip(xs[len(alike) :], held, strict=True))
         rounded = [to_dtype(x, d) if n in rounding and d else x for n, (x, d) in pairs]
         operands = [widened(copies[n], x) if n in copies else x for n, x in enumerate(rounded)]
-        with self.copies.kept(operands, copies):
+        with self.copies.noted(operands, copies):
           return self.run(plan, operands)
 
       of_copies = [jaxprs.with_dtype(avals[n], dtype) for n, dtype in alike.items()]
@@ -316,6 +318,10 @@ def _follow(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> 
     if step.eqn.primitive.name in SCALES:  # whose derivative would store c
       run = jax.checkpoint(run, prevent_cse=False)
     return run(*operands)
+  if step.travels is not None:
+    moved, copy = interpreter.of_step(step, travelling.in_16_bits)(*operands)
+    interpreter.copies.add(moved, copy)
+    return [moved]
   if lookups.may_repeat(step):
     return [interpreter.of_step(step, lookups.adding_up)(*operands)]
   return _bind(interpreter, step, operands)
@@ -338,11 +344,15 @@ def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
   if name not in _KEEPS_ITS_CALL:
     return interpreter.run(body, operands)
   held = "jaxpr" if "jaxpr" in step.params else "call_jaxpr"
-  jaxpr, consts = versions.like(step.params[held], interpreter.rebuild(body))
-  return jaxprs.run_with(step.eqn, [*consts, *operands], step.params | {held: jaxpr})
+  copies = interpreter.copies.among(body, operands) if name in _STORES_OPERANDS else {}
+  rebuilt = interpreter.rebuild(body, (), {n: x.dtype for n, x in copies.items()})
+  jaxpr, consts = versions.like(step.params[held], rebuilt)
+  given = [*consts, *copies.values(), *operands]
+  return jaxprs.run_with(step.eqn, given, step.params | {held: jaxpr})
 
 
 _KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
+_STORES_OPERANDS = having(Trait.REMAT)
 
 
 def _loss_scale(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

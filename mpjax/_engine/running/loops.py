@@ -23,21 +23,15 @@ from jax import lax
 from jax.core import ShapedArray
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import UNCHANGED, Rule
 from mpjax._engine.planning.plan import Plan, Step, shared_by_turns
+from mpjax._engine.planning.rounded_alike import rounded_alike
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import Body, bodies_of
-from mpjax._engine.program.kinds import DATA, PARAM
-from mpjax._engine.program.versions import ClosedJaxpr, Var
+from mpjax._engine.program.versions import ClosedJaxpr
 from mpjax._engine.running.attached_derivatives import rounded_from
 from mpjax._engine.running.environment import to_dtype
 
-_HANDS_ON = UNCHANGED | {"gather", "slice", "dynamic_slice"}
-_MULTIPLY = frozenset({Rule.LOWER, Rule.WIDE})
-_LOOK_INTO = frozenset({Rule.CALL, Rule.COND, Rule.SCAN, Rule.WHILE})
-
-
-NONE_ALIKE: Mapping[int, np.dtype] = MappingProxyType({})
+NONE_ALIKE: Mapping[int, Any] = MappingProxyType({})
 
 
 class Rebuilds(Protocol):
@@ -149,22 +143,6 @@ def _of_copies(
   return jaxprs.evaluate(interpreter.kept(key, make), given)
 
 
-def rounded_alike(plan: Plan, places: Sequence[int]) -> dict[int, np.dtype]:
-  """The formats to which everything in a body rounds some of its operands, matrices in float32.
-
-  Args:
-    plan: The plan of the body.
-    places: Which operands, by index. Others are not looked at.
-  """
-  invars, found = versions.open_jaxpr(plan.jaxpr).invars, dict[int, np.dtype]()
-  for n in places:
-    if plan.in_forms[n] in (PARAM, DATA) and len(jaxprs.shape(invars[n])) > 1:
-      formats = {*_formats(plan, invars[n])}
-      if len(formats) == 1 and (dtype := formats.pop()) is not None:
-        found[n] = dtype
-  return found
-
-
 def widened(copy: jax.Array, x: jax.Array) -> jax.Array:
   """What stands for a weight in a loop: its derivative is that of the weight, not of the copy."""
   return rounded_from(to_dtype(copy, FLOAT32), x)
@@ -184,55 +162,27 @@ class Copies:
     _, copy = self._known.get(id(x), (None, None))
     return copy if copy is not None and copy.dtype == dtype else None
 
+  def among(self, plan: Plan, operands: Sequence[Any]) -> dict[int, jax.Array]:
+    """The copies of those operands of a body that all of it rounds to their formats."""
+    places = [n for n, x in enumerate(operands) if id(x) in self._known] if self else ()
+    found = rounded_alike(plan, places).items()
+    copies = {n: self.of(operands[n], dtype) for n, dtype in found}
+    return {n: copy for n, copy in copies.items() if copy is not None}
+
+  def add(self, x: Any, copy: jax.Array) -> None:
+    """Note the copy of a value."""
+    # The value is held, too, so that no other has its identity.
+    self._known = self._known | {id(x): (x, copy)}
+
   @contextlib.contextmanager
-  def kept(self, operands: Sequence[Any], copies: Mapping[int, Any]) -> Iterator[None]:
-    """Where some operands are known to have copies."""
+  def noted(
+    self, operands: Sequence[Any] = (), copies: Mapping[int, Any] = NONE_ALIKE
+  ) -> Iterator[None]:
+    """Where copies are noted, those of some operands at first: behind it they are not known."""
     before = self._known
-    # The operands are held, too, so that no other value has the identity of one.
-    self._known = before | {id(operands[n]): (operands[n], copy) for n, copy in copies.items()}
     try:
+      for n, copy in copies.items():
+        self.add(operands[n], copy)
       yield
     finally:
       self._known = before
-
-
-def _formats(plan: Plan, var: Var) -> Iterator[np.dtype | None]:
-  """The formats to which all that reads a variable rounds it; None for what does not."""
-  for index, _ in plan.readers[var]:
-    if index < 0:
-      yield None
-      continue
-    step = plan.steps[index]
-    for n, atom in enumerate(step.eqn.invars):
-      if atom is var:
-        yield from _formats_at(plan, step, n)
-
-
-def _formats_at(plan: Plan, step: Step, place: int) -> Iterator[np.dtype | None]:
-  read = step.reads[place]
-  if read.via is not None:
-    yield None
-  elif read.to is not None and read.to != FLOAT32:
-    yield read.to
-  elif step.rule in _MULTIPLY and step.wide == place and not step.in_float8:
-    other = step.operands[1 - place]
-    dtype = step.reads[1 - place].to or (other and other.dtype)
-    yield None if dtype == FLOAT32 else dtype
-  elif step.rule in _LOOK_INTO and step.bodies:
-    for body, inner in zip(bodies_of(step.eqn), step.bodies, strict=True):
-      yield from _formats_in(body, inner, place)
-  elif step.rule is Rule.FOLLOW and step.eqn.primitive.name in _HANDS_ON and not place:
-    yield from _formats(plan, step.eqn.outvars[0])
-  else:
-    yield None
-
-
-def _formats_in(body: Body, plan: Plan, place: int) -> Iterator[np.dtype | None]:
-  """The same in the body of an equation, for one of the operands of that."""
-  invars = versions.open_jaxpr(plan.jaxpr).invars
-  for n, operand in enumerate(body.operands):
-    if operand == place:
-      if n in body.carry:
-        yield None
-      else:
-        yield from _formats(plan, invars[n])

@@ -22,7 +22,7 @@ from mpjax._core.primitives import Trait, having
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.new_primitive import new_primitive
 from mpjax._engine.program.versions import AnyJaxpr, Atom, JaxprEqn, Literal
-from mpjax._engine.running.attached_derivatives import bilinear, with_derivative
+from mpjax._engine.running.attached_derivatives import tangent_of, with_derivative
 from mpjax._engine.running.environment import to_dtype
 from mpjax._engine.running.float32_products import Dims, Matmul, but_on_gpus, fixed, in_order
 
@@ -271,7 +271,7 @@ def _impl(wide: jax.Array, other: jax.Array, *, contraction: Product) -> jax.Arr
 
 def _jvp(primals: Any, tangents: Any, *, contraction: Product) -> Any:
   run = functools.partial(_tangent_p.bind, contraction=contraction)
-  return run(*primals), bilinear(run, run, primals, tangents)
+  return run(*primals), tangent_of((run, run), primals, tangents)
 
 
 def _transpose(

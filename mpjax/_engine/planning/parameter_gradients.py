@@ -43,7 +43,7 @@ def parameter_of(eqn: JaxprEqn, rule: Rule, forms: Forms) -> int | None:
   found = [n for n, form in enumerate(forms) if form == PARAM]
   if rule is Rule.FOLLOW and not _is_spread(eqn, found[0]):
     return None
-  placed = any(_is_placed(atom.aval, eqn) for atom in eqn.invars)
+  placed = any(_is_placed(atom.aval) for atom in eqn.invars)
   return None if placed else found[0]
 
 
@@ -110,7 +110,7 @@ def why_not_float8(
     return "what it returns is held in float32"
   if eqn.primitive.name != "dot_general":
     return f"{eqn.primitive.name} has no float8 form"
-  if any(_is_placed(atom.aval, eqn) for atom in eqn.invars):
+  if any(_is_placed(atom.aval) for atom in eqn.invars):
     return "its arrays lie on an Explicit mesh"
   if parameter is None:
     return "no single operand is a parameter"
@@ -143,8 +143,6 @@ def _is_spread(eqn: JaxprEqn, operand: int) -> bool:
   return eqn.primitive.name in _ARITHMETIC and given.shape != made.shape
 
 
-def _is_placed(aval: Any, eqn: JaxprEqn) -> bool:
-  """Whether the type of a matmul's operand says on which devices it lies."""
-  axes = aval.sharding.mesh.axis_types
-  in_shard_map = AxisType.Manual in axes and eqn.primitive.name != "dot_general"
-  return AxisType.Explicit in axes or in_shard_map
+def _is_placed(aval: Any) -> bool:
+  """Whether the type of an operand says on which devices it lies."""
+  return AxisType.Explicit in aval.sharding.mesh.axis_types

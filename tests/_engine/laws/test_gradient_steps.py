@@ -108,6 +108,16 @@ def test_a_bias_that_is_spread_has_its_gradient_summed_in_float32(policy):
 
 
 @both
+def test_so_has_one_that_the_rows_of_a_device_share(policy):
+  P, auto = jax.sharding.PartitionSpec, (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((2,), ("d",), axis_types=auto)
+  add = lambda b, x, w: lax.psum((x @ w + b).sum(), "d")
+  fn = jax.shard_map(add, mesh=mesh, in_specs=(P(), P("d"), P()), out_specs=P())
+  grad = rounded(jax.grad(mpjax.autocast(fn, policy)))(jnp.zeros(4), jnp.ones((3002, 4)), W)
+  np.testing.assert_array_equal(grad, np.full(4, 3002.0))
+
+
+@both
 def test_so_has_a_number_that_scales_all(policy):
   """W is an operand: XLA's CPU backend missums a matmul with a constant of equal numbers."""
   fn = mpjax.autocast(lambda s, x, w: (s * (x @ w)).sum(), policy)

@@ -236,3 +236,82 @@ def test_a_parameter_over_one_number_rounds_where_it_is_multiplied(policy):
   found = {e.outvars[0].aval.dtype.name for e in scaled if e.outvars[0].aval.shape == (16, 16)}
   assert found == {"float32"}
   assert not wide_contractions(jax.make_jaxpr(mpjax.autocast(layer, policy))(W, X), FORMATS[policy])
+
+
+def root_mean_square(x):
+  return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def layer_norm(x):
+  x = x - x.mean(-1, keepdims=True)
+  return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+
+
+def normalized(x):
+  return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+NORMS = {"rms": root_mean_square, "layer": layer_norm, "unit": normalized}
+
+
+@pytest.mark.usefixtures("promotion_of_users")
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_what_a_norm_behind_a_layer_gives_joins_the_stream(norm):
+  """As in Gemma and OLMo, in plain code: ``x + norm(layer(norm(x)))``."""
+
+  def network(w, x):
+    x = x @ w[0]
+    x, _ = lax.scan(lambda x, w: (x + norm(jnp.tanh(norm(x) @ w)), None), x, w)
+    return norm(x) @ w[0]
+
+  found = [*traced(network, "mixed_bfloat16", W, X)]
+  (loop,) = (e for e in found if e.primitive.name == "scan")
+  assert [v.aval.dtype for v in loop.invars if v.aval.shape == X.shape] == [jnp.bfloat16]
+  want, got = network(W, X), mpjax.autocast(network, "mixed_bfloat16")(W, X)
+  np.testing.assert_allclose(got, want, atol=0.03 * jnp.abs(want).max())
+
+
+@pytest.mark.usefixtures("promotion_of_users")
+@both
+@pytest.mark.parametrize(
+  "center",
+  [
+    lambda h: h - h.mean(0),
+    lambda h: (h.T - h.mean(0)[:, None]).T,
+    lambda h: h[:4] - h[4:].mean(0),
+    lambda h: jnp.stack([h, 2 * h]).sum(0) - h.mean(0),
+  ],
+  ids=["mean", "turned", "of the other half", "of a sum"],
+)
+def test_what_a_mean_is_taken_from_is_as_exact_as_it(center, policy):
+  """A difference of two that were made of one is small beside them."""
+  fn = lambda w, x: (lambda c: c.T @ c)(center(x @ w + 8.0)) @ w
+  subtractions = [e for e in traced(fn, policy, W[0], X) if e.primitive.name == "sub"]
+  assert {e.outvars[0].aval.dtype.itemsize for e in subtractions} == {4}
+
+
+ACTIVE = {"relu": nn.relu, "silu": nn.silu, "tanh": jnp.tanh, "gelu": nn.gelu}
+
+
+@pytest.mark.usefixtures("promotion_of_users")
+@pytest.mark.parametrize("name", ACTIVE)
+def test_a_network_whose_parameters_are_given_stores_no_more_than_by_hand(name):
+  """The actor's loss in SAC or TD3: the critic's biases are float32 data."""
+
+  def loss(actor, critic, x, cast=lambda a: a):
+    h = cast(x)
+    for w, b in (*actor, *critic):
+      h = ACTIVE[name](h @ cast(w) + cast(b))
+    return h.astype(jnp.float32).mean()
+
+  layers = [(w, jnp.ones(16)) for w in W]
+  x = jnp.tile(X, (64, 1))
+
+  def stored(fn):
+    _, backward = jax.eval_shape(lambda actor: jax.vjp(lambda a: fn(a, layers, x), actor), layers)
+    kept = [a for a in jax.tree.leaves(backward) if a.shape[:1] == (512,)]
+    return sum(a.size * a.dtype.itemsize for a in kept)
+
+  narrow = lambda a: a.astype(jnp.bfloat16)
+  by_hand = stored(lambda a, c, x: loss(a, c, x, narrow))
+  assert stored(mpjax.autocast(loss, "mixed_bfloat16")) <= 1.2 * by_hand

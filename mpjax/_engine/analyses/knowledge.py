@@ -146,7 +146,8 @@ class Knowledge:
     self.features = frozenset(inner.invars[n] for n in known.features)
     self.has_rule = known.has_rule
     self.in_float16 = FLOAT16 in analyses.adapting.formats
-    self.uses = Uses(self.frame, contents, self._is_layer, is_rounding, is_whole=known.is_whole)
+    layers = self._is_layer, self._may_weigh
+    self.uses = Uses(self.frame, contents, *layers, is_rounding, is_whole=known.is_whole)
     self.of_numbers = frozenset(inner.invars[n] for n in known.of_numbers)
     self.carried = frozenset(inner.invars[n] for n in known.carry)
     self._in_forms, self._known = in_forms, known

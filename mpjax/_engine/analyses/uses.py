@@ -38,7 +38,8 @@ class Uses:
   Args:
     frame: The jaxpr.
     contents: Tells what functions do that are called.
-    is_layer: Whether a matmul has weights.
+    is_layer: Whether a matmul has weights that are trained.
+    may_be_layer: Whether it has some that may be, as those of a network that is given.
     is_rounding: Whether a policy below float32 governs an equation.
     is_whole: Whether it is the whole function, and no body.
   """
@@ -48,12 +49,14 @@ class Uses:
     frame: Frame,
     contents: Contents,
     is_layer: Callable[[JaxprEqn], bool],
+    may_be_layer: Callable[[JaxprEqn], bool],
     is_rounding: Callable[[JaxprEqn], bool],
     *,
     is_whole: bool,
   ) -> None:
     self._frame, self._inner, self._is_whole = frame, frame.inner, is_whole
-    self._contents, self._is_layer, self._is_rounding = contents, is_layer, is_rounding
+    self._contents, self._is_layer, self._may_be_layer = contents, is_layer, may_be_layer
+    self._is_rounding = is_rounding
 
   @functools.cached_property
   def totaled(self) -> Collection[Var]:
@@ -148,14 +151,21 @@ class Uses:
   @functools.cached_property
   def activated(self) -> Collection[Var]:
     """What nothing but layers read in the forward pass that round it, or an activation of it."""
-    return self._read_by_rounding(_LEADS_TO_LAYERS | _ACTIVATES)
+    return self._read_by_rounding(_LEADS_TO_LAYERS | _ACTIVATES, self._is_layer)
 
   @functools.cached_property
   def activated_alone(self) -> Collection[Var]:
     """The same of what nothing is added to or multiplied by on the way: no larger, no smaller."""
-    return self._read_by_rounding((_LEADS_TO_LAYERS | _ACTIVATES) - ADDS - SCALES)
+    return self._read_by_rounding((_LEADS_TO_LAYERS | _ACTIVATES) - ADDS - SCALES, self._is_layer)
 
-  def _read_by_rounding(self, leading: frozenset[str]) -> Collection[Var]:
+  @functools.cached_property
+  def moved_to_layers(self) -> Collection[Var]:
+    """What nothing but layers read that round it, be their weights trained or given."""
+    return self._read_by_rounding(_LEADS_TO_LAYERS - ADDS - SCALES, self._may_be_layer)
+
+  def _read_by_rounding(
+    self, leading: frozenset[str], is_layer: Callable[[JaxprEqn], bool]
+  ) -> Collection[Var]:
     """What is led on by some primitives, or by activations, to nothing but layers that round it."""
 
     def leads_on(eqn: JaxprEqn) -> bool:
@@ -163,7 +173,7 @@ class Uses:
         return eqn.primitive.name in leading
       return self._contents.primitives(bodies_of(eqn)[0].jaxpr) <= _ACTIVATIONS
 
-    is_one = lambda matmul: self._is_layer(matmul) and self._is_rounding(matmul)  # noqa: E731
+    is_one = lambda matmul: is_layer(matmul) and self._is_rounding(matmul)  # noqa: E731
     forward = [eqn for eqn in self._inner.eqns if not self._frame.is_backward(eqn)]
     divisors = variables_of(e.invars[1] for e in forward if e.primitive.name == "div")
     return self._read_only_by(is_one, leads_on, forward, divisors)

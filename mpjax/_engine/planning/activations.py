@@ -3,9 +3,9 @@
 ``relu(segment_sum(h @ w, nodes) + b) @ v``: a long sum is float32, and so is what is added to it.
 Weights alone multiply what the activation makes, which rounds there anyway. Rounded before the
 activation it is as exact as by hand, and the backward pass stores 16 bits; of a `relu` the numbers
-are the same. Data that no layer made are not rounded, nor is what is float32 for what others do
-with it. Nor is it in float16, where a sum may be infinite, by what would make a NaN of that, or
-where it is divided behind it.
+are the same, so that its layers may be those of a network that is given. Data that no layer made
+are not rounded, nor is what is float32 for what others do with it. Nor is it in float16, where a
+sum may be infinite, by what would make a NaN of that, or where it is divided behind it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def rounded(
   place = forms.index(DATA)
   if {*forms} - {DATA, CONSTANT, None} or not _may_round(eqn, place, around, lasting):
     return vias, forms
-  uses, is_float16 = around.uses, compute == FLOAT16
-  read_by_layers = uses.activated_alone if is_float16 else uses.activated
-  if eqn.outvars[0] not in read_by_layers or (is_float16 and not _keeps_finite(eqn, around)):
+  if not _is_read_by_layers(eqn, compute, around):
     return vias, forms
   return (
     [compute if n == place else via for n, via in enumerate(vias)],
@@ -76,8 +74,17 @@ def _may_round(eqn: JaxprEqn, place: int, around: Knowledge, lasting: Collection
   )
 
 
-def _keeps_finite(eqn: JaxprEqn, around: Knowledge) -> bool:
-  """Whether no NaN is made of an infinity, as a product of it and of 0 is."""
+def _is_read_by_layers(eqn: JaxprEqn, compute: np.dtype, around: Knowledge) -> bool:
+  """Whether nothing but layers read an activation, which may round before it."""
+  uses, result = around.uses, eqn.outvars[0]
+  if not _bounds(eqn, around):
+    return compute != FLOAT16 and result in uses.activated
+  of_trained = uses.activated_alone if compute == FLOAT16 else uses.activated
+  return result in of_trained or result in uses.moved_to_layers
+
+
+def _bounds(eqn: JaxprEqn, around: Knowledge) -> bool:
+  """Whether an activation does no more than a `relu`: it makes no NaN of an infinity."""
   if eqn.primitive.name in BOUNDS:
     return True
   contents = around.analyses.contents

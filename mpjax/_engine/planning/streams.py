@@ -1,11 +1,12 @@
-"""Activations that are added to a 16-bit stream.
+"""Activations and norms that are added to a 16-bit stream.
 
 ``x + softplus(x @ w)``: an exponential runs in float32, and what is added to float32 is float32, so
 that one such activation would widen all of a residual stream behind it, with its norms and what is
-stored for the backward pass. What elementwise operations made of narrow values alone is as exact as
-these, and rounds where it is added to such a value on the way to a matmul. Not to one that it was
-computed from, nor on the way to a loss: ``expm1(v) - v`` and ``exp(v) + m**2 - 1 - v`` are small
-beside their terms. Nor in float16, whose range it may exceed.
+stored for the backward pass. So would the norms of ``x + norm(layer(norm(x)))``. What elementwise
+operations and averages made of narrow values alone is as exact as these, and rounds where it is
+added to such a value on the way to a matmul. Not to one that it was computed from, nor on the way
+to a loss: ``x - mean(x)``, ``expm1(v) - v`` and ``exp(v) + m**2 - 1 - v`` are small beside their
+terms. Nor in float16, whose range it may exceed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from mpjax._core.dtypes import BFLOAT16
-from mpjax._core.primitives import FUNCTIONS
-from mpjax._engine.planning.plan import ELEMENTWISE, Step, is_elementwise
+from mpjax._core.primitives import FUNCTIONS, UNCHANGED
+from mpjax._engine.planning.plan import ELEMENTWISE, Step
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.kinds import Forms, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
-_LEAD_ON = ELEMENTWISE | FUNCTIONS
+_AVERAGES = frozenset({"reduce_sum"})
+_LEAD_ON = ELEMENTWISE | FUNCTIONS | UNCHANGED | _AVERAGES | {"slice", "split", "concatenate"}
 _LOOKS = 64
 """How many values behind a sum are looked at."""
 
@@ -96,5 +98,13 @@ class Streams:
       if form is not None
     ]
     is_exact = step.is_of_difference  # it is float32 for what is added to it
-    if own and max(own) is Kind.NARROW and is_elementwise(step) and not is_exact:
+    if own and max(own) is Kind.NARROW and _makes_of_them(step) and not is_exact:
       self._of_narrow.update(step.eqn.outvars)
+
+
+def _makes_of_them(step: Step) -> bool:
+  """Whether a step computes element by element, or sums up, itself or in the function it calls."""
+  name = step.eqn.primitive.name
+  if name in FUNCTIONS and step.bodies:
+    return all(map(_makes_of_them, step.bodies[0].steps))
+  return name in ELEMENTWISE | _AVERAGES

@@ -44,7 +44,8 @@ def test_results_have_the_output_dtype_and_gradients_that_of_the_parameters(oper
 
 
 def test_a_bias_and_a_python_scalar_follow_the_matmul(operands):
-  jaxpr = jax.make_jaxpr(mpjax.autocast(lambda p, x: affine(p, x) * 2.5 + 1, BF16))(*operands)
+  network = lambda p, x: (affine(p, x) * 2.5 + 1) @ p["w"]
+  jaxpr = jax.make_jaxpr(mpjax.autocast(network, BF16))(*operands)
   assert result_dtypes(jaxpr, "add") == result_dtypes(jaxpr, "mul") == {"bfloat16"}
 
 

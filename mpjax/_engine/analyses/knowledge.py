@@ -27,6 +27,7 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.data_transforms import DataTransforms
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
+from mpjax._engine.analyses.joined import joined
 from mpjax._engine.analyses.known import Known
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs
@@ -204,23 +205,41 @@ class Knowledge:
     return powers(self._inner, self.carried)
 
   @functools.cached_property
+  def _given(self) -> Collection[Any]:
+    """The operands and constants that are data."""
+    of_layers = {*self._known.carry} - self._known.began
+    pairs = enumerate(zip(self._inner.invars, self._in_forms, strict=True))
+    given = {var for n, (var, form) in pairs if form == DATA and n not in of_layers}
+    return given.union(self._inner.constvars)
+
+  @functools.cached_property
+  def joined(self) -> Collection[Var]:
+    """What is added to data or is an exponent, see `analyses.joined`."""
+    return joined(self.frame, self._given)
+
+  @functools.cached_property
   def data_transforms(self) -> DataTransforms:
     """What is done with products of data."""
     inner, carry, began = self._inner, self._known.carry, self._known.began
-    pairs = enumerate(zip(inner.invars, self._in_forms, strict=True))
-    of_layers = {*carry} - began
-    given = {var for n, (var, form) in pairs if form == DATA and n not in of_layers}
     pairs_of = zip(inner.outvars, carry, strict=False)
     handed_on = {
       var: inner.invars[n] for var, n in pairs_of if n in began and not isinstance(var, Literal)
     }
-    given.update(inner.constvars)
     subtracted = variables_of(inner.outvars[n] for n in self._known.subtracted)
-    return DataTransforms(self.frame, self.analyses.contents, given, handed_on, subtracted)
+    return DataTransforms(self.frame, self.analyses.contents, self._given, handed_on, subtracted)
 
   def is_output(self, var: Var) -> bool:
     """Whether a value goes into a loss, and no layer comes after, be its weights trained or not."""
     return var in self._in_totals and var not in self._before_weights
+
+  def is_returned(self, var: Var) -> bool:
+    """Whether a whole function returns what is made of a value, and no matmul comes after."""
+    return self._known.is_whole and var not in self._before_matmuls
+
+  @functools.cached_property
+  def _before_matmuls(self) -> Collection[Var]:
+    """What leads into a matmul, whatever is made of it before."""
+    return self.uses.before(lambda _: True, ())
 
   @functools.cached_property
   def _before_weights(self) -> Collection[Var]:

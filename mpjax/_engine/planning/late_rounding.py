@@ -16,7 +16,8 @@ for float32 alone, as halves of which kernels are compared.
 
 What no layer comes after is an output: of ``2 * sigmoid(o) - 1``, which a loss compares, o rounds,
 as by hand, and nothing else. Activations of outputs, numbers that are added to them and what is
-made of these is float32 where float32 alone reads it.
+made of these is float32 where float32 alone reads it. So it is where it is returned for a loss
+outside, if a number is added to it.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def rounding_late(
   multiplied: Collection[Var],
   is_of_layers: Callable[[Sequence[Atom]], bool],
   comes_last: Callable[[Var], bool],
+  is_returned: Callable[[Var], bool],
   *,
   is_whole: bool,
 ) -> Plan:
@@ -69,7 +71,8 @@ def rounding_late(
       hand, and no loss does.
     is_of_layers: Whether one of some values may be of layers. Data that are none have no gradient,
       for which a product with them would store the multiple.
-    comes_last: Whether no layer comes after a value.
+    comes_last: Whether no layer comes after a value, which goes into a loss.
+    is_returned: Whether no matmul does, and what is made of it is returned for a loss outside.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
   is_cut_again = _cuts(plan)
@@ -77,8 +80,12 @@ def rounding_late(
   def ends(step: Step) -> bool:
     return step.eqn.primitive.name in _ENDS or _multiplies_data(step, is_of_layers)
 
+  shifted = _shifted(plan) if is_whole else ()
+
   def is_output(step: Step) -> bool:
-    return not step.place.has_cotangents and comes_last(step.eqn.outvars[0])
+    (result, *_) = step.eqn.outvars
+    is_said = comes_last(result) or (result in shifted and is_returned(result))
+    return is_said and not step.place.has_cotangents
 
   late = _late(plan, numbers, multiplied, ends, is_cut_again, is_output, is_whole=is_whole)
   wide, made = set[int](), set[Var]()
@@ -157,6 +164,15 @@ def _multiplies_data(step: Step, is_of_layers: Callable[[Sequence[Atom]], bool])
   return len(data) == 1 and not is_of_layers(data)
 
 
+def _shifted(plan: Plan) -> Collection[Var]:
+  """What leads to a step that adds a number to it."""
+  found = set[Var]()
+  for step in reversed(plan.steps):
+    if not found.isdisjoint(step.eqn.outvars) or _is_shift(step):
+      found |= {*step.eqn.outvars, *variables_of(step.eqn.invars)}
+  return found
+
+
 def _is_multiple(step: Step) -> bool:
   """Whether a step with a narrow result multiplies by a number, or divides by one."""
   if step.eqn.primitive.name not in SCALES:
@@ -204,7 +220,7 @@ def _late(
       are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
     else:
       are_late = (_is_late(plan, *read, late, is_end, is_whole=is_whole) for read in reads)
-    is_made = any(reader not in returned for reader, _ in reads)
+    is_made = _is_shift(step) or any(reader not in returned for reader, _ in reads)
     if (
       reads
       and (is_made or leads_on)
@@ -248,8 +264,17 @@ def _bends_or_shifts(step: Step) -> bool:
   """Whether a step makes what narrow values hold with more digits: by a function, by a number."""
   if step.bodies:
     return any(_bends_or_shifts(inner) for body in step.bodies for inner in body.steps)
-  name = step.eqn.primitive.name
-  return name in _BENDS or (name in ADDS and CONSTANT in step.operands)
+  return step.eqn.primitive.name in _BENDS or _is_shift(step)
+
+
+def _is_shift(step: Step) -> bool:
+  """Whether a step adds a number to a narrow value."""
+  if step.bodies:
+    return any(_is_shift(inner) for body in step.bodies for inner in body.steps)
+  if step.eqn.primitive.name not in ADDS or CONSTANT not in step.operands:
+    return False
+  number = step.eqn.invars[step.operands.index(CONSTANT)]
+  return not isinstance(number, Literal) or number.val != 0  # with which Python's `sum` begins
 
 
 def _leads_on(step: Step, names: Collection[str] = _LEADS_ON) -> bool:

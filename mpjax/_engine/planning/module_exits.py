@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ class Borders:
 
   Args:
     governs: What rule and policy a path has, as it stands in this jaxpr.
+    multiplied: The variables that lead into a matmul.
   """
 
-  def __init__(self, governs: Governs) -> None:
-    self._governs = governs
+  def __init__(self, governs: Governs, multiplied: Collection[Var] = ()) -> None:
+    self._governs, self._multiplied = governs, multiplied
     self._homes: dict[Var, Path] = {}
     self._births: dict[Atom, _Births] = {}
     self.lasting = set[Atom]()
@@ -83,11 +84,12 @@ class Borders:
   def _leave(self, atom: Atom, form: Form, home: Path, path: Path) -> Form:
     """The form of a value after it left every module between its home and a path.
 
-    Data goes on in 16 bits where it is what came in, made over: every value of its shape came in as
-    such, and one of them leads to it with no matmul between. So do the results of norms and
-    activations, but no loss or statistic, no weights that a router computes, and not the float32
-    state of a recurrent cell; nor what a small step changed, a sum, and a gate that is needed near
-    one. A module that a rule matched hands out the rule's output dtype.
+    Data that lead on into a layer go on in 16 bits where they are what came in, made over: every
+    value of their shape came in as such, and one of them leads to them with no matmul between. So
+    do the results of norms and activations, but no loss or statistic, no weights that a router
+    computes, and not the float32 state of a recurrent cell; nor what a small step changed, a sum,
+    and a gate that is needed near one. A module that a rule matched hands out the rule's output
+    dtype.
     """
     if form.kind < Kind.NARROW:
       return form
@@ -95,13 +97,18 @@ class Borders:
       rule, policy = self._governs(home[:depth])
       if rule is not None and rule != self._governs(home[: depth - 1])[0]:
         form = held_as(policy.output_dtype)
-      elif form.kind is Kind.DATA and policy.compute_dtype != FLOAT32 and atom not in self.lasting:
+      elif self._may_round(atom, form, policy):
         shape = jaxprs.shape(atom)
         dtype = self._entered.get(home[:depth], {}).get(shape)
         birth = self._births.get(atom, {}).get(shape, home)
         dtype = None if birth[:depth] == home[:depth] else dtype
         form = form if dtype is None else narrow(dtype)
     return form
+
+  def _may_round(self, atom: Atom, form: Form, policy: Policy) -> bool:
+    """Whether data may go on in 16 bits: they lead on into a layer, and are no more than that."""
+    is_stream = atom in self._multiplied and atom not in self.lasting
+    return form.kind is Kind.DATA and policy.compute_dtype != FLOAT32 and is_stream
 
   def _enter(self, atom: Atom, form: Form, home: Path, path: Path) -> None:
     """Remember the format in which every module gets values of a shape: None if in float32."""

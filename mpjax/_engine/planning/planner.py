@@ -176,8 +176,8 @@ class _Walk:
     self.entering = Entering(self.around)
     self.cast = CastParameters(inner.invars[n] for n in cast)
     self.is_whole = known.is_whole
-    self.borders = Borders(self.governs)
     multiplied, makers = self.around.leading.multiplied, self.around.frame.makers
+    self.borders = Borders(self.governs, multiplied)
     self.streams = Streams(multiplied, self.borders.lasting, makers)
     self.forms: dict[Var, Form | None] = dict(zip(inner.invars, in_forms, strict=True))
     for var, value in zip(inner.constvars, versions.constants(jaxpr), strict=True):
@@ -204,6 +204,7 @@ class _Walk:
       self.around.leading.multiplied,
       self.around.sums.may_be_of_layers,
       self.around.is_output,
+      self.around.is_returned,
       is_whole=self.is_whole and out_forms is None,
     )
     return travelling(late)

@@ -399,7 +399,7 @@ def test_what_is_cut_with_a_stride_is_no_recurrence(policy):
 def test_a_small_number_and_the_bias_of_a_gate_are_no_numbers_near_one(policy):
   def fn(p, x):
     given = x[:64] @ p["w"] + 0.01, sigmoid(x[:64] @ p["z"] + 0.5)
-    return lax.scan(lambda c, u: (u[0] * c * u[1], None), x[0], given)[0]
+    return lax.scan(lambda c, u: (u[0] * c * u[1], None), x[0], given)[0][None] @ p["w"]
 
   found = equations(jax.make_jaxpr(mpjax.autocast(fn, policy))(GATES, KEYS))
   shifts = [e for e in found if e.primitive.name == "add" and e.invars[1].aval.shape == ()]

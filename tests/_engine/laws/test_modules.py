@@ -192,3 +192,63 @@ def test_a_stream_that_is_returned_is_no_head_where_it_begins(turn, policy):
 
   first, *_ = matmuls(mpjax.autocast(encoder, policy), FEW_FEATURES, WIDE_X)
   assert first.outvars[0].aval.dtype.itemsize == 2
+
+
+LEVELS = np.linspace(275, 290, 4).astype(np.float32)
+
+
+class Behind(nn.Module):
+  """A layer, and what makes a result of it: in a module of its own, or not."""
+
+  fn: Callable
+  is_module: bool
+
+  @nn.compact
+  def __call__(self, x):
+    said = nn.Dense(4)(nn.tanh(nn.Dense(8)(x)))
+    return Elementwise(self.fn)(said) if self.is_module else self.fn(said)
+
+
+@both
+@cases(
+  denormalized=lambda o: o * np.full(4, 12.3, np.float32) + LEVELS,
+  anchors=lambda o: (2 * jax.nn.sigmoid(o) - 0.5 + np.arange(4, dtype=np.float32)) * 80,
+  template=lambda o: o + 100 * LEVELS,
+  increasing=lambda o: jnp.cumsum(jax.nn.softplus(o), -1),
+  log_probabilities=nn.log_softmax,
+  mixed=lambda o: jnp.logaddexp(o, LEVELS),
+  looked_up=lambda o: jnp.interp(o, np.arange(4, dtype=np.float32), LEVELS),
+)
+@pytest.mark.parametrize("transformed", ["module", "loss", "scope"])
+def test_behind_the_last_layer_nothing_rounds_where_it_leaves_a_module(fn, transformed, policy):
+  x = jax.random.normal(jax.random.key(0), (16, 6))
+  variables = Behind(fn, is_module=False).init(jax.random.key(1), x)
+
+  def plain(variables, x, *, is_module=False):
+    if transformed == "module":
+      return mpjax.apply_policy(Behind(fn, is_module), policy).apply(variables, x)
+    if transformed == "scope" and is_module:
+      return Behind(jax.named_scope("denormalize")(fn), is_module=False).apply(variables, x)
+    return Behind(fn, is_module).apply(variables, x)
+
+  cast = (lambda f: f) if transformed == "module" else lambda f: mpjax.autocast(f, policy)
+  inside = cast(functools.partial(plain, is_module=True))
+  np.testing.assert_array_equal(*(jax.jit(f)(variables, x) for f in (inside, cast(plain))))
+
+
+@both
+def test_what_leads_on_into_a_layer_still_leaves_its_module_in_16_bits(policy):
+  class Network(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.Dense(4)(Elementwise(lambda h: h + LEVELS)(nn.Dense(4)(x)))
+
+  x = jnp.ones((2, 6))
+  variables = Network().init(jax.random.key(1), x)
+  run = lambda v: mpjax.apply_policy(Network(), policy).apply(v, x)
+  casts = [
+    e.outvars[0].aval.dtype.itemsize
+    for e in equations(jax.make_jaxpr(run)(variables))
+    if e.primitive.name == "convert_element_type" and "Elementwise" in str(e.source_info.name_stack)
+  ]
+  assert casts

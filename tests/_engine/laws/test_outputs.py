@@ -44,6 +44,9 @@ OUTPUTS = {
 }
 
 
+RETURNED = ("sign", "normalized", "depth", "gamma", "wave", "jitted", "shifted")
+
+
 def layers(p, x, dense):
   return dense(jnp.tanh(dense(x, p["in"])), p["out"])
 
@@ -105,3 +108,17 @@ def test_what_a_function_returns_alone_is_as_narrow_as_its_layers(policy):
   jaxpr = jax.make_jaxpr(mpjax.autocast(fn, policy))(jnp.ones((4, WIDTH)), jnp.ones((8, 4)))
   found = [e for e in equations(jaxpr) if e.primitive.name in ("mul", "tanh", "logistic")]
   assert {e.outvars[0].aval.dtype.itemsize for e in found} == {2}
+
+
+@pytest.mark.quick(every=2)
+@in_turns(("output", "policy"), {key: OUTPUTS[key] for key in RETURNED}, POLICIES)
+def test_what_is_returned_for_a_loss_outside_is_as_exact_as_by_hand(
+  output, policy, example, promotion_of_users
+):
+  dtype = jnp.dtype(policy.removeprefix("mixed_"))
+  by_hand = lambda x, w: (x.astype(dtype) @ w.astype(dtype)).astype(jnp.float32)
+  model = lambda p, x, dense=jnp.matmul: output(layers(p, x, dense))
+  fns = [model, lambda p, x: model(p, x, by_hand), mpjax.autocast(model, policy)]
+  run = jax.jit(lambda *given: [fn(*given) for fn in fns], compiler_options=ROUNDING)
+  want, hand, found = run(*example)
+  assert jnp.linalg.norm(found - want) <= 1.3 * jnp.linalg.norm(hand - want)

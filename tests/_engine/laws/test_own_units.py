@@ -238,3 +238,65 @@ def test_a_layer_near_a_number_has_16_bit_products_and_one_near_no_number_a_16_b
 def test_a_difference_of_layers_stays_in_16_bits(fn, policy):
   found = matmuls(mpjax.autocast(fn, policy), jnp.eye(4), jnp.ones((2, 4)))
   assert {v.aval.dtype.itemsize for e in found for v in (*e.invars, *e.outvars)} == {2}
+
+
+STEPS = 6
+
+
+def rate(p, said, state):
+  """A variance with a rate that is a level and little of what a layer said."""
+  return jnp.exp(p["level"] + 0.1 * said) + 0.5 * state
+
+
+def relaxed(p, said, state):
+  return state + 0.1 * (p["level"] + 2 * said - state)
+
+
+def rate_of_numbers(p, said, state):
+  return jnp.exp(0.1 * said - 9.5) + 0.5 * state
+
+
+LEVELS = {
+  "rate": (rate, -9.5, 1e-4, lambda h: jnp.log(h) + 9),
+  "rate of numbers": (rate_of_numbers, 0.0, 1e-4, lambda h: jnp.log(h) + 9),
+  "relaxed": (relaxed, 281.5, 281.0, lambda h: (h - 281.5) / 12),
+}
+
+
+@pytest.mark.parametrize("loop", ["scan", "python"])
+@in_turns(("program", "policy"), LEVELS, POLICIES)
+def test_a_level_that_a_state_joins_is_float32_though_its_next_turn_reads_it(program, loop, policy):
+  update, level, first, read = program
+  dtype = jnp.dtype(policy.removeprefix("mixed_"))
+  keys = jax.random.split(jax.random.key(0), 3)
+  p = {
+    "in": jax.random.normal(keys[0], (4, 32)) / 2,
+    "out": jax.random.normal(keys[1], (32, 1)) / 6,
+    "level": jnp.float32(level),
+  }
+  x = jax.random.normal(keys[2], (STEPS, 64, 3))
+
+  def loss(p, x, cast):
+    def turn(state, given):
+      seen = cast(jnp.concatenate([given, read(state)[:, None]], -1))
+      said = (jnp.tanh(seen @ cast(p["in"])) @ cast(p["out"])).astype(jnp.float32)
+      state = update(p, said[:, 0], state)
+      return state, state
+
+    state = jnp.full(64, first)
+    if loop == "scan":
+      _, states = lax.scan(turn, state, x)
+    else:
+      states = jnp.stack([state := turn(state, given)[0] for given in x])
+    return jnp.mean((read(states) - 0.2) ** 2)
+
+  same = lambda a: a
+  fns = [
+    lambda p, x: loss(p, x, same),
+    lambda p, x: loss(p, x, lambda a: a.astype(dtype)),
+    mpjax.autocast(lambda p, x: loss(p, x, same), policy),
+  ]
+  want, hand, got = jax.jit(lambda *given: [jax.grad(fn)(*given) for fn in fns])(p, x)
+  flat = lambda tree: jnp.concatenate([*map(jnp.ravel, jax.tree.leaves(tree))])
+  error = lambda tree: jnp.linalg.norm(flat(tree) - flat(want))
+  assert error(got) <= 1.3 * error(hand)

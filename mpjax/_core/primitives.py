@@ -338,6 +338,8 @@ JITTED = having(Trait.JIT)
 """Calls of jitted functions."""
 FUNCTIONS = having(Trait.JIT | Trait.INLINE)
 """These, and calls of functions with a derivative rule of their user's."""
+REMATS = having(Trait.REMAT)
+"""Calls of functions that the backward pass computes again: it stores their operands."""
 CALLS = having(Trait.JIT | Trait.REMAT)
 """Calls of jitted functions, and of functions that the backward pass computes again."""
 

@@ -14,6 +14,7 @@ from mpjax._core import scopes
 from mpjax._core.primitives import (
   ADDS,
   MATMULS,
+  REMATS,
   RULES,
   UNCHANGED,
   Rule,
@@ -28,7 +29,6 @@ from mpjax._engine.program.versions import AnyJaxpr, Jaxpr, JaxprEqn, Var
 
 T = TypeVar("T")
 
-_REMATS = having(Trait.REMAT)
 MOVES = having(Trait.MOVES)
 
 # What a value passes on its way to where it is added up.
@@ -272,7 +272,7 @@ def asked_at(question: Question, eqn: JaxprEqn) -> Question:
     return question._replace(is_again=False) if is_asked else _NOWHERE
   if not scopes.is_backward(stack):
     return question
-  return question._replace(is_again=True) if eqn.primitive.name in _REMATS else _NOWHERE
+  return question._replace(is_again=True) if eqn.primitive.name in REMATS else _NOWHERE
 
 
 def _joins(eqn: JaxprEqn, made: set[Var], operands: set[Var]) -> bool:

@@ -31,7 +31,7 @@ class Borders:
     multiplied: The variables that lead into a matmul.
   """
 
-  def __init__(self, governs: Governs, multiplied: Collection[Var] = ()) -> None:
+  def __init__(self, governs: Governs, multiplied: Collection[Var]) -> None:
     self._governs, self._multiplied = governs, multiplied
     self._homes: dict[Var, Path] = {}
     self._births: dict[Atom, _Births] = {}

@@ -17,7 +17,7 @@ from mpjax._core import scopes
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import FLOAT32_POLICY, Policy
 from mpjax._core.policy_map import PolicyMap
-from mpjax._core.primitives import ADDS, JITTED, MATMULS, Rule, Trait, having
+from mpjax._core.primitives import ADDS, JITTED, MATMULS, REMATS, Rule
 from mpjax._core.scopes import Path
 from mpjax._engine.analyses.entering import Entering
 from mpjax._engine.analyses.knowledge import Analyses, Knowledge
@@ -348,7 +348,7 @@ class _Walk:
     body = self.planner.plan(held.jaxpr, forms, place, None, known, cast)
     if eqn.primitive.name in JITTED:
       body = self.planner.plan(held.jaxpr, widened(body), place, None, known, cast)
-    elif eqn.primitive.name in _STORES_OPERANDS:
+    elif eqn.primitive.name in REMATS:  # what it stores is as narrow as it is read
       stored = narrowed(body, range(len(held.operands)))
       body = self.planner.plan(held.jaxpr, stored, place, None, known, cast)
     wanted = [form and form.dtype for form in body.in_forms]
@@ -409,8 +409,6 @@ _WAYS: dict[Rule, Callable[[_Walk, JaxprEqn, Forms, Place], Decision]] = {
   Rule.WHILE: _Walk.loop,
   Rule.COND: _Walk.cond,
 }
-# A checkpoint stores its operands, so they are as narrow as they are read; a jit may get them so.
-_STORES_OPERANDS = having(Trait.REMAT)
 
 
 def _lasting(eqn: JaxprEqn, bodies: Sequence[Plan]) -> list[Var]:

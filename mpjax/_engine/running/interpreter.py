@@ -14,7 +14,7 @@ from jax import lax
 from jax.core import Tracer
 
 from mpjax._core.dtypes import FLOAT32
-from mpjax._core.primitives import SCALES, Rule, Trait, having
+from mpjax._core.primitives import REMATS, SCALES, Rule, Trait, having
 from mpjax._engine.planning.plan import Plan, Step
 from mpjax._engine.planning.planner import Planner
 from mpjax._engine.program import jaxprs, versions
@@ -344,7 +344,7 @@ def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
   if name not in _KEEPS_ITS_CALL:
     return interpreter.run(body, operands)
   held = "jaxpr" if "jaxpr" in step.params else "call_jaxpr"
-  copies = interpreter.copies.among(body, operands) if name in _STORES_OPERANDS else {}
+  copies = interpreter.copies.among(body, operands) if name in REMATS else {}
   rebuilt = interpreter.rebuild(body, (), {n: x.dtype for n, x in copies.items()})
   jaxpr, consts = versions.like(step.params[held], rebuilt)
   given = [*consts, *copies.values(), *operands]
@@ -352,7 +352,6 @@ def _call(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> li
 
 
 _KEEPS_ITS_CALL = having(Trait.JIT | Trait.REMAT | Trait.MARKED)
-_STORES_OPERANDS = having(Trait.REMAT)
 
 
 def _loss_scale(interpreter: Interpreter, step: Step, operands: list[jax.Array]) -> list[jax.Array]:

@@ -149,7 +149,7 @@ def widened(copy: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class Copies:
-  """The copies of what stands for weights in the loops that are traced now."""
+  """The 16-bit copies of float32 values, weights mostly, that are traced now."""
 
   def __init__(self) -> None:
     self._known: dict[int, tuple[Any, jax.Array]] = {}
@@ -158,7 +158,7 @@ class Copies:
     return bool(self._known)
 
   def of(self, x: Any, dtype: np.dtype) -> jax.Array | None:
-    """The copy of a weight in a format, if there is one."""
+    """The copy of a value in a format, if there is one."""
     _, copy = self._known.get(id(x), (None, None))
     return copy if copy is not None and copy.dtype == dtype else None
 

@@ -216,7 +216,8 @@ class CheckReport(Report):
       text += "." if grads is None else f", gradients by at most {grads:.2g}."
     else:
       text = f"does not agree: {'; '.join(self.faults[:3])}.{self._advice}"
-    worst = [f"{row.module} ({row.added:.2g})" for row in self.worst[:3]]
+    losing = [row for row in self.worst if row.added or _is_lost(row)]
+    worst = [f"{row.module} ({row.added:.2g})" for row in losing[:3]]
     return head + text + (f"\nMost is lost in {', '.join(worst)}." if worst else "")
 
   @property

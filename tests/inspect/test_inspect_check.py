@@ -211,6 +211,20 @@ def test_a_float32_policy_agrees_to_the_bit():
   assert {g.gradient.error for g in report.gradients} == {0.0}
 
 
+def test_a_module_that_loses_nothing_is_not_among_those_that_lose_most():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(W, name="rounds")(x)
+      return nn.Sequential([lambda x: 2 * x], name="doubles")(x)
+
+  x = jax.random.normal(jax.random.key(0), (2, W))
+  report = check(Model(), "mixed_bfloat16", Model().init(jax.random.key(1), x), x)
+  assert [row.module for row in report.worst] == ["rounds", "doubles"]
+  assert report.summary.splitlines()[1].startswith("Most is lost in rounds (")
+  assert "doubles" not in report.summary
+
+
 def test_updates_of_a_model_are_no_results():
   class Counted(nnx.Module):
     def __init__(self, rngs):

@@ -30,10 +30,10 @@ from mpjax._engine.running import (
   softmax,
   travelling,
 )
+from mpjax._engine.running.copies import NONE_ALIKE, Copies, widened
 from mpjax._engine.running.environment import Environment, Key, to_dtype
 from mpjax._engine.running.islands import Island
 from mpjax._engine.running.kept_rounding import kept_rounding
-from mpjax._engine.running.loops import NONE_ALIKE, Copies, widened
 from mpjax._engine.running.multiplying import MATMUL_RULES
 from mpjax._engine.running.repeats import Repeat, Unit
 from mpjax._engine.running.scaled_cotangents import UNSCALED, within

@@ -75,32 +75,8 @@ def rounding_late(
     is_returned: Whether no matmul does, and what is made of it is returned for a loss outside.
     is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
   """
-  is_cut_again = _cuts(plan)
-
-  def ends(step: Step) -> bool:
-    return step.eqn.primitive.name in _ENDS or _multiplies_data(step, is_of_layers)
-
-  shifted = _shifted(plan) if is_whole else ()
-
-  def is_output(step: Step) -> bool:
-    (result, *_) = step.eqn.outvars
-    is_said = comes_last(result) or (result in shifted and is_returned(result))
-    return is_said and not step.place.has_cotangents
-
-  late = _late(plan, numbers, multiplied, ends, is_cut_again, is_output, is_whole=is_whole)
-  wide, made = set[int](), set[Var]()
-  for n in sorted(late):
-    step = plan.steps[n]
-    if (
-      _is_inexact_multiple(step, numbers)
-      or _leads_to_matmul(plan, step)
-      or _is_read_besides(plan, n, late)
-      or (_bends_or_shifts(step) and is_output(step))
-      or is_cut_again(step)
-      or made & variables_of(step.eqn.invars)
-    ):
-      wide.add(n)
-      made |= {*step.eqn.outvars}
+  late = _Late(plan, numbers, multiplied, is_of_layers, comes_last, is_returned, is_whole)
+  wide, made = late.made_wide()
   if not wide:
     return plan
   readers = {n for var in made for n, _ in plan.readers[var]}
@@ -110,6 +86,133 @@ def rounding_late(
   results = zip(versions.open_jaxpr(plan.jaxpr).outvars, plan.out_forms, strict=True)
   out_forms = tuple(DATA if not isinstance(v, Literal) and v in made else f for v, f in results)
   return replace(plan, steps=tuple(steps), out_forms=out_forms)
+
+
+class _Late:
+  """The steps that make or lead on multiples, and whose result float32 alone reads.
+
+  Once, or to add or multiply: what is added up and read again besides is most often normalized.
+  The arguments are those of `rounding_late`.
+  """
+
+  def __init__(
+    self,
+    plan: Plan,
+    numbers: Callable[[Atom], NumberSet],
+    multiplied: Collection[Var],
+    is_of_layers: Callable[[Sequence[Atom]], bool],
+    comes_last: Callable[[Var], bool],
+    is_returned: Callable[[Var], bool],
+    is_whole: bool,
+  ) -> None:
+    self._plan, self._numbers, self._multiplied = plan, numbers, multiplied
+    self._is_of_layers, self._comes_last, self._is_returned = is_of_layers, comes_last, is_returned
+    self._is_whole = is_whole
+    self._shifted = _shifted(plan) if is_whole else ()
+    self._cuts = Counter(_cut(step) for step in plan.steps if step.eqn.primitive.name == "slice")
+    self._late = set[int]()
+    self._exact = set[int]()  # of these, what others round inside
+    self._returned = {_RESULT}  # of these, what is made of nothing on the way out
+    self._find()
+
+  def made_wide(self) -> tuple[set[int], set[Var]]:
+    """Which of the steps are better in float32, and what they make."""
+    wide, made = set[int](), set[Var]()
+    for n in sorted(self._late):
+      step = self._plan.steps[n]
+      if (
+        _is_inexact_multiple(step, self._numbers)
+        or _leads_to_matmul(self._plan, step)
+        or self._is_read_besides(n)
+        or (_bends_or_shifts(step) and self._is_output(step))
+        or self._is_cut_again(step)
+        or made & variables_of(step.eqn.invars)
+      ):
+        wide.add(n)
+        made |= {*step.eqn.outvars}
+    return wide, made
+
+  def _find(self) -> None:
+    likely = [
+      (n, step)
+      for n, step in enumerate(self._plan.steps)
+      if step.eqn.primitive.name in _MAY_LEAD_ON
+      and step.rule in (Rule.FOLLOW, Rule.CALL)
+      and len(step.outs) == 1
+      and is_narrow(step.outs[0])
+    ]
+    for n, step in reversed(likely):
+      self._see(n, step)
+
+  def _see(self, n: int, step: Step) -> None:
+    """Note a step whose readers have been seen, if all of them read it in float32."""
+    leads_on = _leads_on(step)
+    is_last = _leads_on(step, _MAKES_OUTPUTS) and self._is_output(step)
+    (result,) = step.eqn.outvars
+    reads = self._plan.readers[result] if leads_on or is_last else []
+    is_made = _is_shift(step) or any(reader not in self._returned for reader, _ in reads)
+    if (
+      not reads
+      or not (is_made or leads_on)
+      or not self._are_late(step, reads, is_last)
+      or (len(reads) > 1 and any(_is_total(self._plan, reader) for reader, _ in reads))
+    ):
+      return
+    rounds_inside = any(
+      _is_exact(self._plan, reader) or reader in self._exact for reader, _ in reads
+    )
+    if rounds_inside and _rounds(step, self._numbers):
+      return  # others would read what it makes as it was before
+    self._late.add(n)
+    if rounds_inside:
+      self._exact.add(n)
+    if not is_made:
+      self._returned.add(n)
+
+  def _are_late(self, step: Step, reads: Sequence[tuple[int, Read]], is_last: bool) -> bool:
+    """Whether all that reads the result of a step does in float32, or is late itself."""
+    if self._is_cut_again(step):
+      return all(reader in self._late or read == _AS_WIDE for reader, read in reads)
+    (result,) = step.eqn.outvars
+    ends = (lambda _: True) if is_last else _adds_up if result in self._multiplied else self._ends
+    return all(self._is_late(reader, read, ends) for reader, read in reads)
+
+  def _is_late(self, reader: int, read: Read, ends: Callable[[Step], bool]) -> bool:
+    """Whether a narrow value is read in float32, or by what is late itself."""
+    if read.via is not None:
+      return False
+    if reader == _RESULT:
+      return self._is_whole
+    if reader in self._late:
+      return read.to is None
+    step = self._plan.steps[reader]
+    is_end = ends(step) or _is_wide_matmul(step)
+    is_end = is_end or (
+      step.eqn.primitive.name == "concatenate" and _leads_to_matmul(self._plan, step)
+    )
+    return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
+
+  def _ends(self, step: Step) -> bool:
+    return step.eqn.primitive.name in _ENDS or _multiplies_data(step, self._is_of_layers)
+
+  def _is_output(self, step: Step) -> bool:
+    (result, *_) = step.eqn.outvars
+    is_said = self._comes_last(result) or (result in self._shifted and self._is_returned(result))
+    return is_said and not step.place.has_cotangents
+
+  def _is_cut_again(self, step: Step) -> bool:
+    """Whether a step cuts a part from a value that another one cuts from it, too."""
+    return step.eqn.primitive.name == "slice" and self._cuts[_cut(step)] > 1
+
+  def _is_read_besides(self, reader: int) -> bool:
+    """Whether the narrow value that a step reads is read in float32 by others, too."""
+    step = self._plan.steps[reader]
+    return any(
+      read.to == FLOAT32 and n not in self._late
+      for atom, form in zip(step.eqn.invars, step.operands, strict=True)
+      if not isinstance(atom, Literal) and is_narrow(form)
+      for n, read in self._plan.readers[atom]
+    )
 
 
 def _is_inexact_multiple(step: Step, numbers: Callable[[Atom], NumberSet]) -> bool:
@@ -139,16 +242,6 @@ def _leads_to_matmul(plan: Plan, step: Step) -> bool:
   """Whether such matmuls read what a step makes."""
   readers = plan.readers[step.eqn.outvars[0]]
   return any(n != _RESULT and _is_wide_matmul(plan.steps[n]) for n, _ in readers)
-
-
-def _is_read_besides(plan: Plan, reader: int, late: set[int]) -> bool:
-  """Whether the narrow value that a step reads is read in float32 by others, too."""
-  return any(
-    read.to == FLOAT32 and n not in late
-    for atom, form in zip(plan.steps[reader].eqn.invars, plan.steps[reader].operands, strict=True)
-    if not isinstance(atom, Literal) and is_narrow(form)
-    for n, read in plan.readers[atom]
-  )
 
 
 def _adds_up(step: Step) -> bool:
@@ -185,61 +278,6 @@ def _is_multiple(step: Step) -> bool:
 
 def _is_inexact(number: float, form: Form | None) -> bool:
   return form is not None and float(np.asarray(number).astype(form.dtype)) != number
-
-
-def _late(
-  plan: Plan,
-  numbers: Callable[[Atom], NumberSet],
-  multiplied: Collection[Var],
-  ends: Callable[[Step], bool],
-  is_cut_again: Callable[[Step], bool],
-  is_output: Callable[[Step], bool],
-  *,
-  is_whole: bool,
-) -> set[int]:
-  """The steps that make or lead on multiples, and whose result float32 alone reads.
-
-  Once, or to add or multiply: what is added up and read again besides is most often normalized.
-  """
-  late, exact, returned = set[int](), set[int](), {_RESULT}
-  likely = [
-    (n, step)
-    for n, step in enumerate(plan.steps)
-    if step.eqn.primitive.name in _MAY_LEAD_ON
-    and step.rule in (Rule.FOLLOW, Rule.CALL)
-    and len(step.outs) == 1
-    and is_narrow(step.outs[0])
-  ]
-  for n, step in reversed(likely):
-    leads_on = _leads_on(step)
-    is_last = _leads_on(step, _MAKES_OUTPUTS) and is_output(step)
-    (result,) = step.eqn.outvars
-    reads = plan.readers[result] if leads_on or is_last else []
-    is_end = (lambda _: True) if is_last else _adds_up if result in multiplied else ends
-    if is_cut_again(step):
-      are_late = (reader in late or read == _AS_WIDE for reader, read in reads)
-    else:
-      are_late = (_is_late(plan, *read, late, is_end, is_whole=is_whole) for read in reads)
-    is_made = _is_shift(step) or any(reader not in returned for reader, _ in reads)
-    if (
-      reads
-      and (is_made or leads_on)
-      and all(are_late)
-      and (len(reads) == 1 or not any(_is_total(plan, reader) for reader, _ in reads))
-    ):
-      rounds_inside = any(_is_exact(plan, reader) or reader in exact for reader, _ in reads)
-      if rounds_inside and _rounds(step, numbers):
-        continue  # others would read what it makes as it was before
-      late.add(n)
-      exact |= {n} if rounds_inside else set()
-      returned |= set() if is_made else {n}
-  return late
-
-
-def _cuts(plan: Plan) -> Callable[[Step], bool]:
-  """Tells whether a step cuts a part from a value that another one cuts from it, too."""
-  cuts = Counter(_cut(step) for step in plan.steps if step.eqn.primitive.name == "slice")
-  return lambda step: step.eqn.primitive.name == "slice" and cuts[_cut(step)] > 1
 
 
 def _cut(step: Step) -> Hashable:
@@ -297,28 +335,6 @@ def _is_exact(plan: Plan, reader: int) -> bool:
 
 def _is_total(plan: Plan, reader: int) -> bool:
   return reader != _RESULT and plan.steps[reader].eqn.primitive.name == "reduce_sum"
-
-
-def _is_late(
-  plan: Plan,
-  reader: int,
-  read: Read,
-  late: set[int],
-  ends: Callable[[Step], bool],
-  *,
-  is_whole: bool,
-) -> bool:
-  """Whether a narrow value is read in float32, or by what is itself."""
-  if read.via is not None:
-    return False
-  if reader == _RESULT:
-    return is_whole
-  if reader in late:
-    return read.to is None
-  step = plan.steps[reader]
-  is_end = ends(step) or _is_wide_matmul(step)
-  is_end = is_end or (step.eqn.primitive.name == "concatenate" and _leads_to_matmul(plan, step))
-  return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 
 
 def _reading(step: Step, made: set[Var], *, is_wide: bool) -> Step:

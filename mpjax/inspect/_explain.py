@@ -47,9 +47,10 @@ def explain(
       then its own.
     *args: What the function or the model takes; for a Linen module, its variables first.
     argnums: Which arguments of a function hold its parameters, as for `mpjax.autocast`.
-    grad: Whether to follow the backward pass too: the gradients of the parameters, from the sum of
-      the results. What stands in it is marked as ``backward``; rules of ``custom_vjp`` are part
-      of it.
+    grad: Whether to follow the backward pass too, as ``autocast(jax.grad(fn), policy)`` runs it:
+      the gradients of the parameters, from the sum of the results. What stands in it is marked as
+      ``backward``; rules of ``custom_vjp`` are part of it. Where the gradient is taken outside of
+      `autocast`, matmuls that stay in float32 have both of their derivatives in float32, too.
     **kwargs: The keyword arguments of the function, the model, or Linen's ``apply``.
 
   Returns:

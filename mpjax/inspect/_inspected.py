@@ -17,7 +17,7 @@ from mpjax._core.dtypes import FLOAT32, describe, is_of
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
-from mpjax._core.tree_paths import path_str
+from mpjax._core.tree_paths import leaf_paths, path_str
 from mpjax._engine.autocast import names_of, parameter_flags
 from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
@@ -25,6 +25,8 @@ from mpjax._engine.kept_plans import Planned
 from mpjax._engine.planning.plan import LOCATED, Scoping
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 from mpjax._flax.policed import PLAIN, POLICIES
+
+_NUMBERS = (float, complex)  # bools and integers have no gradient
 
 
 class Subject(NamedTuple):
@@ -54,9 +56,15 @@ class Subject(NamedTuple):
   known: tuple[Path, ...] = ()
 
   def differentiable(self) -> Subject:
-    """With the numbers among its parameters as arrays, as ``jax.grad`` takes them."""
+    """With the numbers among its parameters as arrays, as ``jax.grad`` takes them.
+
+    Where it takes them: a model with flags or integers beside is one of libraries whose gradients
+    are those of its arrays, and which may branch on its numbers.
+    """
     leaves, tree, places = self._parameters()
-    arrays = {n: jnp.asarray(leaves[n]) for n in places if isinstance(leaves[n], float | complex)}
+    if any(not has_shape(leaves[n]) and not isinstance(leaves[n], _NUMBERS) for n in places):
+      return self
+    arrays = {n: jnp.asarray(leaves[n]) for n in places if isinstance(leaves[n], _NUMBERS)}
     args, kwargs = jax.tree.unflatten(tree, [arrays.get(n, x) for n, x in enumerate(leaves)])
     return self._replace(args=args, kwargs=kwargs) if arrays else self
 
@@ -67,6 +75,17 @@ class Subject(NamedTuple):
     flags = [*self.flags[0], *(self.flags[1][name] for name in names)]
     spread = spread_flags(flags, [*self.args, *(self.kwargs[name] for name in names)])
     return leaves, tree, [n for n, flag in enumerate(spread) if flag is True]
+
+  def _differentiated(self) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The floats of the parameters, and how positional and keyword arguments are made of them."""
+    leaves, tree, places = self._parameters()
+    places = [n for n in places if has_shape(leaves[n]) and is_of(leaves[n], np.inexact)]
+
+    def merged(params: list[Any]) -> Any:
+      own = dict(zip(places, params, strict=True))
+      return jax.tree.unflatten(tree, [own.get(n, x) for n, x in enumerate(leaves)])
+
+    return [leaves[n] for n in places], merged
 
   def of_arrays(self, fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[Any]]:
     """A function of the positional arguments as one of the arrays among them, and these."""
@@ -82,18 +101,15 @@ class Subject(NamedTuple):
     """The gradients of its parameters; results that are no scalars are summed."""
 
     def gradients(*args: Any, **kwargs: Any) -> Any:
-      leaves, tree, places = self._replace(args=args, kwargs=kwargs)._parameters()
-      places = [n for n in places if has_shape(leaves[n]) and is_of(leaves[n], np.inexact)]
-      if not places:
+      params, merged = self._replace(args=args, kwargs=kwargs)._differentiated()
+      if not params:
         raise ValueError(
           "grad=True differentiates with respect to the parameters, and no float is one. Set "
           "argnums to the arguments that hold them."
         )
 
       def total(params: list[Any]) -> Any:
-        own = dict(zip(places, params, strict=True))
-        merged = [own.get(n, x) for n, x in enumerate(leaves)]
-        args, kwargs = jax.tree.unflatten(tree, merged)
+        args, kwargs = merged(params)
         out = self.fn(*args, **kwargs)
         results = jax.tree.leaves(self.results(out))
         sums = [x if x.ndim == 0 else x.sum() for x in results if is_real(x)]
@@ -104,7 +120,7 @@ class Subject(NamedTuple):
           )
         return sums[0] if len(sums) == 1 else sum(x.astype(FLOAT32) for x in sums)
 
-      return jax.grad(total)([leaves[n] for n in places])
+      return jax.grad(total)(params)
 
     return self._replace(name=f"gradient of {self.name}", fn=gradients)
 
@@ -114,14 +130,11 @@ class Subject(NamedTuple):
     return self.scoping.absolute
 
   @property
-  def params(self) -> Any:
-    """The arguments that hold the parameters; one alone as it is."""
-    chosen = tuple(self.args[n] for n in self._wrt)
-    return chosen[0] if len(chosen) == 1 else chosen
-
-  @property
-  def _wrt(self) -> tuple[int, ...]:
-    return tuple(n for n, flag in enumerate(self.flags[0]) if flag is True)
+  def params(self) -> list[str]:
+    """The paths of the floats in the positional arguments that hold the parameters."""
+    chosen = tuple(self.args[n] for n, flag in enumerate(self.flags[0]) if flag is True)
+    paths = leaf_paths(chosen[0] if len(chosen) == 1 else chosen)
+    return [path for path, x in paths if has_shape(x) and is_of(x, np.inexact)]
 
   def under(self, policies: PolicyMap) -> Callable[..., Any]:
     """The function of its positional arguments under a policy map; its results are float32."""
@@ -138,17 +151,19 @@ class Subject(NamedTuple):
     return out[0] if self.has_models else out
 
   def value_and_grad(self, policies: PolicyMap, scale: float = 1.0) -> Callable[..., Any]:
-    """The loss and the gradients of the parameters, through the loss times a scale."""
+    """The loss, and the gradients of what `params` names, through the loss times a scale."""
     run = self.under(policies)
 
-    def scaled(*args: Any) -> tuple[Any, Any]:
-      loss = run(*args)
-      return (loss if scale == 1 else loss * scale), loss
-
     def both(*args: Any) -> tuple[Any, Any]:
-      wrt = self._wrt[0] if len(self._wrt) == 1 else self._wrt
-      grads, loss = jax.grad(scaled, wrt, has_aux=True)(*args)
-      return loss, grads if scale == 1 else jax.tree.map(lambda g: g / scale, grads)
+      params, merged = self._replace(args=args)._differentiated()
+
+      def scaled(params: list[Any]) -> tuple[Any, Any]:
+        args, _ = merged(params)
+        loss = run(*args)
+        return (loss if scale == 1 else loss * scale), loss
+
+      grads, loss = jax.grad(scaled, has_aux=True)(params)
+      return loss, grads if scale == 1 else [g / scale for g in grads]
 
     return both
 

@@ -17,7 +17,6 @@ from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import Path
-from mpjax._core.tree_paths import leaf_paths
 from mpjax.inspect._explain import explain
 from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._policies_by_module import (
@@ -152,7 +151,7 @@ class _Lab:
         "tune chooses policies for the modules that compute with floats, and the loss computes "
         "with none. Pass the loss that is trained."
       )
-    self.leaves = [path for path, _ in leaf_paths(self.subject.params)]
+    self.leaves = self.subject.params
     wide = PolicyMap({}, WIDE)
     plan = self.subject.decide(wide).plan
     refuse_regions(plan, "tune", "its reference")

@@ -131,3 +131,55 @@ def test_values_and_gradients_are_as_exact_as_by_hand(name, policy, biased):
   ):
     own, allowed, exact = (jax.jit(fn)({"w": w, "b": b}) for fn in (found, hand, want))
     assert distance(own, exact) <= most * distance(allowed, exact)
+
+
+def mass(w):
+  return w.sum(0)[:, None]
+
+
+def mean(w, f):
+  return w.T @ f / mass(w)
+
+
+def at_once(w, f):
+  sums = w.T @ jnp.concatenate([f, f**2], axis=1) / mass(w)
+  first, second = jnp.split(sums, 2, axis=1)
+  return second - first**2
+
+
+def covariances(w, f):
+  mu = mean(w, f)
+  second = jnp.einsum("nk,nd,ne->kde", w, f, f) / mass(w)[:, None]
+  return second - jnp.einsum("kd,ke->kde", mu, mu)
+
+
+WEIGHTED = {
+  "divided": lambda w, f: w.T @ f**2 / mass(w) - mean(w, f) ** 2,
+  "by reciprocals": lambda w, f: (
+    w.T @ f**2 * (1 / mass(w)) - (jnp.einsum("nk,nd->kd", w, f) * (1 / mass(w))) ** 2
+  ),
+  "square divided": lambda w, f: w.T @ f**2 / mass(w) - (w.T @ f) ** 2 / mass(w) ** 2,
+  "divided behind": lambda w, f: (w.T @ f**2 - (w.T @ f) ** 2 / mass(w)) / mass(w),
+  "masses of the mean": lambda w, f: (w.T @ f**2 - mass(w) * mean(w, f) ** 2) / mass(w),
+  "written out": lambda w, f: (
+    (w.T @ f**2 - 2 * mean(w, f) * (w.T @ f) + mass(w) * mean(w, f) ** 2) / mass(w)
+  ),
+  "at once": at_once,
+  "covariances": covariances,
+}
+
+
+@in_turns(("form", "policy"), WEIGHTED, [*COMPUTE])
+def test_moments_of_features_may_be_divided_by_the_mass_of_their_weights(form, policy):
+  """Of ``E(w, f^2) / n - (E(w, f) / n)^2`` both sums are float32, however n is divided out."""
+
+  def value(p, dtype=jnp.float32):
+    x = jnp.concatenate([X, X[::-1] * 0.7]).astype(dtype)
+    f, w = ((x @ p[key].astype(dtype)).astype(jnp.float32) for key in "fw")
+    return jnp.log(jnp.abs(form(jax.nn.softmax(w), f + 2)) + 0.1).mean()
+
+  params = {k: jax.random.normal(key, (64, 4)) / 8 for k, key in zip("fw", KEYS[3:], strict=True)}
+  runs = mpjax.autocast(value, policy), lambda p: value(p, COMPUTE[policy]), value
+  for key in "fw":
+    found, hand, want = jax.jit(lambda p, key=key: [jax.grad(run)(p)[key] for run in runs])(params)
+    assert distance(found, want) <= 1.5 * distance(hand, want)

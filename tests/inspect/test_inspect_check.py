@@ -2,6 +2,7 @@
 
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -543,6 +544,24 @@ def test_gradients_of_numbers_and_of_complex_and_8_bit_parameters_are_compared()
   assert [row.parameter for row in report.gradients] == ["p/rate", "p/scale", "p/spin", "p/w"]
   assert all(row.gradient.error < 0.05 for row in report.gradients)
   assert [row.gradient.size for row in report.gradients] == [1, 2, 1, W * W]
+
+
+def test_numbers_and_flags_of_a_model_whose_arrays_are_trained_stay_what_they_are():
+  """As in `equinox.filter_grad`: the model branches on them, and its pooling begins at -inf."""
+  model = eqx.nn.Sequential(
+    [
+      eqx.nn.Linear(W, W, key=jax.random.key(0)),
+      eqx.nn.Dropout(0.5, inference=True),
+      eqx.nn.Lambda(lambda x: eqx.nn.MaxPool1d(2)(x[None])[0]),
+      eqx.nn.Linear(W - 1, W, key=jax.random.key(1)),
+    ]
+  )
+  loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+  report = check(loss, "mixed_bfloat16", model, X)
+  assert report.agrees and len(report.gradients) == 4
+  tuned = tune(loss, (model, X), candidates=["mixed_bfloat16"])
+  assert tuned.rows[0].gradient_error > 0
+  assert locate_nonfinite(loss, model, X, policy="mixed_bfloat16", backward=True).finite
 
 
 def test_the_error_of_what_has_no_gradient_says_how_to_do_without():

@@ -2,7 +2,8 @@
 
 ``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``: what is left is small beside
 both, smaller than what 16 bits round of either, and a variance comes out negative. So does the
-square of a distance, see `distances`. Where the sums are matmuls or convolutions, these are
+square of a distance, see `distances`. Either may be divided by the mass of its weights, or cut from
+one sum of both. Where the sums are matmuls or convolutions, these are
 float32; those of operands that are narrow already multiply in 16 bits, but return float32, and so
 does their derivative: what comes back to x by way of the product and of ``|x|**2`` is a small
 difference, too. The same holds of a matmul that a constant is subtracted from which it is near:
@@ -12,10 +13,11 @@ difference, too. The same holds of a matmul that a constant is subtracted from w
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import BOUNDS, JITTED
+from mpjax._core.primitives import BOUNDS, JITTED, SCALES
 from mpjax._engine.analyses.distances import (
   beside_their_squares,
   holds_lengths,
@@ -71,6 +73,7 @@ def moments(
   found |= of_bordered(inner, search.origins)
   if not found:
     return Moments()
+  found |= search.computed_again(found)
   values = frozenset(variables_of(v for var in found for v in frame.back(var, handed_on)))
   return Moments(values, search.derivatives(values))
 
@@ -103,6 +106,11 @@ class _Search:
             is_inside = is_backward(eqn) or "jvp(" in str(eqn.source_info.name_stack)
             found |= {result} if is_inside and _sorted_shape(like) in shapes[var] else set()
     return frozenset(found)
+
+  def computed_again(self, values: Collection[Var]) -> set[Var]:
+    """What is computed once more besides, of the same things: it rounds as they do."""
+    numbers = {self._same[var] for var in values}
+    return {var for var, number in self._same.items() if number in numbers}
 
   def near_constant(self, constant: Atom, value: Atom) -> set[Var]:
     """A matmul less one or the identity, or of a value with itself less another computed matrix.
@@ -167,14 +175,34 @@ class _Search:
     return {*made.outvars} if variables_of(made.invars).isdisjoint(self._weights) else set()
 
   def of_difference(self, second: Atom, product: Atom) -> set[Var]:
-    """The moments of a second one less a product of two first ones; none if it is none."""
-    factors = _factors(self.origins.maker(product))
-    sums = self.origins.of_all((second, *factors)) if factors else []
-    made = [self.origins.maker(atom) for atom in sums]
-    known = [eqn for eqn in made if eqn is not None and self._is_sum(eqn)]
-    if not known or len(known) < len(made) or all(e.primitive.name == "reduce_sum" for e in known):
-      return set()
-    return self._of_sums(*known, most=_AXES)
+    """The moments of a second one less a product of two first ones; none if it is none.
+
+    Each may have been divided by a mass, be it before or behind the product.
+    """
+    products = [_factors(made) for made in self._undivided(product)]
+    seconds = self._sums_of(second) if any(products) else []
+    for factors in filter(None, products if seconds else []):
+      firsts = [self._sums_of(factor) for factor in factors]
+      for sums in itertools.product(seconds, *firsts):
+        has_matmul = any(eqn.primitive.name != "reduce_sum" for eqn in sums)
+        if has_matmul and (found := self._of_sums(*sums, most=_AXES)):
+          return found
+    return set()
+
+  def _sums_of(self, value: Atom) -> list[JaxprEqn]:
+    """The sums that a value may be, but for masses that it was divided by."""
+    return [made for made in self._undivided(value) if self._is_sum(made)]
+
+  def _undivided(self, value: Atom, most: int = 2) -> list[JaxprEqn]:
+    """What makes a value, and what it is before it is divided by others, or multiplied by them.
+
+    Or before it was cut.
+    """
+    made = self.origins.maker(value)
+    if made is None or not most or operation(made) not in SCALES | _CUTS:
+      return [] if made is None else [made]
+    read = made.invars if operation(made) == "mul" else made.invars[:1]
+    return [made, *(before for atom in read for before in self._undivided(atom, most - 1))]
 
   def _of_sums(self, second: JaxprEqn, *firsts: JaxprEqn, most: int) -> set[Var]:
     """What sums make if they are one of products, ``a * b``, and the same of a and of b.
@@ -185,10 +213,11 @@ class _Search:
     read, *of_firsts = [self.origins.of_all(eqn.invars) for eqn in (second, *firsts)]
     made = {var for eqn in (second, *firsts) for var in eqn.outvars}
     for n, atom in enumerate(read):
-      factors = self.origins.of_all(_factors(self.origins.maker(atom)))
       weights = [other for m, other in enumerate(read) if m != n]
-      if factors and self._match(factors, of_firsts, weights):
-        return made
+      for part in self._parts(atom):
+        factors = self.origins.of_all(_factors(self.origins.maker(part)))
+        if factors and self._match(factors, of_firsts, weights):
+          return made
       inner = [self.origins.maker(own[n]) for own in (read, *of_firsts) if n < len(own)]
       known = [eqn for eqn in inner if eqn is not None and self._is_sum(eqn)]
       is_nested = (
@@ -207,11 +236,18 @@ class _Search:
     """Whether each of two sums is of one of two factors, and has all the weights."""
     return any(
       all(
-        _is_in(factor, own) and all(self._is_same_in(x, own) for x in weights)
+        any(_is_in(factor, self._parts(x)) for x in own)
+        and all(self._is_same_in(x, own) for x in weights)
         for factor, own in zip(pair, of_firsts, strict=True)
       )
       for pair in (factors, factors[::-1])
     )
+
+  def _parts(self, value: Any) -> list[Any]:
+    """A value, and what was put together to it: moments of both orders may be one matmul."""
+    made = self.origins.maker(value)
+    is_put = made is not None and made.primitive.name == "concatenate"
+    return [value, *self.origins.of_all(made.invars)] if is_put else [value]
 
   def _is_same_in(self, value: Any, own: Sequence[Any]) -> bool:
     """Whether a value is among the operands of a sum, or what is computed of the same things is."""
@@ -233,6 +269,7 @@ def _clips(made: JaxprEqn) -> bool:
   return made.primitive.name in BOUNDS
 
 
+_CUTS = frozenset({"slice", "dynamic_slice", "split"})
 _PICKS = JITTED | {"gather"}
 _CHOOSE = frozenset(
   {"gt", "eq", "lt", "select_n", "broadcast_in_dim", "convert_element_type", "div"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from mpjax._core.primitives import CALLS
+from mpjax._core.primitives import CALLS, MATMULS
 from mpjax._engine.analyses.knowledge import Knowledge
 from mpjax._engine.analyses.known import Known
 from mpjax._engine.analyses.linear_recurrences import Recurrence
@@ -126,10 +126,24 @@ class Entering:
     )
 
   def _outputs_of(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
-    """Which results of a function no layer comes after and a loss is made of, if it adds up."""
-    if eqn.primitive.name not in CALLS or not self._analyses.contents.sums(body.jaxpr):
+    """Which results of a body no layer comes after and a loss is made of, if it adds up."""
+    if eqn.primitive.name not in _MAKES_LOSSES or not self._analyses.contents.sums(body.jaxpr):
       return frozenset()
-    return frozenset(n for n, var in enumerate(eqn.outvars) if self._around.is_output(var))
+    found = {n for n, var in enumerate(eqn.outvars) if self._around.is_output(var)}
+    while again := {n for n in found if n < len(body.carry) and self._returns(body, n, found)}:
+      found -= again
+    return frozenset(found)
+
+  def _returns(self, body: Body, result: int, outputs: Collection[int]) -> bool:
+    """Whether what one turn of a loop hands on leads to a matmul in the next, or past outputs."""
+    inner, contents = versions.open_jaxpr(body.jaxpr), self._analyses.contents
+    found = {inner.invars[body.carry[result]]}
+    for eqn in inner.eqns:
+      if not found.isdisjoint(jaxprs.variables_of(eqn.invars)):
+        if eqn.primitive.name in MATMULS or any(contents.matmuls(b.jaxpr) for b in bodies_of(eqn)):
+          return True
+        found |= {*eqn.outvars}
+    return not jaxprs.places_of(inner.outvars, found) <= {*outputs}
 
   def _subtracted_from(self, eqn: JaxprEqn, body: Body, forms: Forms) -> frozenset[int]:
     """Which results of a call end in a difference, if it may multiply data by a matrix of data."""
@@ -157,6 +171,7 @@ class Entering:
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self._around.of_numbers))
 
 
+_MAKES_LOSSES = CALLS | {"scan", "cond", "shard_map"}
 _LAYERS = 16
 """As many turns as a loop has that is a network with the same weights in each layer."""
 _OF_FLOATS = "fb"

@@ -122,3 +122,76 @@ def test_what_is_returned_for_a_loss_outside_is_as_exact_as_by_hand(
   run = jax.jit(lambda *given: [fn(*given) for fn in fns], compiler_options=ROUNDING)
   want, hand, found = run(*example)
   assert jnp.linalg.norm(found - want) <= 1.3 * jnp.linalg.norm(hand - want)
+
+
+def error(p, h, y):
+  return jnp.mean((2 * jax.nn.sigmoid(h @ p["out"]) - 1 - y) ** 2)
+
+
+def hidden(p, x):
+  return jnp.tanh(x @ p["in"])
+
+
+def in_microbatches(p, x, y):
+  turn = lambda total, xy: (total + error(p, hidden(p, xy[0]), xy[1]), None)
+  return lax.scan(turn, 0.0, (x, y))[0] / len(x)
+
+
+def mapped(p, x, y):
+  return lax.map(lambda xy: error(p, hidden(p, xy[0]), xy[1]), (x, y)).mean()
+
+
+def in_turns_of_a_network(p, x, y):
+  def turn(state, xy):
+    h, total = state
+    h = jnp.tanh(xy[0] @ p["in"] + h @ p["in"].T @ p["in"])
+    return (h, total + error(p, h, xy[1])), h
+
+  begin = jnp.zeros((x.shape[1], 64)), 0.0
+  return lax.scan(turn, begin, (x, y))[0][1]
+
+
+def in_branches(p, x, y):
+  own = lambda h: error(p, h, y[0])
+  return lax.cond(y[0, 0, 0] > 0, own, lambda h: 2 * own(h), hidden(p, x[0]))
+
+
+def on_devices(p, x, y):
+  mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  spread = jax.sharding.PartitionSpec("d")
+  own = lambda x, y: lax.pmean(error(p, hidden(p, x), y), "d")
+  specs = {"in_specs": (spread, spread), "out_specs": jax.sharding.PartitionSpec()}
+  return jax.shard_map(own, mesh=mesh, **specs)(x[0], y[0])
+
+
+BODIES = [in_microbatches, mapped, in_turns_of_a_network, in_branches, on_devices]
+
+
+@both
+@pytest.mark.parametrize("loss", BODIES)
+def test_outputs_round_no_more_in_the_body_that_makes_the_loss(loss, policy, example):
+  p, x = example
+  jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(p, x[None], jnp.ones((1, 128, WIDTH)))
+  made = {"logistic": set(), "mul": set(), "sub": set(), "tanh": set()}
+  for eqn in equations(jaxpr):
+    if eqn.primitive.name in made and eqn.outvars[0].aval.shape == eqn.invars[-1].aval.shape:
+      made[eqn.primitive.name].add(eqn.outvars[0].aval.dtype.itemsize)
+  assert made["logistic"] == made["sub"] == {4}
+  assert made["tanh"] == {2}
+
+
+@both
+def test_what_a_loop_hands_on_to_its_layers_is_no_output_of_it(policy, example):
+  """Though nobody reads it behind the loop."""
+
+  def loss(p, x):
+    def turn(state, _):
+      h, total = state
+      h = jnp.tanh(jnp.tanh(h @ p["out"]) @ p["out"].T)
+      return (h, total + jnp.mean(h)), None
+
+    return lax.scan(turn, (hidden(p, x), 0.0), None, length=4)[0][1]
+
+  jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(*example)
+  made = [e.outvars[0].aval.dtype for e in equations(jaxpr) if e.primitive.name == "tanh"]
+  assert [dtype.itemsize for dtype in made] == [2, 2, 2]

@@ -75,6 +75,8 @@ class Trait(enum.Flag):
   """Factors a matrix or solves a system: multiplies an error by the condition of that."""
   ORDERS = enum.auto()
   """Tells which of its numbers are the largest, or in which order they are."""
+  JUMPS = enum.auto()
+  """Is another whole number, or begins anew, where its argument is little more."""
   MOVES = enum.auto()
   """Each number of its one operand goes to one place of its result."""
   SPREADS = enum.auto()
@@ -178,7 +180,8 @@ _ROWS: tuple[tuple[str, Facts], ...] = (
   ("custom_linear_solve", Facts(Rule.TRACED, _FUNCTION, _T.FACTORS)),
   ("bitcast_convert_type nextafter", Facts(Rule.ALWAYS, _BITS)),
   ("add sub mul div neg abs sign max min", Facts(Rule.FOLLOW, _AS_EXACT, _T.ARITHMETIC)),
-  ("rem floor ceil round reduce_precision", Facts(Rule.FOLLOW, _AS_EXACT)),
+  ("rem floor ceil round", Facts(Rule.FOLLOW, _AS_EXACT, _T.JUMPS)),
+  ("reduce_precision", Facts(Rule.FOLLOW, _AS_EXACT)),
   ("sin", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.LINEAR_AT_ZERO)),
   ("sqrt cbrt", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.STEEP)),
   ("cos", Facts(Rule.FOLLOW, _AS_EXACT, _T.TRANSCENDENTAL | _T.ONE_AT_ZERO)),

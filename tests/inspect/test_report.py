@@ -1,6 +1,7 @@
 """Reports: what they print, show and export."""
 
 import enum
+import gc
 import json
 import math
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ TOOLS = {
 }
 
 
+@pytest.fixture
+def few_objects():
+  """JAX collects garbage to find leaks: it need not look at what other tests left."""
+  gc.freeze()
+
+
+@pytest.mark.usefixtures("few_objects")
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 def test_a_report_leaves_nothing_of_a_trace_behind(tool):
   def loss(params, x):

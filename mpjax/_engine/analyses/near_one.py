@@ -13,7 +13,9 @@ Where the highest number that a value may be (`ranges`) is about the number that
 subtracted from or compared with, it is needed exactly; so is the gate g of ``v - g * v``, and so
 are two sigmoids of which one is subtracted from the other: both lie near the end that they share.
 What is put in order is, too, for the best scores of a detector are all 1 in 16 bits, and what is
-divided by a sigmoid: in float16 that is zero from an argument of -17 on.
+divided by a sigmoid: in float16 that is zero from an argument of -17 on. So is a coordinate that
+was made of one, ``31 * sigmoid(h)``, from which an index comes and a fraction, and the base of a
+power.
 
 A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
 that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
@@ -53,7 +55,7 @@ from mpjax._engine.analyses.roles import (
 )
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
-from mpjax._engine.program.jaxprs import places_of, variables_of
+from mpjax._engine.program.jaxprs import kind, places_of, variables_of
 from mpjax._engine.program.matmuls import is_of_few, operation, vector_places
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
@@ -69,7 +71,9 @@ _MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
 
 _CUTS = frozenset({"slice", "split", "dynamic_slice"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
-_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS | Trait.JUMPS)
+_HIGH = 3
+"""From which power on a number near one loses more than it does by a product with itself."""
 _STEEP = having(Trait.STEEP)
 _PASS_ON = frozenset({Rule.FOLLOW, Rule.RANGE, Rule.CONVERT})
 
@@ -230,6 +234,8 @@ class NearOne:
       return eqn.invars
     if name in _STEEP and forward.of(eqn.invars[0]).gates:
       return eqn.invars
+    if _jumps(eqn) or (_is_high_power(eqn) and forward.of(eqn.invars[0]).products):
+      return eqn.invars
     if not is_needed:
       return ()
     passes = name in POWERS or self._table.get(operation(eqn)) in _PASS_ON
@@ -387,6 +393,16 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) 
     frozenset() if body.is_test else frozenset(outer | set(range(len(body.carry))))
     for body in bodies
   ]
+
+
+def _jumps(eqn: JaxprEqn) -> bool:
+  """Whether an equation makes whole numbers of floats."""
+  is_cast = eqn.primitive.name == "convert_element_type"
+  return is_cast and kind(eqn.invars[0]) == "f" and kind(eqn.outvars[0]) in "iu"
+
+
+def _is_high_power(eqn: JaxprEqn) -> bool:
+  return eqn.primitive.name == "integer_pow" and abs(eqn.params["y"]) >= _HIGH
 
 
 def _is_bound(eqn: JaxprEqn, forward: Forward) -> bool:

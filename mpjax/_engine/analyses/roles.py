@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import KEEPS_NUMBERS, MATMULS, UNCHANGED, Trait, having
+from mpjax._core.primitives import BOUNDS, KEEPS_NUMBERS, MATMULS, UNCHANGED, Trait, having
 from mpjax._engine.analyses.contents import taken_of_pairs
 from mpjax._engine.analyses.loop_carries import accumulates
 from mpjax._engine.analyses.ranges import ANYWHERE, Range, hull, range_after, widened
@@ -312,6 +312,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
     return NONE
   role = _joined(read)
   keeps = name in KEEPS_NUMBERS or name in POWERS
+  keeps = keeps or (name in BOUNDS and any(r.range.is_number for r in read))
   recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
   return Role(
     gates=role.gates if keeps or role.is_own else frozenset(),

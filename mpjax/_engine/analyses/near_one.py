@@ -71,7 +71,8 @@ _MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
 
 _CUTS = frozenset({"slice", "split", "dynamic_slice"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
-_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS | Trait.JUMPS)
+_NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
+_JUMPS = having(Trait.JUMPS)
 _HIGH = 3
 """From which power on a number near one loses more than it does by a product with itself."""
 _STEEP = having(Trait.STEEP)
@@ -234,7 +235,7 @@ class NearOne:
       return eqn.invars
     if name in _STEEP and forward.of(eqn.invars[0]).gates:
       return eqn.invars
-    if _jumps(eqn) or (_is_high_power(eqn) and forward.of(eqn.invars[0]).products):
+    if (_jumps(eqn) or _is_high_power(eqn)) and forward.of(eqn.invars[0]).products:
       return eqn.invars
     if not is_needed:
       return ()
@@ -396,9 +397,11 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) 
 
 
 def _jumps(eqn: JaxprEqn) -> bool:
-  """Whether an equation makes whole numbers of floats."""
+  """Whether an equation makes whole numbers of floats, or what is left beside these."""
   is_cast = eqn.primitive.name == "convert_element_type"
-  return is_cast and kind(eqn.invars[0]) == "f" and kind(eqn.outvars[0]) in "iu"
+  return eqn.primitive.name in _JUMPS or (
+    is_cast and kind(eqn.invars[0]) == "f" and kind(eqn.outvars[0]) in "iu"
+  )
 
 
 def _is_high_power(eqn: JaxprEqn) -> bool:

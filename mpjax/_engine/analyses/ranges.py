@@ -90,8 +90,6 @@ def range_after(
     return _of_corners(_MONOTONE[name], read)
   if name in _POWERS:
     return _of_power(read[0], _POWERS[name](eqn, read))
-  if name == "cos":
-    return Range(-1.0, 1.0)
   if name == "abs":
     ends = sorted(map(abs, read[0]))
     return Range(ends[0] if read[0].low * read[0].high > 0 else 0.0, ends[1])

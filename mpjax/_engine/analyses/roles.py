@@ -313,7 +313,7 @@ def _derived(eqn: JaxprEqn, read: Sequence[Role]) -> Role:
   role = _joined(read)
   keeps = name in KEEPS_NUMBERS or name in POWERS
   keeps = keeps or (name in BOUNDS and any(r.range.is_number for r in read))
-  recurs = name in _PRODUCTS or (name == "sub" and not any(r.range.is_number for r in read))
+  recurs = name in _PRODUCTS or (name == "sub" and not read[0].range.is_number)
   return Role(
     gates=role.gates if keeps or role.is_own else frozenset(),
     products=role.products if keeps or recurs or role.is_own else frozenset(),

@@ -58,13 +58,20 @@ class Subject(NamedTuple):
   def differentiable(self) -> Subject:
     """With the numbers among its parameters as arrays, as ``jax.grad`` takes them.
 
-    Where it takes them: a model with flags or integers beside is one of libraries whose gradients
-    are those of its arrays, and which may branch on its numbers.
+    But for the fields of objects with flags or integers beside, which it refuses: their libraries
+    take the gradients of arrays alone, and their functions may branch on such numbers.
     """
     leaves, tree, places = self._parameters()
-    if any(not has_shape(leaves[n]) and not isinstance(leaves[n], _NUMBERS) for n in places):
-      return self
-    arrays = {n: jnp.asarray(leaves[n]) for n in places if isinstance(leaves[n], _NUMBERS)}
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path((self.args, self.kwargs))[0]]
+    is_refused = any(
+      not has_shape(leaves[n]) and not isinstance(leaves[n], _NUMBERS) for n in places
+    )
+    arrays = {
+      n: jnp.asarray(leaves[n])
+      for n in places
+      if isinstance(leaves[n], _NUMBERS)
+      and not (is_refused and isinstance(paths[n][-1], jax.tree_util.GetAttrKey))
+    }
     args, kwargs = jax.tree.unflatten(tree, [arrays.get(n, x) for n, x in enumerate(leaves)])
     return self._replace(args=args, kwargs=kwargs) if arrays else self
 

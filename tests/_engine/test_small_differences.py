@@ -8,6 +8,7 @@ from jax import lax
 from jax.scipy.linalg import expm
 
 import mpjax
+from _jaxprs import equations
 from _turns import in_turns
 
 COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
@@ -183,3 +184,18 @@ def test_moments_of_features_may_be_divided_by_the_mass_of_their_weights(form, p
   for key in "fw":
     found, hand, want = jax.jit(lambda p, key=key: [jax.grad(run)(p)[key] for run in runs])(params)
     assert distance(found, want) <= 1.5 * distance(hand, want)
+
+
+@pytest.mark.parametrize("policy", COMPUTE)
+def test_gates_are_no_masses(policy):
+  """``a * (w @ h^2) - (b * (w @ h))^2`` is a layer's."""
+
+  def loss(p):
+    h, w = X @ p["f"], jax.nn.softmax(X @ p["w"]).T
+    gate, other = jax.nn.sigmoid(p["w"][:1]), jax.nn.softplus(p["w"][1:2])
+    return jnp.mean((gate * (w @ h**2) - (other * (w @ h)) ** 2) @ p["f"].T)
+
+  params = {k: jax.random.normal(key, (64, 4)) / 8 for k, key in zip("fw", KEYS[3:], strict=True)}
+  jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(params)
+  matmuls = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+  assert {e.invars[0].aval.dtype for e in matmuls} == {jnp.dtype(COMPUTE[policy])}

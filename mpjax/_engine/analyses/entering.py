@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from mpjax._core.primitives import CALLS, MATMULS
 from mpjax._engine.analyses.knowledge import Knowledge
@@ -14,7 +14,7 @@ from mpjax._engine.analyses.near_one import Exact
 from mpjax._engine.analyses.power_iteration import Own
 from mpjax._engine.analyses.sums import is_matrix, is_vector, multiplied
 from mpjax._engine.program import jaxprs, versions
-from mpjax._engine.program.bodies import Body, bodies_of, repetitions
+from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, repetitions
 from mpjax._engine.program.kinds import DATA, PARAM, Forms, Kind, is_narrow
 from mpjax._engine.program.versions import Atom, JaxprEqn
 
@@ -127,23 +127,13 @@ class Entering:
 
   def _outputs_of(self, eqn: JaxprEqn, body: Body) -> frozenset[int]:
     """Which results of a body no layer comes after and a loss is made of, if it adds up."""
-    if eqn.primitive.name not in _MAKES_LOSSES or not self._analyses.contents.sums(body.jaxpr):
+    if eqn.primitive.name not in _HOLD_LOSSES or not self._analyses.contents.sums(body.jaxpr):
       return frozenset()
-    found = {n for n, var in enumerate(eqn.outvars) if self._around.is_output(var)}
-    while again := {n for n in found if n < len(body.carry) and self._returns(body, n, found)}:
-      found -= again
-    return frozenset(found)
-
-  def _returns(self, body: Body, result: int, outputs: Collection[int]) -> bool:
-    """Whether what one turn of a loop hands on leads to a matmul in the next, or past outputs."""
-    inner, contents = versions.open_jaxpr(body.jaxpr), self._analyses.contents
-    found = {inner.invars[body.carry[result]]}
-    for eqn in inner.eqns:
-      if not found.isdisjoint(jaxprs.variables_of(eqn.invars)):
-        if eqn.primitive.name in MATMULS or any(contents.matmuls(b.jaxpr) for b in bodies_of(eqn)):
-          return True
-        found |= {*eqn.outvars}
-    return not jaxprs.places_of(inner.outvars, found) <= {*outputs}
+    found = frozenset(n for n, var in enumerate(eqn.outvars) if self._around.is_output(var))
+    if not any(n < len(body.carry) for n in found):
+      return found
+    others = frozenset(range(len(eqn.outvars))) - found
+    return found - _leading_on(body, others)[1]
 
   def _subtracted_from(self, eqn: JaxprEqn, body: Body, forms: Forms) -> frozenset[int]:
     """Which results of a call end in a difference, if it may multiply data by a matrix of data."""
@@ -171,11 +161,35 @@ class Entering:
     return frozenset(n for n in matrices if is_computed(atoms[n], makers, self._around.of_numbers))
 
 
-_MAKES_LOSSES = CALLS | {"scan", "cond", "shard_map"}
+_HOLD_LOSSES = CALLS | {"scan", "cond", "shard_map"}
+Indices = frozenset[int]
 _LAYERS = 16
 """As many turns as a loop has that is a network with the same weights in each layer."""
 _OF_FLOATS = "fb"
 """A loop may carry a float, or what it said of one."""
+
+
+def _leading_on(body: Body, results: Indices) -> tuple[Indices, Indices]:
+  """Which operands of a body lead to matmuls or to certain results, and to which with what recurs.
+
+  What one turn of a loop makes of such an operand, the next one reads.
+  """
+  inner = versions.open_jaxpr(body.jaxpr)
+  while True:
+    found = jaxprs.variables_of(inner.outvars[n] for n in results)
+    for eqn in reversed(inner.eqns):
+      bodies = bodies_of(eqn) if eqn.primitive.name in HAVE_BODIES else ()
+      outs = jaxprs.places_of(eqn.outvars, found)
+      for own in bodies:
+        places, _ = _leading_on(own, frozenset() if own.is_test else outs)
+        found |= jaxprs.variables_of(eqn.invars[own.operands[n]] for n in places)
+      if eqn.primitive.name in MATMULS or (outs and not bodies):
+        found |= jaxprs.variables_of(eqn.invars)
+    operands = jaxprs.places_of(inner.invars, found)
+    again = {n for n, place in enumerate(body.carry) if place in operands} - results
+    if not again:
+      return operands, results
+    results = results | again
 
 
 def _places(is_one: Callable[[Atom], bool], atoms: Sequence[Atom]) -> tuple[int, ...]:

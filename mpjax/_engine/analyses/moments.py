@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import BOUNDS, JITTED, SCALES
+from mpjax._core.primitives import ADDS, BOUNDS, JITTED, SCALES
 from mpjax._engine.analyses.distances import (
   beside_their_squares,
   holds_lengths,
@@ -76,6 +76,10 @@ def moments(
   found |= search.computed_again(found)
   values = frozenset(variables_of(v for var in found for v in frame.back(var, handed_on)))
   return Moments(values, search.derivatives(values))
+
+
+_MASSES = 2
+"""By how many masses a value may be divided, one after the other."""
 
 
 class _Search:
@@ -193,16 +197,29 @@ class _Search:
     """The sums that a value may be, but for masses that it was divided by."""
     return [made for made in self._undivided(value) if self._is_sum(made)]
 
-  def _undivided(self, value: Atom, most: int = 2) -> list[JaxprEqn]:
-    """What makes a value, and what it is before it is divided by others, or multiplied by them.
-
-    Or before it was cut.
-    """
+  def _undivided(self, value: Atom, most: int = _MASSES) -> list[JaxprEqn]:
+    """The equations that make a value, and what it was before masses divided it, or it was cut."""
     made = self.origins.maker(value)
     if made is None or not most or operation(made) not in SCALES | _CUTS:
       return [] if made is None else [made]
-    read = made.invars if operation(made) == "mul" else made.invars[:1]
+    pairs = [(a, [b for b in made.invars if b is not a]) for a in made.invars]
+    pairs = pairs if operation(made) == "mul" else pairs[:1]
+    read = [a for a, others in pairs if operation(made) in _CUTS or all(map(self._is_mass, others))]
     return [made, *(before for atom in read for before in self._undivided(atom, most - 1))]
+
+  def _is_mass(self, value: Atom) -> bool:
+    """Whether a value is a sum, or one of ones, be it bounded, inverted or squared; or is given."""
+    for _ in range(_CLIPS):
+      made = self.origins.maker(value)
+      if made is None:
+        return True
+      if made.primitive.name == "dot_general":
+        return any(self._frame.number(atom) == 1 for atom in made.invars)
+      read = [atom for atom in made.invars if not isinstance(self.origins.of(atom), Literal)]
+      if made.primitive.name not in _MAKE_MASSES or len(read) != 1:
+        return made.primitive.name == "reduce_sum"
+      (value,) = read
+    return False
 
   def _of_sums(self, second: JaxprEqn, *firsts: JaxprEqn, most: int) -> set[Var]:
     """What sums make if they are one of products, ``a * b``, and the same of a and of b.
@@ -246,8 +263,9 @@ class _Search:
   def _parts(self, value: Any) -> list[Any]:
     """A value, and what was put together to it: moments of both orders may be one matmul."""
     made = self.origins.maker(value)
-    is_put = made is not None and made.primitive.name == "concatenate"
-    return [value, *self.origins.of_all(made.invars)] if is_put else [value]
+    if made is None or made.primitive.name != "concatenate":
+      return [value]
+    return [value, *self.origins.of_all(made.invars)]
 
   def _is_same_in(self, value: Any, own: Sequence[Any]) -> bool:
     """Whether a value is among the operands of a sum, or what is computed of the same things is."""
@@ -270,6 +288,7 @@ def _clips(made: JaxprEqn) -> bool:
 
 
 _CUTS = frozenset({"slice", "dynamic_slice", "split"})
+_MAKE_MASSES = ADDS | SCALES | BOUNDS | {"integer_pow", "square"}
 _PICKS = JITTED | {"gather"}
 _CHOOSE = frozenset(
   {"gt", "eq", "lt", "select_n", "broadcast_in_dim", "convert_element_type", "div"}
@@ -279,7 +298,7 @@ _STEEP_NEAR_ONE = frozenset({"acos", "asin", "atanh", "one_minus_square"})
 _AXES = 4
 """Along how many axes one after the other sums may be taken."""
 _CLIPS = 4
-"""How many bounds and divisors a value may have, one after the other."""
+"""How many bounds and divisors a value may have, and makers a mass, one after the other."""
 _NEAR = 0.01
 """So near one, or two, a number is meant as it: ``1 + 1e-4 - a @ b.T``."""
 

@@ -137,6 +137,12 @@ def in_microbatches(p, x, y):
   return lax.scan(turn, 0.0, (x, y))[0] / len(x)
 
 
+def checkpointed(p, x, y):
+  """Whole turns, which take and return the sum so far."""
+  turn = jax.checkpoint(lambda total, xy: (total + error(p, hidden(p, xy[0]), xy[1]), None))
+  return lax.scan(turn, 0.0, (x, y))[0] / len(x)
+
+
 def mapped(p, x, y):
   return lax.map(lambda xy: error(p, hidden(p, xy[0]), xy[1]), (x, y)).mean()
 
@@ -164,7 +170,7 @@ def on_devices(p, x, y):
   return jax.shard_map(own, mesh=mesh, **specs)(x[0], y[0])
 
 
-BODIES = [in_microbatches, mapped, in_turns_of_a_network, in_branches, on_devices]
+BODIES = [in_microbatches, checkpointed, mapped, in_turns_of_a_network, in_branches, on_devices]
 
 
 @both

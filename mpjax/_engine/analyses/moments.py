@@ -3,10 +3,10 @@
 ``conv(x * x, k) - conv(x, k) ** 2``, ``p @ z**2 - (p @ z) ** 2``: what is left is small beside
 both, smaller than what 16 bits round of either, and a variance comes out negative. So does the
 square of a distance, see `distances`. Either may be divided by the mass of its weights, or cut from
-one sum of both. Where the sums are matmuls or convolutions, these are
-float32; those of operands that are narrow already multiply in 16 bits, but return float32, and so
-does their derivative: what comes back to x by way of the product and of ``|x|**2`` is a small
-difference, too. The same holds of a matmul that a constant is subtracted from which it is near:
+one sum of both. Where the sums are matmuls or convolutions, these are float32; those of operands
+that are narrow already multiply in 16 bits, but return float32, and so does their derivative: what
+comes back to x by way of the product and of ``|x|**2`` is a small difference, too. The same holds
+of a matmul that a constant is subtracted from which it is near:
 ``1 - a @ b.T`` of unit vectors, ``w.T @ w - eye(n)``, and of one whose arc cosine is taken.
 """
 
@@ -113,7 +113,7 @@ class _Search:
 
   def computed_again(self, values: Collection[Var]) -> set[Var]:
     """What is computed once more besides, of the same things: it rounds as they do."""
-    numbers = {self._same[var] for var in values}
+    numbers = {self._same[var] for var in values if var in self._same}  # others are of calls
     return {var for var, number in self._same.items() if number in numbers}
 
   def near_constant(self, constant: Atom, value: Atom) -> set[Var]:

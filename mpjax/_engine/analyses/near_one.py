@@ -398,10 +398,9 @@ def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) 
 
 def _jumps(eqn: JaxprEqn) -> bool:
   """Whether an equation makes whole numbers of floats, or what is left beside these."""
-  is_cast = eqn.primitive.name == "convert_element_type"
-  return eqn.primitive.name in _JUMPS or (
-    is_cast and kind(eqn.invars[0]) == "f" and kind(eqn.outvars[0]) in "iu"
-  )
+  if eqn.primitive.name != "convert_element_type":
+    return eqn.primitive.name in _JUMPS
+  return kind(eqn.invars[0]) == "f" and kind(eqn.outvars[0]) in "iu"
 
 
 def _is_high_power(eqn: JaxprEqn) -> bool:

@@ -333,6 +333,8 @@ ADDS = frozenset({"add", "sub"})
 """What adds two values."""
 BOUNDS = frozenset({"max", "min", "clamp"})
 """What bounds a value by others."""
+CUTS = frozenset({"slice", "dynamic_slice", "split"})
+"""What cuts pieces from a value."""
 COMPARES = frozenset({"gt", "ge", "lt", "le"})
 """What tells which of two is larger."""
 SCALES = frozenset({"mul", "div"})

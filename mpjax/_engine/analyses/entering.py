@@ -12,6 +12,7 @@ from mpjax._engine.analyses.linear_recurrences import Recurrence
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.near_one import Exact
 from mpjax._engine.analyses.power_iteration import Own
+from mpjax._engine.analyses.roles import Indices
 from mpjax._engine.analyses.sums import is_matrix, is_vector, multiplied
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of, repetitions
@@ -162,7 +163,6 @@ class Entering:
 
 
 _HOLD_LOSSES = CALLS | {"scan", "cond", "shard_map"}
-Indices = frozenset[int]
 _LAYERS = 16
 """As many turns as a loop has that is a network with the same weights in each layer."""
 _OF_FLOATS = "fb"

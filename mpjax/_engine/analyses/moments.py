@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpjax._core.primitives import ADDS, BOUNDS, JITTED, SCALES
+from mpjax._core.primitives import ADDS, BOUNDS, CUTS, JITTED, SCALES
 from mpjax._engine.analyses.distances import (
   beside_their_squares,
   holds_lengths,
@@ -27,7 +27,7 @@ from mpjax._engine.analyses.distances import (
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.made_of import is_computed
 from mpjax._engine.analyses.origins import Origins, handed_on
-from mpjax._engine.analyses.recomputed import same_values
+from mpjax._engine.analyses.recomputed import computed_again, same_values
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import bodies_of
 from mpjax._engine.program.jaxprs import variables_of
@@ -73,7 +73,7 @@ def moments(
   found |= of_bordered(inner, search.origins)
   if not found:
     return Moments()
-  found |= search.computed_again(found)
+  found |= computed_again(search.same, found)  # which rounds as they do
   values = frozenset(variables_of(v for var in found for v in frame.back(var, handed_on)))
   return Moments(values, search.derivatives(values))
 
@@ -110,11 +110,6 @@ class _Search:
             is_inside = is_backward(eqn) or "jvp(" in str(eqn.source_info.name_stack)
             found |= {result} if is_inside and _sorted_shape(like) in shapes[var] else set()
     return frozenset(found)
-
-  def computed_again(self, values: Collection[Var]) -> set[Var]:
-    """What is computed once more besides, of the same things: it rounds as they do."""
-    numbers = {self._same[var] for var in values if var in self._same}  # others are of calls
-    return {var for var, number in self._same.items() if number in numbers}
 
   def near_constant(self, constant: Atom, value: Atom) -> set[Var]:
     """A matmul less one or the identity, or of a value with itself less another computed matrix.
@@ -200,11 +195,11 @@ class _Search:
   def _undivided(self, value: Atom, most: int = _MASSES) -> list[JaxprEqn]:
     """The equations that make a value, and what it was before masses divided it, or it was cut."""
     made = self.origins.maker(value)
-    if made is None or not most or operation(made) not in SCALES | _CUTS:
+    if made is None or not most or operation(made) not in SCALES | CUTS:
       return [] if made is None else [made]
     pairs = [(a, [b for b in made.invars if b is not a]) for a in made.invars]
     pairs = pairs if operation(made) == "mul" else pairs[:1]
-    read = [a for a, others in pairs if operation(made) in _CUTS or all(map(self._is_mass, others))]
+    read = [a for a, others in pairs if operation(made) in CUTS or all(map(self._is_mass, others))]
     return [made, *(before for atom in read for before in self._undivided(atom, most - 1))]
 
   def _is_mass(self, value: Atom) -> bool:
@@ -271,10 +266,11 @@ class _Search:
     """Whether a value is among the operands of a sum, or what is computed of the same things is."""
     if _is_in(value, own) or isinstance(value, Literal):
       return _is_in(value, own)
-    return self._same[value] in map(self._same.get, variables_of(own))
+    return self.same[value] in map(self.same.get, variables_of(own))
 
   @functools.cached_property
-  def _same(self) -> Mapping[Any, int]:
+  def same(self) -> Mapping[Any, int]:
+    """Numbers of its values, equal for equal ones."""
     return same_values(self._frame.inner)
 
 
@@ -287,7 +283,6 @@ def _clips(made: JaxprEqn) -> bool:
   return made.primitive.name in BOUNDS
 
 
-_CUTS = frozenset({"slice", "dynamic_slice", "split"})
 _MAKE_MASSES = ADDS | SCALES | BOUNDS | {"integer_pow", "square"}
 _PICKS = JITTED | {"gather"}
 _CHOOSE = frozenset(

@@ -36,10 +36,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import ADDS, BOUNDS, COMPARES, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import ADDS, BOUNDS, COMPARES, CUTS, UNCHANGED, Rule, Trait, having
 from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.ranges import ANYWHERE, ONE
-from mpjax._engine.analyses.recomputed import same_values
+from mpjax._engine.analyses.recomputed import computed_again, same_values
 from mpjax._engine.analyses.roles import (
   GATES,
   HAND_ON,
@@ -69,7 +69,6 @@ by a sixty-fourth, as much as other values in 16 bits are.
 _MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
 """In what a gate may meet another value near which it lies, which recurs, or which it divides."""
 
-_CUTS = frozenset({"slice", "split", "dynamic_slice"})
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
 _JUMPS = having(Trait.JUMPS)
@@ -183,7 +182,7 @@ class NearOne:
       bounded = variables_of(inner.outvars[n] for n in outs.bounded)
       direct = {*found}
       inside, gates = self._swept(inner, forward, leading, found, bounded)
-      while (inside or gates & found) and (again := _computed_again(inner, found)):
+      while (inside or gates & found) and (again := computed_again(same_values(inner), found)):
         found |= again
         inside, gates = self._swept(inner, forward, leading, found, bounded)
       shifts = _shifts(inner, direct, found, self._holds_gate) if direct else set()
@@ -353,7 +352,7 @@ def _parts(inner: Jaxpr) -> set[Var]:
   found = set[Var]()
   for eqn in inner.eqns:
     name = eqn.primitive.name
-    if name in _CUTS or (name in UNCHANGED and not found.isdisjoint(variables_of(eqn.invars))):
+    if name in CUTS or (name in UNCHANGED and not found.isdisjoint(variables_of(eqn.invars))):
       found |= {*eqn.outvars}
   return found
 
@@ -378,13 +377,6 @@ def _is_near(role: Role, other: Role, name: str) -> bool:
   is_from_one = others == ONE and bool(role.gates)
   of_two = bool(role.products and other.products) and own.crowds_with(others)
   return is_from_one or of_two or own.comes_near(others)
-
-
-def _computed_again(inner: Jaxpr, found: set[Var]) -> set[Var]:
-  """The variables that hold a value which is needed exactly, and are not known to."""
-  values = same_values(inner)
-  needed = {values[var] for var in found}
-  return {var for var, value in values.items() if value in needed} - found
 
 
 def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) -> list[Indices]:

@@ -7,7 +7,7 @@ A derivative of the user's own often stores by a second call what the function r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,17 @@ def same_values(jaxpr: AnyJaxpr) -> dict[Var, int]:
   values = _Values()
   operands = [next(values.fresh) for _ in versions.open_jaxpr(jaxpr).invars]
   return values.of_variables(jaxpr, operands)
+
+
+def computed_again(numbers: Mapping[Var, int], found: Collection[Var]) -> set[Var]:
+  """The other variables that hold a value which one of those that are found holds.
+
+  Args:
+    numbers: Those of the values of a jaxpr, see `same_values`.
+    found: Variables; what other jaxprs hold has no number.
+  """
+  known = {numbers[var] for var in found if var in numbers}
+  return {var for var, number in numbers.items() if number in known}.difference(found)
 
 
 class _Values:

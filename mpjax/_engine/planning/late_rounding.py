@@ -26,6 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,20 +53,10 @@ _RESULT = -1
 """What reads the results of a plan, among the indices of steps."""
 
 
-def rounding_late(
-  plan: Plan,
-  numbers: Callable[[Atom], NumberSet],
-  multiplied: Collection[Var],
-  is_of_layers: Callable[[Sequence[Atom]], bool],
-  comes_last: Callable[[Var], bool],
-  is_returned: Callable[[Var], bool],
-  *,
-  is_whole: bool,
-) -> Plan:
-  """A plan in which such multiples are float32.
+class Around(NamedTuple):
+  """What is known around a plan.
 
-  Args:
-    plan: The plan of one jaxpr.
+  Attributes:
     numbers: The numbers that occur in a constant of it.
     multiplied: What leads into a matmul: weights of an attention round with their scale, as by
       hand, and no loss does.
@@ -73,9 +64,20 @@ def rounding_late(
       for which a product with them would store the multiple.
     comes_last: Whether no layer comes after a value, which goes into a loss.
     is_returned: Whether no matmul does, and what is made of it is returned for a loss outside.
-    is_whole: Whether it is that of a whole function, whose results leave in float32 anyway.
+    is_whole: Whether the plan is that of a whole function, whose results leave in float32 anyway.
   """
-  late = _Late(plan, numbers, multiplied, is_of_layers, comes_last, is_returned, is_whole)
+
+  numbers: Callable[[Atom], NumberSet]
+  multiplied: Collection[Var]
+  is_of_layers: Callable[[Sequence[Atom]], bool]
+  comes_last: Callable[[Var], bool]
+  is_returned: Callable[[Var], bool]
+  is_whole: bool
+
+
+def rounding_late(plan: Plan, around: Around) -> Plan:
+  """A plan of one jaxpr in which such multiples are float32."""
+  late = _Late(plan, around)
   wide, made = late.made_wide()
   if not wide:
     return plan
@@ -92,23 +94,11 @@ class _Late:
   """The steps that make or lead on multiples, and whose result float32 alone reads.
 
   Once, or to add or multiply: what is added up and read again besides is most often normalized.
-  The arguments are those of `rounding_late`.
   """
 
-  def __init__(
-    self,
-    plan: Plan,
-    numbers: Callable[[Atom], NumberSet],
-    multiplied: Collection[Var],
-    is_of_layers: Callable[[Sequence[Atom]], bool],
-    comes_last: Callable[[Var], bool],
-    is_returned: Callable[[Var], bool],
-    is_whole: bool,
-  ) -> None:
-    self._plan, self._numbers, self._multiplied = plan, numbers, multiplied
-    self._is_of_layers, self._comes_last, self._is_returned = is_of_layers, comes_last, is_returned
-    self._is_whole = is_whole
-    self._shifted = _shifted(plan) if is_whole else ()
+  def __init__(self, plan: Plan, around: Around) -> None:
+    self._plan, self._around = plan, around
+    self._shifted = _shifted(plan) if around.is_whole else ()
     self._cuts = Counter(_cut(step) for step in plan.steps if step.eqn.primitive.name == "slice")
     self._late = set[int]()
     self._exact = set[int]()  # of these, what others round inside
@@ -121,7 +111,7 @@ class _Late:
     for n in sorted(self._late):
       step = self._plan.steps[n]
       if (
-        _is_inexact_multiple(step, self._numbers)
+        _is_inexact_multiple(step, self._around.numbers)
         or _leads_to_matmul(self._plan, step)
         or self._is_read_besides(n)
         or (_bends_or_shifts(step) and self._is_output(step))
@@ -161,7 +151,7 @@ class _Late:
     rounds_inside = any(
       _is_exact(self._plan, reader) or reader in self._exact for reader, _ in reads
     )
-    if rounds_inside and _rounds(step, self._numbers):
+    if rounds_inside and _rounds(step, self._around.numbers):
       return  # others would read what it makes as it was before
     self._late.add(n)
     if rounds_inside:
@@ -174,7 +164,9 @@ class _Late:
     if self._is_cut_again(step):
       return all(reader in self._late or read == _AS_WIDE for reader, read in reads)
     (result,) = step.eqn.outvars
-    ends = (lambda _: True) if is_last else _adds_up if result in self._multiplied else self._ends
+    ends = (
+      (lambda _: True) if is_last else _adds_up if result in self._around.multiplied else self._ends
+    )
     return all(self._is_late(reader, read, ends) for reader, read in reads)
 
   def _is_late(self, reader: int, read: Read, ends: Callable[[Step], bool]) -> bool:
@@ -182,7 +174,7 @@ class _Late:
     if read.via is not None:
       return False
     if reader == _RESULT:
-      return self._is_whole
+      return self._around.is_whole
     if reader in self._late:
       return read.to is None
     step = self._plan.steps[reader]
@@ -193,11 +185,13 @@ class _Late:
     return read.to == FLOAT32 and is_end and step.outs == ONE_FLOAT32
 
   def _ends(self, step: Step) -> bool:
-    return step.eqn.primitive.name in _ENDS or _multiplies_data(step, self._is_of_layers)
+    return step.eqn.primitive.name in _ENDS or _multiplies_data(step, self._around.is_of_layers)
 
   def _is_output(self, step: Step) -> bool:
     (result, *_) = step.eqn.outvars
-    is_said = self._comes_last(result) or (result in self._shifted and self._is_returned(result))
+    is_said = self._around.comes_last(result) or (
+      result in self._shifted and self._around.is_returned(result)
+    )
     return is_said and not step.place.has_cotangents
 
   def _is_cut_again(self, step: Step) -> bool:

@@ -23,11 +23,10 @@ from mpjax._engine.analyses.entering import Entering
 from mpjax._engine.analyses.knowledge import Analyses, Knowledge
 from mpjax._engine.analyses.known import NOTHING, Known
 from mpjax._engine.analyses.loop_carries import accumulators, carried
-from mpjax._engine.planning import decisions
+from mpjax._engine.planning import decisions, late_rounding
 from mpjax._engine.planning.activations import rounded
 from mpjax._engine.planning.decisions import NAMEABLE, Decision
 from mpjax._engine.planning.early_rounding import rounding_early
-from mpjax._engine.planning.late_rounding import rounding_late
 from mpjax._engine.planning.module_exits import Borders
 from mpjax._engine.planning.parameter_gradients import CastParameters, parameter_of, why_not_float8
 from mpjax._engine.planning.plan import (
@@ -198,8 +197,7 @@ class _Walk:
       self.cast.among(inner.outvars),
       jaxprs.ordered_places(inner.outvars, self.borders.lasting),
     )
-    late = rounding_late(
-      rounding_early(plan),
+    around = late_rounding.Around(
       self.around.numbers.of,
       self.around.leading.multiplied,
       self.around.sums.may_be_of_layers,
@@ -207,7 +205,7 @@ class _Walk:
       self.around.is_returned,
       is_whole=self.is_whole and out_forms is None,
     )
-    return travelling(late)
+    return travelling(late_rounding.rounding_late(rounding_early(plan), around))
 
   def is_backward(self, eqn: JaxprEqn) -> bool:
     return self.place.backward or self.planner.place_of(eqn, self.place.path).backward

@@ -8,18 +8,10 @@ do that are computed for all steps at once before the loop that they rule. A gat
 twice is needed as exactly at both places: the second may be what a derivative multiplies by.
 
 The same in other words: half of a tanh and one, a product or a mean of gates, a sigmoid times a
-number. So are those that a matrix is made of which multiplies a vector in each turn of a long loop.
-Where the highest number that a value may be (`ranges`) is about the number that it is
-subtracted from or compared with, it is needed exactly; so is the gate g of ``v - g * v``, and so
-are two sigmoids of which one is subtracted from the other: both lie near the end that they share.
-What is put in order is, too, for the best scores of a detector are all 1 in 16 bits, and what is
-divided by a sigmoid: in float16 that is zero from an argument of -17 on. So is a coordinate that
-was made of one, ``31 * sigmoid(h)``, from which an index comes and a fraction, and the base of a
-power.
-
-A decay may be learned, or a number: in ``d * h + (1 - d) * u`` a parameter d is held in float32, so
-that ``1 - d`` is exact, and would be cast where it multiplies: the two would add up to one no more,
-and 0.99 would forget a sixth faster. Where what it multiplies recurs, the product is in float32.
+number. What is put in order is needed exactly, too, for the best scores of a detector are all 1 in
+16 bits; so is a coordinate that was made of one, ``31 * sigmoid(h)``, from which an index comes and
+a fraction, and the base of a power. What needs a gate for another value that it meets stands in
+`gate_meetings`.
 
 So a jaxpr is read twice. Forwards, for what its values are made of (`roles`). Backwards, from
 what needs a value exactly to the sigmoids that elementwise operations lead to it from. Bodies are
@@ -29,16 +21,16 @@ point of both.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax._core.primitives import ADDS, BOUNDS, COMPARES, CUTS, UNCHANGED, Rule, Trait, having
+from mpjax._core.primitives import ADDS, BOUNDS, Rule, Trait, having
 from mpjax._engine.analyses.contents import Contents
-from mpjax._engine.analyses.ranges import ANYWHERE, ONE
+from mpjax._engine.analyses.gate_meetings import meetings
+from mpjax._engine.analyses.ranges import ONE
 from mpjax._engine.analyses.recomputed import computed_again, same_values
 from mpjax._engine.analyses.roles import (
   GATES,
@@ -49,25 +41,14 @@ from mpjax._engine.analyses.roles import (
   RECUR,
   Forward,
   Indices,
-  Role,
   RoleFinder,
   Roles,
 )
 from mpjax._engine.program import versions
 from mpjax._engine.program.bodies import HAVE_BODIES, Body, bodies_of
 from mpjax._engine.program.jaxprs import kind, places_of, variables_of
-from mpjax._engine.program.matmuls import is_of_few, operation, vector_places
-from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
-
-TURNS = 8
-"""How often a loop may hand on a product with a gate in 16 bits.
-
-In bfloat16 a gate near one is off by up to 1/512, in each turn in the same direction: eight turns
-by a sixty-fourth, as much as other values in 16 bits are.
-"""
-
-_MEET = frozenset({"add", "sub", "mul", "dot_general", "div"}) | COMPARES
-"""In what a gate may meet another value near which it lies, which recurs, or which it divides."""
+from mpjax._engine.program.matmuls import operation
+from mpjax._engine.program.versions import AnyJaxpr, Jaxpr, JaxprEqn, Var
 
 _SUMMARIES = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 _NEED = having(Trait.LOGARITHM | Trait.MULTIPLIES_UP | Trait.ORDERS)
@@ -177,7 +158,7 @@ class NearOne:
       inner, forward = versions.open_jaxpr(jaxpr), self._roles.forward(jaxpr, operands)
       leading, _ = self._leading(jaxpr, recurring)
       found = variables_of(inner.outvars[n] for n in outs.exact)
-      near, forgetting = self._near_one(inner, forward, leading)
+      near, forgetting = meetings(inner, forward, leading)
       found |= near
       bounded = variables_of(inner.outvars[n] for n in outs.bounded)
       direct = {*found}
@@ -264,53 +245,6 @@ class NearOne:
         return tuple(exact for exact, _ in found), needed
       results = results._replace(exact=grown)
 
-  def _near_one(
-    self, inner: Jaxpr, forward: Forward, leading: Collection[Var]
-  ) -> tuple[set[Var], set[Var]]:
-    """The gates that are subtracted from one, and what multiplies itself or a long loop's carry.
-
-    And the products of decays with what they made, and quotients by a gate.
-    """
-    found, forgetting = set(), set()
-    readers = functools.cache(functools.partial(_readers, inner))
-    products = functools.cache(functools.partial(_products, inner))
-    same = functools.cache(functools.partial(same_values, inner))
-    parts = functools.cache(functools.partial(_parts, inner))
-    for eqn in inner.eqns if forward.roles else ():
-      name = operation(eqn) if eqn.primitive.name in _MEET else ""
-      name = "sub" if (compares := name in COMPARES) else name
-      if name == "div" and _divides_up(forward.of(eqn.invars[1])):
-        found |= variables_of(eqn.invars[1:])
-        forgetting.update(eqn.outvars)
-      multiplies = name in ("mul", "dot_general")
-      neighbors = multiplies and _are_neighbors(*(forward.of(atom).taken for atom in eqn.invars))
-      if name == "dot_general":
-        found |= variables_of(eqn.invars if neighbors else _transitions(eqn, forward, leading))
-      if name not in ("add", "sub", "mul"):
-        continue
-      pair = [(atom, forward.of(atom)) for atom in eqn.invars]
-      for (atom, role), (_, other) in (pair, pair[::-1]):
-        if name != "mul":
-          near = _is_near(role, other, name) and not _is_slope(eqn, atom, readers())
-        else:
-          recurs = other.turns > TURNS and eqn.outvars[0] in leading
-          again, decays = role.products & other.products, role.is_own != other.is_own
-          is_number = recurs and role.products and isinstance(atom, Literal)
-          forgetting.update(eqn.outvars if is_number or (again and decays) else ())
-          is_power = again and not decays
-          if is_power and not (_is_factor(role) or _is_factor(other)):
-            is_power = parts().isdisjoint(variables_of(eqn.invars))
-          near = recurs or is_power or neighbors
-        found |= variables_of([atom]) if near else set()
-      if name == "sub" and not compares:
-        found |= _part_left(eqn, forward, products, same)
-    return found, forgetting
-
-
-def _are_neighbors(first: Indices, second: Indices) -> bool:
-  """Whether one value is the first and another the second of pairs."""
-  return bool(first and second) and first | second == {0, 1}
-
 
 def _shifts(
   inner: Jaxpr, first: set[Var], exact: set[Var], is_gate: Callable[[JaxprEqn], bool]
@@ -329,54 +263,6 @@ def _shifts(
       found |= variables_of(eqn.invars) & exact
       shifts |= {*eqn.outvars} if eqn.primitive.name in ADDS else set()
   return shifts
-
-
-def _transitions(eqn: JaxprEqn, forward: Forward, leading: Collection[Var]) -> list[Atom]:
-  """The matrix by which a matmul multiplies a vector that recurs, or one of each of a batch.
-
-  Or a matrix of few numbers that does, as the covariance of a filter's state.
-  """
-  if eqn.outvars[0] not in leading:
-    return []
-  places = (0, 1) if is_of_few(eqn) else vector_places(eqn)
-  return [eqn.invars[1 - n] for n in places if forward.of(eqn.invars[n]).turns > TURNS]
-
-
-def _is_factor(role: Role) -> bool:
-  """Whether something is known of a value itself: of a swish or gelu nothing is."""
-  return bool(role.gates) or role.range != ANYWHERE
-
-
-def _parts(inner: Jaxpr) -> set[Var]:
-  """What was cut from other values: halves of one swish are no powers of it."""
-  found = set[Var]()
-  for eqn in inner.eqns:
-    name = eqn.primitive.name
-    if name in CUTS or (name in UNCHANGED and not found.isdisjoint(variables_of(eqn.invars))):
-      found |= {*eqn.outvars}
-  return found
-
-
-def _divides_up(role: Role) -> bool:
-  """Whether a value is a sigmoid that may be near zero, as a probability is that one divides by."""
-  return bool(role.gates) and role.range.low == 0 and role.range.high < math.inf
-
-
-def _is_near(role: Role, other: Role, name: str) -> bool:
-  """Whether a value comes near what it is subtracted from, or what is subtracted from it.
-
-  What is added to a value below zero is such a value.
-  """
-  ranges = role.range, other.range
-  if name == "add":
-    below = [r.high <= 0 for r in ranges]
-    if sum(below) != 1:
-      return False
-    ranges = tuple(r.negated if is_below else r for r, is_below in zip(ranges, below, strict=True))
-  own, others = ranges
-  is_from_one = others == ONE and bool(role.gates)
-  of_two = bool(role.products and other.products) and own.crowds_with(others)
-  return is_from_one or of_two or own.comes_near(others)
 
 
 def _recurring(eqn: JaxprEqn, bodies: Sequence[Body], leading: Collection[Var]) -> list[Indices]:
@@ -421,59 +307,3 @@ def _comes_near_one(eqn: JaxprEqn, forward: Forward) -> bool:
   if name in ADDS:
     return ONE in [forward.of(atom).range for atom in eqn.invars]
   return name in GATES or (name == "div" and bool(forward.of(eqn.invars[0]).gates))
-
-
-def _products(inner: Any) -> dict[Any, JaxprEqn]:
-  likely = (eqn for eqn in inner.eqns if eqn.primitive.name in ("mul", "dot_general"))
-  return {eqn.outvars[0]: eqn for eqn in likely if operation(eqn) == "mul"}
-
-
-def _part_left(
-  eqn: JaxprEqn,
-  forward: Forward,
-  products: Callable[[], Mapping[Var, JaxprEqn]],
-  same: Callable[[], Mapping[Var, int]],
-) -> set[Var]:
-  """The gate g of ``v - g * v``, which is ``(1 - g) * v``."""
-  operands = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
-  if len(operands) < 2:
-    return set()
-  for whole, part in (operands, operands[::-1]):
-    product = products().get(part)
-    factors = [] if product is None else product.invars
-    for factor, gate in zip(factors, factors[::-1], strict=True):
-      if isinstance(factor, Literal) or not forward.of(gate).range.comes_near(ONE):
-        continue
-      if same()[factor] == same()[whole]:
-        return variables_of([gate])
-  return set()
-
-
-def _readers(inner: Jaxpr) -> dict[Any, list[JaxprEqn | None]]:
-  readers: dict[Any, list[JaxprEqn | None]] = {}
-  for eqn in inner.eqns:
-    for atom in eqn.invars:
-      if not isinstance(atom, Literal):
-        readers.setdefault(atom, []).append(eqn)
-  for atom in inner.outvars:
-    if not isinstance(atom, Literal):
-      readers.setdefault(atom, []).append(None)
-  return readers
-
-
-def _is_slope(eqn: JaxprEqn, gate: Atom, readers: Mapping[Var, Sequence[JaxprEqn | None]]) -> bool:
-  """Whether ``1 - s`` only multiplies s: the derivative of a sigmoid or tanh, as JAX writes it.
-
-  That of a tanh is ``g (1 - s) + (g (1 - s)) s`` in older versions: s multiplies a product.
-  """
-
-  def multiplies(user: JaxprEqn | None) -> bool:
-    return user is not None and user.primitive.name == "mul" and gate in user.invars
-
-  def leads_on(user: JaxprEqn | None) -> bool:
-    if user is None or user.primitive.name != "mul":
-      return False
-    return multiplies(user) or any(map(multiplies, readers.get(user.outvars[0], [])))
-
-  users = readers.get(eqn.outvars[0], [])
-  return bool(users) and all(map(leads_on, users))

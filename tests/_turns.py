@@ -52,13 +52,19 @@ def leave_the_rest_to_ci(items, whole=True):
   again. With ids it is those; with ``every=3`` each third of what is not slow, from ``start`` on.
   If ``whole``, all parameters of every test are among the items, and an id that none of them has is
   an error.
+
+  A test without that mark that has a parameter `policy` beside others is tried with each of the
+  others once, and with the policies by turns.
   """
   squares = {}
   for item in items:
-    if item.get_closest_marker("quick") and hasattr(item, "callspec"):
+    if hasattr(item, "callspec"):
       squares.setdefault(item.nodeid.partition("[")[0], []).append(item)
   for name, square in squares.items():
     mark = square[0].get_closest_marker("quick")
+    if mark is None:
+      leave_other_policies_to_ci(square)
+      continue
     ids, how = mark.args, mark.kwargs
     unknown = set(ids) - {item.callspec.id for item in square}
     if whole and unknown:
@@ -74,6 +80,20 @@ def leave_the_rest_to_ci(items, whole=True):
     kept = set(map(id, quick))
     for item in square:
       if id(item) not in kept:
+        item.add_marker(pytest.mark.ci)
+
+
+def leave_other_policies_to_ci(square):
+  """Marks as `ci` all but one policy of those that are not slow with the same other parameters."""
+  others = {}
+  for item in square:
+    params = item.callspec.params
+    if len(params) > 1 and "policy" in params and not item.get_closest_marker("slow"):
+      key = tuple(id(value) for name, value in params.items() if name != "policy")
+      others.setdefault(key, []).append(item)
+  for turn, same in enumerate(others.values()):
+    for n, item in enumerate(same):
+      if n != turn % len(same):
         item.add_marker(pytest.mark.ci)
 
 

@@ -181,6 +181,7 @@ LOWERED = (
 )
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("op", LOWERED)
 def test_an_operation_that_is_no_matmul_may_be_lowered_and_differentiated(op):
   params = {"w": jnp.eye(4) + 0.1, "v": jnp.full((1, 4), 0.5)}

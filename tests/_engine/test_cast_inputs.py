@@ -367,6 +367,7 @@ def returned_by_kernels(fn, *args):
   return [set(re.findall(r"(b?f\d+)>", line.rsplit("->", 1)[1])) for line in calls]
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
   ("make", "place", "gradient"),
   [
@@ -398,6 +399,7 @@ def test_the_pallas_kernels_of_jax_take_16_bits_forwards_and_backwards(make, pla
   assert len(narrow) == len(wide) > 1
 
 
+@pytest.mark.quick(every=2)
 @pytest.mark.parametrize("derived", [lambda fn: fn, jax.grad], ids=["value", "gradient"])
 def test_attention_runs_in_float16_on_a_cpu(derived, standard_promotion):
   """JAX asks for its float32 sums by an algorithm that CPUs do not have."""

@@ -168,6 +168,7 @@ def test_cotangents_of_activations_go_back_in_16_bits(name, policy):
   assert sum(found.values()) == 2 * sum(forward.values()) - first
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize(("name", "policy"), [*zip(MODELS, 5 * POLICIES, strict=False)])
 def test_gradients_are_as_near_float32_as_those_of_one_format(name, policy):
   plain = on_devices(MODELS[name][0])

@@ -153,6 +153,7 @@ PROGRAMS = (
 programs = pytest.mark.parametrize("fn", PROGRAMS, ids=lambda fn: fn.__name__)
 
 
+@pytest.mark.quick(every=2)
 @programs
 def test_a_program_twice_as_long_is_planned_in_twice_the_calls(fn):
   calls(fn, 4)  # what is imported or made once
@@ -164,6 +165,7 @@ def test_so_are_many_multiples():
   assert calls(scaled, 800) < TWICE * calls(scaled, 400)
 
 
+@pytest.mark.quick(every=3)
 @programs
 def test_so_is_one_with_a_backward_pass(fn):
   calls(gradient(fn), 4)

@@ -315,6 +315,7 @@ DERIVED = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(
   ("reader", "rule", "derived", "policy"), READERS, ["vjp", "jvp"], DERIVED, [*POLICIES], turning=2
 )

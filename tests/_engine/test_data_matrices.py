@@ -78,6 +78,7 @@ def distance(found, want):
   return jnp.linalg.norm(found - want) / jnp.linalg.norm(want)
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy):
   w = jax.random.normal(KEYS[5], (8, STATES)) / 3

@@ -97,6 +97,7 @@ def off(found, wanted):
   return np.linalg.norm(flat(found) - flat(wanted)) / np.linalg.norm(flat(wanted))
 
 
+@pytest.mark.quick(every=3)
 @both
 @pytest.mark.parametrize("distances", DISTANCES.values(), ids=DISTANCES.keys())
 def test_gradients_through_distances_are_as_exact_as_by_hand(distances, policy):
@@ -376,6 +377,7 @@ def test_norms_among_features_are_features(fn, policy):
   assert {v.aval.dtype.itemsize for e in products for v in e.invars} == {2}
 
 
+@pytest.mark.quick(every=3)
 @both
 @pytest.mark.parametrize("rounding", [{}, ROUNDING], ids=["by_default", "rounded"])
 @pytest.mark.parametrize("distances", NEAR.values(), ids=NEAR.keys())

@@ -90,6 +90,7 @@ def test_scores_over_a_temperature_round_once_and_so_do_their_cotangents(fn, pol
   np.testing.assert_allclose(grad, of_want, atol=0.02 * float(jnp.abs(of_want).max()))
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), MULTIPLES, POLICIES)
 def test_a_multiple_that_float32_reads_is_one_of_the_number_that_was_written(fn, policy):
   def both_ways(w):

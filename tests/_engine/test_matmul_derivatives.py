@@ -399,6 +399,7 @@ EXPANDED = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("fn", EXPANDED.values(), ids=EXPANDED.keys())
 def test_what_has_a_taylor_series_in_float32_has_one_under_a_policy(fn):
   w, x = jax.random.normal(jax.random.key(0), (2, 4, 4)) / 2

@@ -104,6 +104,7 @@ def distance(found, want):
   return jnp.sqrt(off / sum(jnp.sum(b**2) for _, b in pairs))
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy, biased):
@@ -170,6 +171,7 @@ WEIGHTED = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("form", "policy"), WEIGHTED, [*COMPUTE])
 def test_moments_of_features_may_be_divided_by_the_mass_of_their_weights(form, policy):
   """Of ``E(w, f^2) / n - (E(w, f) / n)^2`` both sums are float32, however n is divided out."""

@@ -126,6 +126,7 @@ def _backward(residuals, g):
 solve.defvjp(_forward, _backward)
 
 
+@pytest.mark.quick(every=3)
 @both
 @pytest.mark.parametrize("seed", range(3))
 def test_an_adaptive_solver_accepts_the_same_steps_in_its_backward_pass(seed, policy):

@@ -126,6 +126,7 @@ def test_squares_that_weights_multiply_are_stored_as_by_hand(program):
   assert_no_more(program, "mixed_bfloat16")
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("program", "policy"), PROGRAMS | IN_BFLOAT16, [*POLICIES])
 def test_gradients_are_as_exact_as_by_hand(program, policy):
   fns = (

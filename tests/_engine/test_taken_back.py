@@ -41,6 +41,7 @@ def through_codes(estimator, multiply, p, x, ids):
   return multiply(estimator(z, p["codes"][ids]), p["decoder"])
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("estimator", "policy"), ESTIMATORS, [*COMPUTE])
 def test_codes_reach_the_decoder_as_by_hand(estimator, policy):
   """Codes are small beside what they stand for, as they are at the start of a training."""

@@ -11,9 +11,9 @@ from _turns import leave_the_rest_to_ci, on_the_diagonal
 class Item:
   """One test as pytest collects it."""
 
-  def __init__(self, *values, quick=None, slow=False):
+  def __init__(self, *values, quick=None, slow=False, names="ab"):
     self.nodeid = f"file.py::test[{'-'.join(values)}]"
-    params = dict(zip("ab", values, strict=False))
+    params = dict(zip(names, values, strict=False))
     self.callspec = SimpleNamespace(id="-".join(values), params=params)
     axes = [pytest.mark.parametrize(name, []).mark for name in params]
     self.marks = [
@@ -47,6 +47,15 @@ def test_without_quick_everything_is_kept():
 
 def test_quick_alone_keeps_each_value_of_each_parameter():
   assert kept(square(pytest.mark.quick)) == ["u-x", "v-y", "w-x"]
+
+
+def test_policies_take_turns_over_the_other_parameters():
+  names = ("a", "policy")
+  items = [Item(*values, names=names) for values in itertools.product("uvw", "xy")]
+  assert kept(items) == ["u-x", "v-y", "w-x"]
+  items = [Item(a, policy, names=names, slow=policy != a) for a in "xy" for policy in "xy"]
+  assert kept(items) == ["x-x", "x-y", "y-x", "y-y"]  # what is slow is left out by that
+  assert kept([Item(policy, names=names[1:]) for policy in "xy"]) == ["x", "y"]
 
 
 def test_quick_with_ids_keeps_those_and_one_that_is_not_there_is_an_error():

@@ -137,6 +137,7 @@ def network(p, dtype=jnp.float32):
   return lambda x: wide(dot(jnp.tanh(dot(x, p[0])), p[1]))
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy):
   p = weights(KEYS[4], WIDTH, 32, WIDTH)

@@ -497,6 +497,7 @@ NEAR_ONE = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("moved", "near_one", "policy"), MOVED, NEAR_ONE, POLICIES)
 def test_a_state_that_layers_move_is_as_exact_as_by_hand(moved, near_one, policy):
   """What they say of each turn is near one, and multiplied before the loop by nothing."""

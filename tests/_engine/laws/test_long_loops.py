@@ -178,6 +178,7 @@ OFTEN = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), OFTEN, POLICIES)
 def test_what_a_python_loop_reads_often_gets_the_sum_of_its_cotangents(fn, policy):
   x = jax.random.normal(jax.random.key(6), (8, 4)) + 0.5

@@ -263,6 +263,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @pytest.mark.parametrize("loop", ["scan", "python"])
 @in_turns(("program", "policy"), LEVELS, POLICIES)
 def test_a_level_that_a_state_joins_is_float32_though_its_next_turn_reads_it(program, loop, policy):

@@ -65,6 +65,7 @@ POINTS = {
 }
 
 
+@pytest.mark.quick(every=3)
 @in_turns(("fn", "policy"), POINTS, POLICIES)
 def test_points_are_rotated_and_projected_in_float32(fn, policy):
   """Pixels come in steps of 2 in bfloat16, where they lie at 500."""

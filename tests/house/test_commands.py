@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from test_docs import PROJECT
 
+from _children import run_python
 from _documents import CODE, DOCUMENTS, NOTEBOOKS, PAGES, ROOT, TABLES, commands, parts, said
 
 EXTRAS = PROJECT["project"]["optional-dependencies"]
@@ -76,15 +77,7 @@ def longest(asked: list[list[str]]) -> list[list[str]]:
 
 def start(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
   """Runs a command with this Python, as a reader would in a checkout."""
-  inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-  settings = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
-  return subprocess.run(
-    [sys.executable, *command[1:]],
-    cwd=cwd,
-    env=inherited | settings,
-    capture_output=True,
-    text=True,
-  )
+  return run_python(command[1:], cwd)
 
 
 def read(asked: list[list[str]]) -> None:

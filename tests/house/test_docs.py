@@ -1,9 +1,6 @@
 """What the documents promise: their Python runs, their commands and links lead somewhere."""
 
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mpjax
+from _children import run_python
 from _documents import (
   COPIED,
   DOCUMENTS,
@@ -41,23 +39,6 @@ LIMITED = [
 ]
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-  """Runs Python on these arguments, the checkout on its path, JAX's settings a reader's own.
-
-  XLA compiles it as quickly as it compiles the tests.
-  """
-  inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
-  environment = {
-    **inherited,
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "MPLBACKEND": "agg",
-  }
-  return subprocess.run(
-    [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-  )
-
-
 def imports_the_extra(page: Path) -> bool:
   return any(
     re.search(rf"^import {name}\b", block, re.M)
@@ -84,7 +65,7 @@ def test_the_python_of_the_documents_runs_and_prints_what_they_say(
   documents: list[Path], tmp_path: Path
 ) -> None:
   script = ROOT / "tests" / "_document_runner.py"
-  result = run(str(script), *map(str, documents), cwd=tmp_path)
+  result = run_python([str(script), *map(str, documents)], cwd=tmp_path)
   assert result.returncode == 0, result.stderr
 
 

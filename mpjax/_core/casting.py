@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpjax._core.dtypes import is_castable, parse_dtype
+from mpjax._core.dtypes import FLOAT32, is_castable, parse_dtype
 
 T = TypeVar("T")
 
@@ -39,6 +39,26 @@ def cast_floating(tree: T, dtype: Any) -> T:
   """
   target = parse_dtype(dtype)
   return jax.tree.map(lambda leaf: _cast(leaf, target), tree)
+
+
+def as_held(tree: T, held: Any) -> T:
+  """Casts the float32 arrays of a tree for which another one holds 16-bit floats to what it holds.
+
+  Parameters of 16 bits are float32 inside of a function under a policy, and those that it writes
+  back, changed or not, are held as before.
+
+  Args:
+    tree: Any pytree.
+    held: A pytree whose leaves stand at the same paths, as far as there are any.
+  """
+  paths = jax.tree_util.tree_leaves_with_path(held)
+  narrow = {path: leaf.dtype for path, leaf in paths if is_castable(leaf) and leaf.dtype != FLOAT32}
+
+  def cast(path: Any, leaf: Any) -> Any:
+    is_wide = path in narrow and is_castable(leaf) and leaf.dtype == FLOAT32
+    return _cast(leaf, narrow[path]) if is_wide else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, tree) if narrow else tree
 
 
 def _cast(leaf: Any, dtype: np.dtype) -> Any:

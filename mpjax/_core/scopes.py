@@ -1,6 +1,6 @@
 """Module paths, read from the name stacks of equations."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 Path = tuple[str, ...]
 
@@ -34,6 +34,45 @@ def module_path(name_stack: object) -> Path:
       path.clear()
     path.append(owner)
   return tuple(path)
+
+
+def without_repeats(path: Path, modules: Set[Path]) -> Path:
+  """A path without the scopes that repeat the module they stand in, given all modules' paths.
+
+  ``attention/attention/query`` for a module whose ``__call__`` calls that of its base class. A
+  module within one of the same name stays: its path is among those that are given.
+
+  Example:
+    >>> attention = {("a",), ("a", "query")}
+    >>> without_repeats(("a", "a", "query"), attention)
+    ('a', 'query')
+  """
+  found: Path = ()
+  for name in path:
+    within = (*found, name)
+    if not (modules and found and name == found[-1] and within not in modules):
+      found = within
+  return found
+
+
+def as_module(path: Path, modules: Set[Path]) -> Path:
+  """The path of the module that scopes lead to, wherever it is called, given all modules' paths.
+
+  A module may be called within scopes that are no modules, or within other modules than the one
+  that holds it: it is looked for in that, and then in those around it, as a name in Python is.
+
+  Example:
+    >>> modules = {("decoder",), ("decoder", "out"), ("embed",)}
+    >>> as_module(("Sequential_0", "decoder", "out"), modules)
+    ('decoder', 'out')
+    >>> as_module(("decoder", "embed"), modules)
+    ('embed',)
+  """
+  found: Path = ()
+  for name in path:
+    within = ((*found[:n], name) for n in range(len(found), -1, -1))
+    found = next((module for module in within if module in modules), found)
+  return found
 
 
 def is_recomputed(name_stack: object) -> bool:

@@ -109,7 +109,7 @@ def decide(
       neither (False); for a tuple, flags of its entries.
     scoping: How scopes lead to the paths of modules.
     strict: Whether a rule that matches no scope is an error.
-    known: Module paths that there are, whether this call runs them or not.
+    known: Module paths that there are, whether this call runs them or not; read after the trace.
 
   Raises:
     ValueError: A rule of the policy map matched no scope.

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,11 +14,11 @@ from flax import linen as nn
 from flax.core import lift
 from flax.linen.transforms import lift_transform
 
-from mpjax._core.casting import cast_floating
+from mpjax._core.casting import as_held, cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
-from mpjax._core.tree_paths import PyTree, path_str
+from mpjax._core.tree_paths import PyTree, leaf_paths, path_str
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
@@ -227,7 +227,9 @@ def _under_policy(
   ) -> tuple[Any, Any]:
     run, operands = pure(scope_fn, repack), (*variables, rngs, args, kwargs)
     strict, flags = method == "__call__", ([True, STATE, False, False, False], {})
-    plan = functools.partial(decide, run, policies, operands, {}, flags, scoping=_SCOPING)
+    own = [group[-1] for group in variables] if policies.rules else ()
+    scoping = _SCOPING._replace(modules=modules_of(own))
+    plan = functools.partial(decide, run, policies, operands, {}, flags, scoping=scoping)
     scopes = scope_fn(variables, rngs)
     if scopes[-1].get_flag("initializing", False):
       if strict and policies.rules:  # one that matches nothing is an error here too
@@ -238,10 +240,21 @@ def _under_policy(
     known = _paths(scopes[-1].rng_counters)
     decided = plan(strict=strict, known=known)
     out, updated = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
-    as_it_is = runs_as_written()
+    as_it_is, updated = runs_as_written(), as_held(updated, variables[:1])
     return out if as_it_is else cast_floating(out, policies.default.output_dtype), updated
 
   return lift.pack(inner, ("params", True), (True,), (True,), enable_kwargs=True)
+
+
+def modules_of(scopes: Iterable[Mapping[str, Any]]) -> frozenset[Path]:
+  """The paths of the modules that have variables.
+
+  Args:
+    scopes: Variables by their collections, of the same scope each.
+  """
+  leaves = (path for variables in scopes for path, _ in leaf_paths(dict(variables)))
+  paths = {tuple(path.split("/"))[1:-1] for path in leaves}
+  return frozenset(path[: n + 1] for path in paths for n in range(len(path)))
 
 
 @contextlib.contextmanager

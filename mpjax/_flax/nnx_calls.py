@@ -13,6 +13,7 @@ from flax import nnx
 from jax.extend import source_info_util
 
 from mpjax._core.arguments import shown
+from mpjax._core.casting import as_held
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy import Policy
 from mpjax._core.policy_map import PolicyMap
@@ -86,7 +87,8 @@ def run(
     known=known,
   )
   out, changed = decided.run(loss_scale).cast((policies.default.output_dtype, FLOAT32))
-  update(call.nodes, changed)
+  params, *_ = call.args
+  update(call.nodes, as_held(changed, params))
   return out
 
 

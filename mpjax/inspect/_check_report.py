@@ -16,7 +16,7 @@ _TOLERATED_UNDERFLOW = 0.01
 
 _TOLERATED_GRADIENT_UNDERFLOW = 0.1
 # Some float32 roundings, relative to the gradient as a whole.
-_ROUNDING = 2.0**-20
+ROUNDING = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Change:
   @property
   def counts(self) -> bool:
     """Whether it is more than rounding; what is not finite is, whatever the rest of it."""
-    return self.share > _ROUNDING or self.change.is_lost
+    return self.share > ROUNDING or self.change.is_lost
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class GradientCheck:
   @property
   def counts(self) -> bool:
     """Whether it is more than rounding; what is not finite is, whatever the rest of it."""
-    return self.share > _ROUNDING or self.gradient.is_lost
+    return self.share > ROUNDING or self.gradient.is_lost
 
 
 @dataclass(frozen=True)

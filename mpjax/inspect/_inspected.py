@@ -23,6 +23,7 @@ from mpjax._engine.calls import Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
 from mpjax._engine.kept_plans import Planned
 from mpjax._engine.planning.plan import LOCATED, Scoping
+from mpjax._flax.linen_modules import modules_of
 from mpjax._flax.nnx_calls import has_nodes, module_paths, pure_call
 from mpjax._flax.policed import PLAIN, POLICIES
 
@@ -315,7 +316,7 @@ def _linen_subject(
     ([True, False, False, False], {}),
     ["", "", names, ""],
     policies,
-    scoping=LOCATED._replace(root=1),
+    scoping=LOCATED._replace(root=1, modules=modules_of([args[0]])),
   )
 
 

@@ -17,6 +17,7 @@ from mpjax._core.dtypes import FLOAT32, describe
 from mpjax._core.policy import Policy, Preset, as_policy
 from mpjax._core.policy_map import PolicyMap
 from mpjax._core.scopes import Path
+from mpjax.inspect._check_report import ROUNDING
 from mpjax.inspect._explain import explain
 from mpjax.inspect._inspected import Subject, subject_of
 from mpjax.inspect._policies_by_module import (
@@ -220,14 +221,19 @@ def _at_least_32(x: jax.Array) -> jax.Array:
 
 
 def _relative_each(tree: Any, reference: Any) -> jax.Array:
-  """The error of each leaf relative to its norm, or to a thousandth of the largest norm."""
+  """The error of each leaf relative to its norm, or to a thousandth of the largest norm.
+
+  A leaf that is zero but for rounding has none, as in `check`: the bias of an attention's keys.
+  """
   leaves, wanted = ([*map(_at_least_32, jax.tree.leaves(t))] for t in (tree, reference))
   if not leaves:
     return jnp.zeros((0,))
   norms = jnp.stack([jnp.linalg.norm(leaf.ravel()) for leaf in wanted])
   errors = [jnp.linalg.norm((a - b).ravel()) for a, b in zip(leaves, wanted, strict=True)]
   floor = jnp.maximum(_SMALL * jnp.max(norms), jnp.finfo(FLOAT32).tiny)
-  return jnp.stack(errors) / jnp.maximum(norms, floor)
+  relative = jnp.stack(errors) / jnp.maximum(norms, floor)
+  is_rounding = (norms <= ROUNDING * jnp.linalg.norm(norms)) & jnp.isfinite(relative)
+  return jnp.where(is_rounding, 0.0, relative)
 
 
 # The search -----------------------------------------------------------------------------------

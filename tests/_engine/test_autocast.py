@@ -358,9 +358,12 @@ def test_a_layer_with_a_dtype_of_its_own_keeps_it_and_the_result_has_the_output_
   assert model.apply(variables, jnp.ones((2, 4))).dtype == jnp.float32
 
 
-def test_a_function_is_no_value_to_mark_and_a_bool_no_position():
-  with pytest.raises(TypeError, match=r"marks values. Got the function softmax. Mark what it ret"):
+def test_a_function_or_module_is_no_value_to_mark_and_a_bool_no_position():
+  with pytest.raises(TypeError, match=r"marks values. Got softmax, which is called. Mark what it"):
     mpjax.keep_float32(jax.nn.softmax)
+  for module in (linen.Dense(4), nnx.Linear(2, 4, rngs=nnx.Rngs(0))):
+    with pytest.raises(TypeError, match=r"Got .*, which is called. .*mpjax.apply_policy\(module"):
+      mpjax.keep_float32(module)
   with pytest.raises(TypeError, match="must be positions, integers; got True"):
     mpjax.autocast(lambda w, x: x @ w, "mixed_bfloat16", argnums=True)
 

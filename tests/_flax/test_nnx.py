@@ -825,3 +825,21 @@ def test_a_base_class_that_keeps_a_table_knows_the_class_under_a_policy(x):
   np.testing.assert_allclose(mpjax.apply_policy(nested, BF16)(x), nested(x), atol=0.06)
   assert jax.jit(lambda x: model(x))(x).shape == (len(x), 3)
   assert WIDTHS["Wide"] is plain and not type(model)._pytree__is_pytree
+
+
+@pytest.mark.parametrize("wrap", [nnx.remat, nnx.jit])
+def test_parameters_of_16_bits_that_a_transform_writes_back_keep_their_dtype(wrap):
+  class Wraps(nnx.Module):
+    def __init__(self, rngs):
+      self.layer, self.head = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+      return self.head(wrap(lambda layer, x: layer(x))(self.layer, x))
+
+  model, x = Wraps(nnx.Rngs(0)), jnp.ones((2, 4))
+  nnx.update(model, mpjax.cast_floating(nnx.state(model), "bfloat16"))
+  mpjax.nnx.autocast(lambda model, x: model(x).sum(), BF16)(model, x)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(model))} == {"bfloat16"}
+  policed = mpjax.apply_policy(model, "bfloat16")
+  policed(x)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(policed))} == {"bfloat16"}

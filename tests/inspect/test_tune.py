@@ -111,6 +111,31 @@ def test_the_planted_sensitive_module_is_found_and_nothing_else(problem, planted
   assert ("leave 'LinenNet/' out" in report.note) == (problem is linen_problem)
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_sends_nothing_to_float32():
+  def loss(p, x):
+    hidden = x @ p["w"] + p["b"]  # whose own mean is taken away: the bias has no gradient
+    return jnp.square((hidden - hidden.mean(0, keepdims=True)) @ p["head"] - 1).mean()
+
+  keys = jax.random.split(jax.random.key(0), 3)
+  p = {"w": jax.random.normal(keys[0], (16, 32)) / 4, "b": jnp.ones((1, 32))}
+  p["head"] = jax.random.normal(keys[1], (32, 4)) / 6
+  report = inspect.tune(loss, (p, jax.random.normal(keys[2], (64, 16))))
+  assert report.policy_map == mpjax.PolicyMap({}, "mixed_bfloat16")
+
+
+def test_a_module_that_its_author_gave_float32_is_no_error():
+  def loss(p, x):
+    with jax.named_scope("body"):
+      hidden = x @ p["w"]
+    with jax.named_scope("head"):
+      return jnp.square(mpjax.autocast(lambda w, h: h @ w, "float32")(p["head"], hidden)).mean()
+
+  p, x = {"w": jnp.full((16, 16), 0.1), "head": jnp.full((16, 4), 0.1)}, jnp.ones((8, 16)) / 3
+  named = mpjax.PolicyMap({"head": "mixed_float16"}, "mixed_bfloat16")
+  assert jnp.isfinite(mpjax.autocast(loss, named)(p, x))
+  assert inspect.tune(loss, (p, x), tolerance=1e-5).policy_map.default is not None
+
+
 def test_a_loss_that_low_precision_does_not_hurt_costs_two_compilations():
   def loss(params, x):
     return jnp.mean(jnp.square(x @ params))

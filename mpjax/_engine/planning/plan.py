@@ -78,11 +78,15 @@ class Scoping(NamedTuple):
     absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
     located: Whether a body that several modules call is planned for each of them, as a report
       that names modules must have it.
+    modules: The paths that modules have behind the root, if they are known. A scope that repeats
+      the module that it stands in, as ``super().__call__`` and lifted functions of Linen write it,
+      is then left out of a path, and a rule holds for a module within other scopes, too.
   """
 
   root: int = 0
   absolute: bool = False
   located: bool = False
+  modules: frozenset[Path] = frozenset()
 
 
 PLAIN = Scoping()

@@ -133,8 +133,13 @@ class Planner:
     """
     key = path, op
     if key not in self._rules:
-      relative = path[self._scoping.root :]
+      modules = self._scoping.modules
+      relative = scopes.without_repeats(path[self._scoping.root :], modules)
       rule = self.policies.rule_at(relative, op)
+      if rule is None and modules:
+        module = scopes.as_module(relative, modules)
+        rule = self.policies.rule_at(module, op)
+        relative = relative if rule is None else module
       self._rules[key] = rule, self.policies.policy_of(rule)
       self.ops.setdefault(relative, set()).update(() if op is None else (op,))
     return self._rules[key]
@@ -330,7 +335,8 @@ class _Walk:
 
   def governing(self, place: Place, name: str) -> tuple[int | None, Policy]:
     """The rule and the policy of a primitive at a place; float32 where its author gave it one."""
-    return (None, FLOAT32_POLICY) if place.has_policy else self.planner.governs(place.path, name)
+    governing = self.planner.governs(place.path, name)  # which notes that the module is there
+    return (None, FLOAT32_POLICY) if place.has_policy else governing
 
   def governs(self, path: Path) -> tuple[int | None, Policy]:
     """The rule and the policy of a path, as it stands in this jaxpr."""

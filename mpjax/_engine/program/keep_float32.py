@@ -25,7 +25,7 @@ def keep_float32(x: T) -> T:
     The same values.
 
   Raises:
-    TypeError: If ``x`` is a function, or a leaf of it no array.
+    TypeError: If ``x`` is a function or a module, or a leaf of it no array.
 
   Example:
     >>> import jax, jax.numpy as jnp, mpjax
@@ -34,10 +34,12 @@ def keep_float32(x: T) -> T:
     >>> mpjax.autocast(fn, "p=f32, c=bf16, o=f32")(w, x).dtype.name
     'float32'
   """
-  if callable(x) and jax.tree_util.all_leaves([x]):
+  if callable(x):  # a module may be a pytree
+    name = getattr(x, "__name__", type(x).__name__)
     raise TypeError(
-      f"keep_float32 marks values. Got the function {getattr(x, '__name__', type(x).__name__)}. "
-      'Mark what it returns, or write mpjax.autocast(fn, "float32") for one that runs in float32.'
+      f"keep_float32 marks values. Got {name}, which is called. Mark what it returns. To run it in "
+      'float32, write mpjax.autocast(fn, "float32") for a function, and '
+      'mpjax.apply_policy(module, "float32") for a Flax module.'
     )
   try:
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, KEEP_FLOAT32), x)

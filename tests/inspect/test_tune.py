@@ -128,7 +128,8 @@ def test_a_module_that_its_author_gave_float32_is_no_error():
     with jax.named_scope("body"):
       hidden = x @ p["w"]
     with jax.named_scope("head"):
-      return jnp.square(mpjax.autocast(lambda w, h: h @ w, "float32")(p["head"], hidden)).mean()
+      out = mpjax.autocast(lambda w, h: h @ w, "float32")(p["head"], hidden)
+    return jnp.square(out).mean()
 
   p, x = {"w": jnp.full((16, 16), 0.1), "head": jnp.full((16, 4), 0.1)}, jnp.ones((8, 16)) / 3
   named = mpjax.PolicyMap({"head": "mixed_float16"}, "mixed_bfloat16")

@@ -51,6 +51,8 @@ def as_held(tree: T, held: Any) -> T:
     tree: Any pytree.
     held: A pytree whose leaves stand at the same paths, as far as there are any.
   """
+  if not jax.tree.leaves(tree):  # most calls write nothing back
+    return tree
   paths = jax.tree_util.tree_leaves_with_path(held)
   narrow = {path: leaf.dtype for path, leaf in paths if is_castable(leaf) and leaf.dtype != FLOAT32}
 

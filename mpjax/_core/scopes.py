@@ -36,37 +36,19 @@ def module_path(name_stack: object) -> Path:
   return tuple(path)
 
 
-def without_repeats(path: Path, modules: Set[Path]) -> Path:
-  """A path without the scopes that repeat the module they stand in, given all modules' paths.
-
-  ``attention/attention/query`` for a module whose ``__call__`` calls that of its base class. A
-  module within one of the same name stays: its path is among those that are given.
-
-  Example:
-    >>> attention = {("a",), ("a", "query")}
-    >>> without_repeats(("a", "a", "query"), attention)
-    ('a', 'query')
-  """
-  found: Path = ()
-  for name in path:
-    within = (*found, name)
-    if not (modules and found and name == found[-1] and within not in modules):
-      found = within
-  return found
-
-
 def as_module(path: Path, modules: Set[Path]) -> Path:
   """The path of the module that scopes lead to, wherever it is called, given all modules' paths.
 
-  A module may be called within scopes that are no modules, or within other modules than the one
-  that holds it: it is looked for in that, and then in those around it, as a name in Python is.
+  A module may be called within scopes that are no modules, within other modules than the one that
+  holds it, or once more within itself, as ``super().__call__`` and lifted functions of Linen do: it
+  is looked for in the module that it is called in, then in those around it, as a name in Python is.
 
   Example:
     >>> modules = {("decoder",), ("decoder", "out"), ("embed",)}
     >>> as_module(("Sequential_0", "decoder", "out"), modules)
     ('decoder', 'out')
-    >>> as_module(("decoder", "embed"), modules)
-    ('embed',)
+    >>> as_module(("decoder", "embed"), modules), as_module(("decoder", "decoder", "out"), modules)
+    (('embed',), ('decoder', 'out'))
   """
   found: Path = ()
   for name in path:

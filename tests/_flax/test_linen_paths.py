@@ -126,12 +126,18 @@ def test_a_rule_by_the_path_of_a_layers_parameters_governs_that_layer(make, path
   assert f"part/{path}" in str(explain(plain, policies, variables, X))
 
 
-def test_a_rule_by_the_scopes_that_lead_to_a_layer_governs_it_first():
-  rules = {"takes/where/o": "float32", "o": "mixed_float16"}
-  net = mpjax.apply_policy(Gives(), mpjax.PolicyMap(rules, default="mixed_bfloat16"))
-  variables = Gives().init(jax.random.key(0), X)
+@pytest.mark.parametrize(
+  ("model", "scopes", "path"),
+  [(Gives(), "takes/where/o", "o"), (Net(Inherits()), "part/part/o", "part/o")],
+  ids=["gives", "inherits"],
+)
+def test_a_rule_by_the_scopes_that_lead_to_a_layer_governs_it_first(model, scopes, path):
+  policies = mpjax.PolicyMap({path: "mixed_float16", scopes: "float32"}, default="mixed_bfloat16")
+  variables = model.init(jax.random.key(0), X)
+  net = mpjax.apply_policy(model, policies)
   found = [c.factors for c in contractions(jax.make_jaxpr(net.apply)(variables, X))]
-  assert found == [("bfloat16", "bfloat16"), ("float32", "float32")]
+  assert sorted(found) == [("bfloat16", "bfloat16"), ("float32", "float32")]
+  assert scopes in str(explain(model, "mixed_bfloat16", variables, X))  # as reports name it
 
 
 @pytest.mark.parametrize("wrap", [nn.jit, nn.remat])

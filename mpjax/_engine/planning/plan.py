@@ -78,9 +78,8 @@ class Scoping(NamedTuple):
     absolute: Whether scopes inside the body of a loop or jit are full paths all the same.
     located: Whether a body that several modules call is planned for each of them, as a report
       that names modules must have it.
-    modules: The paths that modules have behind the root, if they are known. A scope that repeats
-      the module that it stands in, as ``super().__call__`` and lifted functions of Linen write it,
-      is then left out of a path, and a rule holds for a module within other scopes, too.
+    modules: The paths that modules have behind the root, if they are known: where no rule fits
+      the scopes that lead to one, it goes by this path, see `scopes.as_module`.
   """
 
   root: int = 0

@@ -133,8 +133,7 @@ class Planner:
     """
     key = path, op
     if key not in self._rules:
-      modules = self._scoping.modules
-      relative = scopes.without_repeats(path[self._scoping.root :], modules)
+      relative, modules = path[self._scoping.root :], self._scoping.modules
       rule = self.policies.rule_at(relative, op)
       if rule is None and modules:
         module = scopes.as_module(relative, modules)

@@ -173,6 +173,7 @@ _KEEPS = 'mpjax.autocast(fn, "float32") around it, or a float32 rule for its mod
 _TEXTS = {
   "precision": "{} is overridden by the policy; " + _KEEPS,
   "float64": "{}",
+  "format": "{}: its author cast to that; drop the cast, or take a policy of that format",
   "complex": "{}, of which there is no 16-bit format; multiply real and imaginary parts apart",
   "rule": "the rule {} above it take all that it matches; put it first, or drop it",
   "narrowed": "a rule of the map keeps {}",

@@ -129,7 +129,7 @@ class _Walker:
         env[var] = held_value(value, form)
       if spot.record:
         self.count(step, spot, widened)
-        self.flow.remarks.update(remarks_on(step, line, self.is_float32_scope(step)))
+        self.flow.remarks.update(remarks_on(step, line, self.compute_dtype(step)))
         self.count_widened(step, outs, spot)
         islands.add(step, line, [env[var] for var in step.eqn.outvars])
     self.flow.islands += islands.found() if spot.record else []
@@ -241,8 +241,12 @@ class _Walker:
     return [widening for widening in found if widening.backward or not step.place.backward]
 
   def is_float32_scope(self, step: Step) -> bool:
+    return self.compute_dtype(step) == FLOAT32
+
+  def compute_dtype(self, step: Step) -> np.dtype:
+    """That of the policy which governs a step; float32 in a region that has its own."""
     governed = self.planner.policies.policy_of(step.won).compute_dtype
-    return step.place.has_policy or governed == FLOAT32
+    return FLOAT32 if step.place.has_policy else governed
 
   # Bodies ----------------------------------------------------------------------------------------
 

@@ -176,8 +176,8 @@ class Remark(NamedTuple):
   """Something that a policy overrides, or that cannot be promised under it.
 
   Attributes:
-    kind: "precision", "float64", "complex", "narrowed", "integers", "loop", "batch", "rule" or
-      "policy".
+    kind: "precision", "format", "float64", "complex", "narrowed", "integers", "loop", "batch",
+      "rule" or "policy".
     path: The module's path.
     line: Where it is.
     what: Which operation or value it is about.

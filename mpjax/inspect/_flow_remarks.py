@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from mpjax._core.dtypes import describe
+from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32, describe
 from mpjax._core.primitives import MATMULS, Rule
 from mpjax._engine.analyses.loop_carries import long_sums
 from mpjax._engine.planning.plan import Plan, Step
@@ -24,14 +24,15 @@ from mpjax.inspect._inspected import Subject, has_shape
 from mpjax.inspect._source_lines import UNKNOWN, Line, line_of
 
 
-def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
+def remarks_on(step: Step, line: Line, compute: np.dtype) -> Iterator[Remark]:
   """What is to be said of a step by itself.
 
   Args:
     step: The step.
     line: Its line.
-    is_float32: Whether it stands where the policy says float32, or in a region of its own policy.
+    compute: The dtype in which the policy computes; float32 in a region of its own policy.
   """
+  is_float32 = compute == FLOAT32
   path, name = step.place.path, step.eqn.primitive.name
   is_named = step.rule is Rule.NAMED or not is_matmul(step)
   if is_named and step.because and runs_narrow(step):
@@ -52,6 +53,9 @@ def remarks_on(step: Step, line: Line, is_float32: bool) -> Iterator[Remark]:
     wanted = _precision(step.eqn)
     if wanted:
       yield Remark("precision", path, line, f"{name} with precision={wanted}")
+  if not is_float32 and runs_in(step) in (BFLOAT16, FLOAT16) and runs_in(step) != compute:
+    what = f"{name} runs in {runs_in(step).name}, not in the policy's {compute.name}"
+    yield Remark("format", path, line, what)
 
 
 _FLOAT64 = np.dtype(np.float64)

@@ -190,13 +190,14 @@ class RemarkFlow:
   """Something that the policy overrides, or that cannot be promised under it.
 
   Attributes:
-    kind: "precision" for an author's ``precision=`` that is overridden, "loop" for a loop that ends
-      by comparing floats which 16-bit matmuls move, "batch" for data that was taken for the
-      parameters, "float64" and "complex" for matmuls of these, "narrowed" for what a rule for
-      operations keeps in 16 bits although it is a small step, a change of a parameter or a running
-      sum, "rule" for a rule of the policy map that never wins, "policy" for a region with a policy
-      of its own, whose leaks were not looked for, "integers" for matmuls of integers, which run as
-      written and break no promise.
+    kind: "precision" for an author's ``precision=`` that is overridden, "format" for a matmul in
+      the other 16-bit format, to which its author cast, "loop" for a loop that ends by comparing
+      floats which 16-bit matmuls move, "batch" for data that was taken for the parameters,
+      "float64" and "complex" for matmuls of these, "narrowed" for what a rule for operations keeps
+      in 16 bits although it is a small step, a change of a parameter or a running sum, "rule" for a
+      rule of the policy map that never wins, "policy" for a region with a policy of its own, whose
+      leaks were not looked for, "integers" for matmuls of integers, which run as written and break
+      no promise.
     module: The module's path.
     line: The line of the user's code.
     text: What it is, and what to do.

@@ -359,3 +359,52 @@ def test_a_mask_of_boolean_literals_is_added_as_in_float32(mask, policy):
 
   got, want = mpjax.autocast(attend, policy)(w, x), attend(w, x)
   assert jnp.max(jnp.abs(got - want)) <= 8 * UNIT[policy] * jnp.max(jnp.abs(want))
+
+
+INTEGER_MASKS = {
+  "cast": lambda m: m.astype(jnp.int32),
+  "multiplied": lambda m: m.astype(jnp.int32) * m[::-1].astype(jnp.int32),
+  "inverted": lambda m: 1 - m.astype(jnp.int8),
+  "multiplied_up": lambda m: jnp.cumprod(m.astype(jnp.int32), -1),
+  "of_windows": lambda m: jnp.ones(m.shape) * m.astype(jnp.int32),
+  "signs": lambda m: jnp.sign(jnp.arange(8) - 3),
+  "largest": lambda m: jnp.max(m.astype(jnp.int32), -1, keepdims=True),
+  "counted": lambda m: jnp.sum(m.astype(jnp.int32), -1, keepdims=True),
+  "both": lambda m: m.astype(jnp.int32) & m[::-1].astype(jnp.int32),
+  "from_a_function": lambda m: 1 - jax.jit(lambda m: jnp.where(m, 1.0, 0.0))(m),
+  "from_a_branch": lambda m: 1 - lax.cond(m[0, 0], lambda: m.astype(jnp.int32), lambda: 0 * m),
+  "of_pairs": lambda m: jnp.einsum("i,j->ij", m[0].astype(jnp.float32), m[1].astype(jnp.float32)),
+}
+
+
+@in_turns(("mask", "policy"), INTEGER_MASKS, [*UNIT])
+def test_integers_made_of_booleans_are_numbers_that_adapt(mask, policy):
+  w, x = 0.3 * jax.random.normal(jax.random.key(0), (2, 8, 8))
+
+  def masked(w, x, m):
+    h = x @ w
+    return h * mask(m).astype(h.dtype)
+
+  args = w, x, x > 0
+  found, *_ = jax.make_jaxpr(mpjax.autocast(lambda *a: masked(*a) @ w, policy))(*args).eqns[-1:]
+  assert {v.aval.dtype.itemsize for v in found.invars} == {2}
+  products = [
+    e
+    for e in equations(jax.make_jaxpr(mpjax.autocast(masked, policy))(*args))
+    if e.primitive.name == "mul" and jnp.issubdtype(e.outvars[0].aval.dtype, jnp.floating)
+  ]
+  assert products[-1].outvars[0].aval.dtype.itemsize == 2
+  got, want = mpjax.autocast(masked, policy)(*args), masked(*args)
+  assert jnp.max(jnp.abs(got - want)) <= 4 * UNIT[policy] * jnp.max(jnp.abs(want))
+
+
+@every_policy
+def test_an_integer_that_its_dtype_does_not_hold_is_not_known(policy):
+  def below(w, m):
+    return (w @ w) + 0 * (m.astype(jnp.uint32) - 1).astype(jnp.float32)
+
+  w, m = jnp.eye(4), jnp.zeros((4, 4), bool)
+  np.testing.assert_array_equal(mpjax.autocast(below, policy)(w, m), below(w, m))
+  many = lambda m: m.astype(jnp.int8) * 100 * 100 * 1.0
+  got = mpjax.autocast(lambda w, m: (w @ w) * many(m), policy)(w, ~m)
+  np.testing.assert_array_equal(got, w * many(~m))

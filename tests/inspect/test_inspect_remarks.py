@@ -149,7 +149,32 @@ def test_a_convolution_and_a_gradient_say_it_too():
   assert "conv_general_dilated with precision=HIGHEST" in report.remarks[0].text
 
 
-def test_a_precision_that_holds_is_not_remarked():
+FORMATS = {"mixed_bfloat16": jnp.float16, "mixed_float16": jnp.bfloat16}
+
+
+@BOTH
+def test_the_other_format_to_which_an_author_cast_is_said(policy, standard_promotion):
+  dtype = FORMATS[policy]
+  fn = lambda w, x: (x.astype(dtype) @ w) @ w.astype(dtype)
+  report = explain(fn, policy, W, X)
+  assert kinds(report) == ["format"] and report.remarks[0].count == 2
+  assert f"runs in {jnp.dtype(dtype).name}" in report.summary and not is_kept(report)
+  assert report.remarks[0].line.file == __file__
+  own = explain(fn, f"mixed_{jnp.dtype(dtype).name}", W, X)
+  assert not own.remarks and is_kept(own)
+  in_float32 = mpjax.PolicyMap({"own": "float32"}, policy)
+  assert not explain(jax.named_scope("own")(fn), in_float32, W, X).remarks
+
+
+@BOTH
+def test_a_precision_that_holds_is_not_remarked(policy):
+  moved = lambda w, x, order: jnp.matmul(x, order, precision="highest") @ w
+  report = explain(moved, policy, W, X, W)
+  assert not report.remarks and is_kept(report)
+  assert report.narrow_share == 0.5 and "precision=HIGHEST" in report.wide[0].reason
+
+
+def test_a_precision_that_no_policy_overrides_is_not_remarked():
   fn = PRECISIONS["matmul"]
   with_rule = mpjax.PolicyMap({"exact": "float32"}, default=BF16)
   scoped = lambda w, x: jax.named_scope("exact")(fn)(w, x) @ w

@@ -7,7 +7,7 @@ numbers in large arrays, so their values are followed as small sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,14 +17,15 @@ from jax.core import ShapedArray, Tracer
 
 from mpjax._core.dtypes import FLOAT16, FLOAT32
 from mpjax._core.primitives import KEEPS_NUMBERS
-from mpjax._engine.program import jaxprs
+from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Forms, fits, join, saturated
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
 
 NumberSet = frozenset[float] | None
 """The numbers that occur in a constant; None where they are not known."""
 
-MASK: NumberSet = frozenset({0.0, 1.0})
+_ZERO_OR_ONE = frozenset({0.0, 1.0})
+MASK: NumberSet = _ZERO_OR_ONE
 """What a boolean becomes."""
 
 MOST = 64
@@ -58,8 +59,14 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
   "cosh": np.cosh,
   "floor": np.floor,
   "ceil": np.ceil,
+  "and": lambda x, y: int(x) & int(y),
+  "or": lambda x, y: int(x) | int(y),
 }
 """What is computed here; what other primitives make of constants is not known."""
+
+_CHOOSES = frozenset({"reduce_max", "reduce_min", "cummax", "cummin"})
+_MULTIPLIES = frozenset({"reduce_prod", "cumprod"})
+_SIGNS = frozenset({-1.0, 0.0, 1.0})
 
 
 def is_here(value: Any) -> bool:
@@ -123,13 +130,21 @@ def only(numbers: NumberSet) -> float | None:
   return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
 
 
+def _held(numbers: NumberSet, integer: Any) -> NumberSet:
+  """Numbers that an integer is to have; not known if its dtype does not hold one of them."""
+  info = np.iinfo(jaxprs.dtype(integer))
+  is_held = all(info.min <= number <= info.max for number in numbers or ())
+  return numbers if is_held else None
+
+
 def _makes_numbers(primitive: str) -> bool:
   """Whether a primitive computes numbers, rather than moving or choosing among its operands'."""
   return primitive not in KEEPS_NUMBERS
 
 
-def _after(primitive: str, params: Mapping[str, Any], operands: Sequence[NumberSet]) -> NumberSet:
+def _after(eqn: JaxprEqn, operands: Sequence[NumberSet]) -> NumberSet:
   """The values of an equation's result, all of whose float operands are constants."""
+  primitive, params = matmuls.operation(eqn), eqn.params
   known = [values for values in operands if values is not None]
   if len(known) < len(operands):
     return None
@@ -137,6 +152,13 @@ def _after(primitive: str, params: Mapping[str, Any], operands: Sequence[NumberS
     return frozenset[float]().union(*known)
   if primitive == "integer_pow":
     primitive, known = "pow", [*known, frozenset({float(params["y"])})]
+  if primitive in _CHOOSES:
+    return known[0]
+  if primitive in _MULTIPLIES and known[0] <= _SIGNS:
+    return known[0] | {number * number for number in known[0]}
+  if primitive == "reduce_sum" and known[0] <= _ZERO_OR_ONE:
+    terms = jaxprs.size(eqn.invars[0]) // max(1, jaxprs.size(eqn.outvars[0]))
+    return frozenset(map(float, range(terms + 1))) if terms < MOST else None
   if primitive not in _FUNCTIONS or np.prod([len(values) for values in known]) > MOST:
     return None
   with np.errstate(all="ignore"):
@@ -196,7 +218,7 @@ class Numbers:
     computed = _makes_numbers(name)  # else what is no float, as an index, tells nothing
     pairs = zip(eqn.invars, forms, strict=True)
     known = [self.of(atom) for atom, form in pairs if form is not None or computed]
-    values = _after(name, eqn.params, known)
+    values = _after(eqn, known)
     for var in filter(jaxprs.is_float32, eqn.outvars):
       self.define(var, values)
     if values is None:
@@ -207,7 +229,7 @@ class Numbers:
     """Follow numbers that do not adapt: what is made of known ones alone is known."""
     known = [self.of(atom) for atom in eqn.invars]
     if all(numbers is not None for numbers in known):
-      self.define(eqn.outvars[0], _after(eqn.primitive.name, eqn.params, known))
+      self.define(eqn.outvars[0], _after(eqn, known))
 
   def follow(self, eqn: JaxprEqn) -> None:
     """Follow integers: what is moved, chosen or computed of known ones is known."""
@@ -219,8 +241,19 @@ class Numbers:
     makes = _makes_numbers(name)
     atoms = [atom for atom in eqn.invars if makes or jaxprs.kind(atom) in _INTEGERS]
     known = [self.of(atom) for atom in atoms]
-    if known and all(numbers is not None for numbers in known):
-      self.define(result, _after(name, eqn.params, known))
+    if name == "convert_element_type" and jaxprs.kind(eqn.invars[0]) == "b":
+      self.define(result, MASK)
+    elif name == "sign":
+      self.define(result, _SIGNS)
+    elif known and all(numbers is not None for numbers in known):
+      self.define(result, _held(_after(eqn, known), result))
+
+  def follow_branches(self, eqn: JaxprEqn, numbers: Sequence[Sequence[NumberSet]]) -> None:
+    """Follow the results of an equation that runs one of some bodies, which have these."""
+    for var, column in zip(eqn.outvars, zip(*numbers, strict=True), strict=True):
+      known = [values for values in column if values is not None]
+      if len(known) == len(column):
+        self.define(var, frozenset[float]().union(*known))
 
   def form_of_all(self, numbers: NumberSet) -> Form:
     """How floats are held in which certain numbers occur: as data if these are not known."""

@@ -6,14 +6,14 @@ is ``exp(w + 0.1 * net(h))``, a rate. The stream of a network is neither: layers
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from mpjax._core.primitives import ADDS, CALLS, SCALES, UNCHANGED, Trait, having
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.program import jaxprs
 from mpjax._engine.program.jaxprs import variables_of
-from mpjax._engine.program.versions import Literal, Var
+from mpjax._engine.program.versions import JaxprEqn, Literal, Var
 
 _MOVES = UNCHANGED | {"neg", "slice", "dynamic_slice", "split", "concatenate", "unstack"}
 _KEEPS_DATA = _MOVES | having(Trait.ARITHMETIC | Trait.TRANSCENDENTAL)
@@ -27,13 +27,7 @@ def joined(frame: Frame, given: Collection[Any]) -> Collection[Var]:
     given: Its operands and constants that are data.
   """
   forward = [eqn for eqn in frame.inner.eqns if not frame.is_backward(eqn)]
-  data = {*given}
-  for eqn in forward:
-    read = [a for a in eqn.invars if not isinstance(a, Literal) and jaxprs.kind(a) == "f"]
-    are_data = [a in data for a in read]
-    name = eqn.primitive.name
-    if any(are_data) if name in ADDS else name in _KEEPS_DATA and read and all(are_data):
-      data |= {*eqn.outvars}
+  data = made_of_data(frame, given, lambda eqn: eqn.primitive.name in ADDS)
   summed, raised = set[Var](), set[Var]()
   for eqn in reversed(forward):
     name, read = eqn.primitive.name, variables_of(eqn.invars)
@@ -43,6 +37,26 @@ def joined(frame: Frame, given: Collection[Any]) -> Collection[Var]:
     if is_joined or (name in _LEADS_ON and not summed.isdisjoint(eqn.outvars)):
       summed |= read
   return summed | raised
+
+
+def made_of_data(
+  frame: Frame, given: Collection[Any], takes: Callable[[JaxprEqn], bool]
+) -> Collection[Var]:
+  """What is made of data, elementwise.
+
+  Args:
+    frame: The frame of a jaxpr.
+    given: Its operands and constants that are data.
+    takes: Whether what an equation makes is data if one of its operands is; else all must be.
+  """
+  data = {*given}
+  for eqn in frame.inner.eqns:
+    read = [a for a in eqn.invars if not isinstance(a, Literal) and jaxprs.kind(a) == "f"]
+    are_data = [] if frame.is_backward(eqn) else [a in data for a in read]
+    keeps = eqn.primitive.name in _KEEPS_DATA and all(are_data)
+    if any(are_data) and (keeps or takes(eqn)):
+      data |= {*eqn.outvars}
+  return data
 
 
 def _is_whole(atom: Any, eqn: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mpjax._core.dtypes import FLOAT16
-from mpjax._core.primitives import Rule
+from mpjax._core.primitives import ADDS, MATMULS, SCALES, Rule
 from mpjax._engine.analyses.constants import (
   Adapting,
   Extremes,
@@ -27,7 +27,7 @@ from mpjax._engine.analyses.contents import Contents
 from mpjax._engine.analyses.data_transforms import DataTransforms
 from mpjax._engine.analyses.frames import Frame
 from mpjax._engine.analyses.iterations import Iterations
-from mpjax._engine.analyses.joined import joined
+from mpjax._engine.analyses.joined import joined, made_of_data
 from mpjax._engine.analyses.known import Known
 from mpjax._engine.analyses.linear_recurrences import Recurrence, Recurrences, powers
 from mpjax._engine.analyses.lookahead import MOVES, Leading, Needs
@@ -42,6 +42,7 @@ from mpjax._engine.analyses.uses import Uses
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.jaxprs import variables_of
 from mpjax._engine.program.kinds import DATA, PARAM, Forms
+from mpjax._engine.program.matmuls import asks_for_float32
 from mpjax._engine.program.versions import AnyJaxpr, Atom, Jaxpr, JaxprEqn, Literal, Var
 
 
@@ -218,6 +219,18 @@ class Knowledge:
     return joined(self.frame, self._given)
 
   @functools.cached_property
+  def streams_of_data(self) -> Collection[Var]:
+    """What is data, to which layers add and which they scale, and what precise matmuls move."""
+    began = {self._inner.invars[n] for n in self._known.began}
+    given = {v for v in self._given if v in began or not self.sums.may_be_of_layers([v])}
+    return made_of_data(self.frame, given, self._takes_data)
+
+  def _takes_data(self, eqn: JaxprEqn) -> bool:
+    is_asked_for = eqn.primitive.name in MATMULS and asks_for_float32(eqn)
+    is_moved = is_asked_for and not any(a in self.weights for a in variables_of(eqn.invars))
+    return is_moved or eqn.primitive.name in _TAKE_DATA
+
+  @functools.cached_property
   def data_transforms(self) -> DataTransforms:
     """What is done with products of data."""
     inner, carry, began = self._inner, self._known.carry, self._known.began
@@ -290,6 +303,9 @@ class Knowledge:
     """Whether a value was one of some, before it was moved."""
     source = self._source(atom) if among else None  # as nearly never
     return not isinstance(source, Literal) and source in among
+
+
+_TAKE_DATA = ADDS | SCALES | {"concatenate"}
 
 
 def _whole(inner: Jaxpr) -> Leading[int]:

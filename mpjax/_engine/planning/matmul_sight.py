@@ -7,7 +7,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from mpjax._core.dtypes import BFLOAT16, FLOAT16, is_of
 from mpjax._core.primitives import ADDS, MATMULS, RULES, SCALES, UNCHANGED, Rule
@@ -16,7 +15,7 @@ from mpjax._engine.analyses.made_of import depends_on_more_than_numbers, is_comp
 from mpjax._engine.planning.sight import Sight
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import CONSTANT, DATA, PARAM, Kind, is_narrow
-from mpjax._engine.program.versions import JaxprEqn, Literal
+from mpjax._engine.program.versions import Literal
 
 
 def is_amplified(sight: Sight) -> bool:
@@ -205,14 +204,25 @@ def is_fixed_transform(sight: Sight) -> bool:
     if not sight.has_narrow and len(jaxprs.shape(other)) == 1:
       return True
     is_given = not sight.has_narrow and not sums.of_parameters([other])
-    if form != PARAM and (is_given or (_is_precise(sight.eqn) and is_of_output(sight))):
+    is_precise = matmuls.asks_for_float32(sight.eqn)
+    if form != PARAM and (is_given or (is_precise and is_of_output(sight))):
       return True
   return False
 
 
-def _is_precise(eqn: JaxprEqn) -> bool:
-  asked = eqn.params["precision"]
-  return asked is not None and {*asked} == {lax.Precision.HIGHEST}
+def is_asked_for(sight: Sight) -> bool:
+  """Whether the author of a matmul asks for float32, and neither operand is a layer's.
+
+  As for a permutation by a matrix, a rotation, a physical law. Who asks for all matmuls by JAX's
+  default asks for those of layers, too, and has chosen a policy for them.
+  """
+  if not (matmuls.asks_for_float32(sight.eqn) and is_of_float32(sight)):
+    return False
+  around, read = sight.around, jaxprs.variables_of(sight.eqn.invars)
+  if any(a in around.weights for a in read):
+    return False
+  layers = [a for a in read if around.sums.may_be_of_layers([a])]
+  return all(a in around.streams_of_data for a in layers)
 
 
 def is_of_output(sight: Sight) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.primitives import FUNCTIONS, MATMULS, Rule, Trait, having
 from mpjax._core.scopes import Path
+from mpjax._engine.analyses.constants import NumberSet
 from mpjax._engine.program import jaxprs, versions
 from mpjax._engine.program.bodies import bodies_of, repetitions
 from mpjax._engine.program.kinds import DATA, FEW, Forms, is_narrow, narrow
@@ -177,6 +178,9 @@ class Plan:
   """Which results are parameters that their author cast to 16 bits."""
   lasting: tuple[int, ...] = ()
   """Which results are float32 behind the module that they leave, too."""
+
+  numbers: tuple[NumberSet, ...] = ()
+  """The numbers that occur in each result, None where they are not known."""
 
   read_outside: frozenset[Var] = frozenset()
   """The variables that are read outside, as its results are, so that each has a value."""

@@ -200,6 +200,7 @@ class _Walk:
       held,
       self.cast.among(inner.outvars),
       jaxprs.ordered_places(inner.outvars, self.borders.lasting),
+      tuple(map(self.around.numbers.of, inner.outvars)),
     )
     around = late_rounding.Around(
       self.around.numbers.of,
@@ -354,6 +355,7 @@ class _Walk:
     elif eqn.primitive.name in REMATS:  # what it stores is as narrow as it is read
       stored = narrowed(body, range(len(held.operands)))
       body = self.planner.plan(held.jaxpr, stored, place, None, known, cast)
+    self.around.numbers.follow_branches(eqn, [body.numbers])
     wanted = [form and form.dtype for form in body.in_forms]
     return Decision(wanted, body.out_forms, eqn.params, (body,))
 
@@ -400,6 +402,7 @@ class _Walk:
     free = [self.planner.plan(b, rest, place, None, k, cast).out_forms for b, k in pairs]
     outs = tuple(join(column) for column in zip(*free, strict=True))
     bodies = tuple(self.planner.plan(b, rest, place, outs, k, cast) for b, k in pairs)
+    self.around.numbers.follow_branches(eqn, [body.numbers for body in bodies])
     wanted = [form and form.dtype for form in rest]
     return Decision([None, *wanted], outs, eqn.params, bodies)
 

@@ -215,6 +215,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     "every weight is divided by the norm that it finds",
   ),
   Sharpening(
+    "outer product",
+    MATMULS,
+    lambda s: matmuls.contracts_nothing(s.eqn) and not s.is_narrow,
+    Rule.MULTIPLY,
+    "a product that contracts nothing is a multiplication: positions survive",
+  ),
+  Sharpening(
     "quantized layer",
     MATMULS,
     lambda s: s.result in s.around.made.whole and matmul_sight.is_quantized_layer(s),
@@ -227,13 +234,6 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.result in s.around.made.whole,
     Rule.FULL,
     "it counts, or finds positions and indices: 256 + 1 is 256 in bfloat16",
-  ),
-  Sharpening(
-    "outer product",
-    MATMULS,
-    lambda s: matmuls.contracts_nothing(s.eqn) and not s.is_narrow,
-    Rule.MULTIPLY,
-    "a product that contracts nothing is a multiplication: positions survive",
   ),
   Sharpening(
     "rotation or projection",
@@ -294,6 +294,13 @@ SHARPENINGS: tuple[Sharpening, ...] = (
     lambda s: s.around.sums.is_sum(s.eqn),
     Rule.WIDE,
     "16-bit products, float32 sums: a gradient leaves its matmul as that summed it up",
+  ),
+  Sharpening(
+    "precision of its author",
+    MATMULS,
+    matmul_sight.is_asked_for,
+    Rule.FULL,
+    "float32 by float32, of which none is a layer's, and precision=HIGHEST is asked of it",
   ),
   Sharpening(
     "test of a loop",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
+from jax import lax
+
 from mpjax._engine.program.jaxprs import shape, size, size_of
 from mpjax._engine.program.kinds import FEW
 from mpjax._engine.program.versions import Atom, JaxprEqn
@@ -24,6 +27,20 @@ def operation(eqn: JaxprEqn) -> str:
 def contracts_nothing(eqn: JaxprEqn) -> bool:
   """Whether a matmul multiplies pairs of numbers and adds up none: an outer product."""
   return eqn.primitive.name == "dot_general" and terms(eqn) == 1
+
+
+def asks_for_float32(eqn: JaxprEqn) -> bool:
+  """Whether the author of a matmul asks for all digits of float32; JAX's default does not count."""
+  asked = eqn.params.get("precision")
+  default = jax.config.jax_default_matmul_precision
+  if asked is lax.DotAlgorithmPreset.F32_F32_F32:
+    return default != asked.name
+  is_highest = isinstance(asked, tuple) and {*asked} == {lax.Precision.HIGHEST}
+  return is_highest and default not in _HIGHEST
+
+
+_HIGHEST = "highest", "float32"
+"""What JAX calls that as a default."""
 
 
 def terms(eqn: JaxprEqn) -> int:

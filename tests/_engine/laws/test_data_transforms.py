@@ -3,6 +3,7 @@
 Networks whose weights are data, for they are not trained, stay narrow.
 """
 
+import functools
 import itertools
 
 import jax
@@ -345,3 +346,63 @@ def test_what_a_layer_goes_on_from_stays_narrow_though_data_weigh_it(name, polic
   found = matmuls(mpjax.autocast(lambda p, x: WEIGHED[name](p, network(p)(x)), policy), p, x)
   assert len(found) == 5
   assert operand_bytes(found) == {2}
+
+
+highest = functools.partial(jnp.matmul, precision="highest")
+
+
+def coupled(multiply, turns):
+  """A flow by couplings whose stream permutations by matrices split, in a loop or written out."""
+
+  def flow(p, x, orders):
+    def couple(x, order):
+      first, second = jnp.split(multiply(x, order), 2, -1)
+      shift, scale = jnp.split(jax.nn.gelu(first @ p[0]) @ p[1], 2, -1)
+      moved = (second + 0.1 * shift) * (2 * jax.nn.sigmoid(scale))
+      return multiply(jnp.concatenate([first, moved], -1), order.T)
+
+    return turns(couple, x, orders)
+
+  return flow
+
+
+def written_out(couple, x, orders):
+  for order in orders:
+    x = couple(x, order)
+  return x
+
+
+scanned = lambda couple, x, orders: lax.scan(lambda x, o: (couple(x, o), None), x, orders)[0]
+ASKED = {
+  "written_out": (highest, written_out),
+  "scanned": (highest, scanned),
+  "by_an_algorithm": (
+    functools.partial(jnp.matmul, precision=lax.DotAlgorithmPreset.F32_F32_F32),
+    written_out,
+  ),
+  "around_it": (jax.default_matmul_precision("highest")(jnp.matmul), written_out),
+}
+
+
+@in_turns(("asked", "policy"), ASKED, [*COMPUTE])
+def test_what_an_author_asks_of_matmuls_without_a_layer_is_kept(asked, policy):
+  p = weights(KEYS[4], WIDTH // 2, 32, WIDTH)
+  orders = jnp.stack([array(ring(WIDTH, n)) for n in (1, 2)])
+  found = matmuls(mpjax.autocast(coupled(*asked), policy), p, KELVINS / 100, orders)
+  layers = [e for e in found if e.invars[1].aval.shape != (WIDTH, WIDTH)]
+  assert operand_bytes(layers) == {2} and len(layers) < len(found)
+  assert operand_bytes(e for e in found if e not in layers) == {4}
+
+
+@both
+def test_layers_do_not_ask_nor_does_the_default_of_jax(policy):
+  p, orders = weights(KEYS[4], WIDTH // 2, 32, WIDTH), array(ring(WIDTH, 1))[None]
+  layers = mpjax.autocast(lambda p, x: highest(jnp.tanh(highest(x, p[0])), p[1]), policy)
+  assert operand_bytes(matmuls(layers, p, KELVINS[:, :6])) == {2}
+  back = jax.grad(lambda p, x: layers(p, x).sum())
+  assert operand_bytes(matmuls(back, p, KELVINS[:, :6])) == {2}
+  norm = mpjax.autocast(lambda p, x: highest(jax.nn.standardize(x @ p[0]), p[1].T @ p[1]), policy)
+  assert operand_bytes(matmuls(norm, [p[0], jnp.ones((4, 32))], KELVINS[:, :6])) == {2}
+  plain = mpjax.autocast(coupled(jnp.matmul, written_out), policy)
+  with jax.default_matmul_precision("highest"):
+    assert operand_bytes(matmuls(plain, p, KELVINS / 100, orders)) == {2}

@@ -28,9 +28,17 @@ def path_str(key_path: KeyPath) -> str:
     >>> path_str(paths[0][0])
     'encoder/0/kernel'
   """
-  if len(key_path) > 1 and key_path[-1] == tree_util.GetAttrKey("value"):
-    key_path = key_path[:-1]
-  return tree_util.keystr(tuple(key_path), simple=True, separator="/")
+  return tree_util.keystr(_without_value(key_path), simple=True, separator="/")
+
+
+def names_in(key_path: KeyPath) -> tuple[str, ...]:
+  """The names of which `path_str` makes a path; one of them may have slashes in it."""
+  return tuple([path_str((key,)) for key in _without_value(key_path)])
+
+
+def _without_value(key_path: KeyPath) -> KeyPath:
+  is_variable = len(key_path) > 1 and key_path[-1] == tree_util.GetAttrKey("value")
+  return tuple(key_path[:-1] if is_variable else key_path)
 
 
 def leaf_paths(tree: PyTree) -> list[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from mpjax._core.casting import as_held, cast_floating
 from mpjax._core.dtypes import FLOAT32
 from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
-from mpjax._core.tree_paths import PyTree, leaf_paths, path_str
+from mpjax._core.tree_paths import PyTree, names_in
 from mpjax._engine.autocast import in_a_region
 from mpjax._engine.calls import STATE
 from mpjax._engine.execute import decide, runs_as_written
@@ -252,8 +252,8 @@ def modules_of(scopes: Iterable[Mapping[str, Any]]) -> frozenset[Path]:
   Args:
     scopes: Variables by their collections, of the same scope each.
   """
-  leaves = (path for variables in scopes for path, _ in leaf_paths(dict(variables)))
-  paths = {tuple(path.split("/"))[1:-1] for path in leaves}
+  leaves = (jax.tree_util.tree_leaves_with_path(dict(variables)) for variables in scopes)
+  paths = {names_in(path)[1:-1] for found in leaves for path, _ in found}
   return frozenset(path[: n + 1] for path in paths for n in range(len(path)))
 
 
@@ -293,7 +293,7 @@ def _as_params(groups: Any, policies: PolicyMap) -> Any:
   """Cast the parameters that ``init`` made to the param dtype that governs each of them."""
 
   def cast(path: Any, leaf: Any) -> Any:
-    module = tuple(path_str(path).split("/"))[:-1]
+    module = names_in(path)[:-1]
     return cast_floating(leaf, policies.policy_of(policies.rule_at(module)).param_dtype)
 
   def of_scope(collections: Mapping[str, Any]) -> dict[str, Any]:

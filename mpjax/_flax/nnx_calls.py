@@ -276,14 +276,45 @@ def _name_modules(nodes: Sequence[Any]) -> None:
 @functools.lru_cache(maxsize=1024)
 def _named_class(cls: type[nnx.Module]) -> Any:
   """The subclass of a module class whose methods run in the scope of the module's path."""
-  methods = {name: _named(cls, name) for name in methods_of(cls)}
+  own = _own_attributes(cls)
+  methods: dict[str, Any] = {
+    name: _named(value, functools.partial(getattr, cls, name))
+    for name, value in own.items()
+    if _is_method(value) and _may_compute(name)
+  }
+  for name, value in own.items():
+    if type(value) is property and value.fget and _may_compute(name):
+      getter = functools.partial(_getter, cls, name)
+      methods[name] = property(_named(value.fget, getter), value.fset, value.fdel, value.__doc__)
   return subclass(cls, nnx.Module, methods)
 
 
-def _named(cls: type[nnx.Module], method: str) -> Callable[..., Any]:
-  @functools.wraps(getattr(cls, method))
+def _getter(cls: type[nnx.Module], name: str) -> Any:
+  return getattr(cls, name).fget
+
+
+def _may_compute(name: str) -> bool:
+  """Whether what a class calls so is its author's, or an operator; hooks of Python are neither."""
+  return name in _OPERATORS or not name.startswith(("__", "_pytree__", "_nnx_", "_graph_node_"))
+
+
+_OPERATORS = frozenset(
+  f"__{name}__"
+  for name in ("call", "getitem", "matmul", "rmatmul", "add", "radd", "mul", "rmul", "pow")
+)
+
+
+def _named(original: Any, current: Callable[[], Any]) -> Callable[..., Any]:
+  """A method in the scope of its module's path.
+
+  Args:
+    original: The method.
+    current: Gives it as it is now: nnx.tabulate replaces methods for a while.
+  """
+
+  @functools.wraps(original)
   def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    function = getattr(cls, method)  # as it is now: nnx.tabulate replaces methods for a while
+    function = current()
     path = getattr(self, _PATH, None)
     if path is None:  # made during the call: it belongs to the module that made it
       return function(self, *args, **kwargs)
@@ -298,13 +329,17 @@ def _named(cls: type[nnx.Module], method: str) -> Callable[..., Any]:
 
 def methods_of(cls: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
   """The public methods that a class and its bases define beside those of ``nnx.Module``."""
-  own = [base for base in cls.__mro__ if base not in nnx.Module.__mro__]
-  found = {name: value for base in reversed(own) for name, value in vars(base).items()}
   return {
     name: value
-    for name, value in found.items()
+    for name, value in _own_attributes(cls).items()
     if _is_method(value) and (name == "__call__" or not name.startswith("_"))
   }
+
+
+def _own_attributes(cls: type[nnx.Module]) -> dict[str, Any]:
+  """What a class and its bases define beside what ``nnx.Module`` does."""
+  own = [base for base in cls.__mro__ if base not in nnx.Module.__mro__]
+  return {name: value for base in reversed(own) for name, value in vars(base).items()}
 
 
 def _is_method(value: Any) -> bool:

@@ -73,8 +73,8 @@ def check(
   compared, inside ``jit``, ``checkpoint``, ``scan``, ``while``, ``cond`` and ``shard_map`` too, and
   the gradients of the parameters. Of a ``while`` loop the worst iteration counts; where the two
   take different branches of a ``cond``, what the branches return is compared and no more.
-  A result that is no scalar is differentiated along fixed random signs. Integers and bools count
-  among the results where they differ.
+  A result that is no scalar is differentiated along fixed random signs; collections that a Linen
+  module returns for ``mutable=`` are not. Integers and bools count where they differ.
 
   Of a result that updates an argument, as the parameters that a train step returns do, the change
   is compared too: a step that does nothing differs little from the true one in what it returns.
@@ -146,7 +146,10 @@ class _Comparison:
     )
     self.inside = first_region(decided.plan)
     self._reference = reference
-    self._results = _count_results(subject, decided)
+    # Updates of an NNX model are no results; what a Linen module returns so is not differentiated.
+    self._results = _count_returned(decided, is_pair=subject.has_models)
+    is_pair = subject.has_models or subject.has_mutable
+    self._differentiated = _count_returned(decided, is_pair=is_pair)
     self.updates = _updates(subject, decided)
     self.params = decided.call.parameters if gradients else ()
     self.sizes = [int(np.size(x)) for x in decided.call.operands]
@@ -210,6 +213,7 @@ class _Comparison:
       outs, crossings = self._run(given)
       outs = [Pair(x, self._returned(y)) if is_real(x) else Pair(x, y) for x, y in outs]
       changes = [_change(outs[n], given[source]) for n, source in self.updates.items()]
+      own_floats, _ = _floats_and_others(outs[: self._differentiated])
       outs, others = _floats_and_others(outs[: self._results])
       self._floats, compared = len(outs), [*outs, *others]
       self._compared_sizes = [int(np.size(pair.reference)) for pair in compared]
@@ -220,7 +224,7 @@ class _Comparison:
         for pair, source in zip(changes, self.updates.values(), strict=True)
       ]
       stats = [compare(*pair) for pair in compared], own, moved
-      return _loss_of(outs, self.scale), stats
+      return _loss_of(own_floats, self.scale), stats
 
     if not self.params:
       return *loss(params)[1], []
@@ -295,10 +299,10 @@ def _is_float32(x: Any) -> bool:
   return getattr(x, "dtype", None) == np.float32
 
 
-def _count_results(subject: Subject, decided: Decided) -> int:
-  """How many of the arrays returned are results, not updates of a model."""
+def _count_returned(decided: Decided, *, is_pair: bool) -> int:
+  """How many arrays are returned; of a pair of results and updates, in the first."""
   call = decided.call
-  tree = call.out_tree.children()[0] if subject.scoping.absolute else call.out_tree
+  tree = call.out_tree.children()[0] if is_pair else call.out_tree
   return sum(leaf is None for leaf in call.out_leaves[: tree.num_leaves])
 
 

@@ -19,7 +19,7 @@ from mpjax._core.policy_map import PolicyLike, PolicyMap, as_policy_map
 from mpjax._core.scopes import Path
 from mpjax._core.tree_paths import leaf_paths, path_str
 from mpjax._engine.autocast import names_of, parameter_flags
-from mpjax._engine.calls import Flags, is_traced, spread_flags
+from mpjax._engine.calls import STATE, Flags, is_traced, spread_flags
 from mpjax._engine.execute import Decided, decide
 from mpjax._engine.kept_plans import Planned
 from mpjax._engine.planning.plan import LOCATED, Scoping
@@ -44,6 +44,7 @@ class Subject(NamedTuple):
     policies: The policies that it is looked at under.
     scoping: How scopes lead to the paths of modules.
     known: Module paths that there are, whether the call runs them or not.
+    has_mutable: Whether it returns collections of a Linen module beside its results.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Subject(NamedTuple):
   policies: PolicyMap
   scoping: Scoping = LOCATED
   known: tuple[Path, ...] = ()
+  has_mutable: bool = False
 
   def differentiable(self) -> Subject:
     """With the numbers among its parameters as arrays, as ``jax.grad`` takes them.
@@ -119,7 +121,7 @@ class Subject(NamedTuple):
       def total(params: list[Any]) -> Any:
         args, kwargs = merged(params)
         out = self.fn(*args, **kwargs)
-        results = jax.tree.leaves(self.results(out))
+        results = jax.tree.leaves(out[0] if self.has_mutable else self.results(out))
         sums = [x if x.ndim == 0 else x.sum() for x in results if is_real(x)]
         if not sums:
           raise ValueError(
@@ -313,10 +315,11 @@ def _linen_subject(
     apply,
     (args[0].get("params", {}), others, tuple(args[1:]), kwargs),
     {},
-    ([True, False, False, False], {}),
+    ([True, STATE, False, False], {}),
     ["", "", names, ""],
     policies,
     scoping=LOCATED._replace(root=1, modules=modules_of([args[0]])),
+    has_mutable=kwargs.get("mutable", False) is not False,
   )
 
 

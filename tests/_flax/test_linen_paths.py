@@ -92,6 +92,15 @@ class Sequence(nn.Module):
     return nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16, name="o")])(x)
 
 
+class Normalizes(nn.Module):
+  """Layers within wrappers, whose own variables are called as paths are: `o/kernel/scale`."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.WeightNorm(nn.Dense(16, name="o"))(x)
+    return nn.WeightNorm(nn.Dense(16, name="a"))(x)
+
+
 class Net(nn.Module):
   part: nn.Module
 
@@ -105,6 +114,7 @@ CASES = {
   "self_attention": (lambda: SelfAttention(2), "query", 1),
   "inherits": (Inherits, "o", 1),
   "within": (Within, "part", 1),
+  "normalized": (Normalizes, "o", 1),
   "cell": (lambda: nn.RNN(nn.LSTMCell(8)), "cell/hi", 1),
   "cells": (lambda: nn.RNN(nn.LSTMCell(8)), "cell/.*", 8),
   "branches": (Branches, "o", 1),

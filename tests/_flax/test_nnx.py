@@ -246,6 +246,54 @@ def test_a_rule_governs_forward_and_backward_of_all_beneath_it():
   assert 0 < by_rule < every
 
 
+class Table(nnx.Module):
+  """A module that computes in all that a class may define."""
+
+  def __init__(self, rngs):
+    self.w = nnx.Param(jax.random.normal(rngs.params(), (6, 6)))
+
+  def _look_up(self, x):
+    return x @ self.w[...]
+
+  @nnx.jit
+  def __hidden(self, x):
+    return x @ self.w[...]
+
+  def __getitem__(self, x):
+    return self.__hidden(x)
+
+  def __rmatmul__(self, x):
+    return x @ self.w[...]
+
+  @property
+  def squared(self):
+    """A weight that is computed."""
+    return self.w[...] @ self.w[...]
+
+
+WAYS = {
+  "private": lambda table, x: table._look_up(x),
+  "item": lambda table, x: table[x],
+  "operator": lambda table, x: table.__rmatmul__(x),
+  "property": lambda table, x: table.squared,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_rule_governs_a_module_whatever_of_it_is_called(way, x):
+  class Model(nnx.Module):
+    def __init__(self, rngs):
+      self.table, self.head = Table(rngs), nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+      return self.head(way(self.table, x)) + self.head(self.table[x]).sum()
+
+  for rules, want in (({"table": "float32"}, 2), ({"tab.*": "float32", "he.*": BF16}, 2), ({}, 0)):
+    fn, state = pure(mpjax.apply_policy(Model(nnx.Rngs(0)), mpjax.PolicyMap(rules, default=BF16)))
+    found = [dot.factors for dot in contractions(jax.make_jaxpr(fn)(state, x))]
+    assert (found.count(("float32", "float32")), len(found)) == (want, 4)
+
+
 def test_a_rule_that_matches_no_module_lists_the_paths(plain):
   with pytest.raises(ValueError, match=r"'haed' matched no module.*head.*hidden"):
     mpjax.apply_policy(plain, mpjax.PolicyMap({"haed": "float32"}, default=BF16))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import _planted as planted
 import mpjax
-from mpjax.inspect import check, locate_nonfinite, record, tune
+from mpjax.inspect import check, explain, locate_nonfinite, record, tune
 
 W = planted.WIDTH
 X = jax.random.normal(jax.random.key(9), (2, W))
@@ -239,6 +239,31 @@ def test_updates_of_a_model_are_no_results():
     report = check(Counted(nnx.Rngs(0)), "mixed_bfloat16", X, gradients=False)
   assert report.result.size == 2 * W
   assert {row.module for row in report.rows} == {"linear", "norm"}
+
+
+def test_collections_that_a_linen_module_returns_are_compared_and_not_differentiated():
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      norm = nn.BatchNorm(use_running_average=False, name="norm")
+      return nn.Dense(4, name="head")(nn.relu(norm(nn.Dense(32, name="layer")(x))))
+
+  x = jax.random.normal(jax.random.key(1), (64, 16))
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    variables = Normed().init(jax.random.key(0), x)
+    rest = {"batch_stats": variables["batch_stats"]}
+    apply = lambda p, x: Normed().apply({"params": p, **rest}, x, mutable=["batch_stats"])
+    alone = check(lambda p, x: apply(p, x)[0], "mixed_bfloat16", variables["params"], x)
+    report = check(Normed(), "mixed_bfloat16", variables, x, mutable=["batch_stats"])
+    back = explain(Normed(), "mixed_bfloat16", variables, x, mutable=["batch_stats"], grad=True)
+    out = explain(
+      lambda p, x: apply(p, x)[0].sum(), "mixed_bfloat16", variables["params"], x, grad=True
+    )
+  assert report.agrees and alone.agrees
+  errors = [[g.gradient.error for g in r.gradients] for r in (report, alone)]
+  np.testing.assert_allclose(*errors, rtol=1e-3)
+  assert report.result.size == alone.result.size + 2 * 32
+  assert back.flops == out.flops
 
 
 def test_what_cannot_be_checked_is_refused():

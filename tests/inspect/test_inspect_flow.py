@@ -18,6 +18,7 @@ from jax.interpreters import mlir
 
 import _planted as planted
 import mpjax
+from _jaxprs import contractions
 from mpjax.inspect import _flow, _source_lines, check, explain
 
 W = planted.WIDTH
@@ -204,6 +205,19 @@ def test_grad_follows_models_and_results_that_are_no_scalars(kind):
   assert {op.module.split("/")[0] for op in backward} == {"hidden", "head"}
   assert report.leaks[0].module == "hidden" and not report.leaks[0].backward
   assert report.narrow_share == 1.0
+
+
+def test_the_state_of_a_module_is_as_under_its_policy():
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.SpectralNorm(nn.Dense(W, name="layer"))(x, update_stats=False)
+
+  variables = variables_of(Normed(), X)
+  report = explain(Normed(), "mixed_bfloat16", variables, X)
+  net = mpjax.apply_policy(Normed(), "mixed_bfloat16")
+  found = [c.factors for c in contractions(jax.make_jaxpr(net.apply)(variables, X))]
+  assert sum(row.count for row in report.wide) == found.count(("float32", "float32")) > 0
 
 
 def test_grad_without_a_parameter_says_what_to_set():

@@ -41,7 +41,7 @@ def joined(frame: Frame, given: Collection[Any]) -> Collection[Var]:
 
 def made_of_data(
   frame: Frame, given: Collection[Any], takes: Callable[[JaxprEqn], bool]
-) -> Collection[Var]:
+) -> set[Var]:
   """What is made of data, elementwise.
 
   Args:

@@ -64,7 +64,9 @@ LOGARITHMS = Question(having(Trait.LOGARITHM))
 FACTORED = Question(having(Trait.FACTORS))
 """What leads into the factorization of a matrix."""
 
-_PHASES = Question(frozenset({"sin", "cos", "tan", "complex", "rem", "round", "floor", "ceil"}))
+_PHASES = Question(
+  frozenset({"sin", "cos", "tan", "complex", "rem", "round", "floor", "ceil"}), is_forward=True
+)
 """What leads into a sine, or is a complex number, or of which no more counts than what is left."""
 
 _FACTORED_LATER = FACTORED._replace(through_matmuls=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -32,12 +33,14 @@ def contracts_nothing(eqn: JaxprEqn) -> bool:
 def asks_for_float32(eqn: JaxprEqn) -> bool:
   """Whether the author of a matmul asks for all digits of float32; JAX's default does not count."""
   asked = eqn.params.get("precision")
-  default = jax.config.jax_default_matmul_precision
+  default = _default_precision(jax.config)
   if asked is lax.DotAlgorithmPreset.F32_F32_F32:
     return default != asked.name
   is_highest = isinstance(asked, tuple) and {*asked} == {lax.Precision.HIGHEST}
   return is_highest and default not in _HIGHEST
 
+
+_default_precision = operator.attrgetter("jax_default_matmul_precision")
 
 _HIGHEST = "highest", "float32"
 """What JAX calls that as a default."""

@@ -63,6 +63,27 @@ def test_phases_of_layers_stay_narrow(policy):
   assert operand_bytes(found) == {2}
 
 
+@both
+def test_what_comes_back_to_complex_numbers_is_no_phase(policy):
+  """A state space of complex numbers, and a skip around it, behind a layer of three features."""
+
+  def loss(p, x):
+    h = x @ p["w"]
+    states = h @ p["b"].astype(complex)
+    return jnp.mean(((states @ p["c"].astype(complex)).real + p["d"] * h) ** 2)
+
+  p = {"w": jnp.ones((3, 16)), "b": jnp.ones((16, 8)), "c": jnp.ones((8, 16)), "d": jnp.ones(16)}
+  x = jnp.ones((24, 3))
+  found = {}
+  for name, fn in (
+    ("inside", lambda f: mpjax.autocast(jax.grad(f), policy)),
+    ("outside", lambda f: jax.grad(mpjax.autocast(f, policy))),
+  ):
+    read = [e for e in matmuls(fn(loss), p, x) if e.outvars[0].aval.dtype.kind != "c"]
+    found[name] = operand_bytes(read)
+  assert found["inside"] == found["outside"] == {2}
+
+
 second = lambda n: (jnp.eye(n, k=1) - 2 * jnp.eye(n) + jnp.eye(n, k=-1)) * n**2
 cosines = lambda n: jnp.cos(jnp.pi / n * (jnp.arange(n)[:, None] + 0.5) * jnp.arange(n))
 rows_of = lambda x: jnp.stack([x, x[::-1]])

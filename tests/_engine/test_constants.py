@@ -373,6 +373,7 @@ INTEGER_MASKS = {
   "both": lambda m: m.astype(jnp.int32) & m[::-1].astype(jnp.int32),
   "from_a_function": lambda m: 1 - jax.jit(lambda m: jnp.where(m, 1.0, 0.0))(m),
   "from_a_branch": lambda m: 1 - lax.cond(m[0, 0], lambda: m.astype(jnp.int32), lambda: 0 * m),
+  "of_16_bits": lambda m: jnp.sqrt(m.astype(jnp.int32) * 4.0).astype(jnp.bfloat16),
   "of_pairs": lambda m: jnp.einsum("i,j->ij", m[0].astype(jnp.float32), m[1].astype(jnp.float32)),
 }
 
@@ -405,6 +406,10 @@ def test_an_integer_that_its_dtype_does_not_hold_is_not_known(policy):
 
   w, m = jnp.eye(4), jnp.zeros((4, 4), bool)
   np.testing.assert_array_equal(mpjax.autocast(below, policy)(w, m), below(w, m))
+  largest = lambda x: jnp.argmax((x > 0).astype(jnp.int32), 1).astype(jnp.float32)
+  x = jnp.zeros((1, 300)).at[0, 257].set(1.0)
+  got = mpjax.autocast(lambda w, x: (x @ w) * largest(x), policy)(jnp.eye(300), x)
+  np.testing.assert_array_equal(got, x * 257)
   many = lambda m: m.astype(jnp.int8) * 100 * 100 * 1.0
   got = mpjax.autocast(lambda w, m: (w @ w) * many(m), policy)(w, ~m)
   np.testing.assert_array_equal(got, w * many(~m))

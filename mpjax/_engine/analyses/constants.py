@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.core import ShapedArray, Tracer
 
-from mpjax._core.dtypes import FLOAT16, FLOAT32
-from mpjax._core.primitives import KEEPS_NUMBERS
+from mpjax._core.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from mpjax._core.primitives import KEEPS_NUMBERS, Trait, having
 from mpjax._engine.program import jaxprs, matmuls
 from mpjax._engine.program.kinds import CONSTANT, DATA, Form, Forms, fits, join, saturated
 from mpjax._engine.program.versions import Atom, JaxprEqn, Literal, Var
@@ -32,6 +32,7 @@ MOST = 64
 """Numbers computed from more combinations than these are not known."""
 
 _INTEGERS = "iu"
+_NARROW = BFLOAT16, FLOAT16
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
   "add": np.add,
@@ -66,6 +67,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 _CHOOSES = frozenset({"reduce_max", "reduce_min", "cummax", "cummin"})
 _MULTIPLIES = frozenset({"reduce_prod", "cumprod"})
+_FIND = having(Trait.ORDERS)
 _SIGNS = frozenset({-1.0, 0.0, 1.0})
 
 
@@ -85,7 +87,7 @@ def numbers_of(value: Any) -> NumberSet:
   if not is_here(value) or np.ndim(value):
     return None
   dtype = getattr(value, "dtype", np.dtype(type(value)))
-  real = isinstance(dtype, np.dtype) and dtype.kind in "iuf"
+  real = isinstance(dtype, np.dtype) and (dtype.kind in "iuf" or dtype == BFLOAT16)
   return frozenset({float(value)}) if real else None
 
 
@@ -130,11 +132,19 @@ def only(numbers: NumberSet) -> float | None:
   return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
 
 
-def _held(numbers: NumberSet, integer: Any) -> NumberSet:
-  """Numbers that an integer is to have; not known if its dtype does not hold one of them."""
-  info = np.iinfo(jaxprs.dtype(integer))
-  is_held = all(info.min <= number <= info.max for number in numbers or ())
+def _held(numbers: NumberSet, atom: Atom) -> NumberSet:
+  """Numbers as an integer or 16-bit float has them; not known if an integer does not hold one."""
+  dtype: Any = jaxprs.dtype(atom)
+  if numbers is None or dtype in _NARROW:
+    return numbers and frozenset(float(np.asarray(number).astype(dtype)) for number in numbers)
+  info = np.iinfo(dtype)
+  is_held = all(info.min <= number <= info.max and number == int(number) for number in numbers)
   return numbers if is_held else None
+
+
+def _is_followed(atom: Atom) -> bool:
+  """Whether what is no float32 has numbers that are followed: an integer, or a 16-bit float."""
+  return jaxprs.kind(atom) in _INTEGERS or jaxprs.dtype(atom) in _NARROW
 
 
 def _makes_numbers(primitive: str) -> bool:
@@ -232,14 +242,17 @@ class Numbers:
       self.define(eqn.outvars[0], _after(eqn, known))
 
   def follow(self, eqn: JaxprEqn) -> None:
-    """Follow integers: what is moved, chosen or computed of known ones is known."""
+    """Follow integers and 16-bit floats: what is moved, chosen or computed of known ones is known.
+
+    But for indices, which are none of the numbers that they are found in.
+    """
     if len(eqn.outvars) != 1 or (result := eqn.outvars[0]) in self._known:
       return
-    if jaxprs.kind(result) not in _INTEGERS:
-      return
     name = eqn.primitive.name
+    if not _is_followed(result) or name in _FIND:
+      return
     makes = _makes_numbers(name)
-    atoms = [atom for atom in eqn.invars if makes or jaxprs.kind(atom) in _INTEGERS]
+    atoms = [a for a in eqn.invars if makes or _is_followed(a) or jaxprs.is_float32(a)]
     known = [self.of(atom) for atom in atoms]
     if name == "convert_element_type" and jaxprs.kind(eqn.invars[0]) == "b":
       self.define(result, MASK)

@@ -54,7 +54,7 @@ def leave_the_rest_to_ci(items, whole=True):
   an error.
 
   A test without that mark that has a parameter `policy` beside others is tried with each of the
-  others once, and with the policies by turns.
+  others once, and with the policies by turns: these are marked as `turn`.
   """
   squares = {}
   for item in items:
@@ -84,7 +84,10 @@ def leave_the_rest_to_ci(items, whole=True):
 
 
 def leave_other_policies_to_ci(square):
-  """Marks as `ci` all but one policy of those that are not slow with the same other parameters."""
+  """Marks as `ci` all but one policy of those that are not slow with the same other parameters.
+
+  And that one as `turn`.
+  """
   others = {}
   for item in square:
     params = item.callspec.params
@@ -95,6 +98,8 @@ def leave_other_policies_to_ci(square):
     for n, item in enumerate(same):
       if n != turn % len(same):
         item.add_marker(pytest.mark.ci)
+      elif len(same) > 1:
+        item.add_marker(pytest.mark.turn)
 
 
 def coordinates(item):

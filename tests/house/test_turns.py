@@ -53,9 +53,12 @@ def test_policies_take_turns_over_the_other_parameters():
   names = ("a", "policy")
   items = [Item(*values, names=names) for values in itertools.product("uvw", "xy")]
   assert kept(items) == ["u-x", "v-y", "w-x"]
+  marks = [{mark.name for mark in item.marks} & {"ci", "turn"} for item in items]
+  assert marks == [{"turn"}, {"ci"}, {"ci"}, {"turn"}, {"turn"}, {"ci"}]
   items = [Item(a, policy, names=names, slow=policy != a) for a in "xy" for policy in "xy"]
   assert kept(items) == ["x-x", "x-y", "y-x", "y-y"]  # what is slow is left out by that
-  assert kept([Item(policy, names=names[1:]) for policy in "xy"]) == ["x", "y"]
+  items = [Item(policy, names=names[1:]) for policy in "xy"]
+  assert kept(items) == ["x", "y"] and not any(item.get_closest_marker("turn") for item in items)
 
 
 def test_quick_with_ids_keeps_those_and_one_that_is_not_there_is_an_error():

@@ -19,6 +19,7 @@ from mpjax._flax.nnx_step_variables import (
   give_own_buffers,
   hold_placement,
   of_the_first,
+  place_strays,
   restore_if_skipped,
   sorted_into,
   update_model,
@@ -27,7 +28,7 @@ from mpjax._scaling.scaled_gradients import split_aux
 from mpjax._train.accumulation import Window, mean_loss, run_window
 from mpjax._train.buffers import explain_if_deleted
 from mpjax._train.low_precision_warning import UnscaledFloat16Check
-from mpjax._train.shardings import Placement, placement
+from mpjax._train.shardings import NOWHERE, Placement, placement
 from mpjax._train.step_core import StepCore, read_settings
 from mpjax._train.step_parts import (
   StepMetrics,
@@ -85,11 +86,14 @@ class TrainStep:
     """
     model, optimizer, batch = _read_arguments(model, optimizer, batch)
     variables, operands = arrays_of((model, optimizer)), Operands.of(batch, keywords)
+    where = placement([*variables.values()])
+    if where is not NOWHERE and place_strays((model, optimizer), variables):
+      where = placement([*variables.values()])
     if self._donate:
       held = arrays_of(operands.nodes) if operands.nodes else ()
       others = jax.tree.leaves((operands.arrays, held))
       give_own_buffers((model, optimizer), variables, others)
-    args = (model, optimizer, (batch, keywords), placement([*variables.values()]))
+    args = model, optimizer, (batch, keywords), where
     opt_state = optimizer.opt_state
     try:
       self._check_float16(opt_state, lambda: self._jitted.trace(*args).traced.jaxpr)

@@ -13,7 +13,7 @@ from mpjax._scaling.finiteness import select
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._train.accumulation import check_flow
 from mpjax._train.buffers import own_buffer, shared_buffers
-from mpjax._train.shardings import Placement, keep_placement
+from mpjax._train.shardings import Placement, keep_placement, place_beside, strays
 from mpjax._train.step_core import StepCore
 from mpjax._train.step_parts import keep_if_skipped
 
@@ -29,6 +29,22 @@ def give_own_buffers(nodes: Any, variables: dict[Any, Any], others: list[Any]) -
   for n in shared_buffers([*variables.values()], others):
     variables[paths[n]] = own_buffer(variables[paths[n]])
     nnx.update(nodes, nnx.from_flat_state([(paths[n], variables[paths[n]])]))
+
+
+def place_strays(nodes: Any, variables: dict[Any, Any]) -> bool:
+  """Replicates Variables that lie on no mesh, put there by nobody, over that of the others.
+
+  Returns:
+    Whether there were any.
+  """
+  paths, arrays = list(variables), [*variables.values()]
+  found = strays(arrays)
+  placed = place_beside([arrays[n] for n in found], arrays) if found else []
+  moved = {paths[n]: array for n, array in zip(found, placed, strict=True)}
+  if moved:
+    variables.update(moved)
+    nnx.update(nodes, nnx.from_flat_state(moved.items()))
+  return bool(moved)
 
 
 def hold_placement(nodes: Any, paths: list[Any], where: Placement) -> None:

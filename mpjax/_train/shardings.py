@@ -77,6 +77,17 @@ def place_beside(tree: PyTree, params: PyTree) -> PyTree:
   return jax.tree.map(place, tree)
 
 
+def strays(leaves: Sequence[Any]) -> list[int]:
+  """Which arrays lie on one device, where nobody put them, while others lie on a mesh.
+
+  As the counts of an optimizer. A step hands them back on the mesh: it would be compiled again.
+  """
+  named = [_named_sharding(leaf) for leaf in leaves]
+  if not any(s is not None and s.num_devices > 1 for s in named):
+    return []
+  return [n for n, x in enumerate(leaves) if is_on_one_device(x) and not x.committed]
+
+
 def is_on_one_device(x: Any) -> bool:
   """Whether an array lies on a single device; a tracer does not say."""
   return _is_concrete(type(x)) and isinstance(x.sharding, SingleDeviceSharding)

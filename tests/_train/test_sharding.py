@@ -453,6 +453,23 @@ def test_nnx_sharding_metadata_reaches_parameters_and_moments_and_stays():
   assert_close(sharded, alone, "mixed_float16")
 
 
+@pytest.mark.parametrize("strategy", [P(), P(None, "data")], ids=["replicated", "sharded"])
+def test_an_nnx_step_is_traced_once_though_its_optimizer_was_made_on_no_mesh(strategy):
+  _, batch = problem()
+  mesh = make_mesh()
+  loss = lambda model, batch: jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+  step = mpjax.nnx.make_train_step(chex.assert_max_traces(loss, n=1), policy="mixed_float16")
+  model = nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0))
+  nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, strategy)))
+  optimizer_ = nnx.Optimizer(model, optimizer("mixed_float16"), wrt=nnx.Param)
+  batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+  for n in range(3):
+    assert step(model, optimizer_, batch).applied
+    assert model.kernel[...].sharding.is_equivalent_to(NamedSharding(mesh, strategy), 2)
+    assert int(optimizer_.step[...]) == n + 1
+    assert len(optimizer_.step[...].sharding.device_set) == mesh.size
+
+
 def test_on_an_explicit_mesh_types_keep_their_shardings_and_gradients_theirs():
   mesh = make_mesh(kind=AxisType.Explicit)
   params, batch = problem()

@@ -5,18 +5,20 @@ Every 16-bit value is rounded, as on the backend that fuses least.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING
 from _jaxprs import equations
 
 POLICIES = ("mixed_bfloat16", "mixed_float16")
 both = pytest.mark.parametrize("policy", POLICIES)
 
-W = jnp.full((4, 4), 0.5)
-DATA = jnp.ones((8, 4))
-KEYS = jax.random.normal(jax.random.key(0), (2048, 4)) + 1
+W = array(np.full((4, 4), 0.5))
+DATA = array(np.ones((8, 4)))
+KEYS = array(normal(0, 2048, 4) + 1)
 
 
 def loss(w, x):

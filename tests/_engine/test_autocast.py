@@ -12,6 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import mpjax
+from _arrays import array
 from _jaxprs import contractions, equations, primitives, result_dtypes, wide_contractions
 
 BF16 = "mixed_bfloat16"
@@ -111,11 +112,11 @@ def test_sixteen_bit_parameters_are_used_in_float32_and_get_gradients_of_their_o
 @pytest.mark.parametrize(
   "leaf",
   [
-    jnp.arange(3),
-    jnp.array([True, False]),
+    array([0, 1, 2], jnp.int32),
+    array([True, False], bool),
     jax.random.key(0),
-    jnp.ones(2, jnp.complex64),
-    jnp.ones(2, jnp.float8_e4m3fn),
+    array([1, 1], jnp.complex64),
+    array([1, 1], jnp.float8_e4m3fn),
     None,
     "text",
     3,

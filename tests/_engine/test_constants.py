@@ -13,6 +13,7 @@ import pytest
 from jax import lax, nn
 
 import mpjax
+from _arrays import array
 from _jaxprs import equations
 from _turns import in_turns
 
@@ -231,7 +232,7 @@ CAPTURED = {
   "returned": lambda one, w, x: (one, x @ w * one),
   "integer_beside_an_array": lambda one, w, x: x[jnp.int32(1)] @ w * one + ROW,
 }
-ROW = jnp.arange(4.0)
+ROW = array(np.arange(4))
 
 
 @every_policy

@@ -5,11 +5,13 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mpjax
+from _arrays import array
 
-W = jnp.ones((4, 4)) / 8
+W = array(np.full((4, 4), 1 / 8))
 TWICE = 2.4  # what grows with the square makes four of two
 
 

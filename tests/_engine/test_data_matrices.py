@@ -5,24 +5,26 @@ What a layer gave goes into them: rewards, weights of a portfolio, keypoints.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
+from scipy.special import softmax
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 from _turns import in_turns
 
 COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 both = pytest.mark.parametrize("policy", COMPUTE)
-KEYS = jax.random.split(jax.random.key(0), 8)
 STATES, ACTIONS = 20, 4
-X = jax.random.normal(KEYS[0], (STATES, 8))
-MOVES = jax.nn.softmax(3 * jax.random.normal(KEYS[1], (STATES, ACTIONS, STATES)))
-SPREAD = 0.3 * jax.random.normal(KEYS[2], (STATES, STATES))
-COVARIANCE = SPREAD @ SPREAD.T / STATES + 0.8  # of what has much in common
-LINKS = jnp.eye(STATES, k=1) + jnp.eye(STATES, k=-1)
-DEGREES = jnp.diag(LINKS.sum(1))
-TAKEN = jax.random.randint(KEYS[3], (STATES,), 0, ACTIONS)
+X = array(normal(0, STATES, 8))
+MOVES = array(softmax(3 * normal(1, STATES, ACTIONS, STATES), -1))
+SPREAD = 0.3 * normal(2, STATES, STATES)
+COVARIANCE = array(SPREAD @ SPREAD.T / STATES + 0.8)  # of what has much in common
+LINKS = array(np.eye(STATES, k=1) + np.eye(STATES, k=-1))
+DEGREES = array(np.diag(np.asarray(LINKS).sum(1)))
+TAKEN = array(np.random.default_rng(3).integers(0, ACTIONS, STATES), np.int32)
 
 
 def said(logits):
@@ -59,9 +61,9 @@ FORMS = {
   "cut": lambda h: traces(weights(h[:, :4]), LINKS) / traces(weights(h[:, :4]), DEGREES),
   "columns": lambda h: ((LINKS @ weights(h[:, :4])) * weights(h[:, :4])).sum(0),
 }
-CAMERA = jnp.array([[500.0, 0, 128], [0, 500, 128], [0, 0, 1]])
-TURN = jnp.linalg.qr(jax.random.normal(KEYS[4], (3, 3)))[0]
-POSE = jnp.concatenate([TURN, jnp.array([[0.1], [0.0], [6.0]])], 1)
+CAMERA = array([[500.0, 0, 128], [0, 500, 128], [0, 0, 1]])
+TURN = array(np.linalg.qr(normal(4, 3, 3))[0])
+POSE = array(np.concatenate([TURN, [[0.1], [0.0], [6.0]]], 1))
 
 
 def keypoints(h):
@@ -81,7 +83,7 @@ def distance(found, want):
 @pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy):
-  w = jax.random.normal(KEYS[5], (8, STATES)) / 3
+  w = array(normal(5, 8, STATES) / 3)
 
   def value(w, dtype=jnp.float32):
     return PROGRAMS[name]((X.astype(dtype) @ w.astype(dtype)).astype(jnp.float32))
@@ -106,7 +108,7 @@ CLOUDS = {
 @pytest.mark.parametrize("moved", CLOUDS.values(), ids=CLOUDS)
 def test_points_may_be_parameters_that_data_turn(moved, policy):
   """Of bundle adjustment, splats, vertices: near the optimum a gradient is a small difference."""
-  cloud = jax.random.normal(KEYS[6], (12, 3))
+  cloud = array(normal(6, 12, 3))
   loss = lambda p: jnp.mean((moved(p) - moved(cloud)) ** 2)
   near = cloud + 0.001
   found, want = (jax.grad(fn)(near) for fn in (mpjax.autocast(loss, policy), loss))
@@ -156,7 +158,7 @@ NETWORKS = {
 
 @in_turns(("name", "policy"), [*NETWORKS], [*COMPUTE])
 def test_networks_beside_them_stay_narrow(name, policy):
-  p = [0.1 * jax.random.normal(key, (8, 8)) for key in KEYS[:3]]
+  p = list(array(0.1 * normal(0, 3, 8, 8)))
   jaxpr = jax.make_jaxpr(mpjax.autocast(NETWORKS[name], policy))(p, X)
   dots = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
   assert {a.aval.dtype for eqn in dots for a in eqn.invars} == {jnp.dtype(COMPUTE[policy])}
@@ -172,7 +174,7 @@ def test_powers_of_an_activation_round_once(gate, policy):
       power = power * gated
     return power
 
-  x = 0.25 * jax.random.normal(KEYS[7], (16, 8)) + 1
+  x = array(0.25 * normal(7, 16, 8) + 1)
   w = jnp.eye(8) + 0.01
   rounded = lambda a: a.astype(COMPUTE[policy]).astype(jnp.float32)
   found = mpjax.autocast(fn, policy)(w, x)

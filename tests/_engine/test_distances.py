@@ -9,19 +9,16 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING
 from _jaxprs import equations
 from mpjax.inspect import explain
 
 POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 both = pytest.mark.parametrize("policy", POLICIES)
-KEYS = jax.random.split(jax.random.key(0), 4)
-X = jax.random.normal(KEYS[0], (48, 32))
-W1, W2 = (
-  jax.random.normal(k, s) / s[0] ** 0.5
-  for k, s in zip(KEYS[1:], ((32, 64), (64, 32)), strict=False)
-)
-NET = {"w1": W1, "w2": W2, "b": jnp.full(32, 3.0)}
+X = array(normal(0, 48, 32))
+W1, W2 = array(normal(1, 32, 64) / 32**0.5), array(normal(2, 64, 32) / 8)
+NET = {"w1": W1, "w2": W2, "b": array(np.full(32, 3))}
 
 
 def squares(e):
@@ -230,7 +227,7 @@ LAYERS = {
 @both
 @pytest.mark.parametrize("fn", LAYERS.values(), ids=LAYERS.keys())
 def test_layers_beside_pools_of_what_they_multiply_are_layers(fn, policy):
-  w, x = jax.random.normal(KEYS[3], (3, 32, 32)) / 8, X[:32]
+  w, x = array(normal(3, 3, 32, 32) / 8), X[:32]
   with jax.numpy_rank_promotion("allow"):
     jaxpr = jax.make_jaxpr(jax.grad(lambda w, x: mpjax.autocast(fn, policy)(w, x).sum()))(w, x)
   products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
@@ -239,7 +236,7 @@ def test_layers_beside_pools_of_what_they_multiply_are_layers(fn, policy):
 
 @both
 def test_the_codes_that_a_distance_chooses_are_multiplied_in_16_bits(policy):
-  w = jax.random.normal(KEYS[3], (3, 32, 32)) / 8
+  w = array(normal(3, 3, 32, 32) / 8)
   with jax.numpy_rank_promotion("allow"):
     jaxpr = jax.make_jaxpr(mpjax.autocast(quantized, policy))(w, X)
   products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
@@ -297,7 +294,7 @@ OWN = {
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_a_point_is_none_away_from_itself(own, scale, policy):
   deep = Deep()
-  params = deep.init(KEYS[0], X)
+  params = deep.init(jax.random.key(0), X)
 
   def distances(params, x):
     e = scale * deep.apply(params, x)
@@ -342,7 +339,7 @@ SMALL = {
 @pytest.mark.parametrize("loss", SMALL.values(), ids=SMALL.keys())
 def test_what_is_small_beside_its_terms_is_as_by_hand(loss, policy):
   """Under the default compiler; by hand everything behind the layers is float32."""
-  near = X + 0.03 * jax.random.normal(KEYS[3], X.shape)
+  near = X + array(0.03 * normal(3, *X.shape))
   total = lambda net, dtype=None: loss(*(embed(net, x, dtype) for x in (X, near)))
   by_hand = lambda net: total(net, POLICIES[policy])
   with jax.numpy_rank_promotion("allow"):
@@ -369,7 +366,7 @@ FEATURES = {
 @both
 @pytest.mark.parametrize("fn", FEATURES.values(), ids=FEATURES.keys())
 def test_norms_among_features_are_features(fn, policy):
-  w = jax.random.normal(KEYS[3], (2, 33, 32))
+  w = array(normal(3, 2, 33, 32))
   with jax.numpy_rank_promotion("allow"):
     layers = lambda w, x: fn(w, jax.nn.relu(x @ w[0, :32]))
     jaxpr = jax.make_jaxpr(mpjax.autocast(layers, policy))(w, X)
@@ -383,7 +380,7 @@ def test_norms_among_features_are_features(fn, policy):
 @pytest.mark.parametrize("distances", NEAR.values(), ids=NEAR.keys())
 def test_points_that_are_near_are_so(distances, rounding, policy):
   """Of squares of 300 nothing is left but 0.03; whatever XLA leaves out of what rounds."""
-  near = X + 0.01 * jax.random.normal(KEYS[3], X.shape)
+  near = X + array(0.01 * normal(3, *X.shape))
   with jax.numpy_rank_promotion("allow"):
     net = NET | {"centers": embed(NET, X)[:16] + 0.01}
     ends = lambda net, dtype=None: (embed(net, x, dtype) for x in (X, near))

@@ -13,8 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import mpjax
+from _arrays import array
 
-x = jnp.ones((2, 4))
+x = array(np.ones((2, 4)))
 
 
 class Normal:

@@ -16,6 +16,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 from mpjax._engine.running.float8 import BACKWARD, FORWARD, Scaled, in_float8, scaled
 from mpjax._engine.running.matmul_derivatives import Contraction
@@ -479,8 +480,8 @@ def scanned(w, x):
   return jnp.mean(lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, w)[0] ** 2)
 
 
-WEIGHTS = jax.random.normal(KEY, (3, 16, 16)) * 0.2
-INPUTS = jax.random.normal(KEY, (8, 16))
+WEIGHTS = array(normal(0, 3, 16, 16) * 0.2)
+INPUTS = array(normal(1, 8, 16))
 
 
 @pytest.mark.quick(every=3)

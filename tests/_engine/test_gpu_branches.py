@@ -9,14 +9,15 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array, normal
 from _backends import branches_of, rounded
 from _jaxprs import result_dtypes
 from _turns import in_turns
 
 POLICIES = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 both = pytest.mark.parametrize("policy", POLICIES)
-KERNEL = jax.random.normal(jax.random.key(0), (3, 2, 4)) / 2
-SIGNAL = jax.random.normal(jax.random.key(1), (8, 16, 2))
+KERNEL = array(normal(0, 3, 2, 4) / 2)
+SIGNAL = array(normal(1, 8, 16, 2))
 DIMENSIONS = ("NWC", "WIO", "NWC")
 
 

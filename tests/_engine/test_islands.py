@@ -9,6 +9,7 @@ import pytest
 from jax import lax, nn
 
 import mpjax
+from _arrays import array
 from _jaxprs import equations, primitives
 from _turns import in_turns
 from mpjax._core.scopes import module_path
@@ -315,7 +316,7 @@ def by_hand(scores):
   return weights / weights.sum(1, keepdims=True)
 
 
-KEPT = jax.random.bernoulli(jax.random.key(0), 0.9, (SIZE[0], SIZE[0]))
+KEPT = array(np.random.default_rng(0).uniform(size=(SIZE[0], SIZE[0])) < 0.9, bool)
 DROPOUTS = {
   "chosen": lambda s: jnp.where(KEPT, nn.softmax(s) / 0.9, 0.0),
   "multiplied": lambda s: nn.softmax(s) * (KEPT.astype(s.dtype) / 0.9),
@@ -323,7 +324,7 @@ DROPOUTS = {
   "masked_first": lambda s: nn.softmax(s) * KEPT.astype(s.dtype) / 0.9,
   "of_float32_scores": lambda s: nn.softmax(s + TABLE) * KEPT.astype(s.dtype) * 1.1,
 }
-TABLE = jnp.sin(jnp.arange(256.0)).reshape(16, 16)
+TABLE = array(np.sin(np.arange(256)).reshape(16, 16))
 SOFTMAXES = DROPOUTS | {
   "softmax": nn.softmax,
   "by_hand": by_hand,

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import jet
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 
 
@@ -28,13 +29,12 @@ ACTIVATIONS = {
   "logaddexp": lambda z: jnp.logaddexp(100.0 * z, 50.0 * z) / 100,
   "own_rule": lambda z: own_softplus(100.0 * z) / 100,
 }
-KEYS = jax.random.split(jax.random.key(0), 4)
 PARAMS = {
-  "w1": jax.random.normal(KEYS[0], (3, 64)),
-  "w2": jax.random.normal(KEYS[1], (64, 64)) / 8,
-  "w3": jax.random.normal(KEYS[2], (64, 1)) / 8,
+  "w1": array(normal(0, 3, 64)),
+  "w2": array(normal(1, 64, 64) / 8),
+  "w3": array(normal(2, 64, 1) / 8),
 }
-POINTS = 2 * jax.random.normal(KEYS[3], (64, 3))
+POINTS = array(2 * normal(3, 64, 3))
 
 
 def eikonal(activation):

@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import mpjax
+from _arrays import array
 from _backends import ROUNDING
 from _jaxprs import equations
 from _turns import in_turns
@@ -20,9 +21,9 @@ POLICIES = ("mixed_bfloat16", "mixed_float16")
 DTYPES = dict(zip(POLICIES, (jnp.bfloat16, jnp.float16), strict=True))
 both = pytest.mark.parametrize("policy", POLICIES)
 
-X = jnp.arange(32.0).reshape(8, 4) / 16 - 1
-EYE = jnp.eye(4)
-REWARDS = jnp.linspace(0.0, 1.0, 8)
+X = array(np.arange(32).reshape(8, 4) / 16 - 1)
+EYE = array(np.eye(4))
+REWARDS = array(np.linspace(0, 1, 8))
 
 
 def steps(turn):
@@ -49,7 +50,7 @@ MULTIPLES = {
 }
 
 
-OWN = jnp.arange(8)
+OWN = array(np.arange(8), np.int32)
 picked = lambda s: jnp.take_along_axis(s, OWN[:, None], 1)[:, 0]
 CONTRASTS = {
   "diagonal": lambda g: jax.nn.logsumexp(g / 0.07, 1) - jnp.diag(g / 0.07),
@@ -128,7 +129,7 @@ def test_what_goes_on_to_a_matmul_or_is_stored_rounds_with_its_number(fn, policy
   assert {e.outvars[0].aval.dtype.itemsize for e in products} == {2}
 
 
-NEAREST = jnp.abs(OWN[:, None] - OWN[None]) % 4
+NEAREST = array(abs(np.subtract.outer(range(8), range(8))) % 4, np.int32)
 PICKS = {
   "along": lambda s: jnp.take_along_axis(s, NEAREST, 1),
   "index": lambda s: s[OWN[:, None], NEAREST],

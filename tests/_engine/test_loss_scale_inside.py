@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _turns import in_turns
 from mpjax._engine.running.scaled_cotangents import into, out_of
 
@@ -15,8 +16,8 @@ SCALE = 2.0**15
 POLICY = "mixed_float16"
 SMALL = 1e-7  # a cotangent that float16 loses
 
-W = jnp.linspace(-0.6, 0.8, 64).reshape(8, 8)
-X = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+W = array(np.linspace(-0.6, 0.8, 64).reshape(8, 8))
+X = array(np.linspace(-1, 1, 32).reshape(4, 8))
 
 
 def layer(w, x):

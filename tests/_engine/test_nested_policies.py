@@ -2,15 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
 
 import mpjax
+from _arrays import array
 from _jaxprs import equations
 
 both = pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-W, X = jnp.eye(4), jnp.ones((2, 4))
+W, X = array(np.eye(4)), array(np.ones((2, 4)))
 
 
 def operands(fn, *args):

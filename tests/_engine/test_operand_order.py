@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 
 
@@ -31,8 +32,8 @@ def last_matmul(jaxpr):
   return [e for e in equations(jaxpr) if e.primitive.name == "dot_general"][-1]
 
 
-W = jax.random.normal(jax.random.key(0), (24, 24))
-X = jax.random.normal(jax.random.key(1), (2, 16, 24))
+W = array(normal(0, 24, 24))
+X = array(normal(1, 2, 16, 24))
 
 
 def in_jax(q, k):

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from mpjax._engine.analyses.ranges import ANYWHERE, ONE, Range
 from mpjax._engine.analyses.roles import NONE, RoleFinder
 from mpjax._engine.program import versions
@@ -47,7 +48,7 @@ def range_of(fn, x):
   return forward.of(versions.open_jaxpr(jaxpr).outvars[0]).range
 
 
-X = jnp.concatenate([-jnp.logspace(-3, 4, 50), jnp.zeros(1), jnp.logspace(-3, 4, 50)])
+X = array(np.concatenate([-np.logspace(-3, 4, 50), [0], np.logspace(-3, 4, 50)]))
 
 
 @pytest.mark.parametrize("fn", KNOWN.values(), ids=KNOWN.keys())

@@ -8,17 +8,17 @@ from jax import lax
 from jax.scipy.linalg import expm
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 from _turns import in_turns
 
 COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
-KEYS = jax.random.split(jax.random.key(0), 5)
-X = jax.random.normal(KEYS[0], (12, 64))
-SIGNS = jax.random.normal(KEYS[1], (12, 12))
-TARGETS = jax.random.normal(KEYS[2], (12, 4))
-IMAGES = jax.random.uniform(KEYS[3], (12, 12, 12, 1))
+X = array(normal(0, 12, 64))
+SIGNS = array(normal(1, 12, 12))
+TARGETS = array(normal(2, 12, 4))
+IMAGES = array(np.random.default_rng(3).uniform(size=(12, 12, 12, 1)))
 BLUR = np.exp(-0.5 * (np.arange(-3, 4) / 1.5) ** 2)
-BLUR = jnp.asarray(BLUR / BLUR.sum(), jnp.float32)
+BLUR = array(BLUR / BLUR.sum())
 
 
 def parts(h):
@@ -109,7 +109,7 @@ def distance(found, want):
 @pytest.mark.parametrize("biased", [False, True])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy, biased):
   """Of gradients that are taken outside, and inside."""
-  w, b = jax.random.normal(KEYS[4], (64, 16)) / 8, jnp.full((1, 16), 0.1)
+  w, b = array(normal(4, 64, 16) / 8), jnp.full((1, 16), 0.1)
 
   def value(p, dtype=jnp.float32):
     h = (X.astype(dtype) @ p["w"].astype(dtype)).astype(jnp.float32)
@@ -181,7 +181,7 @@ def test_moments_of_features_may_be_divided_by_the_mass_of_their_weights(form, p
     f, w = ((x @ p[key].astype(dtype)).astype(jnp.float32) for key in "fw")
     return jnp.log(jnp.abs(form(jax.nn.softmax(w), f + 2)) + 0.1).mean()
 
-  params = {k: jax.random.normal(key, (64, 4)) / 8 for k, key in zip("fw", KEYS[3:], strict=True)}
+  params = {k: array(normal(seed, 64, 4) / 8) for seed, k in enumerate("fw", 3)}
   runs = mpjax.autocast(value, policy), lambda p: value(p, COMPUTE[policy]), value
   for key in "fw":
     found, hand, want = jax.jit(lambda p, key=key: [jax.grad(run)(p)[key] for run in runs])(params)
@@ -197,7 +197,7 @@ def test_gates_are_no_masses(policy):
     gate, other = jax.nn.sigmoid(p["w"][:1]), jax.nn.softplus(p["w"][1:2])
     return jnp.mean((gate * (w @ h**2) - (other * (w @ h)) ** 2) @ p["f"].T)
 
-  params = {k: jax.random.normal(key, (64, 4)) / 8 for k, key in zip("fw", KEYS[3:], strict=True)}
+  params = {k: array(normal(seed, 64, 4) / 8) for seed, k in enumerate("fw", 3)}
   jaxpr = jax.make_jaxpr(mpjax.autocast(loss, policy))(params)
   matmuls = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
   assert {e.invars[0].aval.dtype for e in matmuls} == {jnp.dtype(COMPUTE[policy])}

@@ -2,18 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 
 POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 both = pytest.mark.parametrize("policy", POLICIES)
-KEYS = jax.random.split(jax.random.key(0), 6)
-SUPPORT, QUERIES = (jax.random.normal(KEYS[n], (rows, 32)) + 2 for n, rows in enumerate((25, 40)))
-LABELS = jax.nn.one_hot(jnp.arange(25) % 5, 5)
-TARGETS = jax.random.normal(KEYS[2], (40, 5))
-W = jax.random.normal(KEYS[3], (32, 64)) / 6
+SUPPORT, QUERIES = array(normal(0, 25, 32) + 2), array(normal(1, 40, 32) + 2)
+LABELS = array(np.eye(5)[np.arange(25) % 5])
+TARGETS = array(normal(2, 40, 5))
+W = array(normal(3, 32, 64) / 6)
 
 
 def damped(gram):

@@ -7,17 +7,17 @@ import optax
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations
 
 POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 both = pytest.mark.parametrize("policy", POLICIES)
-KEYS = jax.random.split(jax.random.key(0), 6)
 NET = {
-  "w1": jax.random.normal(KEYS[0], (8, 64)) / 8**0.5,
-  "w2": jax.random.normal(KEYS[1], (64, 6)) / 8,
+  "w1": array(normal(0, 8, 64) / 8**0.5),
+  "w2": array(normal(1, 64, 6) / 8),
 }
-X = jax.random.normal(KEYS[2], (40, 8))
-Y = jax.random.bernoulli(KEYS[3], 0.5, (40,)).astype(jnp.float32)
+X = array(normal(2, 40, 8))
+Y = array(np.random.default_rng(3).integers(0, 2, 40))
 
 
 def fitted(update):
@@ -69,7 +69,7 @@ def test_a_loop_to_a_tolerance_with_layers_multiplies_in_16_bits(policy):
 # Steps that a backward pass takes again ----------------------------------------------------------
 
 FIELD = [
-  (jax.random.normal(KEYS[4], shape) / shape[0] ** 0.5, jnp.zeros(shape[1]))
+  (array(normal(4, *shape) / shape[0] ** 0.5), array(np.zeros(shape[1])))
   for shape in ((2, 64), (64, 64), (64, 2))
 ]
 
@@ -188,7 +188,7 @@ def test_a_filter_of_few_numbers_is_that_of_float32(policy):
   np.testing.assert_allclose(slope, wanted_slope, rtol=1e-4)
 
 
-BANK = jnp.maximum(0.0, 1 - jnp.abs(jnp.arange(257.0)[None] / 32 - jnp.arange(1.0, 8.0)[:, None]))
+BANK = array(np.maximum(0, 1 - abs(np.arange(257)[None] / 32 - np.arange(1, 8)[:, None])))
 
 
 def mel(p, wave):
@@ -199,7 +199,7 @@ def mel(p, wave):
 @both
 @pytest.mark.parametrize("peak", [1.0, 20000.0])
 def test_a_spectrum_of_16_bit_audio_is_finite(peak, policy):
-  wave = peak * jax.random.normal(KEYS[5], (4, 512))
+  wave = array(peak * normal(5, 4, 512))
   unit = jnp.float32(1.0)
   np.testing.assert_allclose(mpjax.autocast(mel, policy)(unit, wave), mel(unit, wave), atol=0.02)
 
@@ -220,8 +220,8 @@ def test_a_curve_divides_by_the_number_that_its_author_wrote(policy):
 
 @both
 def test_a_state_that_is_given_back_adds_up(policy):
-  p = {"count": jnp.full(32, 100.0), "w": jax.random.normal(KEYS[0], (32, 32)) / 600}
-  x = jax.random.normal(KEYS[1], (32,))
+  p = {"count": jnp.full(32, 100.0), "w": array(normal(0, 32, 32) / 600)}
+  x = array(normal(1, 32))
   turn = jax.jit(mpjax.autocast(lambda p, x: {**p, "count": p["count"] + x @ p["w"]}, policy))
   state = p
   for _ in range(50):
@@ -232,8 +232,8 @@ def test_a_state_that_is_given_back_adds_up(policy):
 
 @both
 def test_a_vector_steps_by_a_preconditioner(policy):
-  p = {"w": jax.random.normal(KEYS[0], (32,)), "inverse": jnp.eye(32) / 100}
-  x = jax.random.normal(KEYS[1], (64, 32))
+  p = {"w": array(normal(0, 32)), "inverse": jnp.eye(32) / 100}
+  x = array(normal(1, 64, 32))
   step = lambda p: p["w"] - p["inverse"] @ (x.T @ (x @ p["w"] - 1) / 64)
   change, wanted = mpjax.autocast(step, policy)(p) - p["w"], step(p) - p["w"]
   assert float(jnp.linalg.norm(change - wanted)) < 0.02 * float(jnp.linalg.norm(wanted))
@@ -292,7 +292,7 @@ def test_weights_that_are_scaled_in_a_function_stay_narrow_in_a_loop_to_a_tolera
   assert {a.aval.dtype for eqn in matmuls for a in eqn.invars} == {jnp.dtype(POLICIES[policy])}
 
 
-DENSE = jnp.array([[0.6, 0.2, 0.3], [0.9, -0.3, 0.2], [1.0, 0.1, -0.2], [0.5, 0.6, 0.1]])
+DENSE = array([[0.6, 0.2, 0.3], [0.9, -0.3, 0.2], [1.0, 0.1, -0.2], [0.5, 0.6, 0.1]])
 
 
 @both

@@ -10,14 +10,15 @@ import pytest
 from jax import lax, nn
 
 import mpjax
+from _arrays import array, normal
 from _turns import in_turns
 
 POLICIES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
-X = jax.random.normal(jax.random.key(0), (64, 32))
-W = jax.random.normal(jax.random.key(1), (6, 32, 32)) / 12
-SERIES = jax.random.normal(jax.random.key(2), (48, 16, 1))
-GROUPS = jax.random.randint(jax.random.key(3), (256,), 0, 64)
-SENDERS = jax.random.randint(jax.random.key(4), (256,), 0, 64)
+X = array(normal(0, 64, 32))
+W = array(normal(1, 6, 32, 32) / 12)
+SERIES = array(normal(2, 48, 16, 1))
+GROUPS = array(np.random.default_rng(3).integers(0, 64, 256), np.int32)
+SENDERS = array(np.random.default_rng(4).integers(0, 64, 256), np.int32)
 
 
 def stack(layer):

@@ -7,10 +7,11 @@ import pytest
 from jax import lax, nn
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import equations, wide_contractions
 
-W = 0.3 * jax.random.normal(jax.random.key(0), (3, 16, 16))
-X = jax.random.normal(jax.random.key(1), (8, 16))
+W = array(0.3 * normal(0, 3, 16, 16))
+X = array(normal(1, 8, 16))
 FORMATS = {"mixed_bfloat16": "bfloat16", "mixed_float16": "float16"}
 both = pytest.mark.parametrize("policy", FORMATS)
 
@@ -97,7 +98,7 @@ def test_a_softmax_that_is_cut_before_a_matmul_stores_16_bits(cut, policy):
   assert stored <= {FORMATS[policy], "bool"}
 
 
-KEPT = jax.random.bernoulli(jax.random.key(2), 0.9, (8, 8))
+KEPT = array(np.random.default_rng(2).uniform(size=(8, 8)) < 0.9, bool)
 MASKS = {
   "select": lambda s: lax.select(KEPT, s, jnp.zeros_like(s)),
   "mask": lambda s: jnp.where(KEPT, s, 0.0),

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _both_formats import both
 from _jaxprs import equations
 from _turns import in_turns
 
-X = jax.random.normal(jax.random.key(0), (64, 16))
-WEIGHTS = jax.random.normal(jax.random.key(1), (16, 32)) / 4
-HEAD = jax.random.normal(jax.random.key(2), (32, 16)) / 6
+X = array(normal(0, 64, 16))
+WEIGHTS = array(normal(1, 16, 32) / 4)
+HEAD = array(normal(2, 32, 16) / 6)
 ACTIVATIONS = {"logistic", "tanh"}
 STARTS = {"floor", "logistic"}
 sigmoid = jax.nn.sigmoid

@@ -11,44 +11,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from scipy.special import softmax
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING
 from _both_formats import both, matmuls, operand_bytes
 from _jaxprs import equations
 from _turns import in_turns
 
 COMPUTE = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
-KEYS = jax.random.split(jax.random.key(0), 8)
 WIDTH, BATCH = 12, 16
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-def array(numbers):
-  return jnp.asarray(numbers, jnp.float32)
-
-
 ring = lambda n, shift: np.roll(np.eye(n), shift, 0)
 LAPLACIAN = array(2 * np.eye(WIDTH) - ring(WIDTH, 1) - ring(WIDTH, -1))
-KELVINS = 293 + 5 * jax.random.normal(KEYS[0], (BATCH, WIDTH))
+KELVINS = array(293 + 5 * normal(0, BATCH, WIDTH))
 NEXT = array(np.kron([[1, 0.5], [0, 1]], np.eye(6)))  # where what moves is after half a second
 PUSH = array(np.kron([[0.125], [0.5]], np.eye(6)))
 SEEN = array(np.eye(12)[:6])
-STATES = jnp.concatenate([50 + KELVINS[:, :6] / 9, jnp.ones((BATCH, 6))], 1)
+STATES = array(np.concatenate([50 + np.asarray(KELVINS)[:, :6] / 9, np.ones((BATCH, 6))], 1))
 IMPLICIT = array(np.linalg.inv(np.eye(WIDTH) + 0.5 * np.asarray(LAPLACIAN)))
-BLENDS = jax.nn.softmax(2 * jax.random.normal(KEYS[1], (WIDTH, WIDTH)))
+BLENDS = array(softmax(2 * normal(1, WIDTH, WIDTH), -1))
 TIMES = np.linspace(-1, 1, WIDTH)
 POWERS = np.stack([TIMES**n for n in range(3)], 1)
 FITTED, POWERS = array(np.linalg.pinv(POWERS)), array(POWERS)
 WAVES = np.exp(-2j * np.pi * np.outer(np.arange(WIDTH), np.arange(WIDTH)) / WIDTH)
 WAVES *= np.hanning(WIDTH)[:, None]
-PITCHES = 0.2 + 0.3 * jax.random.uniform(KEYS[2], (BATCH, 1))
-SOUND = jnp.sin(jnp.arange(float(WIDTH))[None] * PITCHES)
-METRIC = jnp.diag(jnp.array([1.0, -1, -1, -1]))
-MOMENTA = 50 * jax.random.normal(KEYS[3], (BATCH, WIDTH, 3))
-MOMENTA = jnp.concatenate([jnp.sqrt((MOMENTA**2).sum(-1, keepdims=True) + 2), MOMENTA], -1)
+PITCHES = np.random.default_rng(2).uniform(0.2, 0.5, (BATCH, 1))
+SOUND = array(np.sin(np.arange(WIDTH) * PITCHES))
+METRIC = array(np.diag([1, -1, -1, -1]))
+MOMENTA = 50 * normal(3, BATCH, WIDTH, 3)
+ENERGIES = np.sqrt((MOMENTA**2).sum(-1, keepdims=True) + 2)
+MOMENTA = array(np.concatenate([ENERGIES, MOMENTA], -1))
 DISCOUNTS = array(np.tril(0.99 ** (np.arange(WIDTH)[:, None] - np.arange(WIDTH))))
-BOTH_WAVES = jnp.concatenate([array(WAVES.real), array(WAVES.imag)], 1)
+BOTH_WAVES = array(np.concatenate([WAVES.real, WAVES.imag], 1))
 
 
 def spectrum(x):
@@ -75,7 +73,7 @@ def filtered(net):
   return lax.scan(turn, STATES, jnp.broadcast_to(STATES[:, :6] + 0.1, (12, BATCH, 6)))[1]
 
 
-CHANGES = 0.02 * jax.random.normal(KEYS[5], (100, BATCH, 3))
+CHANGES = array(0.02 * normal(5, 100, BATCH, 3))
 
 
 def controlled(weigh, net, *, loop=lax.scan):
@@ -125,10 +123,9 @@ PROGRAMS = {
 }
 
 
-def weights(key, *widths):
-  pairs = list(itertools.pairwise(widths))
-  keys = jax.random.split(key, len(pairs))
-  return [jax.random.normal(k, pair) / pair[0] ** 0.5 for k, pair in zip(keys, pairs, strict=True)]
+def weights(seed, *widths):
+  pairs = enumerate(itertools.pairwise(widths))
+  return [array(normal((seed, n), *pair) / pair[0] ** 0.5) for n, pair in pairs]
 
 
 def network(p, dtype=jnp.float32):
@@ -141,8 +138,8 @@ def network(p, dtype=jnp.float32):
 @pytest.mark.quick(every=3)
 @in_turns(("name", "policy"), [*PROGRAMS], [*COMPUTE])
 def test_values_and_gradients_are_as_exact_as_by_hand(name, policy):
-  p = weights(KEYS[4], WIDTH, 32, WIDTH)
-  signs = jax.random.rademacher(KEYS[5], (1,), jnp.float32)
+  p = weights(4, WIDTH, 32, WIDTH)
+  signs = jax.random.rademacher(jax.random.key(5), (1,), jnp.float32)
 
   def of(net):
     found = PROGRAMS[name](net)
@@ -170,15 +167,15 @@ def test_a_plan_of_transport_has_a_mass_in_float16():
     (u, v), _ = lax.scan(turn, (jnp.ones(BATCH),) * 2, None, length=15)
     return jnp.sum(u * (kernel @ v))
 
-  x = jax.random.normal(KEYS[0], (BATCH, WIDTH))
-  y = jax.random.normal(KEYS[1], (BATCH, 4)) * jnp.array([1, 2, 0.5, 1])
+  x = array(normal(0, BATCH, WIDTH))
+  y = array(normal(1, BATCH, 4) * [1, 2, 0.5, 1])
   found = mpjax.autocast(mass, "mixed_float16")(jnp.eye(WIDTH, 4), x, y)
   np.testing.assert_allclose(found, BATCH, rtol=0.02)
 
 
-FROZEN = weights(KEYS[6], *[WIDTH] * 5)
-BIAS = jnp.ones(WIDTH)
-TABLE = jax.random.normal(KEYS[7], (30, WIDTH))
+FROZEN = weights(6, *[WIDTH] * 5)
+BIAS = array(np.ones(WIDTH))
+TABLE = array(normal(7, 30, WIDTH))
 LINKS = array(ring(BATCH, 1) + ring(BATCH, -1))
 
 
@@ -216,9 +213,9 @@ NETWORKS = {
 
 @in_turns(("name", "policy"), [*NETWORKS], [*COMPUTE])
 def test_networks_that_are_not_trained_stay_narrow(name, policy):
-  x = jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  x = array(normal(0, BATCH, WIDTH))
   loss = lambda p, x: jnp.mean((jnp.tanh(NETWORKS[name](x) @ p[0]) @ p[1]) ** 2)
-  found = matmuls(mpjax.autocast(loss, policy), weights(KEYS[4], WIDTH, 32, WIDTH), x)
+  found = matmuls(mpjax.autocast(loss, policy), weights(4, WIDTH, 32, WIDTH), x)
   assert operand_bytes(found) == {2}
 
 
@@ -272,7 +269,7 @@ DECIDED = {
 @in_turns(("name", "policy"), [*DECIDED], [*COMPUTE])
 def test_a_transform_is_one_however_it_is_written(name, policy):
   """Around it stand two layers, and the input that a motion is given."""
-  p, x = weights(KEYS[4], WIDTH, 32, WIDTH), jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  p, x = weights(4, WIDTH, 32, WIDTH), array(normal(0, BATCH, WIDTH))
   found = matmuls(mpjax.autocast(DECIDED[name], policy), p, x)
   wide = [e for e in found if operand_bytes([e]) == {4}]
   assert len(wide) == 1 and len(found) in (3, 4)
@@ -292,7 +289,7 @@ ACTIVATIONS = {
 
 @in_turns(("name", "policy"), [*ACTIVATIONS], [*COMPUTE])
 def test_frozen_networks_are_narrow_whatever_their_activation(name, policy):
-  act, x = ACTIVATIONS[name], jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  act, x = ACTIVATIONS[name], array(normal(0, BATCH, WIDTH))
   frozen = jnp.stack(FROZEN)
 
   def teacher(x, layers):
@@ -307,7 +304,7 @@ def test_frozen_networks_are_narrow_whatever_their_activation(name, policy):
     "guided": lambda p, x: x + 0.1 * teacher(norm(network(p)(x)), frozen),
   }
   for fn in programs.values():
-    found = matmuls(mpjax.autocast(fn, policy), weights(KEYS[4], WIDTH, 32, WIDTH), x)
+    found = matmuls(mpjax.autocast(fn, policy), weights(4, WIDTH, 32, WIDTH), x)
     assert operand_bytes(found) == {2}
 
 
@@ -320,7 +317,7 @@ def test_numbers_may_be_returned_beside_a_product(policy):
     lambda p, x: jnp.sum(lax.scan(turn, (x, 0.0), None, length=3)[0][0] @ p),
     lambda p, x: jnp.sum(lax.select_n(jnp.bool_(True), x @ SQUARE, x) @ p),
   )
-  x = jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  x = array(normal(0, BATCH, WIDTH))
   for fn in programs:
     run = lambda fn: jax.jit(fn)(jnp.eye(WIDTH), x)
     for got, want in zip(
@@ -342,7 +339,7 @@ WEIGHED = {
 
 @in_turns(("name", "policy"), [*WEIGHED], [*COMPUTE])
 def test_what_a_layer_goes_on_from_stays_narrow_though_data_weigh_it(name, policy):
-  p, x = weights(KEYS[4], WIDTH, 32, WIDTH), jax.random.normal(KEYS[0], (BATCH, WIDTH))
+  p, x = weights(4, WIDTH, 32, WIDTH), array(normal(0, BATCH, WIDTH))
   found = matmuls(mpjax.autocast(lambda p, x: WEIGHED[name](p, network(p)(x)), policy), p, x)
   assert len(found) == 5
   assert operand_bytes(found) == {2}

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, KEYS, POLICIES, W, both, in_both_formats
 from _jaxprs import equations
 from _turns import in_turns
@@ -65,7 +66,12 @@ DECAYS = {
     functools.partial(blend, 0.99), list(x[:101] @ p["w"])
   ),
 }
-LEARNED = {"w": jnp.eye(4), "d": jnp.full(4, 0.99), "r": jnp.full(4, 0.1), "s": jnp.full(4, 4.6)}
+LEARNED = {
+  "w": array(np.eye(4)),
+  "d": array([0.99] * 4),
+  "r": array([0.1] * 4),
+  "s": array([4.6] * 4),
+}
 
 
 @pytest.mark.quick(every=3)

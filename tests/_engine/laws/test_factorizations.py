@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, KEYS, POLICIES, W, both, cases, in_both_formats, matmuls
 from _turns import in_turns
 from mpjax.inspect import explain
@@ -57,7 +58,7 @@ def test_what_is_factored_behind_another_matmul_stays_in_16_bits(policy):
   assert [e.outvars[0].aval.dtype.itemsize for e in (first, second)] == [2, 4]
 
 
-TIMES = jnp.linspace(0, 3, 64)
+TIMES = array(np.linspace(0, 3, 64))
 normal = lambda v, y: (v.T @ v + 1e-6 * jnp.eye(4), v.T @ y)
 SYSTEMS = {
   "solve": lambda v, y: jnp.linalg.solve(*normal(v, y)),
@@ -78,9 +79,9 @@ def test_a_linear_system_of_data_is_solved_as_in_float32(fn, policy):
 
 
 orthogonal = lambda w: jnp.linalg.qr(w)[0]
-LOW_RANK = jnp.outer(jnp.arange(1.0, 9), jnp.arange(3.0, 9)) + 0.01 * jnp.cos(
-  jnp.arange(48.0)
-).reshape(8, 6)
+LOW_RANK = array(
+  np.outer(np.arange(1, 9), np.arange(3, 9)) + 0.01 * np.cos(np.arange(48)).reshape(8, 6)
+)
 logarithm = lambda s: (lambda w, v: (v * jnp.log(w)) @ v.T)(*jnp.linalg.eigh(s))
 DECOMPOSED = {
   "eigh": lambda m: logarithm(m.T @ m + jnp.eye(6)) - logarithm(m.T @ m + 1.01 * jnp.eye(6)),

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _backends import rounded
 from _both_formats import KEYS, POLICIES, W, both, cases, in_both_formats, matmuls
 from _jaxprs import equations
@@ -18,7 +19,7 @@ from _turns import in_turns
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-GATES = {"z": jnp.eye(4) * 0.1, "w": jnp.eye(4)}
+GATES = {"z": array(np.eye(4) * 0.1), "w": array(np.eye(4))}
 
 
 def scanned(turn):

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, POLICIES, W, both, cases, in_both_formats, matmuls
 from _jaxprs import equations
 from _turns import in_turns
@@ -14,7 +15,7 @@ from _turns import in_turns
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-ROWS = {"a": jnp.eye(4), "b": jnp.eye(4) + 0.25}
+ROWS = {"a": array(np.eye(4)), "b": array(np.eye(4) + 0.25)}
 TOTALS = {
   "dot": lambda a, b: jnp.sum(a * b, -1),
   "half_a_square": lambda a, b: jnp.mean(0.5 * (a - b) * (a - b), -1),
@@ -65,12 +66,12 @@ def test_an_output_in_its_own_unit_stays_in_range(fn, policy):
   np.testing.assert_allclose(found, want, rtol=0.01)
 
 
-FEATURES = 2 + jnp.sin(jnp.arange(128.0)).reshape(4, 32)
+FEATURES = array(2 + np.sin(np.arange(128)).reshape(4, 32))
 HEAD = {
-  "v": jnp.eye(32),
-  "w": jnp.full((32, 2), 0.125),
-  "b": jnp.full(2, 60000.0),
-  "c": jnp.full((2,), 40000.0),
+  "v": array(np.eye(32)),
+  "w": array(np.full((32, 2), 0.125)),
+  "b": array(np.full(2, 60000)),
+  "c": array(np.full(2, 40000)),
 }
 HEADS = {
   "bias": lambda p, x: x @ p["w"] + p["b"],

@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental.ode import odeint
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, POLICIES, W, both, in_both_formats, loss, matmuls
 from _jaxprs import wide_contractions
 from _turns import in_turns
@@ -67,7 +68,7 @@ def test_a_bilinear_layer_is_one():
   assert {v.aval.dtype.itemsize for v in first.invars} == {2}
 
 
-COEFFICIENTS = jnp.array([35 / 384, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])
+COEFFICIENTS = array([35 / 384, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84])
 NHWC = ("NHWC", "HWIO", "NHWC")
 
 

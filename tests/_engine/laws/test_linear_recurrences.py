@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from scipy.special import softmax
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING
 from _both_formats import (
   DATA,
@@ -26,8 +28,8 @@ from mpjax.inspect import explain
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-CHAIN = jax.nn.softmax(jax.random.normal(jax.random.key(0), (4, 4)))
-SKEW = jnp.array([[0.0, 1.0], [-1.0, 0.0]])
+CHAIN = array(softmax(normal(0, 4, 4), -1))
+SKEW = array([[0.0, 1.0], [-1.0, 0.0]])
 
 
 def value_iteration(p, r):
@@ -82,9 +84,9 @@ def test_a_long_linear_recurrence_is_as_exact_as_in_float32(fn, policy):
     np.testing.assert_allclose(got, want, rtol=0.03, atol=0.01 * np.abs(want).max())
 
 
-STEP = jnp.array([[1.0, 0.05], [0.0, 1.0]])
-CONTROL = jnp.array([[0.00125], [0.05]])
-LINKS = jax.nn.softmax(3 * jax.random.normal(jax.random.key(1), (24, 24)), axis=0)
+STEP = array([[1.0, 0.05], [0.0, 1.0]])
+CONTROL = array([[0.00125], [0.05]])
+LINKS = array(softmax(3 * normal(1, 24, 24), 0))
 
 
 def driven(turns, u):
@@ -93,32 +95,35 @@ def driven(turns, u):
 
 
 WITHOUT_LAYERS = {
-  "controls": (lambda u, x: driven(60, u[:, None])[0] - jnp.array([6.0, 4.0]), jnp.full(60, 2.0)),
+  "controls": (
+    lambda u, x: driven(60, u[:, None])[0] - jnp.array([6.0, 4.0]),
+    array(np.full(60, 2)),
+  ),
   "controls_by_index": (
     lambda u, x: (
       lax.fori_loop(0, 60, lambda i, s: STEP @ s + CONTROL @ u[i], jnp.array([1.0, 0.5])) - 6
     ),
-    jnp.full((60, 1), 2.0),
+    array(np.full((60, 1), 2)),
   ),
   "controls_of_a_batch": (
     lambda u, x: jax.vmap(lambda u: driven(60, u)[0])(u) - jnp.array([6.0, 4.0]),
-    jnp.stack([jnp.full((60, 1), 2.0), jnp.full((60, 1), 1.0)]),
+    array([np.full((60, 1), 2), np.full((60, 1), 1)]),
   ),
   "filter": (
     lambda k, x: lax.scan(
       lambda s, y: (STEP @ s + k * (y - s[0]), None), jnp.ones(2), jnp.arange(60.0)
     )[0],
-    jnp.array([0.4, 0.3]),
+    array([0.4, 0.3]),
   ),
-  "controls_long": (lambda u, x: driven(200, u[:, None])[0] - 30, jnp.full(200, 2.0)),
-  "path": (lambda u, x: driven(40, u[:, None])[1], jnp.full(40, 2.0)),
+  "controls_long": (lambda u, x: driven(200, u[:, None])[0] - 30, array(np.full(200, 2))),
+  "path": (lambda u, x: driven(40, u[:, None])[1], array(np.full(40, 2))),
   "learned_damping": (
     lambda p, x: lax.fori_loop(0, 50, lambda _, r: p * (x @ r) + (1 - p) / 24, jnp.ones(24) / 24),
-    jnp.array(0.85),
+    array(0.85),
   ),
   "learned_rewards": (
     lambda r, x: lax.fori_loop(0, 40, lambda _, v: r + 0.99 * (x.T @ v), jnp.zeros(24)),
-    jnp.linspace(-1.0, 1.0, 24),
+    array(np.linspace(-1, 1, 24)),
   ),
 }
 
@@ -315,9 +320,7 @@ def test_what_loops_hand_on_is_exact_whoever_began_it_and_in_loops_together(fn, 
   np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
 
 
-TURNS = jnp.broadcast_to(jnp.eye(4), (512, 4, 4)) + 0.01 * jax.random.normal(
-  jax.random.key(2), (512, 4, 4)
-)
+TURNS = array(np.eye(4) + 0.01 * normal(2, 512, 4, 4))
 STATES = lambda u, v: (v[0] @ u[0], (v[0] @ u[1][..., None])[..., 0] + v[1])
 ASSOCIATIVE = {
   "products": lambda p, a: lax.associative_scan(lambda u, v: v @ u, a)[-1],
@@ -487,7 +490,7 @@ DIAGONAL = {
     lambda first, then: (first[0] * then[0], first[1] * then[0] + then[1]), (a[:, :, 0], u)
   )[1][-1],
 }
-MOVED = {name: (jnp.eye(NUMBERS), state) for name, state in TRANSITIONS.items()} | {
+MOVED = {name: (array(np.eye(NUMBERS)), state) for name, state in TRANSITIONS.items()} | {
   name: (1.0, state) for name, state in DIAGONAL.items()
 }
 NEAR_ONE = {

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING, rounded
 from _both_formats import DATA, KEYS, POLICIES, W, both, cases, in_both_formats
 from _jaxprs import equations
@@ -17,8 +18,8 @@ from _turns import in_turns
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-ONES = jnp.ones((4001, 1))
-one = jnp.ones((1, 1))
+ONES = array(np.ones((4001, 1)))
+one = array(np.ones((1, 1)))
 _first = lambda y: (y[0], y[1:])
 _one_more = lambda h: (h[0] + 1, h[1] + 1)
 COUNTS = {
@@ -128,7 +129,7 @@ def with_context(turn):
   return lambda w, x: lax.scan(lambda n, u: (n + turn(w, x @ w, u).mean(), None), 0.0, ITEMS)[0]
 
 
-ITEMS = 0.5 + 0.3 * jax.random.normal(jax.random.key(5), (600, 4))
+ITEMS = array(0.5 + 0.3 * normal(5, 600, 4))
 IN_EVERY_TURN = {
   "decoder": with_context(lambda w, c, u: jnp.tanh(u @ w + c)),
   "gated": with_context(lambda w, c, u: jax.nn.sigmoid(u * c)),
@@ -221,7 +222,8 @@ def test_who_reads_a_value_often_stores_it_once(policy):
   )
 
 
-SOURCES = jnp.where(jnp.arange(1200) % 2, 3, jnp.arange(1200) % 8)  # of edges, half of one node
+# Of edges, half of one node.
+SOURCES = array(np.where(np.arange(1200) % 2, 3, np.arange(1200) % 8), np.int32)
 TAKEN = {
   "indexed": lambda h: h[SOURCES],
   "taken": lambda h: jnp.take(h, SOURCES, axis=0),

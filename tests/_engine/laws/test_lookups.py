@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import POLICIES, both, cases, in_both_formats
 from _jaxprs import equations
 from _turns import in_turns
@@ -14,8 +15,8 @@ from _turns import in_turns
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-CORNERS = {"v": 10 + jnp.arange(24.0).reshape(8, 3) / 20}
-PAIRS = jnp.array([[0, 1], [1, 2], [5, 7]])
+CORNERS = {"v": array(10 + np.arange(24).reshape(8, 3) / 20)}
+PAIRS = array([[0, 1], [1, 2], [5, 7]], np.int32)
 ROWS_OF = {
   "edges": lambda p, i: jnp.linalg.norm(p["v"][i[:, 0]] - p["v"][i[:, 1]], axis=-1),
   "taken": lambda p, i: jnp.diff(jnp.take(p["v"], i, axis=0), axis=1),

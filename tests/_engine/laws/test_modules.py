@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, POLICIES, W, both, cases, in_both_formats, matmuls
 from _jaxprs import equations
 from _turns import in_turns
@@ -169,7 +170,8 @@ def test_embeddings_go_on_in_16_bits_behind_a_module_that_adds_a_table(policy):
   assert relu.outvars[0].aval.dtype.itemsize == 2
 
 
-WIDE_X, FEW_FEATURES = jnp.ones((2, 16, 512)), {"e": jnp.ones((512, 64)), "u": jnp.ones((64, 64))}
+WIDE_X = array(np.ones((2, 16, 512)))
+FEW_FEATURES = {"e": array(np.ones((512, 64))), "u": array(np.ones((64, 64)))}
 STREAMS = {
   "added": lambda h, u: h + jnp.tanh(h @ u) @ u,
   "taken_away": lambda h, u: h - jnp.tanh(h @ u) @ u,

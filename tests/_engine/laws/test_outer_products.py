@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _backends import rounded
 from _both_formats import DATA, W, both, cases, in_both_formats, matmuls, operand_bytes
 from _jaxprs import equations
@@ -67,7 +68,7 @@ def test_an_outer_product_of_what_is_narrow_stays_narrow(policy):
   assert outer.invars[0].aval.dtype == first.invars[0].aval.dtype
 
 
-LINE = jnp.linspace(990, 1010, 32)[:, None]
+LINE = array(np.linspace(990, 1010, 32)[:, None])
 OF_ONE = {
   "returned": lambda w, t: t @ w[:1] + w[1],
   "its_own_layer": lambda w, t: t @ w[:1] @ jnp.eye(4) * 0 + (t @ w[:1] - 1000 * w[0]),

@@ -2,17 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import POLICIES, ROUNDING, both
 from _jaxprs import equations
 from _turns import in_turns
 
 WIDTH = 32
-LOW, RANGE = jnp.linspace(0.5, 1.5, WIDTH), jnp.linspace(1.0, 3.0, WIDTH)
-TIMES = jnp.linspace(0.0, 1.0, WIDTH)
+LOW, RANGE = array(np.linspace(0.5, 1.5, WIDTH)), array(np.linspace(1, 3, WIDTH))
+TIMES = array(np.linspace(0, 1, WIDTH))
 
 
 def hertz(o):

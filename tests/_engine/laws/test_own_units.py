@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array, normal
 from _both_formats import DATA, POLICIES, W, both, cases, in_both_formats, matmuls
 from _jaxprs import equations
 from _turns import in_turns
@@ -100,7 +101,7 @@ def test_an_output_comes_back_in_its_own_unit(fn, policy):
   np.testing.assert_allclose(got, fn(x), rtol=1e-6)
 
 
-IN_PIXELS = jnp.array([1003.0, 2.0, 511.0, 77.0])
+IN_PIXELS = array([1003.0, 2.0, 511.0, 77.0])
 affine = lambda p, x: x @ p["w"] + p["b"]
 
 
@@ -147,8 +148,8 @@ def test_an_output_is_centered_in_float32(fn, policy):
   np.testing.assert_allclose(got, fn(x), rtol=1e-4)
 
 
-TARGETS = 50 + jax.random.normal(jax.random.key(5), (9, 4))
-DISCOUNTS = jnp.asarray(0.9 ** abs(np.subtract.outer(range(8), range(8))), jnp.float32)
+TARGETS = array(50 + normal(5, 9, 4))
+DISCOUNTS = array(0.9 ** abs(np.subtract.outer(range(8), range(8))))
 
 
 def squared_distances(x, y):
@@ -194,7 +195,7 @@ def unit(x):
   return x / jnp.linalg.norm(x, axis=1, keepdims=True)
 
 
-NEAR = 0.02 * jax.random.normal(jax.random.key(3), (16, 16))
+NEAR = array(0.02 * normal(3, 16, 16))
 NEARLY_ONE = {
   "cosine_distances": lambda w, x: 1 - unit(x + w[0, 0]) @ unit(x).T,
   "of_pairs": lambda w, x: jnp.diagonal(unit(x + w[0, 0]) @ unit(x).T - 1),

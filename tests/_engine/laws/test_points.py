@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _backends import ROUNDING
 from _both_formats import POLICIES, both, in_both_formats, matmuls
 from _jaxprs import equations
@@ -47,13 +48,13 @@ def grid_of(p, x):
   return jnp.einsum("bij,nj->bni", theta, grid[:, 0, :, 0][:, [0, 1, 1]]) * 64
 
 
-CAMERA = jnp.array([[1000.0, 0, 512], [0, 1000, 512], [0, 0, 1]])
+CAMERA = array([[1000.0, 0, 512], [0, 1000, 512], [0, 0, 1]])
 SCENE = {
-  "r": jnp.array([[1.0, 0.1, 0, 0, 1, 0.2], [0.8, 0, 0.3, 0.1, 1, 0]]),
-  "t": jnp.array([0.1, -0.2, 6.0]),
-  "points": jax.random.normal(jax.random.key(2), (20, 3)),
-  "a": jax.random.normal(jax.random.key(3), (48, 64)) / 7,
-  "b": jax.random.normal(jax.random.key(4), (64, 6)) / 8,
+  "r": array([[1.0, 0.1, 0, 0, 1, 0.2], [0.8, 0, 0.3, 0.1, 1, 0]]),
+  "t": array([0.1, -0.2, 6.0]),
+  "points": array(normal(2, 20, 3)),
+  "a": array(normal(3, 48, 64) / 7),
+  "b": array(normal(4, 64, 6) / 8),
 }
 POINTS = {
   "rotated": lambda p, x: x @ angles_of(p["r"])[0].T,

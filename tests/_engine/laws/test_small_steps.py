@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _backends import rounded
 from _both_formats import DATA, POLICIES, W, both, cases, in_both_formats
 from _jaxprs import equations
@@ -40,7 +41,7 @@ def pair_of_states(w, y):
   return jnp.stack(lax.scan(turn, (y, y[::-1]), None, length=50)[0]) - jnp.stack([y, y[::-1]])
 
 
-DT = np.float32(0.002) * jnp.float32(1)
+DT = array(0.002)
 
 
 @jax.jit

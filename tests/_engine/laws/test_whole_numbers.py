@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import mpjax
+from _arrays import array
 from _both_formats import DATA, POLICIES, W, both, cases, in_both_formats, matmuls
 from _turns import in_turns
 from mpjax.inspect import explain
@@ -14,7 +15,7 @@ from mpjax.inspect import explain
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
 
-IDS = jnp.arange(2400) * 7 % 2401
+IDS = array(np.arange(2400) * 7 % 2401, np.int32)
 CODES = np.arange(2401, dtype=np.float32)
 chosen = lambda ids: jax.nn.one_hot(ids, 2401)
 COUNTS = {
@@ -51,7 +52,7 @@ def test_a_matmul_of_whole_numbers_counts(fn, policy):
   assert np.max(want) > 256
 
 
-BASE = jnp.array([1.0, 7.0, 49.0, 343.0])
+BASE = array([1.0, 7.0, 49.0, 343.0])
 DIGITS = {
   "of_a_vector": lambda d: d @ BASE,
   "of_a_matrix": lambda d: jnp.stack([d, d]) @ jnp.stack([BASE, BASE[::-1]]).T,
@@ -172,8 +173,8 @@ UNFIT = {
   "jitted": lambda h: jax.jit(lambda h: h @ FAR)(h),
   "convolution": lambda h: lax.conv(h[None, None], jnp.full((1, 1, 2, 2), 1e5), (1, 1), "SAME"),
 }
-FAR = jnp.diag(jnp.array([1e5, 1, 2, 3]))
-FAINT = FAR / 1e14
+FAR = array(np.diag([1e5, 1, 2, 3]))
+FAINT = array(np.diag([1e5, 1, 2, 3]) / 1e14)
 
 
 @in_turns(("fn", "policy"), UNFIT, POLICIES)

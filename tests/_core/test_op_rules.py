@@ -3,10 +3,12 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import mpjax
+from _arrays import array
 from _jaxprs import contractions, equations
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -52,7 +54,7 @@ def scoped(params, x):
     return x @ params["head"]
 
 
-X = jnp.ones((2, 8))
+X = array(np.ones((2, 8)))
 
 
 def linen(policies):

@@ -19,6 +19,7 @@ from flax import nnx
 
 import _resumed_job as job
 import mpjax
+from _arrays import array
 from mpjax import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,9 +156,9 @@ def test_checkpoints_of_a_plain_nnx_model_and_of_one_under_a_policy_are_the_same
 @pytest.mark.parametrize(
   ("like", "text"),
   [
-    ({"a": {"n": jnp.float32(0)}}, r"has a/n: i32\[\] for f32\[\].*cast_floating"),
-    ({"a": {"n": jnp.zeros(2, jnp.int32)}}, r"has a/n: i32\[\] for i32\[2\]"),
-    ({"a": {"m": jnp.int32(0)}}, r"has a/m: nothing for i32\[\]"),
+    ({"a": {"n": array(0)}}, r"has a/n: i32\[\] for f32\[\].*cast_floating"),
+    ({"a": {"n": array([0, 0], jnp.int32)}}, r"has a/n: i32\[\] for i32\[2\]"),
+    ({"a": {"m": array(0, jnp.int32)}}, r"has a/m: nothing for i32\[\]"),
   ],
   ids=["dtype", "shape", "name"],
 )
@@ -198,15 +199,16 @@ def test_a_restore_without_checkpoint_or_handler_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "tree",
+  "made",
   [
-    {"w": jnp.ones(2), "epoch": 3, "rate": 0.5},
-    nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
-    {"value": {"value": jnp.ones(2)}},
+    lambda: {"w": jnp.ones(2), "epoch": 3, "rate": 0.5},
+    lambda: nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
+    lambda: {"value": {"value": jnp.ones(2)}},
   ],
   ids=["numbers", "variables", "names"],
 )
-def test_what_orbax_saves_comes_back_as_it_was(tree, tmp_path):
+def test_what_orbax_saves_comes_back_as_it_was(made, tmp_path):
+  tree = made()
   saved(tmp_path, tree)
   found = restored(tmp_path, tree)
   chex.assert_trees_all_equal(found, tree)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from _arrays import array
 from _linear_job import LinearJob
 from mpjax import Policy
 from mpjax._demo.compare import Plan, Result, compare
@@ -160,7 +161,7 @@ def test_a_checkpoint_of_other_settings_is_refused_before_anything_is_trained(tm
 
 @pytest.mark.parametrize(
   "other",
-  [{"a": jnp.ones(3)}, {"a": jnp.ones(2, jnp.int32)}, {"a": jnp.ones(2), "b": jnp.ones(1)}],
+  [{"a": array([1] * 3)}, {"a": array([1, 1], jnp.int32)}, {"a": array([1, 1]), "b": array([1])}],
   ids=["shape", "dtype", "leaf"],
 )
 def test_a_checkpoint_with_other_arrays_is_refused_rather_than_cast(tmp_path, other):

@@ -15,6 +15,7 @@ from flax import serialization
 
 import _backends
 import mpjax
+from _arrays import array
 from _jaxprs import contractions, primitives, result_dtypes, wide_contractions
 from zoo.cases import case, filled
 from zoo.linen_models import ResNet, Transformer
@@ -23,7 +24,7 @@ from zoo.linen_models import ResNet, Transformer
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 BF16 = "mixed_bfloat16"
-TOKENS = jnp.zeros((2, 5), jnp.int32)
+TOKENS = array(np.zeros((2, 5)), jnp.int32)
 
 
 class MLP(nn.Module):

@@ -2,17 +2,18 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import mpjax
+from _arrays import array
 from _jaxprs import contractions
 from mpjax.inspect import explain
 
 # Linen's attention mixes ranks, its norms dtypes.
 pytestmark = pytest.mark.usefixtures("promotion_of_users")
 
-X = jnp.linspace(-1, 1, 128).reshape(2, 4, 16)
+X = array(np.linspace(-1, 1, 128).reshape(2, 4, 16))
 
 
 class Layers(nn.Module):

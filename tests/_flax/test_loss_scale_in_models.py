@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax import nnx
 
 import mpjax
+from _arrays import array
 
 SCALE, SMALL = 2.0**15, 1e-7
-X = jnp.linspace(-1.0, 1.0, 32).reshape(4, 8)
+X = array(np.linspace(-1, 1, 32).reshape(4, 8))
 
 
 class Net(nn.Module):

@@ -156,7 +156,7 @@ def test_a_loss_that_is_no_scalar_is_refused(model, x):
     mpjax.nnx.value_and_grad(lambda model, x: model(x))(model, x, loss_scale=1.0)
 
 
-LAYERS = {"Linen": nn.Dense(3), "NNX": nnx.Linear(2, 2, rngs=nnx.Rngs(0))}
+LAYERS = {"Linen": nn.Dense(3), "NNX": nnx.Dropout(0.5)}
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -173,7 +173,7 @@ def test_a_module_is_no_loss(make, kind):
   ("apply_policy", "module", "text"),
   [
     (mpjax.nnx.apply_policy, nn.Dense(3), r"Got the Linen module Dense. .* mpjax.linen.apply_pol"),
-    (mpjax.linen.apply_policy, LAYERS["NNX"], r"Got the NNX model Linear. .* mpjax.nnx.apply_pol"),
+    (mpjax.linen.apply_policy, LAYERS["NNX"], r"Got the NNX model Dropout. .* mpjax.nnx.apply_pol"),
     (mpjax.nnx.apply_policy, nnx.Linear, r"Got the class Linear. Make an instance"),
     (mpjax.linen.apply_policy, jnp.sin, r"Got .* For a function use mpjax.autocast"),
   ],

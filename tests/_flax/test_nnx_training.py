@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import mpjax
+from _arrays import array, normal
 from mpjax._flax.nnx_step import make_train_step
 from mpjax._train.step_parts import NonFiniteError, StepMetrics
 from mpjax.testing import FaultSchedule, inject_gradients
@@ -19,10 +20,10 @@ from mpjax.training import LowPrecisionWarning
 # optax.adam and Flax's BatchNorm mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
-Y = jnp.sin(X @ jnp.array([1.0, -2.0, 0.5, 0.3]))
-BATCH = {"x": X, "y": Y, "factor": jnp.float32(1)}
-BAD = {**BATCH, "factor": jnp.float32(jnp.nan)}
+X = array(normal(0, 16, 4))
+Y = array(np.sin(np.asarray(X) @ [1.0, -2.0, 0.5, 0.3]))
+BATCH = {"x": X, "y": Y, "factor": array(1)}
+BAD = {**BATCH, "factor": array(np.nan)}
 
 
 class Net(nnx.Module):

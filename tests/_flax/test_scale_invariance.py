@@ -12,12 +12,13 @@ from flax import nnx
 from flax.training import train_state
 
 import mpjax
+from _arrays import array
 from mpjax.testing import FaultSchedule, assert_scale_invariant, inject_faults
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
-X = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
-PARAMS = {"a": jnp.linspace(0.1, 1.0, 4)[:, None], "b": jnp.full((1, 1), 0.5)}
+X = array(np.linspace(-1, 1, 24).reshape(6, 4))
+PARAMS = {"a": array(np.linspace(0.1, 1, 4)[:, None]), "b": array([[0.5]])}
 
 
 def loss_fn(params, x):

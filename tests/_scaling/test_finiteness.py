@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from _arrays import array
 from mpjax import all_finite, select
 from mpjax._scaling.finiteness import (
   all_squarable,
@@ -17,33 +18,33 @@ from mpjax._scaling.finiteness import (
 FINITE = {
   "empty tree": {},
   "None": None,
-  "ints": jnp.arange(3),
-  "bools": jnp.ones(2, bool),
+  "ints": array([0, 1, 2], jnp.int32),
+  "bools": array([1, 1], bool),
   "float0": np.zeros(2, jax.dtypes.float0),
   "typed key": jax.random.key(0),
   "raw key": jax.random.PRNGKey(0),
-  "empty array": jnp.zeros((0, 3)),
+  "empty array": array(np.zeros((0, 3))),
   "Python numbers": [1, 2.0, 3j, True],
   "string": "name",
-  "complex": jnp.ones(2, jnp.complex64),
-  "float8": jnp.ones(2, jnp.float8_e4m3fn),
+  "complex": array([1, 1], jnp.complex64),
+  "float8": array([1, 1], jnp.float8_e4m3fn),
   "float64": np.ones(2),
   # A sum of squares would overflow.
-  "large": [jnp.full((4,), 1e30), jnp.full((4,), 3e38)],
-  "large float16": jnp.full((4,), 6e4, jnp.float16),
-  "subnormal": jnp.float32(1e-45),
+  "large": [array([1e30] * 4), array([3e38] * 4)],
+  "large float16": array([6e4] * 4, jnp.float16),
+  "subnormal": array(1e-45),
 }
 SPOILED = {
   **{
-    f"{value} in {name}": jnp.array([1, value], name)
+    f"{value} in {name}": array([1, value], name)
     for value in (np.inf, -np.inf, np.nan)
     for name in ("float32", "bfloat16", "float16")
   },
   "Python float": float("nan"),
   "NumPy float64": np.array([1, np.inf]),
-  "0-d": jnp.float32(jnp.nan),
-  "imaginary part": jnp.array([complex(0, np.inf)], jnp.complex64),
-  "float8": jnp.array([np.nan], jnp.float8_e4m3fn),
+  "0-d": array(np.nan),
+  "imaginary part": array([complex(0, np.inf)], jnp.complex64),
+  "float8": array([np.nan], jnp.float8_e4m3fn),
 }
 
 

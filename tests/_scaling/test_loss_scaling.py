@@ -14,15 +14,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _arrays import array
 from _backends import assert_same_bits
 from mpjax._scaling.scaling_state import find_scaling_state
 from mpjax._scaling.states import LossScalingState
 
-GOOD = jnp.array([1.0, -2.0])
+GOOD = array([1.0, -2.0])
 BAD = {
-  "i": jnp.array([1.0, jnp.inf]),
-  "n": jnp.array([jnp.nan, 1.0]),
-  "m": jnp.array([-jnp.inf, 1.0]),
+  "i": array([1.0, jnp.inf]),
+  "n": array([jnp.nan, 1.0]),
+  "m": array([-jnp.inf, 1.0]),
 }
 
 
@@ -472,16 +473,16 @@ def test_float16_gradients_do_not_underflow_in_the_second_moment(standard_promot
 @pytest.mark.parametrize(
   "grads",
   [
-    {"a": jnp.ones(2), "none": None},
-    {"a": jnp.ones(2), "int": jnp.arange(3)},
-    {"a": jnp.ones(2), "float0": np.zeros(3, jax.dtypes.float0)},
-    {"a": jnp.ones(2), "empty": jnp.ones((0, 2))},
-    {"a": jnp.ones(2), "scalar": jnp.float32(1)},
-    {"a": jnp.ones(2), "complex": jnp.full((2,), 1 + 2j, jnp.complex64)},
-    {"a": jnp.ones(2), "bool": jnp.ones(2, bool)},
-    {"a": jnp.ones(2), "float8": jnp.ones(2, jnp.float8_e5m2)},
-    {"a": jnp.ones(2), "python": 2.0},
-    {"a": jnp.ones(2), "numpy": np.ones(2, np.float32)},
+    {"a": array([1, 1]), "none": None},
+    {"a": array([1, 1]), "int": array([0, 1, 2], jnp.int32)},
+    {"a": array([1, 1]), "float0": np.zeros(3, jax.dtypes.float0)},
+    {"a": array([1, 1]), "empty": array(np.ones((0, 2)))},
+    {"a": array([1, 1]), "scalar": array(1)},
+    {"a": array([1, 1]), "complex": array([1 + 2j] * 2, jnp.complex64)},
+    {"a": array([1, 1]), "bool": array([1, 1], bool)},
+    {"a": array([1, 1]), "float8": array([1, 1], jnp.float8_e5m2)},
+    {"a": array([1, 1]), "python": 2.0},
+    {"a": array([1, 1]), "numpy": np.ones(2, np.float32)},
     {},
     (),
   ],

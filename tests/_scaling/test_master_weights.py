@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import mpjax
+from _arrays import array, normal
 from mpjax._scaling import scaling_state, states
 from mpjax._scaling.master_weights import MasterWeightsState, _bfloat16, _float16
 from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
@@ -153,7 +154,7 @@ PLACES = {
   ),
   "around MultiSteps": lambda: mpjax.master_weights(optax.MultiSteps(ADAM(), 2)),
 }
-PARAMS = {"w": jnp.array([1.0, -2.0, 1e-3]), "b": jnp.array([0.5])}
+PARAMS = {"w": array([1.0, -2.0, 1e-3]), "b": array([0.5])}
 
 
 def scale_of(state):
@@ -247,8 +248,8 @@ def test_an_update_without_parameters_is_refused():
 
 # Train steps --------------------------------------------------------------------------------------
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
-BATCH = {"x": X, "y": jnp.sin(X[:, 0])}
+X = array(normal(0, 16, 4))
+BATCH = {"x": X, "y": array(np.sin(np.asarray(X)[:, 0]))}
 
 
 def loss_fn(params, batch):

@@ -10,11 +10,12 @@ from flax import nnx
 from flax.training.train_state import TrainState as FlaxTrainState
 
 import mpjax
+from _arrays import array
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
-PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([0.5])}
-TRUE = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
+PARAMS = {"w": array([1.0, -2.0]), "b": array([0.5])}
+TRUE = {"w": array([3.0, 4.0]), "b": array([0.0])}
 
 
 def scaled(grads, state):

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mpjax
+from _arrays import array, normal
 from _turns import in_turns
 from mpjax._scaling import optimizers, scaling_state, states
 from mpjax._scaling.bfloat16_states import BFloat16StatesState
@@ -206,10 +207,10 @@ def test_two_parameters_of_one_shape_have_bits_of_their_own_and_so_has_every_see
 # The same bits everywhere -------------------------------------------------------------------------
 
 WIDE = {
-  "w": jax.random.normal(jax.random.key(0), (16, 8)),
-  "b": jnp.linspace(-1.0, 1.0, 8),
+  "w": array(normal(0, 16, 8)),
+  "b": array(np.linspace(-1, 1, 8)),
 }
-GRADS = jax.tree.map(jnp.cos, WIDE)
+GRADS = jax.tree.map(lambda leaf: array(np.cos(leaf)), WIDE)
 
 
 def six_bytes(inner=None):
@@ -582,8 +583,8 @@ def test_a_first_moment_that_the_optimizer_itself_holds_in_16_bits_stays_its_own
 
 # Train steps, warnings, reports -------------------------------------------------------------------
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
-BATCH = {"x": X, "y": jnp.sin(X[:, 0])}
+X = array(normal(0, 16, 4))
+BATCH = {"x": X, "y": array(np.sin(np.asarray(X)[:, 0]))}
 
 
 def loss_fn(params, batch):

@@ -8,16 +8,17 @@ import optax
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from _jaxprs import contractions
 from mpjax.testing import FAULTS, FaultSchedule, inject, inject_faults, inject_gradients
 from mpjax.training import TrainState, make_train_step
 
 TREE = {
-  "a": {"w": jnp.ones((2, 3)), "b": jnp.ones(3, jnp.bfloat16)},
-  "n": jnp.arange(4),
+  "a": {"w": array(np.ones((2, 3))), "b": array(np.ones(3), jnp.bfloat16)},
+  "n": array(np.arange(4), jnp.int32),
   "none": None,
-  "empty": jnp.ones((0, 2)),
-  "h": jnp.ones((), jnp.float16),
+  "empty": array(np.ones((0, 2))),
+  "h": array(1, jnp.float16),
 }
 
 
@@ -131,8 +132,8 @@ def test_an_activation_stays_narrow_where_it_may_be_struck():
   assert mpjax.all_finite(run(*args[:2], jnp.int32(0)))
 
 
-X = jax.random.normal(jax.random.key(0), (60, 16, 4))
-PARAMS = {"w": jax.random.normal(jax.random.key(1), (4, 8)) / 2, "v": jnp.linspace(-0.5, 0.5, 8)}
+X = array(normal(0, 60, 16, 4))
+PARAMS = {"w": array(normal(1, 4, 8) / 2), "v": array(np.linspace(-0.5, 0.5, 8))}
 
 
 def loss_fn(params, batch):

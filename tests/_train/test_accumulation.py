@@ -12,17 +12,18 @@ import pytest
 from flax import nnx
 
 import mpjax
+from _arrays import array, normal
 from mpjax._train.accumulation import check_divides, run_window
 from mpjax.training import TrainState, make_train_step
 
 # optax.adam and Flax's norms mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-X = jax.random.normal(jax.random.key(0), (24, 4))
-Y = jnp.sin(X @ jnp.array([1.0, -2.0, 0.5, 0.3]))
-BATCH = {"x": X, "y": Y, "factor": jnp.float32(1)}
-NAN_IN_ONE = {**BATCH, "x": X.at[10, 1].set(jnp.nan)}
-PARAMS = {"w": jax.random.normal(jax.random.key(1), (4, 8)) / 2, "v": jnp.linspace(-0.5, 0.5, 8)}
+X = array(normal(0, 24, 4))
+Y = array(np.sin(np.asarray(X) @ [1.0, -2.0, 0.5, 0.3]))
+BATCH = {"x": X, "y": Y, "factor": array(1)}
+NAN_IN_ONE = {**BATCH, "x": array(np.where(np.arange(96).reshape(24, 4) == 41, np.nan, X))}
+PARAMS = {"w": array(normal(1, 4, 8) / 2), "v": array(np.linspace(-0.5, 0.5, 8))}
 
 
 def loss_fn(params, batch):
@@ -168,12 +169,16 @@ def test_every_kth_example_goes_into_a_micro_batch_and_scalars_into_all():
   ("batch", "count", "message"),
   [
     (
-      {"a": {"x": jnp.ones((7, 2))}},
+      {"a": {"x": array(np.ones((7, 2)))}},
       2,
       r"accumulate=2 must divide.*a/x: f32\[7,2\].*multiple of 2",
     ),
-    ({"x": jnp.ones(6), "y": jnp.ones(4)}, 2, r"one leading axis.*y: f32\[4\] beside x: f32\[6\]"),
-    ({"n": jnp.ones(())}, 2, "batch without any array"),
+    (
+      {"x": array(range(6)), "y": array(range(4))},
+      2,
+      r"one leading axis.*y: f32\[4\] beside x: f32\[6\]",
+    ),
+    ({"n": array(1)}, 2, "batch without any array"),
   ],
 )
 def test_a_batch_that_does_not_split_is_refused_by_name(batch, count, message):

@@ -15,13 +15,14 @@ import pytest
 from flax import nnx
 
 import mpjax
+from _arrays import array
 from _turns import in_turns
 from benchmarks.own import optimizers
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
-X = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
-W = jnp.ones((4, 3))  # one leaf: what these tests cost is compiling
+X = array(np.linspace(-1, 1, 24).reshape(6, 4))
+W = array(np.ones((4, 3)))  # one leaf: what these tests cost is compiling
 
 
 def loss_fn(params, x):

@@ -10,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from _arrays import array
 from mpjax._train import train_step
 from mpjax.training import TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-BATCH = {"x": jnp.ones((4, 2)), "y": jnp.ones(4)}
+BATCH = {"x": array(np.ones((4, 2))), "y": array(np.ones(4))}
 
 
 def params():

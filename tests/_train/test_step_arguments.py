@@ -10,13 +10,14 @@ from flax import nnx
 from flax.training import train_state
 
 import mpjax
+from _arrays import array
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
-PARAMS = {f"w{i}": jnp.ones((4, 1)) for i in range(50)}
+PARAMS = {f"w{i}": array(np.ones((4, 1))) for i in range(50)}
 TX = mpjax.dynamic_loss_scaling(optax.adam(0.1))
 SGD = optax.sgd(1.0)
-X = jnp.ones((3, 4))
+X = array(np.ones((3, 4)))
 
 
 def loss_fn(params, x):

@@ -12,11 +12,12 @@ from flax import linen as nn
 from flax import nnx
 
 import mpjax
+from _arrays import array, normal
 from mpjax.training import LowPrecisionWarning, TrainState, make_train_step
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # optax mixes dtypes in many places
 
-X = jnp.linspace(-1.0, 1.0, 24).reshape(6, 4)
+X = array(np.linspace(-1, 1, 24).reshape(6, 4))
 
 
 def loss_fn(params, x):
@@ -134,7 +135,10 @@ def scanned(params, x):
 
 
 PLAIN = Halves(None)
-LINEN = PLAIN.init(jax.random.key(0), X)["params"]
+LINEN = {
+  f"Dense_{n}": {"kernel": array(normal(n, 4, width) / 2), "bias": array(np.zeros(width))}
+  for n, width in enumerate((4, 1))
+}
 HEADS = mpjax.PolicyMap({"Halves/Dense_1": "mixed_float16"}, default="float32")
 FLOAT16 = {
   "policy of the step": (halves_loss(PLAIN), LINEN, "mixed_float16"),
@@ -150,7 +154,7 @@ FLOAT16 = {
     None,
   ),
   "dtype of the model": (halves_loss(Halves()), LINEN, None),
-  "by hand in a scan": (scanned, {"w": jnp.eye(4)}, None),
+  "by hand in a scan": (scanned, {"w": array(np.eye(4))}, None),
 }
 
 
@@ -203,16 +207,16 @@ class Small(nnx.Module):
 
 @pytest.mark.quick(every=2)
 @pytest.mark.parametrize(
-  ("model", "policy"),
+  ("made", "policy"),
   [
-    (Small(), "mixed_float16"),
-    (mpjax.apply_policy(Small(), "mixed_float16"), None),
-    (Small(jnp.float16), None),
+    (Small, "mixed_float16"),
+    (lambda: mpjax.apply_policy(Small(), "mixed_float16"), None),
+    (lambda: Small(jnp.float16), None),
   ],
   ids=["policy of the step", "policy of the model", "dtype of the model"],
 )
-def test_float16_in_an_nnx_step_without_a_scaler_warns_once(model, policy):
-  traces = []
+def test_float16_in_an_nnx_step_without_a_scaler_warns_once(made, policy):
+  model, traces = made(), []
 
   def loss(model, x):
     traces.append(0)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import mpjax
+from _arrays import array, normal
 from mpjax.testing import FaultSchedule, inject_gradients
 from mpjax.training import (
   LowPrecisionWarning,
@@ -26,10 +27,10 @@ from mpjax.training import (
 # optax.adam and Flax's BatchNorm mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-X = jax.random.normal(jax.random.key(0), (16, 4))
-Y = jnp.sin(X @ jnp.array([1.0, -2.0, 0.5, 0.3]))
-BATCH = {"x": X, "y": Y, "factor": jnp.float32(1)}
-BAD = {**BATCH, "factor": jnp.float32(jnp.nan)}
+X = array(normal(0, 16, 4))
+Y = array(np.sin(np.asarray(X) @ [1.0, -2.0, 0.5, 0.3]))
+BATCH = {"x": X, "y": Y, "factor": array(1)}
+BAD = {**BATCH, "factor": array(np.nan)}
 
 
 def init_params(seed=0):
@@ -377,10 +378,10 @@ def test_a_loss_function_that_returns_something_else_is_told_what_to_return(
 @pytest.mark.parametrize(
   ("new", "message"),
   [
-    ({"n": jnp.ones(1, jnp.bfloat16)}, r"n: bf16\[1\] for f32\[1\]"),
+    ({"n": array([1], jnp.bfloat16)}, r"n: bf16\[1\] for f32\[1\]"),
     ({}, r"n: nothing for f32\[1\]"),
-    ({"n": jnp.ones(1), "m": jnp.ones(2)}, r"m: f32\[2\] for nothing"),
-    ([jnp.ones(1)], "Got 0: "),
+    ({"n": array([1]), "m": array([1, 1])}, r"m: f32\[2\] for nothing"),
+    ([array([1])], "Got 0: "),
   ],
 )
 @pytest.mark.parametrize("scaled", [True, False])

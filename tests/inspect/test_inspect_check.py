@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 import _planted as planted
 import mpjax
+from _arrays import array, normal
 from mpjax.inspect import check, explain, locate_nonfinite, record, tune
 
 W = planted.WIDTH
-X = jax.random.normal(jax.random.key(9), (2, W))
-SQUARE = jax.random.normal(jax.random.key(1), (W, W)) / 3
+X = array(normal(9, 2, W))
+SQUARE = array(normal(1, W, W) / 3)
 
 
 def test_the_layer_whose_head_overflows_is_named_and_not_those_behind_it():

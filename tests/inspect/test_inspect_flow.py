@@ -37,18 +37,18 @@ def explained(case, policy):
     return explain(fn, policy, {"a": SQUARE, "b": SQUARE}, inputs)
   if isinstance(model, nn.Module):
     return explain(model, policy, variables_of(model, inputs), inputs)
-  return explain(model, policy, inputs)
+  return explain(model(nnx.Rngs(0)), policy, inputs)
 
 
 STRAY = {
   "function": (planted.stray, None, X),
   "linen": (None, planted.LinenStray(), X),
-  "nnx": (None, planted.NNXStray(nnx.Rngs(0)), X),
+  "nnx": (None, planted.NNXStray, X),
 }
 CAST = {
   "function": (planted.cast_param, None, X),
   "linen": (None, planted.LinenCastParam(), X),
-  "nnx": (None, planted.NNXCastParam(nnx.Rngs(0)), X),
+  "nnx": (None, planted.NNXCastParam, X),
 }
 
 
@@ -194,6 +194,7 @@ def test_a_leak_in_the_backward_pass_alone_is_seen_with_grad():
 @pytest.mark.parametrize("kind", STRAY)
 def test_grad_follows_models_and_results_that_are_no_scalars(kind):
   fn, model, inputs = STRAY[kind]
+  model = model(nnx.Rngs(0)) if kind == "nnx" else model
   args = {
     "function": (fn, "mixed_bfloat16", {"a": SQUARE, "b": SQUARE}, inputs),
     "linen": (model, "mixed_bfloat16", variables_of(model, inputs) if kind == "linen" else 0, X),

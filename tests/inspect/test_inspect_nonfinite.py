@@ -2,18 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import _planted as planted
 import mpjax
+from _arrays import array, normal
 from mpjax.inspect import locate_nonfinite
 
 W = planted.WIDTH
 KEY = jax.random.key(0)
-XS = jax.random.normal(jax.random.key(5), (2, 3, W))
-ZEROS = jnp.zeros((2, W))
-EYE = {"w": jnp.eye(W)}
+XS = array(normal(5, 2, 3, W))
+ZEROS = array(np.zeros((2, W)))
+EYE = {"w": array(np.eye(W))}
 
 
 @pytest.mark.quick(every=3)
@@ -169,7 +171,7 @@ def test_shapes_are_refused():
 
 @pytest.mark.parametrize(
   "zero",
-  [0.0, jnp.zeros((), jnp.complex64), jnp.zeros((), jnp.float8_e5m2), jnp.zeros((), jnp.bfloat16)],
+  [0.0, array(0, jnp.complex64), array(0, jnp.float8_e5m2), array(0, jnp.bfloat16)],
   ids=["number", "complex", "float8", "bfloat16"],
 )
 def test_gradients_of_parameters_of_every_kind_are_looked_at(zero):

@@ -251,6 +251,7 @@ def test_a_loop_that_counts_is_not_remarked(fn):
 
 
 DENSE: Any = nn.Dense(8)
+LINEAR = nnx.eval_shape(lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0)))
 BATCH_FIRST = {
   "a matmul": (lambda x, p: jax.nn.relu(x @ p["w"]).sum(), X, {"w": W}),
   "in a jit": (lambda x, p: jax.jit(lambda x, w: (x @ w).sum())(x, p["w"]), X, {"w": W}),
@@ -265,7 +266,7 @@ BATCH_FIRST = {
     X,
     {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}},
   ),
-  "NNX": (lambda x, model: model(x).sum(), X, nnx.Linear(8, 8, rngs=nnx.Rngs(0))),
+  "NNX": (lambda x, model: model(x).sum(), X, LINEAR),
   "a dict": (
     lambda b, p: jnp.mean((b["x"] @ p["w"] - b["y"]) ** 2),
     {"x": X, "y": X},
@@ -292,11 +293,7 @@ BATCH_FIRST = {
     {"x": X},
     {"params": {"kernel": W, "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}},
   ),
-  "a dict, NNX": (
-    lambda b, model: model(b["x"]).sum(),
-    {"x": X},
-    nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
-  ),
+  "a dict, NNX": (lambda b, model: model(b["x"]).sum(), {"x": X}, LINEAR),
   "tokens": (
     lambda tokens, p: (p["table"][tokens] @ p["w"]).sum(),
     jax.ShapeDtypeStruct((3,), jnp.int32),
@@ -344,11 +341,11 @@ SOUND = {
   "the weight on the left": (lambda w, b: (w @ b["x"].T).sum(), W, {"x": X}, {}),
   "two arrays": (lambda w, x: (x @ w).sum(), W, X, {}),
   "a tree": (lambda p, b: (p["w"] @ b["x"]).sum(), {"w": W}, {"x": W}, {}),
-  "NNX": (lambda m, x: m(x).sum(), nnx.Linear(8, 8, rngs=nnx.Rngs(0)), X, {}),
+  "NNX": (lambda m, x: m(x).sum(), LINEAR, X, {}),
   "tokens, then an NNX model": (
     lambda t, m: m(jnp.zeros((3, 8))).sum() + t.sum(dtype=jnp.float32) * 0.0,
     jax.ShapeDtypeStruct((3,), jnp.int32),
-    nnx.Linear(8, 8, rngs=nnx.Rngs(0)),
+    LINEAR,
     {},
   ),
 }

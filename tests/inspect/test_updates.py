@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax import lax
 
+from _arrays import array
 from mpjax.inspect._updates import updated
 
-PARAMS = {"a": jnp.ones((4, 4)), "b": jnp.ones(4)}
-X = jnp.ones((2, 4))
+PARAMS = {"a": array(np.ones((4, 4))), "b": array(np.ones(4))}
+X = array(np.ones((2, 4)))
 
 
 def loss(params, x):

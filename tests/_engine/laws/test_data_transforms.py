@@ -383,7 +383,7 @@ ASKED = {
 
 @in_turns(("asked", "policy"), ASKED, [*COMPUTE])
 def test_what_an_author_asks_of_matmuls_without_a_layer_is_kept(asked, policy):
-  p = weights(KEYS[4], WIDTH // 2, 32, WIDTH)
+  p = weights(4, WIDTH // 2, 32, WIDTH)
   orders = jnp.stack([array(ring(WIDTH, n)) for n in (1, 2)])
   found = matmuls(mpjax.autocast(coupled(*asked), policy), p, KELVINS / 100, orders)
   layers = [e for e in found if e.invars[1].aval.shape != (WIDTH, WIDTH)]
@@ -393,7 +393,7 @@ def test_what_an_author_asks_of_matmuls_without_a_layer_is_kept(asked, policy):
 
 @both
 def test_layers_do_not_ask_nor_does_the_default_of_jax(policy):
-  p, orders = weights(KEYS[4], WIDTH // 2, 32, WIDTH), array(ring(WIDTH, 1))[None]
+  p, orders = weights(4, WIDTH // 2, 32, WIDTH), array(ring(WIDTH, 1))[None]
   layers = mpjax.autocast(lambda p, x: highest(jnp.tanh(highest(x, p[0])), p[1]), policy)
   assert operand_bytes(matmuls(layers, p, KELVINS[:, :6])) == {2}
   back = jax.grad(lambda p, x: layers(p, x).sum())

@@ -96,7 +96,7 @@ def check_divides(batch: PyTree, count: int) -> None:
     ValueError: If the leading axes of its arrays differ, or ``count`` does not divide them; the
       message names the array.
   """
-  arrays = [(path, leaf) for path, leaf in leaf_paths(batch) if jnp.ndim(leaf)]
+  arrays = [(path, leaf) for path, leaf in leaf_paths({"batch": batch}) if jnp.ndim(leaf)]
   if not arrays:
     raise ValueError(
       f"accumulate={count} splits the leading axis of the batch's arrays. Got a batch without any "

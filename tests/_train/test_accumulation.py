@@ -176,7 +176,7 @@ def test_every_kth_example_goes_into_a_micro_batch_and_scalars_into_all():
     (
       {"x": array(range(6)), "y": array(range(4))},
       2,
-      r"one leading axis.*y: f32\[4\] beside x: f32\[6\]",
+      r"one leading axis.*batch/y: f32\[4\] beside batch/x: f32\[6\]",
     ),
     ({"n": array(1)}, 2, "batch without any array"),
   ],

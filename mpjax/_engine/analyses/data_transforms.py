@@ -42,6 +42,7 @@ class End(enum.Enum):
 
   DIFFERENCE = "what is left of it may be small beside it"
   LAYER = "an activation made what it is of, or it goes on into an activation or a next layer"
+  TRAINED = "a layer that is trained is the first to read it"
   NORM = "it is divided by its norm or deviation"
   JOINED = "it is compared with what is trained, in a loss"
   RETURNED = "none of these"
@@ -54,6 +55,7 @@ class DataTransforms:
     frame: The jaxpr.
     contents: Tells what functions do that are called.
     given: The operands and constants of the jaxpr that are data.
+    trained: What is made of parameters alone.
     handed_on: For each result of a loop's body that the next turn gets, as what.
     subtracted: The results of which a call that the jaxpr is the body of makes differences.
   """
@@ -63,11 +65,13 @@ class DataTransforms:
     frame: Frame,
     contents: Contents,
     given: Collection[Any],
+    trained: Collection[Any],
     handed_on: Mapping[Any, Var],
     subtracted: Collection[Any],
   ) -> None:
     self._frame, self._contents = frame, contents
-    self._given, self._handed_on, self._subtracted = given, handed_on, subtracted
+    self._given, self._trained = given, trained
+    self._handed_on, self._subtracted = handed_on, subtracted
 
   def end_of(self, matmul: JaxprEqn) -> End:
     """What the first of the equations that say so does with a product."""
@@ -125,7 +129,9 @@ class DataTransforms:
     if name in MATMULS:
       is_power = made.reads(eqn, made.squares) and not made.is_joined  # alone: an activation
       if is_power or not others or not all(map(self.is_given, others)):
-        return End.DIFFERENCE if made.reads(eqn, made.offset) else End.LAYER
+        is_trained = any(a in self._trained for a in variables_of(others))
+        layer = End.TRAINED if is_trained else End.LAYER
+        return End.DIFFERENCE if made.reads(eqn, made.offset) else layer
     elif not held.isdisjoint(_ROOTS):
       return End.NORM if made.reads(eqn, made.totals) or "rsqrt" in held else End.DIFFERENCE
     elif not held.isdisjoint(_ACTIVATES) or self._chooses(eqn, held, made):

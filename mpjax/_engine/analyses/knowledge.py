@@ -239,7 +239,8 @@ class Knowledge:
       var: inner.invars[n] for var, n in pairs_of if n in began and not isinstance(var, Literal)
     }
     subtracted = variables_of(inner.outvars[n] for n in self._known.subtracted)
-    return DataTransforms(self.frame, self.analyses.contents, self._given, handed_on, subtracted)
+    given, contents = self._given, self.analyses.contents
+    return DataTransforms(self.frame, contents, given, self.weights, handed_on, subtracted)
 
   def is_output(self, var: Var) -> bool:
     """Whether a value goes into a loss, and no layer comes after, be its weights trained or not."""

@@ -213,8 +213,8 @@ def is_fixed_transform(sight: Sight) -> bool:
 def is_asked_for(sight: Sight) -> bool:
   """Whether the author of a matmul asks for float32, and neither operand is a layer's.
 
-  As for a permutation by a matrix, a rotation, a physical law. Who asks for all matmuls by JAX's
-  default asks for those of layers, too, and has chosen a policy for them.
+  As for a permutation by a matrix, a rotation, a physical law; not of a network that is frozen. Who
+  asks for all matmuls by JAX's default asks for those of layers, too, and chose a policy for them.
   """
   if not (matmuls.asks_for_float32(sight.eqn) and is_of_float32(sight)):
     return False
@@ -222,7 +222,9 @@ def is_asked_for(sight: Sight) -> bool:
   if any(a in around.weights for a in read):
     return False
   layers = [a for a in read if around.sums.may_be_of_layers([a])]
-  return all(a in around.streams_of_data for a in layers)
+  if layers:
+    return all(a in around.streams_of_data for a in layers)
+  return around.data_transforms.end_of(sight.eqn) not in (End.LAYER, End.NORM)
 
 
 def is_of_output(sight: Sight) -> bool:

@@ -398,6 +398,9 @@ def test_layers_do_not_ask_nor_does_the_default_of_jax(policy):
   assert operand_bytes(matmuls(layers, p, KELVINS[:, :6])) == {2}
   back = jax.grad(lambda p, x: layers(p, x).sum())
   assert operand_bytes(matmuls(back, p, KELVINS[:, :6])) == {2}
+  frozen = lambda x: highest(jnp.tanh(highest(x, FROZEN[0]) + BIAS), FROZEN[1])
+  teacher = mpjax.autocast(lambda p, x: frozen(jax.nn.relu(x)) @ p[0], policy)
+  assert operand_bytes(matmuls(teacher, weights(4, WIDTH, 4), KELVINS)) == {2}
   norm = mpjax.autocast(lambda p, x: highest(jax.nn.standardize(x @ p[0]), p[1].T @ p[1]), policy)
   assert operand_bytes(matmuls(norm, [p[0], jnp.ones((4, 32))], KELVINS[:, :6])) == {2}
   plain = mpjax.autocast(coupled(jnp.matmul, written_out), policy)

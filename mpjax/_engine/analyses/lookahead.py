@@ -64,9 +64,7 @@ LOGARITHMS = Question(having(Trait.LOGARITHM))
 FACTORED = Question(having(Trait.FACTORS))
 """What leads into the factorization of a matrix."""
 
-_PHASES = Question(
-  frozenset({"sin", "cos", "tan", "complex", "rem", "round", "floor", "ceil"}), is_forward=True
-)
+_PHASES = Question(frozenset({"sin", "cos", "tan", "complex", "rem", "round", "floor", "ceil"}))
 """What leads into a sine, or is a complex number, or of which no more counts than what is left."""
 
 _FACTORED_LATER = FACTORED._replace(through_matmuls=True)
@@ -210,7 +208,7 @@ class Needs:
           found |= variables_of(eqn.invars[n] for n in read)
         elif name in question.ends or ("complex" in question.ends and makes_complex(eqn)):
           is_layer = not (matmuls.is_inner(eqn) or matmuls.may_transform_points(eqn))
-          is_end = asked_at(question, eqn).ends and is_layer
+          is_end = asked_at(question, eqn).ends and is_layer and not _comes_back_to_complex(eqn)
           found |= variables_of(eqn.invars) if is_end else set()
         elif not found.isdisjoint(eqn.outvars) and (
           self._table.get(name) in _PASSED or (question.through_matmuls and name in MATMULS)
@@ -275,6 +273,13 @@ def asked_at(question: Question, eqn: JaxprEqn) -> Question:
   if not scopes.is_backward(stack):
     return question
   return question._replace(is_again=True) if eqn.primitive.name in REMATS else _NOWHERE
+
+
+def _comes_back_to_complex(eqn: JaxprEqn) -> bool:
+  """Whether a cotangent becomes complex, as that of the real part of something does: no phase."""
+  stack = eqn.source_info.name_stack
+  is_complex = eqn.primitive.name == "complex" or makes_complex(eqn)
+  return is_complex and scopes.is_backward(stack) and not scopes.is_forward_again(stack)
 
 
 def _joins(eqn: JaxprEqn, made: set[Var], operands: set[Var]) -> bool:

@@ -84,6 +84,27 @@ def test_what_comes_back_to_complex_numbers_is_no_phase(policy):
   assert found["inside"] == found["outside"] == {2}
 
 
+@both
+def test_phases_are_so_in_what_a_checkpoint_computes_again(policy):
+  """In a second derivative that is taken inside, too."""
+  b = jnp.ones((2, 8))
+
+  def loss(w, x):
+    network = lambda x: (jnp.tanh(jax.checkpoint(lambda x: jnp.sin(x @ b))(x) @ w) @ w)[0]
+    return sum(jnp.trace(jax.hessian(network)(row)) for row in x)
+
+  w, x = jnp.ones((8, 8)), jnp.ones((2, 2))
+  for fn in (mpjax.autocast(jax.grad(loss), policy), jax.grad(mpjax.autocast(loss, policy))):
+    phases = [e for e in matmuls(fn, w, x) if e.outvars[0].aval.shape == (8,) and is_of_points(e)]
+    assert len(phases) > 2 and operand_bytes(phases) == {4}
+
+
+def is_of_points(eqn):
+  """Whether two products are added up to each number."""
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  return [eqn.invars[0].aval.shape[dim] for dim in contracted] == [2]
+
+
 second = lambda n: (jnp.eye(n, k=1) - 2 * jnp.eye(n) + jnp.eye(n, k=-1)) * n**2
 cosines = lambda n: jnp.cos(jnp.pi / n * (jnp.arange(n)[:, None] + 0.5) * jnp.arange(n))
 rows_of = lambda x: jnp.stack([x, x[::-1]])

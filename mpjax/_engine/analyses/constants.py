@@ -65,7 +65,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """What is computed here; what other primitives make of constants is not known."""
 
-_CHOOSES = frozenset({"reduce_max", "reduce_min", "cummax", "cummin"})
+_CHOOSES = frozenset({"reduce_max", "reduce_min"})
 _MULTIPLIES = frozenset({"reduce_prod", "cumprod"})
 _FIND = having(Trait.ORDERS)
 _SIGNS = frozenset({-1.0, 0.0, 1.0})
@@ -136,7 +136,8 @@ def _held(numbers: NumberSet, atom: Atom) -> NumberSet:
   """Numbers as an integer or 16-bit float has them; not known if an integer does not hold one."""
   dtype: Any = jaxprs.dtype(atom)
   if numbers is None or dtype in _NARROW:
-    return numbers and frozenset(float(np.asarray(number).astype(dtype)) for number in numbers)
+    with np.errstate(all="ignore"):
+      return numbers and frozenset(float(np.asarray(number).astype(dtype)) for number in numbers)
   info = np.iinfo(dtype)
   is_held = all(info.min <= number <= info.max and number == int(number) for number in numbers)
   return numbers if is_held else None
@@ -145,6 +146,12 @@ def _held(numbers: NumberSet, atom: Atom) -> NumberSet:
 def _is_followed(atom: Atom) -> bool:
   """Whether what is no float32 has numbers that are followed: an integer, or a 16-bit float."""
   return jaxprs.kind(atom) in _INTEGERS or jaxprs.dtype(atom) in _NARROW
+
+
+def _may_fill(eqn: JaxprEqn) -> bool:
+  """Whether another number than those that are looked up stands for what is out of bounds."""
+  fills = jax.lax.GatherScatterMode.FILL_OR_DROP
+  return eqn.primitive.name == "gather" and eqn.params["mode"] == fills
 
 
 def _makes_numbers(primitive: str) -> bool:
@@ -164,7 +171,7 @@ def _after(eqn: JaxprEqn, operands: Sequence[NumberSet]) -> NumberSet:
     primitive, known = "pow", [*known, frozenset({float(params["y"])})]
   if primitive in _CHOOSES:
     return known[0]
-  if primitive in _MULTIPLIES and known[0] <= _SIGNS:
+  if primitive in _MULTIPLIES and known[0] <= _SIGNS and jaxprs.size(eqn.invars[0]):
     return known[0] | {number * number for number in known[0]}
   if primitive == "reduce_sum" and known[0] <= _ZERO_OR_ONE:
     terms = jaxprs.size(eqn.invars[0]) // max(1, jaxprs.size(eqn.outvars[0]))
@@ -249,7 +256,7 @@ class Numbers:
     if len(eqn.outvars) != 1 or (result := eqn.outvars[0]) in self._known:
       return
     name = eqn.primitive.name
-    if not _is_followed(result) or name in _FIND:
+    if not _is_followed(result) or name in _FIND or _may_fill(eqn):
       return
     makes = _makes_numbers(name)
     atoms = [a for a in eqn.invars if makes or _is_followed(a) or jaxprs.is_float32(a)]

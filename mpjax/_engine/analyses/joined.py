@@ -27,7 +27,7 @@ def joined(frame: Frame, given: Collection[Any]) -> Collection[Var]:
     given: Its operands and constants that are data.
   """
   forward = [eqn for eqn in frame.inner.eqns if not frame.is_backward(eqn)]
-  data = made_of_data(frame, given, lambda eqn: eqn.primitive.name in ADDS)
+  data = made_of_data(frame, given, lambda eqn, _: eqn.primitive.name in ADDS)
   summed, raised = set[Var](), set[Var]()
   for eqn in reversed(forward):
     name, read = eqn.primitive.name, variables_of(eqn.invars)
@@ -40,21 +40,22 @@ def joined(frame: Frame, given: Collection[Any]) -> Collection[Var]:
 
 
 def made_of_data(
-  frame: Frame, given: Collection[Any], takes: Callable[[JaxprEqn], bool]
+  frame: Frame, given: Collection[Any], takes: Callable[[JaxprEqn, Collection[Any]], bool]
 ) -> set[Var]:
   """What is made of data, elementwise.
 
   Args:
     frame: The frame of a jaxpr.
     given: Its operands and constants that are data.
-    takes: Whether what an equation makes is data if one of its operands is; else all must be.
+    takes: Whether what an equation makes is data if some of its operands are, given what is; else
+      all must be.
   """
   data = {*given}
   for eqn in frame.inner.eqns:
     read = [a for a in eqn.invars if not isinstance(a, Literal) and jaxprs.kind(a) == "f"]
     are_data = [] if frame.is_backward(eqn) else [a in data for a in read]
     keeps = eqn.primitive.name in _KEEPS_DATA and all(are_data)
-    if any(are_data) and (keeps or takes(eqn)):
+    if any(are_data) and (keeps or takes(eqn, data)):
       data |= {*eqn.outvars}
   return data
 

@@ -220,15 +220,22 @@ class Knowledge:
 
   @functools.cached_property
   def streams_of_data(self) -> Collection[Var]:
-    """What is data, to which layers add and which they scale, and what precise matmuls move."""
+    """What is data, to which layers add and which they scale, and what precise matmuls move.
+
+    What layers gave is none for it is scaled by data, as queries are by the sines of a position.
+    """
     began = {self._inner.invars[n] for n in self._known.began}
     given = {v for v in self._given if v in began or not self.sums.may_be_of_layers([v])}
     return made_of_data(self.frame, given, self._takes_data)
 
-  def _takes_data(self, eqn: JaxprEqn) -> bool:
-    is_asked_for = eqn.primitive.name in MATMULS and asks_for_float32(eqn)
-    is_moved = is_asked_for and not any(a in self.weights for a in variables_of(eqn.invars))
-    return is_moved or eqn.primitive.name in _TAKE_DATA
+  def _takes_data(self, eqn: JaxprEqn, data: Collection[Any]) -> bool:
+    name, read = eqn.primitive.name, variables_of(eqn.invars)
+    if name in SCALES:
+      of_layers = [a for a in read if self.sums.may_be_of_layers([a])]
+      return not of_layers or any(a in data for a in of_layers)
+    if name in MATMULS:
+      return asks_for_float32(eqn) and not any(a in self.weights for a in read)
+    return name in _TAKE_DATA
 
   @functools.cached_property
   def data_transforms(self) -> DataTransforms:
@@ -306,7 +313,7 @@ class Knowledge:
     return not isinstance(source, Literal) and source in among
 
 
-_TAKE_DATA = ADDS | SCALES | {"concatenate"}
+_TAKE_DATA = ADDS | {"concatenate"}
 
 
 def _whole(inner: Jaxpr) -> Leading[int]:

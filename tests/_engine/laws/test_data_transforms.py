@@ -403,6 +403,9 @@ def test_layers_do_not_ask_nor_does_the_default_of_jax(policy):
   assert operand_bytes(matmuls(teacher, weights(4, WIDTH, 4), KELVINS)) == {2}
   norm = mpjax.autocast(lambda p, x: highest(jax.nn.standardize(x @ p[0]), p[1].T @ p[1]), policy)
   assert operand_bytes(matmuls(norm, [p[0], jnp.ones((4, 32))], KELVINS[:, :6])) == {2}
+  table = jnp.cos(KELVINS[:, :6])
+  scores = mpjax.autocast(lambda p, x, c: highest((x @ p) * c, ((x @ p) * c).T), policy)
+  assert operand_bytes(matmuls(scores, jnp.ones((6, 6)), KELVINS[:, :6], table)) == {2}
   plain = mpjax.autocast(coupled(jnp.matmul, written_out), policy)
   with jax.default_matmul_precision("highest"):
     assert operand_bytes(matmuls(plain, p, KELVINS / 100, orders)) == {2}
